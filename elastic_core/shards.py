@@ -1,0 +1,403 @@
+"""Safetensors files, read and written in bounded pieces, and directories that appear whole or not at all.
+
+A safetensors file is 8 bytes of header length, a JSON header {name: dtype, shape, data_offsets}, then raw data. Only
+headers are read on opening, and all of a header is checked before any of it is used. Data is read with plain reads
+instead of a memory map, because mapped pages count as resident memory: a 24 GB checkpoint streams in under 1 GiB.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+MAX_JSON_BYTES = 100_000_000  # the limit that the safetensors library sets for a header
+CHUNK_BYTES = 32 * 2**20  # read at once
+BLOCK_BYTES = 256 * 2**20  # gathered at once where rows change their order; holds any matrix of a 12B model
+
+Index = Tensor | None
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be used. One line: the file, the field or tensor, what was found, what was expected."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """Type and shape of a tensor, stored or planned."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite; aminmax passes both on and, unlike isfinite, makes no copy."""
+    return tensor.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
+
+
+def select(tensor: Tensor, indices: Sequence[Index]) -> Tensor:
+    """`tensor` with `indices[d]` selected along each dimension d (None: all); views where the indices are runs."""
+    for dim, index in enumerate(indices):
+        if index is not None:
+            run = _run(index)
+            tensor = tensor.narrow(dim, run[0], len(index)) if run else tensor.index_select(dim, index)
+    return tensor
+
+
+def _run(index: Tensor) -> tuple[int, int] | None:
+    """(start, stop) when `index` counts from start to stop, so that it can be a view."""
+    start, stop = int(index[0]), int(index[0]) + len(index)
+    return (start, stop) if torch.equal(index, torch.arange(start, stop)) else None
+
+
+# Reading
+
+
+def regular_file(directory: Path, name: str) -> Path:
+    """The path of the regular file `name` of `directory`; CheckpointError where there is none to trust.
+
+    A link is followed only within the directory or into the Hub cache's own layout (snapshots/REVISION/NAME ->
+    blobs/HASH), so that a downloaded directory cannot have files of this machine read, copied and published.
+    """
+    path = directory / name
+    if Path(name).name != name or "\\" in name:
+        raise CheckpointError(f"{path}: is not a plain file name; expected a file of {directory} itself")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file; copy or download it again")
+    home, target = directory.resolve(), path.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if target.parent not in (home, blobs):
+        raise CheckpointError(f"{path}: links to {target}, outside the checkpoint; copy that file in its place")
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file at `path`; CheckpointError for any other content and for a key given twice."""
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: is {path.stat().st_size} bytes; expected at most {MAX_JSON_BYTES}")
+    return _parse_json(path, path.read_bytes())
+
+
+def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
+    def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
+        return values
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=object_of)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not valid JSON ({error}); copy or download it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a JSON {type(value).__name__}; expected an object")
+    return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor(TensorInfo):
+    """A tensor in a file; nothing of it is read until asked for. Reading raises CheckpointError at NaN or infinity."""
+
+    path: Path
+    name: str
+    offset: int
+
+    def read(self) -> Tensor:
+        """The whole tensor."""
+        with self.path.open("rb", buffering=0) as file:
+            return self._rows(file, 0, self.shape[0]) if self.shape else self._rows(file, 0, 1)[0]
+
+    def blocks(self, *indices: Index) -> Iterator[Tensor]:
+        """The tensor with `indices[d]` selected along each dimension d (None: all), in consecutive blocks of rows.
+
+        Holds a few chunks at a time, and where the selected rows are no run, one block as well.
+        """
+        rows, others = indices[0], indices[1:]
+        run = (0, self.shape[0]) if rows is None else _run(rows)
+        with self.path.open("rb", buffering=0) as file:
+            if run:
+                step = self._rows_in(CHUNK_BYTES)
+                for start in range(*run, step):
+                    yield select(self._rows(file, start, min(start + step, run[1])), (None, *others))
+            elif rows is not None:
+                for wanted in torch.split(rows, self._rows_in(BLOCK_BYTES)):
+                    yield self._gather(file, wanted, others)
+
+    def _gather(self, file: FileIO, rows: Tensor, others: Sequence[Index]) -> Tensor:
+        """One block: the file is read forwards, past what is not wanted, and each row put where it belongs."""
+        source, place = rows.sort()
+        sizes = [size if index is None else len(index) for size, index in zip(self.shape[1:], others, strict=True)]
+        block = torch.empty((len(rows), *sizes), dtype=self.dtype)
+        begin = 0
+        while begin < len(source):
+            start = int(source[begin])
+            end = int(torch.searchsorted(source, start + self._rows_in(CHUNK_BYTES)))
+            chunk = self._rows(file, start, int(source[end - 1]) + 1)
+            block[place[begin:end]] = select(chunk, (source[begin:end] - start, *others))
+            begin = end
+        return block
+
+    def _rows_in(self, size: int) -> int:
+        return max(1, size // (math.prod(self.shape[1:]) * self.dtype.itemsize))
+
+    def _rows(self, file: FileIO, start: int, stop: int) -> Tensor:
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        data = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
+        view, done = data.numpy().data, 0
+        file.seek(self.offset + start * row_bytes)
+        while done < len(view):
+            count = file.readinto(view[done : done + CHUNK_BYTES])
+            if not count:
+                raise CheckpointError(f"{self.path}: {self.name}: the file became shorter while it was read")
+            done += count
+        tensor = data.view(self.dtype).view(stop - start, *self.shape[1:])
+        if not is_finite(tensor):
+            raise CheckpointError(f"{self.path}: {self.name}: holds NaN or infinity; expected finite numbers")
+        return tensor
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, by name, every number of its header checked against the file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: claims a header of {length} bytes; expected at most {MAX_JSON_BYTES}")
+        if size < 8 + length:
+            raise CheckpointError(f"{path}: is truncated: {size} bytes, too few for its header; copy it again")
+        header = _parse_json(path, file.read(length))
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__ is {metadata!r}; expected an object of texts")
+    tensors = {name: _stored_tensor(path, name, entry, 8 + length) for name, entry in header.items()}
+    _check_layout(path, tensors.values(), 8 + length, size)
+    return tensors
+
+
+def _stored_tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+    where = f"{path}: {name}:"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{where} is {entry!r}; expected dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(f"{where} has dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise CheckpointError(f"{where} has shape {shape!r} and data_offsets {offsets!r}; expected whole numbers >= 0")
+    tensor = StoredTensor(
+        path=path, name=name, dtype=DTYPES[dtype], shape=tuple(shape), offset=data_start + int(offsets[0])
+    )
+    if offsets[1] - offsets[0] != tensor.nbytes:
+        raise CheckpointError(
+            f"{where} has data_offsets {offsets}; shape {shape} of {dtype} takes {tensor.nbytes} bytes"
+        )
+    return tensor
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _check_layout(path: Path, tensors: Iterable[StoredTensor], position: int, size: int) -> None:
+    """The tensors must cover the file's data exactly, without gaps or overlaps, as safetensors demands."""
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
+        if tensor.offset != position:
+            raise CheckpointError(f"{path}: {tensor.name}: begins at byte {tensor.offset}; expected {position}")
+        position += tensor.nbytes
+    if position != size:
+        kind = "is truncated" if size < position else "has trailing bytes"
+        raise CheckpointError(f"{path}: {kind}: {size} bytes, its header describes {position}; copy it again")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file, by name; for small files."""
+    return {name: stored.read() for name, stored in read_header(path).items()}
+
+
+# Writing
+
+
+def write_shards(
+    directory: Path,
+    plan: Mapping[str, TensorInfo],
+    blocks: Callable[[str], Iterable[Tensor]],
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+    progress: Progress | None = None,
+) -> dict[str, str]:
+    """Write the planned tensors into `directory` as model*.safetensors (and its index); SHA-256 by file name.
+
+    `blocks(name)` is asked for each tensor once and gives it as consecutive blocks of rows. Raises OSError when the
+    disk is full, before the first byte where that can be known.
+    """
+    total = sum(tensor.nbytes for tensor in plan.values())
+    free = shutil.disk_usage(directory).free
+    if free < total:
+        raise OSError(
+            errno.ENOSPC,
+            f"disk full: {total} bytes to write, {free} free; free some space and run again",
+            str(directory),
+        )
+    done = 0
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress(done, total)
+
+    shards = _assign_shards(plan, max_shard_bytes)
+    digests = {
+        name: _write_file(directory / name, {key: plan[key] for key in keys}, blocks, report)
+        for name, keys in shards.items()
+    }
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {key: name for name, shard in shards.items() for key in shard},
+        }
+        write_json(directory / "model.safetensors.index.json", index)
+    return digests
+
+
+def _assign_shards(plan: Mapping[str, TensorInfo], max_shard_bytes: int) -> dict[str, list[str]]:
+    """File name -> its tensors, in order; a tensor larger than `max_shard_bytes` has a shard of its own."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in plan.items():
+        if groups[-1] and size + tensor.nbytes > max_shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += tensor.nbytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
+
+
+def _write_file(
+    path: Path, plan: Mapping[str, TensorInfo], blocks: Callable[[str], Iterable[Tensor]], report: Callable[[int], None]
+) -> str:
+    """Write one safetensors file piece by piece; returns its SHA-256."""
+    # Larger elements first, as safetensors itself writes, so that every tensor is aligned to its own elements.
+    plan = dict(sorted(plan.items(), key=lambda item: -item[1].dtype.itemsize))
+    digest = hashlib.sha256()
+    try:
+        with path.open("wb") as file:
+
+            def put(data: bytes | memoryview) -> int:
+                file.write(data)
+                digest.update(data)
+                return len(data)
+
+            put(_header(plan))
+            for name, planned in plan.items():
+                size = 0
+                for block in blocks(name):
+                    assert block.dtype == planned.dtype, f"{name} is {block.dtype}, planned {planned.dtype}"
+                    size += put(block.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+                    report(block.nbytes)
+                assert size == planned.nbytes, f"{name} has {size} bytes, planned {planned.nbytes}"
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(error.errno, "disk full; free some space and run again", str(path)) from None
+        raise
+    return digest.hexdigest()
+
+
+def _header(plan: Mapping[str, TensorInfo]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, tensor in plan.items():
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + tensor.nbytes],
+        }
+        position += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one small safetensors file."""
+    plan = {name: TensorInfo(dtype=tensor.dtype, shape=tuple(tensor.shape)) for name, tensor in tensors.items()}
+    _write_file(path, plan, lambda name: [tensors[name]], lambda count: None)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def staged_directory(directory: Path) -> Iterator[Path]:
+    """A new directory to fill, which becomes `directory` at the end of the block, whole and on the disk, or never.
+
+    It is `.NAME.partial` beside `directory` until then: removed when the block fails, and taken over by the next
+    attempt when this process is killed. Raises CheckpointError when `directory` holds files already, or when another
+    process is writing it.
+    """
+    directory = directory.absolute()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise CheckpointError(f"{directory}: exists already; remove it or choose another directory")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staging = directory.with_name(f".{directory.name}.partial")
+    staging.mkdir(exist_ok=True)
+    lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{directory}: is being written by another process; wait for it to end") from None
+        try:
+            for left_over in staging.iterdir():
+                if left_over.is_dir():
+                    shutil.rmtree(left_over)
+                else:
+                    left_over.unlink()
+            yield staging
+            for path in staging.rglob("*"):
+                _sync(path)
+            _sync(staging)
+            staging.rename(directory)
+        except BaseException:
+            shutil.rmtree(staging)
+            raise
+        _sync(directory.parent)
+    finally:
+        os.close(lock)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

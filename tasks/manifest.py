@@ -1,0 +1,146 @@
+"""The manifest of a published version: what it holds, and every check of one that came from outside.
+
+Pure: no network, no file. `tasks.artifacts` stores and obeys manifests.
+"""
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tasks.settings import ServiceError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 4 << 20
+MAX_FILES = 10_000
+MAX_OBJECT_BYTES = 5 << 40  # S3's own limit
+MAX_PATH_BYTES = 900  # S3 takes 1024 for the whole key
+MAX_DEPTH = 16
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_DRIVE = re.compile(r"[A-Za-z]:")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    """One file: its path relative to the version (or directory), with "/" between names; size in bytes; SHA-256."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a version holds. `metadata` is free JSON: lineage, budgets, parameters."""
+
+    family: str
+    version: str
+    files: tuple[FileRecord, ...]
+    metadata: Mapping[str, Any]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(sorted({file.path.partition("/")[0] for file in self.files}))
+
+    def part(self, name: str) -> tuple[FileRecord, ...]:
+        """The files of one part, with paths relative to it."""
+        prefix = f"{name}/"
+        return tuple(
+            FileRecord(path=file.path.removeprefix(prefix), size=file.size, sha256=file.sha256)
+            for file in self.files
+            if file.path.startswith(prefix)
+        )
+
+
+def manifest_json(manifest: Manifest) -> bytes:
+    """The one spelling of a manifest, so that equal manifests are equal bytes."""
+    document = {
+        "format_version": FORMAT_VERSION,
+        "family": manifest.family,
+        "version": manifest.version,
+        "files": [{"path": f.path, "size": f.size, "sha256": f.sha256} for f in manifest.files],
+        "metadata": manifest.metadata,
+    }
+    body = (json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+    if len(body) > MAX_MANIFEST_BYTES:
+        raise ValueError(f"the manifest has {len(body)} bytes; {MAX_MANIFEST_BYTES} at most: put less in its metadata")
+    return body
+
+
+def parse_manifest(body: bytes, where: str) -> Manifest:
+    """Check all that a manifest says before any of it is used; a ServiceError names `where`, the field and the rule."""
+    try:
+        document = json.loads(body, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise ServiceError(f"{where} is not a manifest: malformed JSON ({str(error)[:100]})") from error
+    if not isinstance(document, dict) or "format_version" not in document:
+        raise ServiceError(f"{where} is not a manifest: it has no format_version")
+    found = document["format_version"]
+    if type(found) is not int or found != FORMAT_VERSION:
+        raise ServiceError(
+            f"{where}: format_version is {found!r:.40}, this program reads {FORMAT_VERSION}; upgrade elastic-family"
+        )
+    fields = {"format_version", "family", "version", "files", "metadata"}
+    if document.keys() != fields:
+        raise ServiceError(f"{where} is not a manifest: its fields must be exactly {', '.join(sorted(fields))}")
+    family, version, files, metadata = (document[key] for key in ("family", "version", "files", "metadata"))
+    for what, value in (("family", family), ("version", version)):
+        if not isinstance(value, str) or not NAME.fullmatch(value):
+            raise ServiceError(f"{where}: {what} {value!r:.80} is not a name")
+    if not isinstance(files, list) or not 0 < len(files) <= MAX_FILES or not isinstance(metadata, dict):
+        raise ServiceError(f"{where}: files must be a list of 1 to {MAX_FILES} entries and metadata an object")
+    records = tuple(_file_record(entry, where) for entry in files)
+    try:
+        check_paths([record.path for record in records], where)
+    except ValueError as error:
+        raise ServiceError(str(error)) from error
+    return Manifest(family=family, version=version, files=records, metadata=metadata)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
+        raise ValueError("a key appears twice")
+    return mapping
+
+
+def _file_record(entry: object, where: str) -> FileRecord:
+    if not isinstance(entry, dict) or entry.keys() != {"path", "size", "sha256"}:
+        raise ServiceError(f"{where}: a file entry is {entry!r:.120}; it must have exactly path, size and sha256")
+    path, size, sha256 = entry["path"], entry["size"], entry["sha256"]
+    if not isinstance(path, str):
+        raise ServiceError(f"{where}: path {path!r:.120} is not a string")
+    if type(size) is not int or not 0 <= size <= MAX_OBJECT_BYTES:
+        raise ServiceError(f"{where}: size of {path!r:.120} is {size!r:.40}; it must be 0 to {MAX_OBJECT_BYTES}")
+    if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+        raise ServiceError(f"{where}: sha256 of {path!r:.120} is {sha256!r:.80}; it must be 64 lower-case hex digits")
+    return FileRecord(path=path, size=size, sha256=sha256)
+
+
+def check_paths(paths: Iterable[str], where: str) -> None:
+    """Refuse paths that could leave a directory, that two systems would read differently, or that collide."""
+    files: set[str] = set()
+    directories: set[str] = set()
+    for path in paths:
+        components = path.split("/")
+        if any(part in ("", ".", "..") for part in components):
+            raise ValueError(f"{where}: path {path!r:.120} is absolute or has an empty, '.' or '..' component")
+        if "\\" in path or _DRIVE.match(path) or not path.isprintable():
+            raise ValueError(f"{where}: path {path!r:.120} has a backslash, a drive letter or a control character")
+        if len(components) > MAX_DEPTH or len(path.encode()) > MAX_PATH_BYTES:
+            raise ValueError(f"{where}: path {path!r:.120} is over {MAX_PATH_BYTES} bytes or {MAX_DEPTH} levels")
+        # A Mac's file system takes these for one name.
+        folded = unicodedata.normalize("NFC", path).casefold()
+        if folded in files:
+            raise ValueError(f"{where}: path {path!r:.120} appears twice")
+        files.add(folded)
+        directories.update(folded.rsplit("/", depth)[0] for depth in range(1, len(components)))
+    both = sorted(files & directories)
+    if both:
+        raise ValueError(f"{where}: path {both[0]!r:.120} is a file and a directory")

@@ -1,0 +1,55 @@
+"""Progress where users look: a bar with an ETA in the terminal, and an artifact that moves in the Prefect UI."""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from elastic_core.config import Stage
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[int, int], None]
+
+
+@contextmanager
+def progress_bar(description: str) -> Iterator[Report]:
+    """A function of (done, total) that moves a bar, on a terminal; elsewhere a line of log at every tenth."""
+    if not sys.stderr.isatty():
+        yield _logged(description)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task(description, total=None, note="")
+        yield lambda done, total: progress.update(bar, completed=done, total=total)
+
+
+def _logged(description: str) -> Report:
+    last = -1
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        tenth = 10 * done // max(1, total)
+        if tenth > last:
+            last = tenth
+            logger.info("%s: %d of %d", description, done, total)
+
+    return report
+
+
+@contextmanager
+def stage_progress(stage: Stage) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function of a step's metrics that moves the stage's bar."""
+    with progress_bar(f"{stage.name}: {stage.steps} steps") as report:
+        yield lambda row: report(row["step"] + 1, row["steps"])

@@ -1,0 +1,73 @@
+"""Rank the teacher's components, and put them in that order: the elastic checkpoint that distillation starts from."""
+
+from pathlib import Path
+
+import torch
+
+from elastic_core import checkpoint, importance, job, reorder, resolve, router
+from elastic_core.config import Axes, Budget, Importance, Router
+from elastic_core.curriculum import generator
+from elastic_core.router import ElasticModel
+from elastic_core.train import TokenRows
+from tasks.data import TRAIN_FILE
+from tasks.progress import progress_bar
+from tasks.records import Artifact
+from tasks.steps import artifact, new_directory, step
+
+ORDER_FILE = checkpoint.ORDER_FILE
+
+
+@step(importance, reorder)
+def rank_importance(
+    teacher: Artifact, corpus: Artifact, axes: Axes, settings: Importance, dtype: str, seed: int, workspace: str
+) -> Artifact:
+    """Score every component of the teacher on calibration data; the order of importance on every axis."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = job.load_model(Path(teacher.path), device, getattr(torch, dtype))
+    bound = axes.bind(model.config)
+    rows = TokenRows(Path(corpus.path) / TRAIN_FILE, settings.sequence_length)
+    chosen = torch.randperm(rows.num_rows, generator=generator(seed, "importance")).tolist()
+    batches = [
+        rows.batch(chosen[start : start + settings.batch_size])[:, :-1]
+        for start in range(0, min(settings.samples, rows.num_rows), settings.batch_size)
+    ]
+    scores = importance.width_scores(model, batches)
+    depth_batches = batches[: max(1, settings.depth_samples // settings.batch_size)]
+    with progress_bar("ranking layers") as report:
+        ranking = importance.rank_layers(model, depth_batches, bound.depth[-1], report)
+    order = importance.importance_order(model.config, scores, ranking, bound.mamba_head_dim[-1])
+    directory = new_directory(workspace, "importance")
+    with checkpoint.staged_directory(directory) as staging:
+        checkpoint.write_tensors(staging / ORDER_FILE, reorder.order_tensors(order))
+    return artifact(directory)
+
+
+@step(checkpoint, reorder, resolve, router)
+def reorder_teacher(
+    teacher: Artifact,
+    ranking: Artifact,
+    axes: Axes,
+    budgets: tuple[Budget, ...],
+    settings: Router,
+    lineage: dict[str, str],
+    seed: int,
+    workspace: str,
+) -> Artifact:
+    """Permute the teacher into importance order, with an untrained router: the elastic checkpoint at step 0."""
+    source, directory = Path(teacher.path), new_directory(workspace, "reordered")
+    config = checkpoint.read_config(source)
+    order = reorder.read_order(Path(ranking.path) / ORDER_FILE, config)
+    fresh = router.Router(ElasticModel(config, axes.bind(config), order.layers), len(budgets), settings.hidden_size)
+    fresh.initialise(generator(seed, "router"))
+    family = checkpoint.Family(axes=axes, budgets=(), layer_ranking=order.layers, lineage=dict(lineage))
+
+    def beside(staging: Path) -> None:
+        checkpoint.write_family(
+            staging,
+            job.resolved_family(family, fresh, budgets),
+            order=reorder.order_tensors(order),
+            router=fresh.state_dict(),
+        )
+
+    reorder.reorder_checkpoint(source, order, directory, beside=beside)
+    return artifact(directory)

@@ -1,0 +1,83 @@
+"""What the steps hand to one another: small records of paths and digests, never tensors.
+
+A record is a step's persisted result. The next step's cache key is made of its digests, so that equal content is
+never computed twice and a path may move.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """A directory of the workspace that a step wrote, and the SHA-256 over its files."""
+
+    path: str
+    digest: str
+
+    def exists(self) -> bool:
+        return Path(self.path).is_dir()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRecord:
+    """The elastic checkpoint after a stage, and the metrics of its steps (JSON lines)."""
+
+    family: Artifact
+    metrics: str
+
+    def exists(self) -> bool:
+        return self.family.exists() and Path(self.metrics).is_file()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetEvaluation:
+    """What was measured of one budget.
+
+    Cross-entropies and KL to the teacher are in nats a token, on held-out data. `cut_cross_entropy` is that of the
+    reordered teacher cut at the same subnet with no training, `random_cut_cross_entropy` that of the teacher in random
+    order. `accuracy` is the share of held-out problems answered exactly, by kind of problem in `accuracy_by_task`.
+    `tokens_per_second` is that of decoding; `memory_bytes` is weights plus the caches of the decoded batch.
+    """
+
+    budget: str
+    params: int
+    weight_bytes: int
+    memory_bytes: int
+    cross_entropy: float
+    kl: float
+    cut_cross_entropy: float
+    random_cut_cross_entropy: float
+    tokens_per_second: float
+    accuracy: float | None = None
+    accuracy_by_task: Mapping[str, float] = field(default_factory=dict)
+
+    def recovered(self, teacher_cross_entropy: float) -> float | None:
+        """The share of what cutting lost that training won back; None where cutting lost nothing."""
+        lost = self.cut_cross_entropy - teacher_cross_entropy
+        return (self.cut_cross_entropy - self.cross_entropy) / lost if lost > 0 else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRecord:
+    """The teacher, and every budget from the largest to the smallest, on the same held-out data."""
+
+    teacher_params: int
+    teacher_cross_entropy: float
+    teacher_accuracy: float | None
+    heldout_tokens: int
+    problems: int
+    budgets: tuple[BudgetEvaluation, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Release:
+    """A registered version of the family: where its objects and its registry entries are."""
+
+    family: str
+    version: str
+    uri: str
+    models: Mapping[str, str]
+    run_id: str
+    report: str

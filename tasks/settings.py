@@ -1,0 +1,130 @@
+"""What differs by machine: where the tracking server, the object store and the state directory are.
+
+Credentials are never fields here: boto3's own chain reads them (environment, profile, instance role); so does MLflow's.
+"""
+
+import errno
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+TRACKING_URI = "MLFLOW_TRACKING_URI"
+ENDPOINT_S3 = "AWS_ENDPOINT_URL_S3"
+ENDPOINT = "AWS_ENDPOINT_URL"
+BUCKET = "ELASTIC_BUCKET"
+HOME = "ELASTIC_HOME"
+ENCRYPTION = "ELASTIC_S3_SSE"
+KMS_KEY = "ELASTIC_S3_SSE_KMS_KEY_ID"
+
+ENCRYPTIONS = ("none", "AES256", "aws:kms", "aws:kms:dsse")
+
+_BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_USERINFO = re.compile(r"(?<=://)[^\s/?#]*@")
+# SQLAlchemy accepts an unescaped "/" in a password; "host:5000/" is a port, not one.
+_USERINFO_WITH_SLASH = re.compile(r"(?<=://)[^\s/@:?#]*:(?!\d+(?:/|$))[^\s@]*@")
+_SECRET_PARAMETER = re.compile(
+    r"(?i)([?&][^=&\s]*(?:signature|credential|token|password|passwd|secret|key|sig)[^=&\s]*=)[^&\s\"']*"
+)
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+class ServiceError(RuntimeError):
+    """An outside service (S3, MLflow, an embedded server) failed or refused; one line, free of secrets.
+
+    `transient` tells whether the same call may succeed later: network, 5xx, throttling, a full disk.
+    """
+
+    def __init__(self, message: str, *, transient: bool = False) -> None:
+        super().__init__(message)
+        self.transient = transient
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether a retry may help; the first ServiceError, network fault or full disk in the chain of causes decides."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, ServiceError):
+            return seen.transient
+        if isinstance(seen, ConnectionError | TimeoutError):
+            return True
+        if isinstance(seen, OSError) and seen.errno in _DISK_FULL:
+            return True
+        seen = seen.__cause__
+    return False
+
+
+def redact(text: str) -> str:
+    """`text` with the secrets of every URL in it hidden: user and password, signatures and tokens in a query."""
+    text = _USERINFO.sub("***@", text)
+    text = _USERINFO_WITH_SLASH.sub("***@", text)
+    return _SECRET_PARAMETER.sub(r"\1***", text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The machine's side of a run. `bucket` is "" where only reading by URI is wanted; no endpoint means AWS itself."""
+
+    tracking_uri: str
+    bucket: str
+    endpoint_url: str | None = None
+    home: Path = Path(".elastic")
+    encryption: str = "none"
+    kms_key_id: str | None = None
+
+    def __post_init__(self) -> None:
+        scheme = self.tracking_uri.partition("://")[0]
+        if scheme in ("", "file", self.tracking_uri):
+            shown = redact(self.tracking_uri)
+            raise ValueError(
+                f"{TRACKING_URI}={shown!r} is not a server or database URI; use http://..., or sqlite:///..."
+            )
+        if self.bucket and not _BUCKET_NAME.fullmatch(self.bucket):
+            raise ValueError(
+                f"{BUCKET}={self.bucket!r} is not a bucket name: 3-63 of a-z 0-9 . - and no s3:// before it"
+            )
+        if self.endpoint_url and not self.endpoint_url.startswith(("http://", "https://")):
+            shown = redact(self.endpoint_url)
+            raise ValueError(f"{ENDPOINT_S3}={shown!r} is not a URL; write http://host:port or https://host")
+        if self.encryption not in ENCRYPTIONS:
+            raise ValueError(f"{ENCRYPTION}={self.encryption!r} is unknown; use one of {', '.join(ENCRYPTIONS)}")
+        if self.kms_key_id and not self.encryption.startswith("aws:kms"):
+            raise ValueError(f"{KMS_KEY} is set but {ENCRYPTION} is {self.encryption!r}; set {ENCRYPTION}=aws:kms")
+
+    def __repr__(self) -> str:
+        endpoint = redact(self.endpoint_url) if self.endpoint_url else None
+        return (
+            f"Settings(tracking_uri={redact(self.tracking_uri)!r}, bucket={self.bucket!r}, endpoint_url={endpoint!r}, "
+            f"home={str(self.home)!r}, encryption={self.encryption!r}, kms_key_id={self.kms_key_id!r})"
+        )
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ, *, need_bucket: bool = True) -> "Settings":
+        """Read the settings; a required variable that is unset or empty is a ValueError that names it and the remedy.
+
+        `need_bucket=False` suits readers (`elastic pull`), to whom the registry gives full s3:// URIs.
+        """
+        bucket = environ.get(BUCKET, "")
+        if need_bucket:
+            bucket = _required(environ, BUCKET, "the bucket that holds the families, for example models")
+        return cls(
+            tracking_uri=_required(environ, TRACKING_URI, "MLflow's URI, for example http://mlflow:5000"),
+            bucket=bucket,
+            endpoint_url=environ.get(ENDPOINT_S3) or environ.get(ENDPOINT) or None,
+            home=home_directory(environ),
+            encryption=environ.get(ENCRYPTION) or "none",
+            kms_key_id=environ.get(KMS_KEY) or None,
+        )
+
+
+def home_directory(environ: Mapping[str, str] = os.environ) -> Path:
+    """The state directory, absolute, so that processes with other working directories mean the same one."""
+    return Path(environ.get(HOME) or ".elastic").expanduser().absolute()
+
+
+def _required(environ: Mapping[str, str], name: str, meaning: str) -> str:
+    value = environ.get(name, "")
+    if not value:
+        raise ValueError(f"{name} is not set: export {meaning}, or use `elastic run`, which starts its own services")
+    return value

@@ -1,0 +1,102 @@
+"""What every step of the pipeline shares: its cache key, its retries, and its place in the workspace.
+
+A step's key is made of its inputs' content and of the code that computes it, so that running again after a change
+starts at the first step that the change reaches.
+"""
+
+import hashlib
+import inspect
+import json
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ParamSpec, TypeVar
+
+from prefect import Task, task
+from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.tasks import exponential_backoff
+
+from tasks.records import Artifact
+from tasks.settings import is_transient
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Says where results go, not what they are: no part of a key.
+WORKSPACE = "workspace"
+
+
+def step(*code: ModuleType) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """Make a function a step: persisted, cached by content, retried after transient faults.
+
+    `code` names the modules whose source is part of the key, beside the function's own.
+    """
+
+    def decorate(function: Callable[P, R]) -> Task[P, R]:
+        own = inspect.getmodule(function)
+        modules = (*code, own) if own else code
+
+        def key(context: Any, parameters: Mapping[str, Any]) -> str:
+            inputs = {name: value for name, value in parameters.items() if name != WORKSPACE}
+            return fingerprint(function.__name__, code_digest(*modules), inputs)
+
+        return task(
+            function,
+            persist_result=True,
+            result_serializer="json",
+            cache_policy=CacheKeyFnPolicy(cache_key_fn=key),
+            retries=5,
+            retry_delay_seconds=exponential_backoff(2),
+            retry_jitter_factor=0.5,
+            retry_condition_fn=_is_worth_retrying,
+        )
+
+    return decorate
+
+
+def _is_worth_retrying(task: Any, run: Any, state: Any) -> bool:
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, BaseException) and is_transient(error)
+
+
+def fingerprint(*values: Any) -> str:
+    """SHA-256 over values by content: an Artifact counts by its digest, a dataclass by its fields."""
+    text = json.dumps([_content(value) for value in values], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _content(value: Any) -> Any:
+    if isinstance(value, Artifact):
+        return value.digest
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _content(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): _content(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_content(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def code_digest(*modules: ModuleType) -> str:
+    """SHA-256 over the source of modules."""
+    return hashlib.sha256("".join(inspect.getsource(module) for module in modules).encode()).hexdigest()
+
+
+def new_directory(workspace: str, name: str) -> Path:
+    """A path in the workspace that nothing has yet; the step writes it whole or not at all."""
+    root = Path(workspace)
+    root.mkdir(parents=True, exist_ok=True)
+    return root / f"{name}-{secrets.token_hex(4)}"
+
+
+def artifact(directory: Path) -> Artifact:
+    """A finished directory as an artifact, with the digest over its files' names and bytes."""
+    total = hashlib.sha256()
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            total.update(f"{path.relative_to(directory)}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return Artifact(path=str(directory), digest=total.hexdigest())

@@ -1,0 +1,86 @@
+"""The teacher: fetched from where it lies, or trained from nothing for recipes that have none."""
+
+import logging
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+
+from elastic_core import checkpoint, curriculum, job, losses, model, train
+from elastic_core.config import DataConfig, Distillation, ModelConfig, Pretraining
+from elastic_core.job import TrainJob
+from elastic_core.model import ElasticNemotronH
+from elastic_core.shards import staged_directory
+from tasks import artifacts, data, tokenizer
+from tasks.progress import stage_progress
+from tasks.records import Artifact
+from tasks.settings import Settings
+from tasks.steps import artifact, fingerprint, new_directory, step
+from tasks.training import train as run_training
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+
+
+@step(checkpoint)
+def fetch_teacher(path: str, workspace: str) -> Artifact:
+    """Bring a stock Nemotron-H checkpoint here from a directory, `s3://` or the Hub, and check it as a whole."""
+    if path.startswith("s3://"):
+        directory = new_directory(workspace, "teacher")
+        artifacts.download_prefix(artifacts.open_store(Settings.from_environment()), path, directory)
+    elif Path(path).is_dir():
+        directory = Path(path).absolute()
+    else:
+        directory = Path(snapshot_download(path, allow_patterns=CHECKPOINT_FILES))
+    config = checkpoint.open_checkpoint(directory).config
+    data.check_tokenizer(directory, config.vocab_size)
+    logger.info("teacher %s: %d layers, hidden size %d", path, config.num_layers, config.hidden_size)
+    return artifact(directory)
+
+
+@step(tokenizer)
+def train_tokenizer(pretraining: Pretraining, corpus: DataConfig, workspace: str) -> Artifact:
+    """A tokenizer of exactly the model's vocabulary, trained on the recipe's own documents."""
+    directory = new_directory(workspace, "tokenizer")
+    texts = data.iter_texts(corpus, fetch=data.fetch_from_s3)
+    with staged_directory(directory) as staging:
+        tokenizer.train_tokenizer(
+            texts, staging, vocab_size=pretraining.model.vocab_size, max_bytes=pretraining.tokenizer_bytes
+        )
+    return artifact(directory)
+
+
+@step(checkpoint, curriculum, job, losses, model, train)
+def pretrain_teacher(
+    pretraining: Pretraining, tokenizer: Artifact, corpus: Artifact, dtype: str, seed: int, workspace: str
+) -> Artifact:
+    """Train the recipe's own teacher by cross-entropy, with the loop that distils."""
+    work = Path(workspace) / f"pretrain-{fingerprint(pretraining, tokenizer, corpus, dtype, seed)[:16]}"
+    start, output = work / "start", work / "checkpoint"
+    if not start.exists():
+        write_fresh_model(start, pretraining.model, Path(tokenizer.path), seed)
+    stage = pretraining.stage()
+    with stage_progress(stage) as on_step:
+        run_training(
+            TrainJob(
+                stage=stage,
+                distillation=Distillation(kl_weight=0.0, ce_weight=1.0),
+                student=str(start),
+                teacher=None,
+                tokens=str(Path(corpus.path) / data.TRAIN_FILE),
+                work=str(work),
+                output=str(output),
+                dtype=dtype,
+                seed=seed,
+            ),
+            on_step=on_step,
+        )
+    return artifact(output)
+
+
+def write_fresh_model(directory: Path, config: ModelConfig, tokenizer: Path, seed: int) -> None:
+    """An untrained checkpoint, with the tokenizer's files beside it."""
+    fresh = ElasticNemotronH(config)
+    fresh.initialise(torch.Generator().manual_seed(seed))
+    checkpoint.write_weights(directory, config, fresh.state_dict(), torch.float32, source=tokenizer)

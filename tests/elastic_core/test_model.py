@@ -1,0 +1,261 @@
+"""C1 and C3: one model, many widths, and every form of a subnet gives the same logits at its own cost."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import NemotronHForCausalLM
+
+from elastic_core.checkpoint import load_weights, read_config
+from elastic_core.config import ATTENTION, MAMBA, Axes, ModelConfig
+from elastic_core.curriculum import generator
+from elastic_core.generate import decode
+from elastic_core.model import Cache, ElasticNemotronH
+from elastic_core.reorder import random_order, reorder_weights
+from elastic_core.router import ElasticModel, soft_subnet
+from elastic_core.slicing import slice_checkpoint, slice_weights
+from elastic_core.subnet import Masks, Subnet, full_subnet, keep_layers, sliced_config
+
+FLOAT32_AGAINST_STOCK = 1e-5  # transformers computes norms and the scan in float32, whatever the dtype
+FLOAT64_OWN_FORMS = 1e-12  # the same sums in another order
+
+AXES = Axes(
+    hidden=(48, 40, 24),
+    ffn=(40, 32, 16),
+    mamba_heads=(12, 8, 4),
+    mamba_head_dim=(6, 4),
+    attention_heads=(6, 4, 2),
+    depth=(8, 6, 5),
+)
+RANKING = (0, 3, 1, 4, 5, 2, 7, 6)
+UNIFORM = {
+    "full": (48, 40, 12, 6, 6, 8),
+    "hidden": (24, 40, 12, 6, 6, 8),
+    "ffn": (48, 16, 12, 6, 6, 8),
+    "mamba_heads": (48, 40, 4, 6, 6, 8),
+    "mamba_head_dim": (48, 40, 12, 4, 6, 8),
+    "attention_heads": (48, 40, 12, 6, 2, 8),
+    "depth": (48, 40, 12, 6, 6, 5),
+    "every axis": (40, 32, 8, 4, 4, 6),
+    "smallest": (24, 16, 4, 4, 2, 5),
+}
+
+
+def uniform(config: ModelConfig, hidden: int, ffn: int, heads: int, head_dim: int, queries: int, depth: int) -> Subnet:
+    return Subnet(
+        hidden=hidden,
+        ffn=(ffn,) * len(config.layers_of("-")),
+        mamba_heads=(heads,) * len(config.layers_of(MAMBA)),
+        mamba_head_dim=head_dim,
+        attention_heads=(queries,) * len(config.layers_of(ATTENTION)),
+        layers=keep_layers(RANKING, depth),
+    )
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def tokens(config: ModelConfig, batch: int = 2, length: int = 19) -> torch.Tensor:
+    return torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def load(directory: Path, dtype: torch.dtype) -> ElasticNemotronH:
+    model = ElasticNemotronH(read_config(directory), backend="torch")
+    model.load_state_dict(load_weights(directory))
+    return model.to(dtype)
+
+
+@pytest.fixture(scope="module")
+def tiny_checkpoint(tmp_path_factory, stock_model) -> Path:
+    """Weights of a trained model's size: with larger ones the layers magnify float32's own rounding past 1e-5."""
+    directory = tmp_path_factory.mktemp("stock") / "calm"
+    stock = stock_model()
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter.mul_(0.5 if parameter.ndim == 2 else 1.0)
+    stock.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Path) -> ElasticNemotronH:
+    return load(tiny_checkpoint, torch.float64)
+
+
+def logits(model: ElasticNemotronH, subnet: Subnet, masks: Masks | None = None) -> torch.Tensor:
+    with torch.no_grad():
+        return model.logits(model(tokens(model.config), subnet, masks))
+
+
+def cut(model: ElasticNemotronH, subnet: Subnet) -> ElasticNemotronH:
+    sliced = ElasticNemotronH(sliced_config(model.config, subnet), backend="torch").to(torch.float64)
+    sliced.load_state_dict(slice_weights(model.state_dict(), subnet, model.config))
+    return sliced
+
+
+def stock_logits(directory: Path) -> torch.Tensor:
+    stock, info = NemotronHForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    with torch.no_grad():
+        return stock.eval()(tokens(read_config(directory))).logits
+
+
+@pytest.mark.parametrize("sizes", UNIFORM.values(), ids=UNIFORM.keys())
+def test_a_subnet_equals_its_slice_in_stock_transformers(sizes, tiny_checkpoint, tmp_path):
+    model = load(tiny_checkpoint, torch.float32)
+    subnet = uniform(model.config, *sizes)
+    slice_checkpoint(tiny_checkpoint, subnet, tmp_path / "slice")
+    assert difference(logits(model, subnet), stock_logits(tmp_path / "slice")) < FLOAT32_AGAINST_STOCK
+
+
+def test_a_subnet_with_ffn_per_layer_equals_its_padded_slice_in_stock_transformers(tiny_checkpoint, tmp_path):
+    model = load(tiny_checkpoint, torch.float32)
+    subnet = replace(uniform(model.config, 40, 32, 8, 4, 4, 8), ffn=(16, 40, 32))
+    slice_checkpoint(tiny_checkpoint, subnet, tmp_path / "slice", pad_ffn=True)
+    assert difference(logits(model, subnet), stock_logits(tmp_path / "slice")) < FLOAT32_AGAINST_STOCK
+
+
+@pytest.mark.parametrize("sizes", UNIFORM.values(), ids=UNIFORM.keys())
+def test_a_subnet_equals_its_slice(sizes, model):
+    subnet = uniform(model.config, *sizes)
+    sliced = cut(model, subnet)
+    assert difference(logits(model, subnet), logits(sliced, full_subnet(sliced.config))) < FLOAT64_OWN_FORMS
+
+
+def one_hot_choice(elastic: ElasticModel, subnet: Subnet) -> dict[str, torch.Tensor]:
+    values = {
+        "hidden": [subnet.hidden],
+        "ffn": subnet.ffn,
+        "mamba_heads": subnet.mamba_heads,
+        "mamba_head_dim": [subnet.mamba_head_dim],
+        "attention_heads": subnet.attention_heads,
+        "depth": [subnet.depth],
+    }
+    return {
+        axis: torch.stack(
+            [
+                torch.tensor([float(choice == value) for choice in elastic.axes.choices(axis)], dtype=torch.float64)
+                for value in list(values[axis])[: elastic.rows(axis)]
+            ]
+        )
+        for axis in Axes.NAMES
+    }
+
+
+def masks_over_full(elastic: ElasticModel, probabilities: dict[str, torch.Tensor]) -> tuple[Subnet, Masks]:
+    """The masks of a choice over the whole model: every choice keeps the least of weight, then the exact one-hot."""
+    everywhere = {axis: torch.full_like(p, 1e-9) for axis, p in probabilities.items()}
+    subnet, _ = soft_subnet(elastic, everywhere)
+    assert subnet == full_subnet(elastic.config)
+    _, enclosing = soft_subnet(elastic, everywhere)
+    _, exact = soft_subnet(elastic, probabilities)
+
+    def widen(mask: torch.Tensor, over: torch.Tensor) -> torch.Tensor:
+        return torch.cat([mask, torch.zeros(len(over) - len(mask), dtype=mask.dtype)])
+
+    return subnet, Masks(
+        hidden_D=widen(exact.hidden_D, enclosing.hidden_D),
+        ffn_F=tuple(map(widen, exact.ffn_F, enclosing.ffn_F)),
+        mamba_heads_R=tuple(map(widen, exact.mamba_heads_R, enclosing.mamba_heads_R)),
+        mamba_head_dim_P=widen(exact.mamba_head_dim_P, enclosing.mamba_head_dim_P),
+        query_heads_R=tuple(map(widen, exact.query_heads_R, enclosing.query_heads_R)),
+        layers_L=exact.layers_L,
+    )
+
+
+@pytest.mark.parametrize("sizes", UNIFORM.values(), ids=UNIFORM.keys())
+def test_a_one_hot_mask_over_the_full_width_equals_the_subnet(sizes, model):
+    elastic = ElasticModel(model.config, AXES.bind(model.config), RANKING)
+    subnet = uniform(model.config, *sizes)
+    enclosing, masks = masks_over_full(elastic, one_hot_choice(elastic, subnet))
+    assert difference(logits(model, enclosing, masks), logits(model, subnet)) < FLOAT64_OWN_FORMS
+
+
+def test_masks_with_sizes_per_layer_equal_the_subnet(model):
+    axes = AXES.bind(model.config)
+    axes = replace(axes, per_layer=("ffn", "mamba_heads", "attention_heads"))
+    elastic = ElasticModel(model.config, axes, RANKING)
+    subnet = replace(
+        uniform(model.config, 40, 32, 8, 4, 4, 8), ffn=(16, 40, 32), mamba_heads=(4, 12, 8), attention_heads=(2, 6)
+    )
+    enclosing, masks = masks_over_full(elastic, one_hot_choice(elastic, subnet))
+    assert difference(logits(model, enclosing, masks), logits(model, subnet)) < FLOAT64_OWN_FORMS
+
+
+def test_soft_masks_run_at_the_largest_choice_with_weight(model):
+    elastic = ElasticModel(model.config, AXES.bind(model.config), RANKING)
+    probabilities = one_hot_choice(elastic, uniform(model.config, *UNIFORM["smallest"]))
+    probabilities["hidden"] = torch.tensor([[0.0, 0.25, 0.75]], dtype=torch.float64)
+    subnet, masks = soft_subnet(elastic, probabilities)
+    assert subnet == uniform(model.config, 40, 16, 4, 4, 2, 5)
+    assert masks.hidden_D.tolist() == [1.0] * 24 + [0.25] * 16
+
+
+@pytest.mark.parametrize("sizes", UNIFORM.values(), ids=UNIFORM.keys())
+def test_forward_and_backward_at_a_subnet_cost_what_its_slice_costs(sizes, model):
+    subnet = uniform(model.config, *sizes)
+    sliced = cut(model, subnet)
+
+    def flops(model: ElasticNemotronH, subnet: Subnet) -> int:
+        with FlopCounterMode(display=False) as counter:
+            model.logits(model(tokens(model.config), subnet)).sum().backward()
+        model.zero_grad()
+        return counter.get_total_flops()
+
+    assert flops(model, subnet) == flops(sliced, full_subnet(sliced.config))
+
+
+def test_gradients_at_a_subnet_are_those_of_its_slice_and_zero_elsewhere(model):
+    subnet = uniform(model.config, *UNIFORM["every axis"])
+    sliced = cut(model, subnet)
+    model.logits(model(tokens(model.config), subnet)).square().mean().backward()
+    sliced.logits(sliced(tokens(model.config), full_subnet(sliced.config))).square().mean().backward()
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    for name, kept in slice_weights(gradients, subnet, model.config).items():
+        expected = sliced.get_parameter(name).grad
+        assert torch.allclose(kept, expected, rtol=1e-9, atol=FLOAT64_OWN_FORMS), name
+    total = sum(float(g.abs().sum()) for g in gradients.values())
+    inside = sum(float(g.abs().sum()) for g in slice_weights(gradients, subnet, model.config).values())
+    assert total == pytest.approx(inside, rel=1e-12)
+
+
+def test_reordering_leaves_the_function_unchanged(model):
+    reordered = ElasticNemotronH(model.config, backend="torch").to(torch.float64)
+    order = random_order(model.config, generator(0, "order"))
+    reordered.load_state_dict(reorder_weights(model.state_dict(), order, model.config))
+    full = full_subnet(model.config)
+    assert difference(logits(reordered, full), logits(model, full)) < FLOAT64_OWN_FORMS
+    assert not torch.equal(reordered.embeddings.weight, model.embeddings.weight)
+
+
+@pytest.mark.parametrize("name", ["full", "every axis", "smallest"])
+def test_decoding_with_caches_gives_the_logits_of_reading_the_whole_text(name, model):
+    subnet, text = uniform(model.config, *UNIFORM[name]), tokens(model.config)
+    cache = Cache()
+    with torch.no_grad():
+        pieces = [model.logits(model(piece, subnet, cache=cache)) for piece in text.split([7, 1, 1, 3, 1, 6], dim=1)]
+    assert difference(torch.cat(pieces, dim=1), logits(model, subnet)) < FLOAT64_OWN_FORMS
+
+
+def test_a_switch_in_mid_generation_says_what_the_new_budget_would_have_said(model):
+    small, full = uniform(model.config, *UNIFORM["smallest"]), full_subnet(model.config)
+    prompt = tokens(model.config)
+    switched = list(decode(model, prompt, small, max_new_tokens=12, switch={5: full}))
+    first = list(decode(model, prompt, small, max_new_tokens=5))
+    rest = list(decode(model, torch.cat([prompt, torch.stack(first, 1)], 1), full, max_new_tokens=7))
+    assert torch.equal(torch.stack(switched), torch.stack(first + rest))
+
+
+def test_fresh_weights_are_a_function_of_the_generator(tiny_config):
+    first, second = ElasticNemotronH(tiny_config), ElasticNemotronH(tiny_config)
+    first.initialise(generator(3))
+    second.initialise(generator(3))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    loss = torch.nn.functional.cross_entropy(
+        logits(first, full_subnet(tiny_config)).flatten(0, 1), tokens(tiny_config).flatten()
+    )
+    assert float(loss) == pytest.approx(torch.log(torch.tensor(float(tiny_config.vocab_size))).item(), rel=0.05)
