@@ -12,7 +12,7 @@ from torch import Tensor
 
 from elastic_core.config import ATTENTION, MAMBA, ModelConfig
 from elastic_core.kernels import select_backend
-from elastic_core.model import Attention, ElasticNemotronH, FeedForward, MambaMixer
+from elastic_core.model import Attention, ElasticNemotronH, FeedForward, Layer, MambaMixer
 from elastic_core.reorder import Order
 from elastic_core.subnet import full_subnet
 
@@ -54,6 +54,7 @@ def width_scores(model: ElasticNemotronH, batches: Iterable[Tensor]) -> WidthSco
     for tokens_BT in batches:
         x_BTD = model.embeddings(tokens_BT.to(device))
         for index, layer in enumerate(model.layers):
+            assert isinstance(layer, Layer)
             mixer, ordinal = layer.mixer, config.ordinal(index)
             normed_BTD = layer.norm(x_BTD)
             hidden_D += normed_BTD.abs().sum((0, 1))
@@ -108,7 +109,7 @@ def rank_layers(
 
     Each round bypasses every remaining layer j in turn, on top of those already removed, scores it by
     s_j = sum (M_full - M_-j)^2 / sum M_full^2 over the logits M, and removes the least important, until
-    `smallest_depth` layers remain; these are ordered by their scores in one last round.
+    `smallest_depth` layers remain; these are ordered by their scores in one last round. The last attention layer stays.
     """
     remaining = list(range(model.config.num_layers))
     removed: list[int] = []
@@ -118,13 +119,19 @@ def rank_layers(
     for done in range(rounds):
         scores = _removal_scores(model, batches, full_hidden, gram_DD, remaining)
         if done < rounds - 1:
-            least = min(remaining, key=lambda layer: scores[layer])
+            least = min(_removable(model.config, remaining), key=lambda layer: scores[layer])
             remaining.remove(least)
             removed.append(least)
         if progress is not None:
             progress(done + 1, rounds)
     ranked = sorted(remaining, key=lambda layer: -scores[layer])
     return (*ranked, *reversed(removed))
+
+
+def _removable(config: ModelConfig, remaining: Sequence[int]) -> list[int]:
+    """The layers that may go next: all but the last attention layer, without which engines' caches do not work."""
+    attention = [layer for layer in remaining if config.hybrid_override_pattern[layer] == ATTENTION]
+    return [layer for layer in remaining if attention != [layer]]
 
 
 def _removal_scores(

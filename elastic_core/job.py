@@ -191,12 +191,9 @@ def export(job: TrainJob, run: StageRun, family: checkpoint.Family | None) -> No
 
     def beside(directory: Path) -> None:
         if family is not None and run.router is not None:
-            checkpoint.write_family(
-                directory,
-                resolved_family(family, run.router, run.budgets),
-                order=shards.read_tensors(source / checkpoint.ORDER_FILE),
-                router=run.router.state_dict(),
-            )
+            shutil.copyfile(source / checkpoint.ORDER_FILE, directory / checkpoint.ORDER_FILE)
+            shards.write_tensors(directory / checkpoint.ROUTER_FILE, run.router.state_dict())
+            checkpoint.write_family(directory, resolved_family(family, run.router, run.budgets))
 
     checkpoint.write_weights(
         Path(job.output),

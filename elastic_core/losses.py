@@ -165,7 +165,6 @@ class _ChunkedLoss(torch.autograd.Function):
         dtype = torch.promote_types(head_VD.dtype, torch.float32) if several else head_VD.dtype
         grad_head_VD = head_VD.new_zeros(head_VD.shape, dtype=dtype) if needs_head else None
         total, kl, cross_entropy = _sum_chunks(hidden_TD, head_VD, task, grad_hidden_TD, grad_head_VD)
-        ctx.head_dtype = head_VD.dtype
         ctx.save_for_backward(grad_hidden_TD, grad_head_VD)
         ctx.mark_non_differentiable(kl, cross_entropy)
         return total, kl, cross_entropy
@@ -173,14 +172,13 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        # In place: no second copy of the head. A second backward pass would scale twice, but autograd refuses it, since
-        # it keeps the version of what it saved.
-        grad_hidden_TD, grad_head_VD = ctx.saved_tensors
-        if grad_hidden_TD is not None:
-            grad_hidden_TD.mul_(grad_total)
-        if grad_head_VD is not None:
-            grad_head_VD = grad_head_VD.mul_(grad_total).to(ctx.head_dtype)
-        return grad_hidden_TD, grad_head_VD, None
+        # In place, to spare a copy of the head. A second backward pass would scale twice, but autograd refuses it: it
+        # checks the version of what it saved. It also casts what is returned to the dtype of the input.
+        gradients = ctx.saved_tensors
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(grad_total)
+        return *gradients, None
 
 
 @torch.no_grad()

@@ -47,8 +47,9 @@ def group_prefix(weight: Tensor, dim: int, layout: tuple[int, int, int], heads: 
     """
     if layout[1:] == (heads, channels):
         return weight
-    grouped = weight.unflatten(dim, layout)
-    return grouped.narrow(dim + 1, 0, heads).narrow(dim + 2, 0, channels).flatten(dim, dim + 2)
+    grouped: Tensor = weight.unflatten(dim, layout)
+    kept: Tensor = grouped.narrow(dim + 1, 0, heads).narrow(dim + 2, 0, channels).flatten(dim, dim + 2)
+    return kept
 
 
 class RMSNorm(nn.Module):
@@ -174,7 +175,8 @@ class Attention(nn.Module):
         in_group = subnet.attention_heads[self.ordinal] // kv_heads
 
         def project(weight: Tensor) -> Tensor:
-            return F.linear(x_BTD, prefix(weight, hidden, 1)).unflatten(-1, (-1, head_dim)).transpose(1, 2)
+            heads: Tensor = F.linear(x_BTD, prefix(weight, hidden, 1)).unflatten(-1, (-1, head_dim))
+            return heads.transpose(1, 2)
 
         q_BQTE = project(group_prefix(self.q_proj.weight, 0, layout, in_group, head_dim))
         k_BKTE, v_BKTE = project(self.k_proj.weight), project(self.v_proj.weight)
@@ -229,7 +231,7 @@ class Layer(nn.Module):
         self, x_BTD: Tensor, subnet: Subnet, masks: Masks | None, cache: Cache | None, backend: Backend
     ) -> Tensor:
         mask_D = masks.hidden_D if masks else None
-        update = self.mixer(self.norm(x_BTD, mask_D), subnet, masks, cache, backend)
+        update: Tensor = self.mixer(self.norm(x_BTD, mask_D), subnet, masks, cache, backend)
         if masks is not None:
             update = update * (masks.layers_L[self.index] * masks.hidden_D).to(update.dtype)
         return x_BTD + update
@@ -262,7 +264,8 @@ class ElasticNemotronH(nn.Module):
             x_BTD = self.layers[index](x_BTD, subnet, masks, cache, backend)
         if cache is not None:
             cache.tokens += tokens_BT.shape[1]
-        return self.norm_f(x_BTD, masks.hidden_D if masks else None)
+        hidden_BTD: Tensor = self.norm_f(x_BTD, masks.hidden_D if masks else None)
+        return hidden_BTD
 
     def head_weight(self, hidden: int) -> Tensor:
         """The output head over the first `hidden` channels, (V, hidden)."""

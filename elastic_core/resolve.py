@@ -8,10 +8,11 @@ knapsack, a small mixed-integer program.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from math import inf
+from math import gcd, inf
 
 import numpy as np
 import torch
+from scipy.linalg import block_diag
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from elastic_core.config import Budget
 from elastic_core.router import KIND_OF_AXIS, ElasticModel, Router
 from elastic_core.subnet import Subnet, full_subnet, is_nested, keep_layers, smallest_subnet
 
-# A subnet for a size between the trained budgets uses at least this share of its target, where any can.
+# A subnet for a size between the trained budgets uses at least this share of its target, or of what any can use of it.
 USED_SHARE = 0.98
 
 LogProbabilities = Mapping[str, Tensor]
@@ -91,11 +92,11 @@ def resolve_target(router: Router, resolved: Sequence[Subnet], target: int) -> S
     else:
         budget = router.one_hot(above[-1] if above else below[0])
     scores = _log_probabilities(router, budget)
-    for least in (int(USED_SHARE * target), 0):
-        found = _best(elastic, scores, least, target, inner, outer)
-        if found is not None:
-            return found
-    raise AssertionError(f"no subnet within {target} parameters, though the inner neighbour fits")
+    least = int(USED_SHARE * target)
+    while (found := _best(elastic, scores, least, target, inner, outer)) is None:
+        assert least > 0, f"no subnet within {target} parameters, though the inner neighbour fits"
+        least = int(USED_SHARE * least)  # none comes that near to the target, so look a little lower
+    return found
 
 
 def _check_target(elastic: ElasticModel, name: str, target: int) -> None:
@@ -179,34 +180,35 @@ def _layer_params(elastic: ElasticModel, choice: _Global, axis: str, value: int)
 
 
 def _knapsack(rows: Sequence[Sequence[_Option]], least: int, most: int) -> list[_Option] | None:
-    """One option of each row, of greatest total log-probability, with `least` to `most` parameters in all."""
+    """One option of each row, of greatest total log-probability, with `least` to `most` parameters in all.
+
+    The solver takes a value within 1e-6 of a whole number for whole, so it is given small numbers: parameters above
+    each row's smallest option, in units of their common divisor. What still slips over `most` is refused.
+    """
     options = [option for row in rows for option in row]
-    params = np.array([option.params for option in options], dtype=np.float64)
-    gains = np.array([option.log_probability for option in options])
-    one_of_each_row = np.zeros((len(rows), len(options)))
-    start = 0
-    for i, row in enumerate(rows):
-        one_of_each_row[i, start : start + len(row)] = 1
-        start += len(row)
-    scale = max(most, 1)
-    cap = most
+    smallest = [min(option.params for option in row) for row in rows]
+    above = [option.params - low for row, low in zip(rows, smallest, strict=True) for option in row]
+    unit, floor = max(1, gcd(*above)), sum(smallest)
+    one_of_each_row = block_diag(*[np.ones((1, len(row))) for row in rows])
+    units, margin = np.array([[params // unit for params in above]]), 0
     while True:
         solution = milp(
-            -gains,
+            [-option.log_probability for option in options],
             integrality=np.ones(len(options)),
             bounds=Bounds(0, 1),
             constraints=[
                 LinearConstraint(one_of_each_row, 1, 1),
-                LinearConstraint(params[None] / scale, max(least, 0) / scale, cap / scale),
+                LinearConstraint(units, -((floor - least) // unit) - 0.5, (most - floor) // unit + 0.5 - margin),
             ],
+            options={"mip_rel_gap": 0},
         )
         if solution.x is None:
             return None
         picked = [option for option, x in zip(options, solution.x, strict=True) if x > 0.5]
-        total = sum(option.params for option in picked)
-        if total <= most:
+        over = sum(option.params for option in picked) - most
+        if over <= 0:
             return picked
-        cap -= total - most  # the solver's tolerance let a few parameters through
+        margin = 2 * margin + over // unit + 1
 
 
 def _subnet(

@@ -1,13 +1,16 @@
-"""The Mamba-2 mixer's tensor functions in plain PyTorch: scan, decoding step, convolution, gated norm.
+"""The tensor functions of a Mamba-2 mixer in plain PyTorch: scan, decoding step, convolution, gated norm.
 
 The scan is the chunked form of structured state space duality, SSD (arXiv 2405.21060, section 6 and listing 1).
-Per head, with a state S of P x N values, input x, output y, and dt > 0, A < 0:
+Per head, with a state S of P x N values, an input x, an output y, dt > 0 and A < 0:
 
     S_t = exp(dt_t A) S_(t-1) + dt_t x_t B_t^T
     y_t = S_t C_t + D x_t
 
-Letters beyond the package's legend: L and S, the tokens of one chunk as targets and as sources; R, the heads of one
-group (H = G R, head h in group h // R); M = R P, the channels of one group; I = H P, all channels of the mixer.
+Letters beyond the package's legend: L and S, the tokens of one chunk as targets and as sources; R = H / G, the heads
+of one group (head h belongs to group h // R); M = R P, the channels of one group; I = H P, all channels of the mixer.
+In `causal_conv`, C is its channels and K its taps.
+
+Everything is computed in float32, or in float64 where the input is float64, and returned in the input's dtype.
 
 On a CPU these functions are bound by memory, not by arithmetic. They therefore walk over short runs of tokens, whose
 intermediate tensors stay in the cache from one operation to the next, forward and backward.
@@ -19,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# About 1 MiB of float32: what one core's cache holds while an expression of a few operations runs over it.
+# 1 MiB of float32: what a core's cache holds while an expression of a few operations runs over it.
 _SEGMENT_VALUES = 2**18
 
 
@@ -36,24 +39,24 @@ def ssd_scan(
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence over a sequence; return y_BTHP and the state after the last token.
 
-    `dt_BTH` is positive (softplus and clamp are done) and `A_H` negative. The result does not depend on `chunk_size`,
-    the largest number of tokens computed at once; cost per token is least near 64 on a CPU. T may be any length.
-    Computes and returns the state in float32 or, for float64 input, in float64; y has the dtype of x.
+    `dt_BTH` comes softplus-ed and clamped. The result does not depend on `chunk_size`, the largest number of tokens
+    computed at once: time and memory per token are least near 64 on a CPU. T may be any length from 1. The state that
+    is returned is never of lower precision than float32.
     """
     dtype = torch.promote_types(x_BTHP.dtype, torch.float32)
     A_H, D_H = A_H.to(dtype), D_H.to(dtype)
+    batch, tokens, heads, head_dim = x_BTHP.shape
     if initial_state_BHPN is None:
-        batch, _, heads, head_dim = x_BTHP.shape
         state_BHPN = x_BTHP.new_zeros(batch, heads, head_dim, B_BTGN.shape[-1], dtype=dtype)
     else:
         state_BHPN = initial_state_BHPN.to(dtype)
-    chunk = min(chunk_size, x_BTHP.shape[1])
-    future_SL = torch.full((chunk, chunk), -math.inf, dtype=dtype, device=x_BTHP.device).tril(-1)
+    chunk = min(chunk_size, tokens)
+    mask_SL = torch.full((chunk, chunk), -math.inf, dtype=dtype, device=x_BTHP.device).tril()
 
-    chunks = zip(*(t.split(chunk, dim=1) for t in (x_BTHP, dt_BTH, B_BTGN, C_BTGN)), strict=True)
     outputs = []
-    for x_BLHP, dt_BLH, B_BLGN, C_BLGN in chunks:
-        y_BLHP, state_BHPN = _scan_chunk(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, state_BHPN, future_SL)
+    sequences = (x_BTHP, dt_BTH, B_BTGN, C_BTGN)
+    for x_BLHP, dt_BLH, B_BLGN, C_BLGN in zip(*(torch.split(t, chunk, dim=1) for t in sequences), strict=True):
+        y_BLHP, state_BHPN = _scan_chunk(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, state_BHPN, mask_SL)
         outputs.append(y_BLHP)
     return torch.cat(outputs, dim=1), state_BHPN
 
@@ -66,12 +69,15 @@ def _scan_chunk(
     C_BLGN: Tensor,
     D_H: Tensor,
     state_BHPN: Tensor,
-    future_SL: Tensor,
+    mask_SL: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Scan the tokens of one chunk from `state_BHPN`; `future_SL` is -inf where source S is later than target L, else 0.
+    """Scan one chunk from the state before it; `mask_SL` is 0 where source S is before target L, else -inf.
 
-    Everything is laid out with tokens last, so that the heads of a group are the rows of one matrix: the products
-    with B and C are one matrix product per group, and nothing is repeated over heads.
+    Tokens are laid out last, so that the channels of a group are the rows of one matrix: every product with B or C is
+    one matrix product per group, and nothing is repeated over heads.
+
+    A token's decay to itself, 1, is never computed as exp(a - a): the gradients of the two terms would cancel only up
+    to rounding, and they are in proportion to dt.
     """
     dtype = state_BHPN.dtype
     tokens, groups = B_BLGN.shape[1:3]
@@ -80,25 +86,118 @@ def _scan_chunk(
     B_BGLN = B_BLGN.transpose(1, 2).to(dtype).contiguous()
     C_BGNL = C_BLGN.transpose(1, 2).to(dtype).contiguous().mT
     xdt_BHPL = x_BHPL * dt_BHL.unsqueeze(2)
-    log_decay_BHL = torch.cumsum(dt_BHL * A_H[:, None], dim=-1)
 
-    # 1. Intra-chunk: like attention, scores C_l . B_s times the decay from s to l, shared by the heads but for the decay.
-    # The mask is added before the exponential, for that of a future segment would overflow and its gradient be NaN.
-    segments_BHSL = (future_SL[:tokens, :tokens] - log_decay_BHL.unsqueeze(3)).add_(log_decay_BHL.unsqueeze(2))
+    # Logarithms of the decay by each token, from the chunk's start through it, and from after it to the chunk's end.
+    # Below the bound a decay is 0 anyway, but in a sum it would swamp the tokens that follow.
+    bound = math.log(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps) - 1
+    log_decay_BHL = (dt_BHL * A_H[:, None]).clamp(min=bound)
+    since_start_BHL = torch.cumsum(log_decay_BHL, dim=-1)
+    until_end_BHL = F.pad(log_decay_BHL[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
+
+    # 1. Intra-chunk: attention-like scores, computed once per group, times each head's decay from source to target.
+    # The mask goes before the exponential, which of a later source would overflow, and 0 * inf is NaN. A negation is
+    # added, for the backward of a subtraction would negate the large tensor instead.
     scores_BGSL = B_BGLN @ C_BGNL
-    weights_BGRSL = segments_BHSL.exp_().unflatten(1, (groups, -1)) * scores_BGSL.unsqueeze(2)
+    between_BHSL = (mask_SL[:tokens, :tokens] + (-since_start_BHL).unsqueeze(3)).add_(since_start_BHL.unsqueeze(2))
+    weights_BGRSL = torch.unflatten(between_BHSL.exp_(), 1, (groups, -1)) * scores_BGSL.unsqueeze(2)
     y_BHPL = xdt_BHPL @ weights_BGRSL.flatten(1, 2)
 
-    # 2. Chunk states: what this chunk adds to the state, each token decayed to the chunk's end.
-    total_BH1 = log_decay_BHL[..., -1:]
-    added_BHPL = xdt_BHPL * (total_BH1 - log_decay_BHL).exp().unsqueeze(2)
-    added_BGMN = added_BHPL.unflatten(1, (groups, -1)).flatten(2, 3) @ B_BGLN
+    # 2. Chunk state: what this chunk's tokens add, each decayed to the end of the chunk.
+    added_BGMN = _by_group(xdt_BHPL * until_end_BHL.exp().unsqueeze(2), groups) @ B_BGLN
 
-    # 3. Inter-chunk recurrence: the old state decays over the whole chunk.
-    new_state_BHPN = torch.addcmul(added_BGMN.view_as(state_BHPN), state_BHPN, total_BH1.exp().unsqueeze(3))
+    # 3. Inter-chunk recurrence: the state before the chunk decays over all of it.
+    whole_BH1 = since_start_BHL[..., -1:].exp()
+    new_state_BHPN = torch.addcmul(added_BGMN.view_as(state_BHPN), state_BHPN, whole_BH1.unsqueeze(3))
 
-    # 4. State to output: what targets read from the state at the chunk's start, and the skip connection.
-    read_BGML = state_BHPN.unflatten(1, (groups, -1)).flatten(2, 3) @ C_BGNL
-    y_BHPL = torch.addcmul(y_BHPL, read_BGML.view_as(y_BHPL), log_decay_BHL.exp().unsqueeze(2))
-    y_BHPL = torch.addcmul(y_BHPL, x_BHPL, D_H[:, None, None])
+    # 4. State to output: what each target reads of the state before the chunk. Then what it reads of itself, and D.
+    read_BGML = _by_group(state_BHPN, groups) @ C_BGNL
+    y_BHPL = torch.addcmul(y_BHPL, read_BGML.view_as(y_BHPL), since_start_BHL.exp().unsqueeze(2))
+    own_BGRL = torch.unflatten(dt_BHL, 1, (groups, -1)) * scores_BGSL.diagonal(dim1=2, dim2=3).unsqueeze(2)
+    y_BHPL = torch.addcmul(y_BHPL, x_BHPL, (own_BGRL.flatten(1, 2) + D_H[:, None]).unsqueeze(2))
     return y_BHPL.permute(0, 3, 1, 2).to(x_BLHP.dtype), new_state_BHPN
+
+
+def ssd_step(
+    x_BHP: Tensor,
+    dt_BH: Tensor,
+    A_H: Tensor,
+    B_BGN: Tensor,
+    C_BGN: Tensor,
+    D_H: Tensor,
+    state_BHPN: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Take one step of the recurrence (decoding); return y_BHP and the new state. The state given is left as it is."""
+    dtype = torch.promote_types(x_BHP.dtype, torch.float32)
+    groups = B_BGN.shape[1]
+    x, dt, A, B, C, D, state = (t.to(dtype) for t in (x_BHP, dt_BH, A_H, B_BGN, C_BGN, D_H, state_BHPN))
+
+    added_BGMN = _by_group(x * dt.unsqueeze(-1), groups).unsqueeze(-1) * B.unsqueeze(2)
+    new_state_BHPN = torch.addcmul(added_BGMN.view_as(state), state, torch.exp(dt * A)[..., None, None])
+    read_BGM1 = _by_group(new_state_BHPN, groups) @ C.unsqueeze(-1)
+    y_BHP = torch.addcmul(read_BGM1.view_as(x), x, D[:, None])
+    return y_BHP.to(x_BHP.dtype), new_state_BHPN
+
+
+def causal_conv(
+    x_BTC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, initial_BKC: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Causal depthwise convolution followed by SiLU; return y_BTC and the last K - 1 inputs.
+
+    `initial_BKC` holds the K - 1 inputs before the first token (zeros if None), oldest first. Passing the inputs
+    returned by one call as `initial_BKC` of the next goes on with the sequence. T may be any length from 1.
+    """
+    dtype = torch.promote_types(x_BTC.dtype, torch.float32)
+    taps = weight_CK.to(dtype).T.contiguous().unbind(0)
+    bias = x_BTC.new_zeros((), dtype=dtype) if bias_C is None else bias_C.to(dtype)
+    batch, _, channels = x_BTC.shape
+    recent_BKC = x_BTC.new_zeros(batch, len(taps) - 1, channels) if initial_BKC is None else initial_BKC
+
+    outputs = []
+    for segment_BTC in torch.split(x_BTC, _segment_tokens(x_BTC), dim=1):
+        tokens = segment_BTC.shape[1]
+        inputs_BTC = torch.cat([recent_BKC.to(x_BTC.dtype), segment_BTC], dim=1)
+        recent_BKC = inputs_BTC[:, tokens:]
+        y_BTC = bias
+        for offset, tap_C in enumerate(taps):
+            y_BTC = torch.addcmul(y_BTC, inputs_BTC[:, offset : offset + tokens].to(dtype), tap_C)
+        outputs.append(F.silu(y_BTC).to(x_BTC.dtype))
+    # A copy, for a cache that keeps the view would keep its whole segment.
+    return torch.cat(outputs, dim=1), recent_BKC.clone()
+
+
+def gated_rms_norm(
+    y_BTI: Tensor, gate_BTI: Tensor, weight_I: Tensor, n_groups: int, eps: float, mask: Tensor | None = None
+) -> Tensor:
+    """Normalise y * silu(gate) to a root mean square of 1 in each group of channels, then multiply by the weight.
+
+    A soft `mask` of channels in [0, 1], of shape I or (B, 1, I), multiplies them before the norm, and the mean of a
+    group is over sum(mask) channels. A mask of zeros and ones thus gives the kept channels what the norm of them alone
+    gives, and the others 0. Every group must keep the same total, more than 0, for a slice keeps equal groups.
+    """
+    dtype = torch.promote_types(y_BTI.dtype, torch.float32)
+    groups = (n_groups, y_BTI.shape[-1] // n_groups)
+    weight_GM = weight_I.to(dtype).view(groups)
+    mask_GM = None if mask is None else torch.unflatten(mask.to(dtype), -1, groups)
+    kept = groups[1] if mask_GM is None else mask_GM.sum(-1, keepdim=True)
+
+    outputs = []
+    segments = (torch.split(t, _segment_tokens(y_BTI), dim=1) for t in (y_BTI, gate_BTI))
+    for y_segment_BTI, gate_segment_BTI in zip(*segments, strict=True):
+        gated_BTGM = torch.unflatten(y_segment_BTI.to(dtype) * F.silu(gate_segment_BTI.to(dtype)), -1, groups)
+        if mask_GM is not None:
+            gated_BTGM = gated_BTGM * mask_GM
+        mean_square_BTG1 = gated_BTGM.square().sum(-1, keepdim=True) / kept
+        normed_BTGM = gated_BTGM * torch.rsqrt(mean_square_BTG1 + eps) * weight_GM
+        outputs.append(normed_BTGM.flatten(-2).to(y_BTI.dtype))
+    return torch.cat(outputs, dim=1)
+
+
+def _by_group(t_BHP: Tensor, groups: int) -> Tensor:
+    """Gather the channels of a group: (B, H, P, ...) to (B, G, M, ...)."""
+    return torch.unflatten(t_BHP, 1, (groups, -1)).flatten(2, 3)
+
+
+def _segment_tokens(t_BTC: Tensor) -> int:
+    """Choose how many tokens an elementwise expression covers at once: all of them except on a CPU."""
+    batch, tokens, channels = t_BTC.shape
+    return max(1, _SEGMENT_VALUES // (batch * channels)) if t_BTC.device.type == "cpu" else tokens

@@ -139,7 +139,7 @@ def train_stage(run: StageRun, start: int = 0) -> Iterator[StepMetrics]:
             first = micro_step * stage.micro_batch_size
             tokens = run.data.batch(rows[first : first + stage.micro_batch_size]).to(run.device)
             loss, micro = _micro_step(run, step, micro_step, name, tokens)
-            (loss / micro_steps).backward()  # type: ignore[no-untyped-call]
+            (loss / micro_steps).backward()
             tally.add(name, micro)
         gradient_norm = _clip(run)
         metrics = StepMetrics(

@@ -1,16 +1,161 @@
-"""The pipeline: a teacher goes in, a registered family comes out. Read the body of `elastify`; it is the plan."""
+"""The pipeline: a teacher goes in, a registered family comes out. The body of `elastify` is the plan."""
 
-from dataclasses import asdict
+from pathlib import Path
 
-from prefect import flow, unmapped
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
 
 from elastic_core.config import Recipe
-from tasks.data import prepare_data
+from tasks import report
+from tasks.data import read_record
 from tasks.distill import distill
 from tasks.evaluate import evaluate
-from tasks.promote import promote
+from tasks.prepare import prepare_data
+from tasks.promote import Verdict, promote
 from tasks.rank import rank_importance, reorder_teacher
 from tasks.records import Artifact, EvaluationRecord, Release
-from tasks.register import register
+from tasks.register import destination, open_tracking, register
+from tasks.settings import Settings
 from tasks.slice import slice_budget
+from tasks.sources import source_identity, teacher_identity
+from tasks.steps import run
 from tasks.teacher import fetch_teacher, pretrain_teacher, train_tokenizer
+
+
+@flow(name="elastify")
+def elastify(recipe: Recipe) -> tuple[EvaluationRecord, Release, Verdict]:
+    """Distil a teacher into a family of sizes, evaluate, slice and register it; every step resumes or is cached."""
+    settings = Settings.from_environment()
+    workspace, run_id = str(settings.home / "workspace"), open_tracking(recipe, settings)
+
+    teacher, corpus = prepare(recipe, workspace)
+    ranking = run(
+        rank_importance,
+        teacher=teacher,
+        corpus=corpus,
+        axes=recipe.axes,
+        settings=recipe.importance,
+        dtype=recipe.dtype,
+        seed=recipe.seed,
+        workspace=workspace,
+    )
+    family = reordered = run(
+        reorder_teacher,
+        teacher=teacher,
+        ranking=ranking,
+        axes=recipe.axes,
+        budgets=recipe.budgets,
+        settings=recipe.router,
+        lineage=lineage(recipe, teacher, corpus),
+        seed=recipe.seed,
+        workspace=workspace,
+    )
+    stages, first_step = [], 0
+    for stage in recipe.stages:
+        trained = run(
+            distill,
+            family=family,
+            teacher=teacher,
+            corpus=corpus,
+            stage=stage,
+            distillation=recipe.distillation,
+            first_step=first_step,
+            run_id=run_id,
+            dtype=recipe.dtype,
+            seed=recipe.seed,
+            workspace=workspace,
+        )
+        stages.append(trained)
+        family, first_step = trained.family, first_step + stage.steps
+    slices = {
+        budget.name: run(
+            slice_budget,
+            family=family,
+            budget=budget.name,
+            pad_ffn=recipe.pad_ffn,
+            workspace=workspace,
+        )
+        for budget in recipe.budgets
+    }
+    evaluation = run(
+        evaluate,
+        teacher=teacher,
+        reordered=reordered,
+        family=family,
+        slices=slices,
+        corpus=corpus,
+        settings=recipe.evaluation,
+        dtype=recipe.dtype,
+        seed=recipe.seed,
+    )
+    release = run(
+        register,
+        recipe=recipe,
+        family=family,
+        slices=slices,
+        stages=stages,
+        evaluation=evaluation,
+        corpus=corpus,
+        destination=destination(settings),
+        run_id=run_id,
+        workspace=workspace,
+    )
+    verdict = run(
+        promote,
+        release=release,
+        evaluation=evaluation,
+        corpus=corpus,
+        measured_by=recipe.evaluation,
+        gate=recipe.promotion,
+        destination=destination(settings),
+    )
+    show(recipe, evaluation, release, verdict)
+    return evaluation, release, verdict
+
+
+def prepare(recipe: Recipe, workspace: str) -> tuple[Artifact, Artifact]:
+    """The teacher and the tokens; a recipe without a teacher first trains a tokenizer and then the teacher."""
+    sources = tuple(source_identity(source) for source in recipe.data.sources)
+    pretraining = recipe.teacher.pretrain
+    if pretraining is None:
+        assert recipe.teacher.path is not None, "config.Teacher has one of path and pretrain"
+        path = recipe.teacher.path
+        teacher = run(fetch_teacher, path=path, identity=teacher_identity(path), workspace=workspace)
+        corpus = run(prepare_data, config=recipe.data, identity=sources, tokenizer=teacher, workspace=workspace)
+        return teacher, corpus
+    tokenizer = run(train_tokenizer, pretraining=pretraining, corpus=recipe.data, identity=sources, workspace=workspace)
+    corpus = run(prepare_data, config=recipe.data, identity=sources, tokenizer=tokenizer, workspace=workspace)
+    teacher = run(
+        pretrain_teacher,
+        pretraining=pretraining,
+        tokenizer=tokenizer,
+        corpus=corpus,
+        dtype=recipe.dtype,
+        seed=recipe.seed,
+        workspace=workspace,
+    )
+    return teacher, corpus
+
+
+def lineage(recipe: Recipe, teacher: Artifact, corpus: Artifact) -> dict[str, str]:
+    """What the family is made from, for elastic.json and the registry."""
+    return {
+        "teacher": recipe.teacher.path or "pretrained by the recipe",
+        "teacher_sha256": teacher.digest,
+        "corpus_sha256": corpus.digest,
+        "heldout_sha256": read_record(Path(corpus.path)).heldout.sha256,
+        "seed": str(recipe.seed),
+    }
+
+
+def show(recipe: Recipe, evaluation: EvaluationRecord, release: Release, verdict: Verdict) -> None:
+    """Leave the budget table on the Prefect run."""
+    table = report.markdown_table(report.summary_table(evaluation))
+    models = "\n".join(f"- `{model}`" for model in release.models.values())
+    create_markdown_artifact(
+        key=f"family-{recipe.family.lower().replace('_', '-')}",
+        description=f"{release.family} {release.version}",
+        markdown="\n\n".join(
+            [table, f"Registered from `{release.uri}`:", models, verdict.reason, f"MLflow run `{release.run_id}`"]
+        ),
+    )

@@ -18,7 +18,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -124,9 +124,11 @@ def open_store(settings: Settings, *, attempts: int = 5) -> Store:
         retries={"mode": "standard", "total_max_attempts": attempts},
         max_pool_connections=16,
         tcp_keepalive=True,
+        request_checksum_calculation="when_required",  # we send SHA-256 ourselves
     )
     with _explained(endpoint):
-        client = boto3.client("s3", endpoint_url=settings.endpoint_url, config=config)
+        # Not boto3.client: its session is the process's, with the credentials of the first call for ever.
+        client = boto3.Session().client("s3", endpoint_url=settings.endpoint_url, config=config)
     return Store(client=client, bucket=settings.bucket, endpoint=endpoint, put_options=options)
 
 
@@ -134,12 +136,11 @@ def check_bucket(settings: Settings) -> None:
     """Raise a ServiceError unless the bucket can be written to, under the rule that nothing is overwritten."""
     store = open_store(settings, attempts=2)
     where = f"s3://{store.bucket} at {store.endpoint}"
-    key = f"families/.probe-{uuid.uuid4().hex}"
-    with _explained(where):
-        put = store.client.put_object
-        put(Bucket=store.bucket, Key=key, Body=b"", IfNoneMatch="*", **store.put_options)
+    probe = {"Bucket": store.bucket, "Key": f"families/.probe-{uuid.uuid4().hex}"}
+    with closing(store.client) as client, _explained(where):
+        client.put_object(**probe, Body=b"", IfNoneMatch="*", **store.put_options)
         try:
-            put(Bucket=store.bucket, Key=key, Body=b"", IfNoneMatch="*", **store.put_options)
+            client.put_object(**probe, Body=b"", IfNoneMatch="*", **store.put_options)
         except ClientError as error:
             if _status(error) != 412:
                 raise
@@ -149,20 +150,20 @@ def check_bucket(settings: Settings) -> None:
             )
         finally:
             with suppress(ClientError):  # a key that may write but not delete is enough
-                store.client.delete_object(Bucket=store.bucket, Key=key)
+                client.delete_object(**probe)
 
 
 def ensure_bucket(settings: Settings) -> None:
     """Create the bucket unless it is there (embedded servers start empty)."""
     store = open_store(settings)
-    with _explained(f"s3://{store.bucket} at {store.endpoint}"):
+    with closing(store.client) as client, _explained(f"s3://{store.bucket} at {store.endpoint}"):
         try:
-            store.client.head_bucket(Bucket=store.bucket)
+            client.head_bucket(Bucket=store.bucket)
         except ClientError as error:
             if _status(error) != 404:
                 raise
-            with suppress(store.client.exceptions.BucketAlreadyOwnedByYou):
-                store.client.create_bucket(Bucket=store.bucket)
+            with suppress(client.exceptions.BucketAlreadyOwnedByYou):
+                client.create_bucket(Bucket=store.bucket)
 
 
 # Publishing
@@ -206,13 +207,13 @@ def upload_directory(
 ) -> tuple[FileRecord, ...]:
     """Upload a directory's files under an s3:// prefix, resumably; returns their records in order of path."""
     bucket, key = parse_uri(uri)
-    return _upload(_in_bucket(store, bucket), key.rstrip("/"), _local_files(directory), progress)
+    return _upload(replace(store, bucket=bucket), key.rstrip("/"), _local_files(directory), progress)
 
 
 def put_file(store: Store, path: Path, uri: str, *, progress: Progress | None = None) -> FileRecord:
     """Upload one file to a key that is free or already holds the same bytes."""
     bucket, key = parse_uri(uri)
-    store = _in_bucket(store, bucket)
+    store = replace(store, bucket=bucket)
     with _explained(uri):
         return _upload_file(store, path, key, path.name, _Meter(progress, path.stat().st_size))
 
@@ -270,22 +271,12 @@ def _upload(
     store: Store, root: str, sources: Sequence[tuple[str, Path]], progress: Progress | None
 ) -> tuple[FileRecord, ...]:
     meter = _Meter(progress, sum(path.stat().st_size for _, path in sources))
-    with _explained(f"s3://{store.bucket}/{root}"):
-        _abort_unfinished(store, f"{root}/")
     records = []
     for relative, path in sources:
         key = f"{root}/{relative}"
         with _explained(f"s3://{store.bucket}/{key}"):
             records.append(_upload_file(store, path, key, relative, meter))
     return tuple(records)
-
-
-def _abort_unfinished(store: Store, prefix: str) -> None:
-    """Free the parts that an interrupted upload left behind: they cost storage and never become an object."""
-    pages = store.client.get_paginator("list_multipart_uploads").paginate(Bucket=store.bucket, Prefix=prefix)
-    for upload in [upload for page in pages for upload in page.get("Uploads", ())]:
-        with suppress(store.client.exceptions.NoSuchUpload):
-            store.client.abort_multipart_upload(Bucket=store.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 
 
 def _upload_file(store: Store, path: Path, key: str, relative: str, meter: "_Meter") -> FileRecord:
@@ -345,6 +336,7 @@ def _send_parts(store: Store, file: BinaryIO, key: str, part_bytes: int, meter: 
     """Multipart upload with at most `workers` parts in memory, each checked by the server against its own SHA-256."""
     client, whole = store.client, hashlib.sha256()
     target = {"Bucket": store.bucket, "Key": key}
+    _abort_unfinished(store, key)
     begun = client.create_multipart_upload(**target, ChecksumAlgorithm="SHA256", **store.put_options)
     target["UploadId"] = begun["UploadId"]
 
@@ -370,6 +362,15 @@ def _send_parts(store: Store, file: BinaryIO, key: str, part_bytes: int, meter: 
             client.abort_multipart_upload(**target)
         raise
     return whole.hexdigest()
+
+
+def _abort_unfinished(store: Store, key: str) -> None:
+    """Free the parts that a killed upload left behind: they cost storage and never become an object."""
+    pages = store.client.get_paginator("list_multipart_uploads").paginate(Bucket=store.bucket, Prefix=key)
+    uploads = [upload for page in pages for upload in page.get("Uploads", ()) if upload["Key"] == key]
+    for upload in uploads:
+        with suppress(store.client.exceptions.NoSuchUpload):
+            store.client.abort_multipart_upload(Bucket=store.bucket, Key=key, UploadId=upload["UploadId"])
 
 
 def _part_bytes(store: Store, size: int) -> int:
@@ -406,8 +407,9 @@ def _holds(store: Store, key: str, stored: Mapping[str, Any], record: FileRecord
     if kept and kept.partition("-")[2] == checksum.partition("-")[2]:
         return False
     whole = hashlib.sha256()
-    for chunk in store.client.get_object(Bucket=store.bucket, Key=key)["Body"].iter_chunks(READ_BYTES):
-        whole.update(chunk)
+    with closing(store.client.get_object(Bucket=store.bucket, Key=key)["Body"]) as body:
+        for chunk in body.iter_chunks(READ_BYTES):
+            whole.update(chunk)
     return whole.hexdigest() == record.sha256
 
 
@@ -418,7 +420,8 @@ def _manifest_bytes(store: Store, uri: str) -> bytes | None:
             answer = store.client.get_object(Bucket=bucket, Key=key)
         except store.client.exceptions.NoSuchKey:
             return None
-        body = answer["Body"].read(MAX_MANIFEST_BYTES + 1)
+        with closing(answer["Body"]) as stream:
+            body = stream.read(MAX_MANIFEST_BYTES + 1)
     if len(body) > MAX_MANIFEST_BYTES:
         raise ServiceError(f"{uri} is larger than {MAX_MANIFEST_BYTES} bytes, so it is not a manifest")
     return bytes(body)
@@ -483,41 +486,49 @@ def fetch(store: Store, uri: str, part: str, directory: Path, *, progress: Progr
 def download_prefix(
     store: Store, uri: str, directory: Path, *, progress: Progress | None = None
 ) -> tuple[FileRecord, ...]:
-    """Bring every object below an s3:// prefix that has no manifest (a teacher, a data set) to a new directory.
+    """Bring what `list_objects` lists (a teacher, a data set) to a new directory.
 
-    Like `fetch`, but sizes come from the listing and digests are what arrived: returned, for the caller to record.
+    Like `fetch`, but without a manifest: sizes and ETags come from the listing, and the digests are of what arrived,
+    returned for the caller to record.
     """
-    bucket, key = parse_uri(uri)
-    prefix = f"{key.rstrip('/')}/" if key.strip("/") else ""
     if occupied(directory):
         raise ServiceError(f"{directory} exists and is not empty; remove it or choose another directory")
+    return _download(store, _listed(store, uri), directory, progress)
+
+
+def list_objects(store: Store, uri: str) -> list[tuple[str, str]]:
+    """Relative path and ETag of every object below an s3:// prefix, or of the one object that is meant; in order."""
+    return [(item.path, item.etag or "") for item in _listed(store, uri)]
+
+
+def _listed(store: Store, uri: str) -> list[_Wanted]:
+    bucket, key = parse_uri(uri)
+    prefix = f"{key.rstrip('/')}/" if key.strip("/") else ""
     with _explained(uri):
         pages = store.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         found = [entry for page in pages for entry in page.get("Contents", ()) if not entry["Key"].endswith("/")]
+        if not found and key and (one := _head(replace(store, bucket=bucket), key)) is not None:
+            prefix = key.rpartition("/")[0]
+            prefix = f"{prefix}/" if prefix else ""
+            found = [{"Key": key, "Size": one["ContentLength"], "ETag": one["ETag"]}]
     if not found:
         raise ServiceError(f"{uri} holds no objects; check the prefix")
     wanted = [
-        _Wanted(
-            bucket=bucket,
-            key=entry["Key"],
-            path=entry["Key"].removeprefix(prefix),
-            size=entry["Size"],
-            etag=entry["ETag"],
-        )
-        for entry in found
+        _Wanted(bucket=bucket, key=e["Key"], path=e["Key"].removeprefix(prefix), size=e["Size"], etag=e["ETag"])
+        for e in found
     ]
     try:
         check_paths((item.path for item in wanted), uri)
     except ValueError as error:
         raise ServiceError(str(error)) from error
-    return _download(store, wanted, directory, progress)
+    return sorted(wanted, key=lambda item: item.path)
 
 
 def get_file(store: Store, uri: str, path: Path, *, progress: Progress | None = None) -> FileRecord:
     """Bring one object to `path`, which appears (or is replaced) when it is whole."""
     bucket, key = parse_uri(uri)
     with _explained(uri):
-        found = _head(_in_bucket(store, bucket), key)
+        found = _head(replace(store, bucket=bucket), key)
     if found is None:
         raise ServiceError(f"{uri} does not exist")
     size, etag = found["ContentLength"], found["ETag"]
@@ -532,7 +543,7 @@ def exists(store: Store, uri: str) -> bool:
     """Whether there is an object at this URI."""
     bucket, key = parse_uri(uri)
     with _explained(uri):
-        return _head(_in_bucket(store, bucket), key) is not None
+        return _head(replace(store, bucket=bucket), key) is not None
 
 
 def _download(
@@ -580,7 +591,7 @@ def _complete(store: Store, item: _Wanted, path: Path, meter: "_Meter", stop: th
         resumed = file.tell()
         meter.add(resumed)
         stalled = 0
-        while stalled < STREAM_ATTEMPTS:
+        while True:
             before = file.tell()
             try:
                 _append(store, item, file, digest, meter, stop)
@@ -610,15 +621,16 @@ def _append(
     if item.etag:
         request["IfMatch"] = item.etag
     answer = store.client.get_object(**request)
-    size = have + answer["ContentLength"]
-    if size != item.size:
-        raise ServiceError(f"{item.uri} has {size} bytes, not the expected {item.size}: it is corrupt")
-    for chunk in answer["Body"].iter_chunks(READ_BYTES):
-        file.write(chunk)
-        digest.update(chunk)
-        meter.add(len(chunk))
-        if stop.is_set():
-            raise ServiceError(f"{item.uri}: stopped, since another file failed", transient=True)
+    with closing(answer["Body"]) as body:
+        size = have + answer["ContentLength"]
+        if size != item.size:
+            raise ServiceError(f"{item.uri} has {size} bytes, not the expected {item.size}: it is corrupt")
+        for chunk in body.iter_chunks(READ_BYTES):
+            file.write(chunk)
+            digest.update(chunk)
+            meter.add(len(chunk))
+            if stop.is_set():
+                raise ServiceError(f"{item.uri}: stopped, since another file failed", transient=True)
 
 
 def _check_space(work: Path, wanted: Sequence[_Wanted]) -> None:
@@ -649,10 +661,6 @@ class _Meter:
             self._done = min(self._done + count, self._total)
             if self._progress is not None:
                 self._progress(self._done, self._total)
-
-
-def _in_bucket(store: Store, bucket: str) -> Store:
-    return replace(store, bucket=bucket)
 
 
 def _head(store: Store, key: str) -> dict[str, Any] | None:
@@ -715,7 +723,7 @@ def _explain_answer(error: ClientError, where: str) -> ServiceError:
         return ServiceError(f"{where}: the bucket does not exist; create it, or set {BUCKET} to one that does")
     if status == 403:
         return ServiceError(f"{where}: {said}; this key may not do that: ask for the permission, or use another key")
-    if status == 404 and code != "NoSuchUpload":
+    if status == 404 and error.operation_name in ("HeadObject", "GetObject"):
         return ServiceError(f"{where} does not exist")
     if status in (409, 412, 429) or (status >= 500 and status != 501) or code in _TRANSIENT_CODES:
         return ServiceError(f"{where}: {said}; try again", transient=True)

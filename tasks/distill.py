@@ -1,13 +1,17 @@
 """One stage of distillation, in a supervised process that resumes where it was."""
 
 from pathlib import Path
+from typing import Any
 
 from elastic_core import checkpoint, curriculum, job, losses, model, router, ssm, subnet, train
 from elastic_core.config import Distillation, Stage
 from elastic_core.job import METRICS, TrainJob
+from tasks import tracking
 from tasks.data import TRAIN_FILE
 from tasks.progress import stage_progress
 from tasks.records import Artifact, StageRecord
+from tasks.register import curves
+from tasks.settings import Settings
 from tasks.steps import artifact, fingerprint, step
 from tasks.training import train as run_training
 
@@ -21,14 +25,27 @@ def distill(
     distillation: Distillation,
     dtype: str,
     seed: int,
+    first_step: int,
+    run_id: str,
     workspace: str,
 ) -> StageRecord:
-    """Distil the teacher into every budget of the family for one stage."""
+    """Distil the teacher into every budget of the family for one stage.
+
+    Curves go to the MLflow run as they come, numbered from `first_step`; MLflow's absence stops nothing.
+    """
     key = fingerprint(family, teacher, corpus, stage, distillation, dtype, seed)
     work = Path(workspace) / f"{stage.name}-{key[:16]}"
     output = work / "family"
     frozen_teacher = distillation.teacher == "frozen" and distillation.kl_weight > 0
-    with stage_progress(stage) as on_step:
+    uri = Settings.from_environment().tracking_uri
+    work.mkdir(parents=True, exist_ok=True)
+    spool = tracking.MetricSpool(work / "curves.jsonl", uri=uri, run_id=run_id)
+
+    def on_step(row: dict[str, Any]) -> None:
+        spool.record(first_step + row["step"], curves(row))
+        move_bar(row)
+
+    with stage_progress(stage) as move_bar, spool.delivering():
         run_training(
             TrainJob(
                 stage=stage,

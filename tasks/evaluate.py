@@ -194,7 +194,7 @@ def answer(
     )
     asked, right = Counter(problem.task for problem in problems), Counter[str]()
     for problem, completion in zip(problems, completions, strict=True):
-        right[problem.task] += tokenizer.decode(completion).strip() == problem.answer
+        right[problem.task] += str(tokenizer.decode(completion)).strip() == problem.answer
     return Answers(
         accuracy=right.total() / len(problems), by_task={task: right[task] / asked[task] for task in sorted(asked)}
     )

@@ -28,10 +28,9 @@ def progress_bar(description: str) -> Iterator[Report]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task(description, total=None, note="")
+        bar = progress.add_task(description, total=None)
         yield lambda done, total: progress.update(bar, completed=done, total=total)
 
 
@@ -46,6 +45,18 @@ def _logged(description: str) -> Report:
             logger.info("%s: %d of %d", description, done, total)
 
     return report
+
+
+@contextmanager
+def counter(description: str, unit: str) -> Iterator[Callable[[int], None]]:
+    """A function of a count whose end nobody knows; on a terminal it is seen to rise."""
+    if not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    columns = (TextColumn("{task.description}"), TextColumn("{task.completed:,.0f} " + unit), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task(description, total=None)
+        yield lambda count: progress.update(bar, completed=count)
 
 
 @contextmanager

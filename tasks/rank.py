@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from elastic_core import checkpoint, importance, job, reorder, resolve, router
+from elastic_core import checkpoint, importance, job, reorder, resolve, router, shards
 from elastic_core.config import Axes, Budget, Importance, Router
 from elastic_core.curriculum import generator
 from elastic_core.router import ElasticModel
@@ -13,8 +13,6 @@ from tasks.data import TRAIN_FILE
 from tasks.progress import progress_bar
 from tasks.records import Artifact
 from tasks.steps import artifact, new_directory, step
-
-ORDER_FILE = checkpoint.ORDER_FILE
 
 
 @step(importance, reorder)
@@ -37,8 +35,8 @@ def rank_importance(
         ranking = importance.rank_layers(model, depth_batches, bound.depth[-1], report)
     order = importance.importance_order(model.config, scores, ranking, bound.mamba_head_dim[-1])
     directory = new_directory(workspace, "importance")
-    with checkpoint.staged_directory(directory) as staging:
-        checkpoint.write_tensors(staging / ORDER_FILE, reorder.order_tensors(order))
+    with shards.staged_directory(directory) as staging:
+        reorder.write_order(staging, order)
     return artifact(directory)
 
 
@@ -56,18 +54,15 @@ def reorder_teacher(
     """Permute the teacher into importance order, with an untrained router: the elastic checkpoint at step 0."""
     source, directory = Path(teacher.path), new_directory(workspace, "reordered")
     config = checkpoint.read_config(source)
-    order = reorder.read_order(Path(ranking.path) / ORDER_FILE, config)
+    order = reorder.read_order(Path(ranking.path), config)
     fresh = router.Router(ElasticModel(config, axes.bind(config), order.layers), len(budgets), settings.hidden_size)
     fresh.initialise(generator(seed, "router"))
     family = checkpoint.Family(axes=axes, budgets=(), layer_ranking=order.layers, lineage=dict(lineage))
 
     def beside(staging: Path) -> None:
-        checkpoint.write_family(
-            staging,
-            job.resolved_family(family, fresh, budgets),
-            order=reorder.order_tensors(order),
-            router=fresh.state_dict(),
-        )
+        reorder.write_order(staging, order)
+        shards.write_tensors(staging / checkpoint.ROUTER_FILE, fresh.state_dict())
+        checkpoint.write_family(staging, job.resolved_family(family, fresh, budgets))
 
     reorder.reorder_checkpoint(source, order, directory, beside=beside)
     return artifact(directory)

@@ -7,25 +7,29 @@ starts at the first step that the change reaches.
 import hashlib
 import inspect
 import json
+import logging
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
-from prefect import Task, task
+from prefect import Task
 from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.tasks import exponential_backoff
 
-from tasks.records import Artifact
+from tasks.records import Artifact, StageRecord
 from tasks.settings import is_transient
+
+logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Says where results go, not what they are: no part of a key.
-WORKSPACE = "workspace"
+# They say where results and reports go, not what they are: no part of a key.
+UNKEYED = {"workspace", "run_id"}
 
 
 def step(*code: ModuleType) -> Callable[[Callable[P, R]], Task[P, R]]:
@@ -39,21 +43,34 @@ def step(*code: ModuleType) -> Callable[[Callable[P, R]], Task[P, R]]:
         modules = (*code, own) if own else code
 
         def key(context: Any, parameters: Mapping[str, Any]) -> str:
-            inputs = {name: value for name, value in parameters.items() if name != WORKSPACE}
+            inputs = {name: value for name, value in parameters.items() if name not in UNKEYED}
             return fingerprint(function.__name__, code_digest(*modules), inputs)
 
-        return task(
+        return Task(
             function,
             persist_result=True,
             result_serializer="json",
             cache_policy=CacheKeyFnPolicy(cache_key_fn=key),
             retries=5,
-            retry_delay_seconds=exponential_backoff(2),
+            retry_delay_seconds=exponential_backoff(2.0),
             retry_jitter_factor=0.5,
             retry_condition_fn=_is_worth_retrying,
         )
 
     return decorate
+
+
+def run(step: Task[P, R], *inputs: P.args, **named: P.kwargs) -> R:
+    """Run a step, or take its result from the cache; a cached result whose files are gone is made again."""
+    began = time.monotonic()
+    state = step(*inputs, **named, return_state=True)
+    record = state.result()
+    if isinstance(record, Artifact | StageRecord) and not record.exists():
+        state = step.with_options(refresh_cache=True)(*inputs, **named, return_state=True)
+        record = state.result()
+    took = "cached" if state.name == "Cached" else f"{time.monotonic() - began:.1f} s"
+    logger.info("%-16s %s", step.name, took)
+    return record
 
 
 def _is_worth_retrying(task: Any, run: Any, state: Any) -> bool:

@@ -15,6 +15,7 @@ from tasks import artifacts, data, tokenizer
 from tasks.progress import stage_progress
 from tasks.records import Artifact
 from tasks.settings import Settings
+from tasks.sources import fetch_data
 from tasks.steps import artifact, fingerprint, new_directory, step
 from tasks.training import train as run_training
 
@@ -24,7 +25,7 @@ CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "L
 
 
 @step(checkpoint)
-def fetch_teacher(path: str, workspace: str) -> Artifact:
+def fetch_teacher(path: str, identity: str, workspace: str) -> Artifact:
     """Bring a stock Nemotron-H checkpoint here from a directory, `s3://` or the Hub, and check it as a whole."""
     if path.startswith("s3://"):
         directory = new_directory(workspace, "teacher")
@@ -34,17 +35,19 @@ def fetch_teacher(path: str, workspace: str) -> Artifact:
     else:
         directory = Path(snapshot_download(path, allow_patterns=CHECKPOINT_FILES))
     config = checkpoint.open_checkpoint(directory).config
-    data.check_tokenizer(directory, config.vocab_size)
+    tokenizer.check_tokenizer(directory, config.vocab_size)
     logger.info("teacher %s: %d layers, hidden size %d", path, config.num_layers, config.hidden_size)
     return artifact(directory)
 
 
 @step(tokenizer)
-def train_tokenizer(pretraining: Pretraining, corpus: DataConfig, workspace: str) -> Artifact:
+def train_tokenizer(
+    pretraining: Pretraining, corpus: DataConfig, identity: tuple[str, ...], workspace: str
+) -> Artifact:
     """A tokenizer of exactly the model's vocabulary, trained on the recipe's own documents."""
     directory = new_directory(workspace, "tokenizer")
-    texts = data.iter_texts(corpus, fetch=data.fetch_from_s3)
     with staged_directory(directory) as staging:
+        texts = data.iter_texts(corpus, fetch=fetch_data)
         tokenizer.train_tokenizer(
             texts, staging, vocab_size=pretraining.model.vocab_size, max_bytes=pretraining.tokenizer_bytes
         )

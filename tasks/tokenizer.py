@@ -1,19 +1,32 @@
-"""Train a small byte-level BPE tokenizer with a chat template, for recipes that train their own teacher.
+"""Load and check a checkpoint's tokenizer; train a small one, for recipes that train their own teacher.
 
-What is saved is a stock fast tokenizer: `AutoTokenizer.from_pretrained` loads it, and it gives every text back exactly.
+What is trained is a byte-level BPE with a chat template, saved as a stock fast tokenizer: `AutoTokenizer` loads it, and
+it gives every text back exactly.
 """
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 ROLES = ("system", "user", "assistant")
 # Their ids are their positions: NemotronH's configuration expects pad 0, bos 1 and eos 2.
 SPECIAL_TOKENS = (PAD, BOS, EOS, *(f"<|{role}|>" for role in ROLES))
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
+
+# What of a checkpoint directory decides the ids that a text is given.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
 
 # A turn is its role's token and its content. Only the assistant's turn ends in eos, because only it is generated.
 CHAT_TEMPLATE = """\
@@ -26,6 +39,37 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
 """
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a checkpoint directory, from its files alone. ValueError if it has no eos token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        cause = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{directory}: no tokenizer can be loaded ({cause}); add the teacher's tokenizer.json"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"{directory}: {type(tokenizer).__name__} is not a fast tokenizer; add a tokenizer.json")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{directory}: the tokenizer has no eos token; set eos_token in tokenizer_config.json")
+    return tokenizer
+
+
+def check_tokenizer(directory: Path, vocab_size: int) -> None:
+    """ValueError if the tokenizer can give an id that a model of `vocab_size` does not have."""
+    needed = max(load_tokenizer(directory).get_vocab().values()) + 1
+    if needed > vocab_size:
+        raise ValueError(
+            f"{directory}: the tokenizer has {needed} tokens but the model's vocab_size is {vocab_size}; "
+            "use the tokenizer that the model was trained with"
+        )
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The tokenizer's files in a checkpoint directory, in a fixed order."""
+    return [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
 
 
 def train_tokenizer(

@@ -4,13 +4,14 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from flows.services import ObjectStore
-from tasks.artifacts import Store, ensure_bucket, open_store
+from tasks.artifacts import Store, open_store
 from tasks.settings import Settings
 from tasks.tracking import CLIENT_ENVIRONMENT
 
@@ -37,9 +38,7 @@ def session_environment() -> Iterator[pytest.MonkeyPatch]:
 
 
 @pytest.fixture(scope="session")
-def s3_server(
-    tmp_path_factory: pytest.TempPathFactory, session_environment: pytest.MonkeyPatch
-) -> Iterator[S3Server]:
+def s3_server(tmp_path_factory: pytest.TempPathFactory, session_environment: pytest.MonkeyPatch) -> Iterator[S3Server]:
     directory = tmp_path_factory.mktemp("s3")
     server = ObjectStore(directory, directory)
     server.credentials()
@@ -62,20 +61,24 @@ def tracking_uri(tmp_path_factory: pytest.TempPathFactory, session_environment: 
     return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
 
 
+@pytest.fixture(scope="session")
+def s3_connection(s3_server: S3Server, tracking_uri: str) -> Iterator[Store]:
+    settings = Settings(tracking_uri=tracking_uri, bucket="elastic", endpoint_url=s3_server.endpoint)
+    store = open_store(settings)
+    with closing(store.client):
+        yield store
+
+
 @pytest.fixture
-def settings(s3_server: S3Server, tracking_uri: str, tmp_path: Path) -> Settings:
+def settings(s3_connection: Store, s3_server: S3Server, tracking_uri: str, tmp_path: Path) -> Iterator[Settings]:
     """A machine whose bucket is empty and nobody else's."""
-    settings = Settings(
-        tracking_uri=tracking_uri,
-        bucket=f"test-{uuid.uuid4().hex[:12]}",
-        endpoint_url=s3_server.endpoint,
-        home=tmp_path / "home",
-    )
-    ensure_bucket(settings)
-    return settings
+    bucket = f"test-{uuid.uuid4().hex[:12]}"
+    s3_connection.client.create_bucket(Bucket=bucket)
+    yield Settings(tracking_uri=tracking_uri, bucket=bucket, endpoint_url=s3_server.endpoint, home=tmp_path / "home")
+    s3_connection.client.delete_bucket(Bucket=bucket)  # SeaweedFS takes the objects along; its volumes are few
 
 
 @pytest.fixture
-def store(settings: Settings) -> Store:
+def store(s3_connection: Store, settings: Settings) -> Store:
     """The bucket of `settings`, in parts of the smallest size that S3 takes, so that small files have several."""
-    return replace(open_store(settings), part_bytes=5 << 20)
+    return replace(s3_connection, bucket=settings.bucket, part_bytes=5 << 20)

@@ -1,5 +1,6 @@
 """Laws of elastic_core.losses. The oracle is the plain formula, with every logit materialised."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,17 +117,26 @@ def assert_same_loss(
 
 
 class Recorder(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returned, and the number of matrix products."""
+    """Elements of the largest tensor that any operation returned, and how often each operation ran."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.largest = self.products = 0
+        self.largest = 0
+        self.calls: Counter[str] = Counter()
+
+    @property
+    def products(self) -> int:
+        return self.calls["mm"] + self.calls["addmm_"]
+
+    @property
+    def exponentials(self) -> int:
+        return self.calls["exp"] + self.calls["exp_"]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         outputs = result if isinstance(result, tuple | list) else [result]
         self.largest = max(self.largest, *(out.numel() for out in outputs if isinstance(out, Tensor)), 0)
-        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        self.calls[func.overloadpacket.__name__] += 1
         return result
 
 
@@ -318,6 +328,7 @@ def test_evaluation_equals_training_and_does_no_gradient_work() -> None:
         with torch.set_grad_enabled(grad_enabled), Recorder() as recorder:
             evaluated = distillation_loss(*arguments.args(), **weights)
         assert recorder.products == 2 * chunks
+        assert recorder.exponentials == chunks  # the teacher's probabilities; the gradient would need the student's
         assert not evaluated.total.requires_grad
         assert torch.equal(evaluated.total, trained.total)
         assert torch.equal(evaluated.kl, trained.kl)
@@ -339,6 +350,13 @@ def test_only_wanted_products_are_computed(
     assert recorder.products == products
     assert (batch.student_hidden_TD.grad is not None) == learns_hidden
     assert (batch.student_head_VD.grad is not None) == learns_head
+
+
+@pytest.mark.parametrize(("ce_weight", "exponentials"), [(0.0, 2), (0.4, 3)])
+def test_only_a_weighted_cross_entropy_costs_a_second_softmax(ce_weight: float, exponentials: int) -> None:
+    with Recorder() as recorder:
+        distillation_loss(*make_batch().args(), kl_weight=1.0, ce_weight=ce_weight, temperature=2.0)
+    assert recorder.exponentials == exponentials
 
 
 def test_only_the_total_has_a_gradient() -> None:

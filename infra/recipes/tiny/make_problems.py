@@ -52,8 +52,12 @@ def filtering(item: dict[str, Any]) -> tuple[str, str]:
     return question, digits(data["result"]) or "none"
 
 
-def backward(item: dict[str, Any]) -> tuple[str, str]:
-    return f"reverse {' '.join(item['metadata']['word'].lower())}", " ".join(item["answer"].lower())
+def mirror(item: dict[str, Any]) -> tuple[str, str] | None:
+    """Four ways to mirror; the generator's other transforms cannot be turned off, and are left out here."""
+    (operation,) = item["metadata"]["operations"]
+    if not operation["transform"].endswith("mirror"):
+        return None
+    return f"{operation['transform']} {matrix(item['metadata']['matrix'])}", matrix(item["metadata"]["solution"])
 
 
 def rotation(item: dict[str, Any]) -> tuple[str, str]:
@@ -64,7 +68,7 @@ def spiral(item: dict[str, Any]) -> tuple[str, str]:
     return f"spiral {matrix(item['metadata']['matrix'])}", digits(item["metadata"]["solution"])
 
 
-TASKS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], tuple[str, str]]]] = {
+TASKS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], tuple[str, str] | None]]] = {
     "simple_equations": (
         {
             "min_terms": 2,
@@ -78,7 +82,10 @@ TASKS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], tuple[str, str
     ),
     "number_sorting": (LIST_OF_DIGITS, sorting),
     "number_filtering": (LIST_OF_DIGITS, filtering),
-    "spell_backward": ({"min_word_len": 3, "max_word_len": 4}, backward),
+    "manipulate_matrix": (
+        {"min_rows": 2, "max_rows": 2, "min_cols": 2, "max_cols": 3, "min_transforms": 1, "max_transforms": 1},
+        mirror,
+    ),
     "rotate_matrix": ({"min_n": 2, "max_n": 2, "min_rotations": 1, "max_rotations": 1}, rotation),
     "spiral_matrix": ({"min_n": 2, "max_n": 2}, spiral),
 }
@@ -87,7 +94,8 @@ TASKS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], tuple[str, str
 def problems(task: str) -> list[str]:
     """All different problems among `DRAWS`, shuffled, as JSONL rows."""
     options, phrase = TASKS[task]
-    answers = dict(phrase(item) for item in reasoning_gym.create_dataset(task, size=DRAWS, seed=SEED, **options))
+    items = reasoning_gym.create_dataset(task, size=DRAWS, seed=SEED, **options)
+    answers = dict(problem for problem in map(phrase, items) if problem)
     rows = [
         {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}], "task": task}
         for q, a in answers.items()

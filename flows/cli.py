@@ -1,0 +1,207 @@
+"""The `elastic` command. Nothing heavy is imported until a command needs it, so that help is instant."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from elastic_core.model import ElasticNemotronH
+    from elastic_core.subnet import Subnet
+
+app = typer.Typer(
+    name="elastic",
+    help="Train one elastic Nemotron-H and register every size it holds.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Directory = Annotated[Path, typer.Argument(help="A checkpoint directory.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The directory to write; it must not exist yet.")]
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, such as infra/recipes/tiny.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: stages.0.steps=100 ...")] = None,
+) -> None:
+    """Run the whole pipeline here: teacher and data in, a registered family out."""
+    from flows.recipes import load_recipe
+    from flows.services import embedded_services
+    from tasks.settings import home_directory
+
+    loaded = load_recipe(recipe, overrides or [])
+    with embedded_services(home_directory()):
+        from flows.elastify import elastify
+        from flows.summary import print_summary
+        from tasks.preflight import check_services
+
+        check_services()
+        evaluation, release, verdict = elastify(loaded)
+        print_summary(evaluation, release, verdict)
+
+
+@app.command("slice")
+def slice_(
+    checkpoint: Directory,
+    output: Output,
+    budget: Annotated[str | None, typer.Option(help="A budget of the family, by name.")] = None,
+    params: Annotated[float | None, typer.Option(help="Any size instead: at most this many parameters.")] = None,
+    pad_ffn: Annotated[bool, typer.Option(help="Pad FFN layers to one width, for stock transformers.")] = False,
+) -> None:
+    """Cut a budget, or any size between, out of an elastic checkpoint."""
+    from elastic_core.checkpoint import read_family
+    from elastic_core.slicing import slice_checkpoint
+    from tasks.progress import progress_bar
+
+    if (budget is None) == (params is None):
+        raise ValueError("give either --budget or --params")
+    family = read_family(checkpoint)
+    subnet = family.budget(budget).subnet if budget else _any_size(checkpoint, int(params or 0))
+    with progress_bar("slicing") as report:
+        slice_checkpoint(checkpoint, subnet, output, pad_ffn=pad_ffn, progress=report)
+    typer.echo(f"{output}: {_describe(output)}")
+
+
+@app.command()
+def pull(
+    model: Annotated[str, typer.Argument(help="NAME, NAME@ALIAS or NAME:VERSION; NAME alone is its champion.")],
+    output: Output,
+) -> None:
+    """Bring a registered model here, every digest verified."""
+    from flows.services import embedded_services
+    from tasks import artifacts, tracking
+    from tasks.progress import progress_bar
+    from tasks.settings import Settings, home_directory
+
+    with embedded_services(home_directory(), share=True):
+        settings = Settings.from_environment(need_bucket=False)
+        version = tracking.resolve(settings.tracking_uri, model)
+        with progress_bar(f"pulling {version.name}:{version.version}") as report:
+            artifacts.fetch(
+                artifacts.open_store(settings),
+                version.tags[tracking.MANIFEST],
+                version.tags[tracking.BUDGET],
+                output,
+                progress=report,
+            )
+    typer.echo(f"{output}: {version.name} version {version.version}, {_describe(output)}")
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Directory,
+    heldout: Annotated[Path, typer.Option(help="Held-out tokens: heldout.safetensors of a prepared corpus.")],
+    budget: Annotated[
+        str | None, typer.Option(help="A budget of an elastic checkpoint; the whole model if none.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="How many tokens to measure on.")] = 100_000,
+    sequence_length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 256,
+) -> None:
+    """Measure a checkpoint's cross-entropy on held-out tokens."""
+    from elastic_core.config import Evaluation
+    from tasks.evaluate import heldout_batches, heldout_loss
+
+    settings = Evaluation(heldout_tokens=tokens, sequence_length=sequence_length)
+    model, subnet = _load(checkpoint, budget)
+    loss, _ = heldout_loss(model, subnet, heldout_batches(heldout, settings))
+    typer.echo(json.dumps({"checkpoint": str(checkpoint), "budget": budget, "cross_entropy": loss}))
+
+
+@app.command()
+def generate(
+    checkpoint: Directory,
+    prompt: Annotated[str, typer.Argument(help="What to say to the model; a user's turn where there is a template.")],
+    budget: Annotated[
+        str | None, typer.Option(help="A budget of an elastic checkpoint; the whole model if none.")
+    ] = None,
+    then: Annotated[str | None, typer.Option(help="The budget to switch to after --switch-after tokens.")] = None,
+    switch_after: Annotated[int, typer.Option(help="New tokens before the switch.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+) -> None:
+    """Generate text at any budget, or let a small budget begin and a larger one go on."""
+    import torch
+
+    from elastic_core.checkpoint import read_family
+    from elastic_core.generate import decode
+    from tasks.evaluate import stop_tokens
+    from tasks.tokenizer import load_tokenizer
+
+    model, subnet = _load(checkpoint, budget)
+    tokenizer = load_tokenizer(checkpoint)
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    switch = {switch_after: read_family(checkpoint).budget(then).subnet} if then else None
+    text: list[int] = []
+    for token in decode(
+        model,
+        torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)], device=model.embeddings.weight.device),
+        subnet,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        switch=switch,
+    ):
+        if int(token[0]) in stop_tokens(model.config):
+            break
+        shown = len(tokenizer.decode(text))
+        text.append(int(token[0]))
+        typer.echo(tokenizer.decode(text)[shown:], nl=False)
+    typer.echo()
+
+
+def _load(checkpoint: Path, budget: str | None) -> "tuple[ElasticNemotronH, Subnet]":
+    """The model at the precision of its files, and the subnet of the budget, or the whole of it."""
+    import torch
+
+    from elastic_core.checkpoint import read_family
+    from elastic_core.job import load_model
+    from elastic_core.subnet import full_subnet
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(checkpoint, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return model, read_family(checkpoint).budget(budget).subnet if budget else full_subnet(model.config)
+
+
+def _any_size(checkpoint: Path, params: int) -> "Subnet":
+    from elastic_core.checkpoint import read_config, read_family
+    from elastic_core.job import load_router
+    from elastic_core.resolve import resolve_target
+
+    family = read_family(checkpoint)
+    router = load_router(checkpoint, read_config(checkpoint), family)
+    return resolve_target(router, [budget.subnet for budget in family.budgets], params)
+
+
+def _describe(directory: Path) -> str:
+    from elastic_core.checkpoint import read_config
+    from elastic_core.cost import subnet_params
+    from elastic_core.subnet import full_subnet
+
+    config = read_config(directory)
+    return f"{subnet_params(config, full_subnet(config)):,} parameters, {config.num_layers} layers"
+
+
+def main() -> None:
+    """The entry point: a fault that the user can mend is one line and exit code 1."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for package in ("elastic_core", "tasks", "flows"):
+        logging.getLogger(package).setLevel(logging.INFO)
+    try:
+        app()
+    except (ValueError, OSError, RuntimeError) as error:
+        typer.echo(f"elastic: {_one_line(error)}", err=True)
+        sys.exit(1)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""What a run leaves in the terminal: the budget table, the registry names, and where to look."""
+
+from rich.console import Console
+from rich.table import Table
+
+from tasks.promote import Verdict
+from tasks.records import EvaluationRecord, Release
+from tasks.report import summary_table
+
+
+def print_summary(evaluation: EvaluationRecord, release: Release, verdict: Verdict) -> None:
+    """Print the outcome of a run to standard output."""
+    rows = summary_table(evaluation)
+    table = Table(title=f"{release.family} {release.version}")
+    for title in rows[0]:
+        table.add_column(title, justify="left" if title == "budget" else "right")
+    for row in rows:
+        table.add_row(*row.values())
+    console = Console()
+    console.print(table)
+    console.print("registered  " + ", ".join(release.models.values()), highlight=False)
+    console.print(f"promotion   {verdict.reason}", highlight=False)
+    console.print(f"objects     {release.uri}", highlight=False, soft_wrap=True)
+    console.print(f"report      {release.report}", highlight=False, soft_wrap=True)
+    name = list(release.models.values())[-1].split(":")[0]
+    console.print(f"next        elastic pull {name} -o {name}", highlight=False, soft_wrap=True)

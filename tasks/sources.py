@@ -1,0 +1,49 @@
+"""What comes from outside: whether it changed since the last run, and how it is brought here."""
+
+import os
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+from elastic_core.config import DataSource
+from tasks import artifacts
+from tasks.documents import STDLIB, source_files
+from tasks.settings import Settings
+from tasks.steps import fingerprint
+
+
+def fetch_data(uri: str, directory: Path) -> Path:
+    """Download an `s3://` object or prefix into `directory`."""
+    artifacts.download_prefix(artifacts.open_store(Settings.from_environment(need_bucket=False)), uri, directory)
+    return directory
+
+
+def source_identity(source: DataSource) -> str:
+    """A digest that changes when the documents behind a source do: of ETags, of a Hub revision, or of file times."""
+    if source.path.startswith("hf://"):
+        name = source.path.removeprefix("hf://").partition("?")[0]
+        return fingerprint(source, HfApi().dataset_info("/".join(name.split("/")[:2])).sha)
+    if source.path.startswith("s3://"):
+        return fingerprint(source, _objects(source.path))
+    files = source_files(source, fetch=fetch_data, directory=Path())
+    if source.path == STDLIB:
+        return fingerprint(source, [(file.name, file.stat().st_size) for file in files.values()])
+    return fingerprint(source, [_file_identity(file) for file in files.values()])
+
+
+def teacher_identity(path: str) -> str:
+    """A digest that changes when the checkpoint at `path` does."""
+    if path.startswith("s3://"):
+        return fingerprint(path, _objects(path))
+    if Path(path).is_dir():
+        return fingerprint([_file_identity(file) for file in sorted(Path(path).iterdir()) if file.is_file()])
+    return fingerprint(path, HfApi().model_info(path).sha)
+
+
+def _objects(uri: str) -> list[tuple[str, str]]:
+    return artifacts.list_objects(artifacts.open_store(Settings.from_environment(need_bucket=False)), uri)
+
+
+def _file_identity(file: Path) -> tuple[str, int, int]:
+    status = os.stat(file)
+    return str(file), status.st_size, status.st_mtime_ns

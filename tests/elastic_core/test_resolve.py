@@ -1,0 +1,310 @@
+"""Laws of resolving: budgets hold, subnets nest, and the router's preference decides what is left."""
+
+import functools
+import itertools
+import random
+from collections.abc import Callable
+from typing import Literal
+
+import pytest
+import torch
+
+from elastic_core.config import Axes, Budget, ModelConfig
+from elastic_core.cost import subnet_params
+from elastic_core.resolve import USED_SHARE, resolve_budgets, resolve_target
+from elastic_core.router import ElasticModel, Router
+from elastic_core.subnet import Subnet, check_subnet, full_subnet, is_nested, keep_layers, smallest_subnet
+
+AxisName = Literal["ffn", "mamba_heads", "attention_heads"]
+PER_LAYER: list[tuple[AxisName, ...]] = [(), ("ffn",)]
+MODEL = ModelConfig(
+    hybrid_override_pattern="M-M*-*M-",
+    hidden_size=24,
+    intermediate_size=20,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=5,
+    mamba_num_heads=12,
+    mamba_head_dim=4,
+    ssm_state_size=3,
+    n_groups=3,
+    vocab_size=31,
+)
+FULL = full_subnet(MODEL)
+FULL_PARAMS = subnet_params(MODEL, FULL)
+RANKING = (0, 7, 3, 1, 6, 4, 2, 5)
+
+NANO_12B = ModelConfig(
+    hybrid_override_pattern="M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-",
+    hidden_size=5120,
+    intermediate_size=20480,
+    num_attention_heads=40,
+    num_key_value_heads=8,
+    head_dim=128,
+    mamba_num_heads=128,
+    mamba_head_dim=80,
+    ssm_state_size=128,
+    n_groups=8,
+    vocab_size=131072,
+)
+NANO_AXES = Axes(
+    hidden=(5120, 4480, 3840, 3584),
+    ffn=(20480, 17920, 15680, 12288, 10240),
+    mamba_heads=(128, 112, 96),
+    depth=(62, 58, 56, 54),
+    per_layer=("ffn",),
+)
+
+# The solver stops when its bound is within 1e-6 of the best log-probability that it has found.
+SOLVER_GAP = 1e-6
+
+
+@functools.cache
+def elastic_model(per_layer: tuple[AxisName, ...] = ()) -> ElasticModel:
+    axes = Axes(
+        hidden=(24, 16, 8),
+        ffn=(20, 13, 4),
+        mamba_heads=(12, 6, 3),
+        mamba_head_dim=(4, 2),
+        attention_heads=(6, 2),
+        depth=(8, 5),
+        per_layer=per_layer,
+    ).bind(MODEL)
+    return ElasticModel(config=MODEL, axes=axes, layer_ranking=RANKING)
+
+
+def smallest_params(elastic: ElasticModel) -> int:
+    return subnet_params(elastic.config, smallest_subnet(elastic.config, elastic.axes, elastic.layer_ranking))
+
+
+def random_router(elastic: ElasticModel, seed: int, num_budgets: int = 3) -> Router:
+    router = Router(elastic, num_budgets, hidden_size=8)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.normal_(generator=generator)
+    return router
+
+
+def budgets_of(*targets: int | None) -> tuple[Budget, ...]:
+    return tuple(Budget(name=f"b{i}", params=target) for i, target in enumerate(targets))
+
+
+Picks = tuple[tuple[int, ...], ...]
+
+
+@functools.cache
+def every_subnet(per_layer: tuple[AxisName, ...]) -> list[tuple[Subnet, Picks, int]]:
+    """Every subnet of the axes, the index of the choice of each row of each axis, and its parameters."""
+    elastic = elastic_model(per_layer)
+    rows = [
+        list(itertools.product(range(len(elastic.axes.choices(axis))), repeat=elastic.rows(axis)))
+        for axis in Axes.NAMES
+    ]
+    found = []
+    for picks in itertools.product(*rows):
+        size = {
+            axis: [elastic.axes.choices(axis)[i] for i in pick] for axis, pick in zip(Axes.NAMES, picks, strict=True)
+        }
+        subnet = Subnet(
+            hidden=size["hidden"][0],
+            ffn=elastic.per_layer("ffn", size["ffn"]),
+            mamba_heads=elastic.per_layer("mamba_heads", size["mamba_heads"]),
+            mamba_head_dim=size["mamba_head_dim"][0],
+            attention_heads=elastic.per_layer("attention_heads", size["attention_heads"]),
+            layers=keep_layers(RANKING, size["depth"][0]),
+        )
+        found.append((subnet, picks, subnet_params(MODEL, subnet)))
+    return found
+
+
+def log_probability_of(router: Router, budget: torch.Tensor) -> Callable[[Picks], float]:
+    with torch.no_grad():
+        logs = [router(budget)[axis].double().log_softmax(-1).tolist() for axis in Axes.NAMES]
+    return lambda picks: sum(logs[a][row][i] for a, pick in enumerate(picks) for row, i in enumerate(pick))
+
+
+@pytest.mark.parametrize("per_layer", PER_LAYER)
+def test_no_subnet_exceeds_its_budget_and_each_lies_within_the_one_before(per_layer: tuple[AxisName, ...]) -> None:
+    elastic, rng = elastic_model(per_layer), random.Random(0)
+    smallest = smallest_subnet(MODEL, elastic.axes, RANKING)
+    for seed in range(50):
+        targets = sorted((rng.randint(smallest_params(elastic), FULL_PARAMS) for _ in range(2)), reverse=True)
+        subnets = resolve_budgets(random_router(elastic, seed), budgets_of(None, *targets))
+        assert subnets[0] == FULL
+        for target, subnet, outer in zip(targets, subnets[1:], subnets[:-1], strict=True):
+            check_subnet(subnet, MODEL)
+            assert subnet_params(MODEL, subnet) <= target
+            assert is_nested(smallest, subnet)
+            assert is_nested(subnet, outer)
+
+
+@pytest.mark.parametrize("per_layer", PER_LAYER)
+def test_the_resolved_subnet_is_the_likeliest_of_those_that_fit(per_layer: tuple[AxisName, ...]) -> None:
+    elastic, rng = elastic_model(per_layer), random.Random(1)
+    for seed in range(20):
+        router = random_router(elastic, seed)
+        targets = sorted((rng.randint(smallest_params(elastic), FULL_PARAMS) for _ in range(2)), reverse=True)
+        outer = FULL
+        for index, (target, subnet) in enumerate(
+            zip(targets, resolve_budgets(router, budgets_of(*targets, None)[:2]), strict=True)
+        ):
+            score = log_probability_of(router, router.one_hot(index))
+            scores = {s: score(picks) for s, picks, size in every_subnet(per_layer) if size <= target}
+            best = max(value for s, value in scores.items() if is_nested(s, outer))
+            assert scores[subnet] == pytest.approx(best, abs=SOLVER_GAP)
+            outer = subnet
+
+
+def test_a_favourite_that_fits_is_taken_as_it_is() -> None:
+    elastic = elastic_model(("ffn",))
+    for seed in range(10):
+        router = random_router(elastic, seed)
+        score = log_probability_of(router, router.one_hot(0))
+        favourite, _, size = max(every_subnet(("ffn",)), key=lambda entry: score(entry[1]))
+        if size < FULL_PARAMS:
+            assert resolve_budgets(router, budgets_of(size)) == (favourite,)
+
+
+def router_that_prefers(elastic: ElasticModel, subnet: Subnet) -> Router:
+    """A router whose favourite, for every budget, is `subnet`; all other choices are equally unlikely."""
+    router = random_router(elastic, 0)
+    with torch.no_grad():
+        for axis, head in router.heads.items():
+            value = getattr(subnet, axis)
+            wanted = torch.tensor(value if isinstance(value, tuple) else [value])[: elastic.rows(axis), None]
+            *others, last_bias = head.parameters()
+            for parameter in others:
+                parameter.zero_()
+            last_bias.copy_(-3.0 * (wanted != torch.tensor(elastic.axes.choices(axis))).flatten())
+    return router
+
+
+def check_the_last_parameter(elastic: ElasticModel, subnet: Subnet) -> None:
+    size = subnet_params(elastic.config, subnet)
+    router = router_that_prefers(elastic, subnet)
+    assert resolve_budgets(router, budgets_of(size)) == (subnet,)
+    (one_short,) = resolve_budgets(router, budgets_of(size - 1))
+    assert subnet_params(elastic.config, one_short) < size
+
+
+@pytest.mark.parametrize("per_layer", PER_LAYER)
+def test_a_budget_is_held_to_the_last_parameter(per_layer: tuple[AxisName, ...]) -> None:
+    elastic, least = elastic_model(per_layer), smallest_params(elastic_model(per_layer))
+    within = [subnet for subnet, _, size in every_subnet(per_layer) if least < size < FULL_PARAMS]
+    for subnet in random.Random(3).sample(within, 30):
+        check_the_last_parameter(elastic, subnet)
+
+
+def test_a_budget_of_billions_is_held_to_the_last_parameter() -> None:
+    """The solver's tolerance alone would let thousands of parameters of a 12B model slip over its limit."""
+    elastic = ElasticModel(config=NANO_12B, axes=NANO_AXES.bind(NANO_12B), layer_ranking=tuple(range(62)))
+    rng = random.Random(4)
+    for _ in range(20):
+        subnet = Subnet(
+            hidden=rng.choice(NANO_AXES.hidden),
+            ffn=tuple(rng.choice(NANO_AXES.ffn) for _ in range(28)),
+            mamba_heads=(rng.choice(NANO_AXES.mamba_heads),) * 28,
+            mamba_head_dim=80,
+            attention_heads=(40,) * 6,
+            layers=tuple(range(rng.choice(NANO_AXES.depth))),
+        )
+        check_the_last_parameter(elastic, subnet)
+
+
+def test_the_full_budget_is_the_identity_whatever_the_router_prefers() -> None:
+    for seed in range(5):
+        router = random_router(elastic_model(("ffn",)), seed)
+        assert resolve_budgets(router, budgets_of(None)) == (FULL,)
+        assert resolve_budgets(router, budgets_of(FULL_PARAMS)) == (FULL,)
+        assert resolve_budgets(router, budgets_of(FULL_PARAMS + 1))[0] == FULL
+        assert resolve_target(router, (FULL,), FULL_PARAMS) == FULL
+        assert resolve_target(router, (FULL,), 2 * FULL_PARAMS) == FULL
+
+
+@pytest.mark.parametrize("per_layer", PER_LAYER)
+def test_a_target_between_budgets_lies_between_their_subnets_and_uses_what_it_may(
+    per_layer: tuple[AxisName, ...],
+) -> None:
+    elastic, rng = elastic_model(per_layer), random.Random(2)
+    for seed in range(8):
+        router = random_router(elastic, seed)
+        trained = sorted((rng.randint(smallest_params(elastic), FULL_PARAMS) for _ in range(2)), reverse=True)
+        resolved = resolve_budgets(router, budgets_of(None, *trained))
+        sizes = [subnet_params(MODEL, s) for s in resolved]
+        for _ in range(4):
+            target = rng.randint(smallest_params(elastic), FULL_PARAMS)
+            subnet = resolve_target(router, resolved, target)
+            size = subnet_params(MODEL, subnet)
+            assert size <= target
+            inner = next((s for s, n in zip(resolved, sizes, strict=True) if n <= target), None)
+            outer = next(s for s, n in zip(reversed(resolved), reversed(sizes), strict=True) if n >= target)
+            assert is_nested(subnet, outer)
+            assert inner is None or is_nested(inner, subnet)
+            reachable = [
+                n
+                for s, _, n in every_subnet(per_layer)
+                if n <= target and is_nested(s, outer) and (inner is None or is_nested(inner, s))
+            ]
+            assert size >= int(USED_SHARE * min(target, max(reachable)))
+            if max(reachable) >= USED_SHARE * target:
+                assert size >= int(USED_SHARE * target)
+
+
+def test_a_target_of_the_exact_size_of_a_resolved_subnet_gives_that_subnet() -> None:
+    router = random_router(elastic_model(("ffn",)), 3)
+    resolved = resolve_budgets(router, budgets_of(None, 15_000, 8_000))
+    for subnet in resolved:
+        assert resolve_target(router, resolved, subnet_params(MODEL, subnet)) == subnet
+
+
+def test_the_smallest_subnet_can_be_resolved_and_nothing_below_it() -> None:
+    elastic = elastic_model()
+    smallest, least = smallest_subnet(MODEL, elastic.axes, RANKING), smallest_params(elastic)
+    router = random_router(elastic, 4)
+    resolved = resolve_budgets(router, budgets_of(None, least))
+    assert resolved == (FULL, smallest)
+    assert resolve_target(router, resolved, least) == smallest
+    assert resolve_target(router, (FULL,), least) == smallest
+    message = (
+        f"^budget NAME: {least - 1:,} parameters is below the smallest subnet of these axes, {least:,}; "
+        "raise the budget or add smaller choices to the axes$"
+    )
+    with pytest.raises(ValueError, match=message.replace("NAME", "b1")):
+        resolve_budgets(router, budgets_of(None, least - 1))
+    with pytest.raises(ValueError, match=message.replace("NAME", "target")):
+        resolve_target(router, resolved, least - 1)
+
+
+def test_the_same_router_resolves_to_the_same_subnets() -> None:
+    elastic = elastic_model(("ffn",))
+    for router in (random_router(elastic, 5), Router(elastic, 3, hidden_size=8)):
+        router.initialise(torch.Generator().manual_seed(0))  # every choice is equally likely: only order can decide
+        budgets = budgets_of(None, 15_000, 8_000)
+        first = resolve_budgets(router, budgets)
+        torch.rand(7)
+        assert resolve_budgets(router, budgets) == first
+        assert resolve_target(router, first, 10_000) == resolve_target(router, first, 10_000)
+
+
+@pytest.mark.parametrize("pattern", ["M-M-", "-", "**"])
+def test_models_without_some_kind_of_layer_resolve(pattern: str) -> None:
+    model = ModelConfig(
+        hybrid_override_pattern=pattern,
+        hidden_size=24,
+        intermediate_size=20,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=5,
+        mamba_num_heads=12,
+        mamba_head_dim=4,
+        ssm_state_size=3,
+        n_groups=3,
+        vocab_size=31,
+    )
+    axes = Axes(hidden=(24, 12), depth=(len(pattern), 1) if len(pattern) > 1 else ()).bind(model)
+    elastic = ElasticModel(config=model, axes=axes, layer_ranking=tuple(range(len(pattern))))
+    target = (smallest_params(elastic) + subnet_params(model, full_subnet(model))) // 2
+    for subnet in resolve_budgets(random_router(elastic, 0), budgets_of(None, target))[1:]:
+        check_subnet(subnet, model)
+        assert subnet_params(model, subnet) <= target

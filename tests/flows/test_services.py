@@ -1,0 +1,188 @@
+"""Laws of the embedded services, with real processes."""
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows import services
+from flows.services import ObjectStore, embedded_services
+from tasks.artifacts import exists, open_store, put_file
+from tasks.settings import ServiceError, Settings
+
+ROOT = Path(__file__).parents[2]
+LIMIT_SECONDS = 60.0  # far beyond what any of this takes; a test that hangs should end
+COMMAND = """
+import sys, time
+from pathlib import Path
+from flows.services import embedded_services
+from tasks.settings import ServiceError
+try:
+    with embedded_services(Path(sys.argv[1]), share="share" in sys.argv) as defined:
+        print(defined["AWS_ENDPOINT_URL_S3"], flush=True)
+        sys.stdin.read()
+except ServiceError as error:
+    print(f"refused: {error}", flush=True)
+"""
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("AWS_", "MLFLOW_", "ELASTIC_", "PREFECT_", "DO_NOT_TRACK")):
+            monkeypatch.delenv(name)
+
+
+@contextmanager
+def command(home: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """An `elastic` command in a process of its own, and the first line it says: where its object store is."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, str(home), *arguments],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        try:
+            yield process, process.stdout.readline().strip()
+        finally:
+            process.kill()
+
+
+def servers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return [child for child in psutil.Process(process.pid).children(recursive=True) if child.name() == "weed"]
+
+
+def eventually(true: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return true()
+
+
+def test_services_are_there_within_the_block_and_leave_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign = {
+        "AWS_SESSION_TOKEN": "of another account",
+        "AWS_PROFILE": "none-such",
+        "HTTP_PROXY": "http://127.0.0.1:1",
+    }
+    for name, value in foreign.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    (tmp_path / "file").write_text("kept")
+    home = tmp_path / "home"
+    with embedded_services(home) as defined:
+        assert {name: os.environ[name] for name in defined} == defined
+        settings = Settings.from_environment()
+        assert (settings.home, settings.bucket) == (home, "elastic")
+        assert settings.tracking_uri == f"sqlite:///{home}/mlflow.db"
+        uri = f"s3://{settings.bucket}/kept"
+        put_file(open_store(settings), tmp_path / "file", uri)
+        (server,) = (child for child in psutil.Process().children() if child.name() == "weed")
+        listening = [c.laddr.ip for c in server.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+        assert listening and set(listening) == {"127.0.0.1"}
+        keys = (defined["AWS_ACCESS_KEY_ID"], defined["AWS_SECRET_ACCESS_KEY"])
+        assert keys[1] not in " ".join(server.cmdline()) and keys[1] not in str(server.environ())
+    assert dict(os.environ) == before
+    assert not server.is_running()
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (home / "s3").glob("*.json")] == [0o600] * 2
+    assert (home / "logs" / "seaweedfs.log").read_text()
+
+    port = int(defined["AWS_ENDPOINT_URL_S3"].rpartition(":")[2])
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(ZeroDivisionError), embedded_services(home) as second:
+        assert second["AWS_ENDPOINT_URL_S3"] != defined["AWS_ENDPOINT_URL_S3"]
+        assert (second["AWS_ACCESS_KEY_ID"], second["AWS_SECRET_ACCESS_KEY"]) == keys
+        assert exists(open_store(Settings.from_environment()), uri)
+        (server,) = (child for child in psutil.Process().children() if child.name() == "weed")
+        raise ZeroDivisionError
+    assert dict(os.environ) == before
+    assert not server.is_running()
+
+
+def test_a_second_command_is_refused_or_shares(tmp_path: Path) -> None:
+    with command(tmp_path) as (owner, endpoint):
+        assert endpoint.startswith("http://127.0.0.1:")
+        with command(tmp_path) as (_, said):
+            assert said.startswith("refused: another elastic command is using") and "ELASTIC_HOME" in said
+        with command(tmp_path, "share") as (reader, shared):
+            assert shared == endpoint
+            assert servers_of(reader) == []
+            assert reader.stdin is not None
+            reader.stdin.close()
+            assert reader.wait(LIMIT_SECONDS) == 0
+        assert len(servers_of(owner)) == 1
+
+
+def test_no_server_outlives_a_command_that_is_killed(tmp_path: Path) -> None:
+    with command(tmp_path) as (process, _):
+        (server,) = servers_of(process)
+        process.send_signal(signal.SIGKILL)
+        assert eventually(lambda: not server.is_running())
+    with command(tmp_path) as (process, endpoint):  # at once, on the same data
+        assert endpoint.startswith("http://127.0.0.1:")
+        (server,) = servers_of(process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LIMIT_SECONDS) == 128 + signal.SIGTERM
+        assert not server.is_running()
+
+
+def test_what_the_environment_names_is_used_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = {
+        "AWS_ENDPOINT_URL": "http://s3.example",
+        "ELASTIC_BUCKET": "models",
+        "MLFLOW_TRACKING_URI": "http://mlflow.example",
+        "PREFECT_API_URL": "http://prefect.example/api",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "77",
+        "AWS_PROFILE": "work",
+    }
+    for name, value in named.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(services, "_weed", lambda: pytest.fail("started a server"))
+    with embedded_services(tmp_path) as defined:
+        assert not named.keys() & defined.keys()
+        assert not [name for name in defined if name.startswith("AWS_")]
+        assert {name: os.environ[name] for name in named} == named
+
+
+def test_a_bucket_of_ones_own_means_ones_own_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELASTIC_BUCKET", "models")  # on AWS there is no endpoint to name
+    monkeypatch.setattr(services, "_weed", lambda: pytest.fail("started a server"))
+    with embedded_services(tmp_path) as defined:
+        assert "AWS_ENDPOINT_URL_S3" not in defined
+        assert defined["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def test_a_server_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "weed"
+    broken.write_text("#!/bin/sh\necho no room; exit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(services, "_weed", lambda: str(broken))
+    with pytest.raises(ServiceError, match=r"SeaweedFS did not start: no room; its log is .*seaweedfs\.log"):
+        ObjectStore(tmp_path / "s3", tmp_path / "logs").start()
+
+
+def test_every_variable_means_something_to_its_reader(tmp_path: Path) -> None:
+    defined = {**services.prefect_environment(tmp_path), **services.tracking_environment(tmp_path), **services._QUIET}
+    code = """
+import mlflow.environment_variables, mlflow.telemetry.utils, os
+from prefect.settings import get_current_settings
+settings = get_current_settings()
+assert str(settings.home) == os.environ["PREFECT_HOME"]
+assert settings.server.ephemeral.enabled and settings.server.ephemeral.startup_timeout_seconds == 180
+assert not settings.server.analytics_enabled
+assert mlflow.telemetry.utils.is_telemetry_disabled()
+known = vars(mlflow.environment_variables)
+assert all(name in known for name in os.environ if name.startswith("MLFLOW_") and name != "MLFLOW_LOGGING_LEVEL")
+"""
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **defined}, cwd=tmp_path, check=True)

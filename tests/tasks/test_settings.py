@@ -1,0 +1,138 @@
+"""Laws of the settings: one line for what is missing or wrong, and no secret in any text."""
+
+import errno
+import pickle
+from pathlib import Path
+
+import pytest
+
+from tasks.settings import ServiceError, Settings, is_transient, redact
+
+ENVIRONMENT = {
+    "MLFLOW_TRACKING_URI": "https://user:hunter2@mlflow.example:5000/base",
+    "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:8333",
+    "AWS_ENDPOINT_URL": "http://127.0.0.1:9999",
+    "ELASTIC_BUCKET": "models",
+    "ELASTIC_HOME": "/srv/elastic",
+    "ELASTIC_S3_SSE": "aws:kms",
+    "ELASTIC_S3_SSE_KMS_KEY_ID": "key-1",
+    "AWS_SECRET_ACCESS_KEY": "hunter2",
+}
+
+
+def test_the_environment_fills_every_field() -> None:
+    assert Settings.from_environment(ENVIRONMENT) == Settings(
+        tracking_uri="https://user:hunter2@mlflow.example:5000/base",
+        bucket="models",
+        endpoint_url="http://127.0.0.1:8333",
+        home=Path("/srv/elastic"),
+        encryption="aws:kms",
+        kms_key_id="key-1",
+    )
+
+
+def test_what_may_be_left_out_has_a_default() -> None:
+    few = {"MLFLOW_TRACKING_URI": "sqlite:///x.db", "ELASTIC_BUCKET": "models", "AWS_ENDPOINT_URL_S3": ""}
+    settings = Settings.from_environment(few)
+    assert (settings.endpoint_url, settings.encryption, settings.kms_key_id) == (None, "none", None)
+    assert settings.home == Path.cwd() / ".elastic"
+    general = Settings.from_environment({**few, "AWS_ENDPOINT_URL": "http://s3:1"})
+    assert general.endpoint_url == "http://s3:1"
+
+
+@pytest.mark.parametrize("value", [None, ""])
+@pytest.mark.parametrize("name", ["MLFLOW_TRACKING_URI", "ELASTIC_BUCKET"])
+def test_a_missing_setting_is_named_with_its_remedy(name: str, value: str | None) -> None:
+    environment = {key: text for key, text in ENVIRONMENT.items() if key != name}
+    if value is not None:
+        environment[name] = value
+    with pytest.raises(ValueError, match=f"^{name} is not set: export .* or use `elastic run`") as caught:
+        Settings.from_environment(environment)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_reader_needs_no_bucket() -> None:
+    environment = {key: text for key, text in ENVIRONMENT.items() if key != "ELASTIC_BUCKET"}
+    assert Settings.from_environment(environment, need_bucket=False).bucket == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MLFLOW_TRACKING_URI", "mlflow:5000"),
+        ("MLFLOW_TRACKING_URI", "./mlruns"),
+        ("MLFLOW_TRACKING_URI", "file:///mlruns"),
+        ("AWS_ENDPOINT_URL_S3", "user:hunter2@localhost:8333"),
+        ("ELASTIC_BUCKET", "s3://models"),
+        ("ELASTIC_BUCKET", "Models"),
+        ("ELASTIC_BUCKET", "a"),
+        ("ELASTIC_S3_SSE", "aes256"),
+        ("ELASTIC_S3_SSE", "none"),  # with a KMS key beside it
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_remedy(name: str, value: str) -> None:
+    with pytest.raises(ValueError, match=name) as caught:
+        Settings.from_environment({**ENVIRONMENT, name: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_show_no_secret() -> None:
+    settings = Settings.from_environment({**ENVIRONMENT, "AWS_ENDPOINT_URL_S3": "http://key:hunter2@s3:1"})
+    for shown in (repr(settings), str(settings), f"{settings}"):
+        assert "hunter2" not in shown
+        assert "***@mlflow.example:5000/base" in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://mlflow:5000", "http://mlflow:5000"),
+        ("sqlite:////srv/mlflow.db", "sqlite:////srv/mlflow.db"),
+        ("s3://bucket/key@v1", "s3://bucket/key@v1"),
+        ("models:/nano-6b@champion", "models:/nano-6b@champion"),
+        ("http://host:5000/models:/nano@champion", "http://host:5000/models:/nano@champion"),
+        ("http://u:hunter2@host:1/p", "http://***@host:1/p"),
+        ("http://token-only@host", "http://***@host"),
+        ("http://u:p@ss@host/p", "http://***@host/p"),
+        ("postgresql://u:pass/word@host/db", "postgresql://***@host/db"),
+        ("from http://u:a@h1/x to http://u:b@h2/y", "from http://***@h1/x to http://***@h2/y"),
+        (
+            "https://b.s3/k?X-Amz-Credential=AKIA&X-Amz-Expires=60&X-Amz-Signature=ab12",
+            "https://b.s3/k?X-Amz-Credential=***&X-Amz-Expires=60&X-Amz-Signature=***",
+        ),
+        ("postgresql://h/db?user=u&password=p&sslmode=on", "postgresql://h/db?user=u&password=***&sslmode=on"),
+    ],
+)
+def test_urls_are_shown_without_their_secrets(text: str, shown: str) -> None:
+    assert redact(text) == shown
+    assert redact(shown) == shown
+
+
+def chained(error: Exception, cause: BaseException) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "transient"),
+    [
+        (ServiceError("x", transient=True), True),
+        (ServiceError("x"), False),
+        (ConnectionResetError("x"), True),
+        (TimeoutError("x"), True),
+        (OSError(errno.ENOSPC, "full"), True),
+        (PermissionError("x"), False),
+        (ValueError("x"), False),
+        (chained(RuntimeError("x"), ServiceError("y", transient=True)), True),
+        (chained(RuntimeError("x"), ConnectionRefusedError("y")), True),
+        (chained(ServiceError("x"), ConnectionRefusedError("y")), False),
+        (KeyboardInterrupt(), False),
+    ],
+)
+def test_passing_faults_are_told_from_verdicts(error: BaseException, transient: bool) -> None:
+    assert is_transient(error) == transient
+
+
+def test_an_error_keeps_its_verdict_between_processes() -> None:
+    copy = pickle.loads(pickle.dumps(ServiceError("one line", transient=True)))
+    assert (str(copy), copy.transient) == ("one line", True)
