@@ -114,6 +114,7 @@ def rank_layers(
     remaining = list(range(model.config.num_layers))
     removed: list[int] = []
     gram_DD = _gram(model.lm_head.weight)
+    batches = [tokens_BT.to(gram_DD.device) for tokens_BT in batches]
     full_hidden = [model(tokens_BT, full_subnet(model.config)) for tokens_BT in batches]
     rounds = len(remaining) - smallest_depth + 1
     for done in range(rounds):

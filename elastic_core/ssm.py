@@ -76,8 +76,8 @@ def _scan_chunk(
     Tokens are laid out last, so that the channels of a group are the rows of one matrix: every product with B or C is
     one matrix product per group, and nothing is repeated over heads.
 
-    A token's decay to itself, 1, is never computed as exp(a - a): the gradients of the two terms would cancel only up
-    to rounding, and they are in proportion to dt.
+    What a token reads of itself is left to step 4: its decay, exp(a - a) = 1, would in step 1 give the two a gradients
+    that cancel only up to rounding and grow with dt.
     """
     dtype = state_BHPN.dtype
     tokens, groups = B_BLGN.shape[1:3]
@@ -87,12 +87,12 @@ def _scan_chunk(
     C_BGNL = C_BLGN.transpose(1, 2).to(dtype).contiguous().mT
     xdt_BHPL = x_BHPL * dt_BHL.unsqueeze(2)
 
-    # Logarithms of the decay by each token, from the chunk's start through it, and from after it to the chunk's end.
-    # Below the bound a decay is 0 anyway, but in a sum it would swamp the tokens that follow.
+    # Logarithms of the decay by each token and from the chunk's start through it. Below the bound a decay is 0 anyway,
+    # but in the sum it would swamp the tokens that follow.
     bound = math.log(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps) - 1
     log_decay_BHL = (dt_BHL * A_H[:, None]).clamp(min=bound)
     since_start_BHL = torch.cumsum(log_decay_BHL, dim=-1)
-    until_end_BHL = F.pad(log_decay_BHL[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
+    through_end_BH1 = since_start_BHL[..., -1:]
 
     # 1. Intra-chunk: attention-like scores, computed once per group, times each head's decay from source to target.
     # The mask goes before the exponential, which of a later source would overflow, and 0 * inf is NaN. A negation is
@@ -103,11 +103,11 @@ def _scan_chunk(
     y_BHPL = xdt_BHPL @ weights_BGRSL.flatten(1, 2)
 
     # 2. Chunk state: what this chunk's tokens add, each decayed to the end of the chunk.
-    added_BGMN = _by_group(xdt_BHPL * until_end_BHL.exp().unsqueeze(2), groups) @ B_BGLN
+    added_BHPL = xdt_BHPL * (through_end_BH1 - since_start_BHL).exp().unsqueeze(2)
+    added_BGMN = _by_group(added_BHPL, groups) @ B_BGLN
 
     # 3. Inter-chunk recurrence: the state before the chunk decays over all of it.
-    whole_BH1 = since_start_BHL[..., -1:].exp()
-    new_state_BHPN = torch.addcmul(added_BGMN.view_as(state_BHPN), state_BHPN, whole_BH1.unsqueeze(3))
+    new_state_BHPN = torch.addcmul(added_BGMN.view_as(state_BHPN), state_BHPN, through_end_BH1.exp().unsqueeze(3))
 
     # 4. State to output: what each target reads of the state before the chunk. Then what it reads of itself, and D.
     read_BGML = _by_group(state_BHPN, groups) @ C_BGNL

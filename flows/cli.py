@@ -37,12 +37,12 @@ def run(
     loaded = load_recipe(recipe, overrides or [])
     with embedded_services(home_directory()):
         from flows.elastify import elastify
-        from flows.summary import print_summary
+        from flows.outcome import print_outcome
         from tasks.preflight import check_services
 
         check_services()
         evaluation, release, verdict = elastify(loaded)
-        print_summary(evaluation, release, verdict)
+        print_outcome(evaluation, release, verdict)
 
 
 @app.command("slice")

@@ -6,7 +6,6 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from elastic_core.config import Recipe
-from tasks import report
 from tasks.data import read_record
 from tasks.distill import distill
 from tasks.evaluate import evaluate
@@ -19,6 +18,7 @@ from tasks.settings import Settings
 from tasks.slice import slice_budget
 from tasks.sources import source_identity, teacher_identity
 from tasks.steps import run
+from tasks.summary import markdown_table, summary_table
 from tasks.teacher import fetch_teacher, pretrain_teacher, train_tokenizer
 
 
@@ -150,7 +150,7 @@ def lineage(recipe: Recipe, teacher: Artifact, corpus: Artifact) -> dict[str, st
 
 def show(recipe: Recipe, evaluation: EvaluationRecord, release: Release, verdict: Verdict) -> None:
     """Leave the budget table on the Prefect run."""
-    table = report.markdown_table(report.summary_table(evaluation))
+    table = markdown_table(summary_table(evaluation))
     models = "\n".join(f"- `{model}`" for model in release.models.values())
     create_markdown_artifact(
         key=f"family-{recipe.family.lower().replace('_', '-')}",

@@ -44,6 +44,8 @@ def _apply(data: Any, override: str) -> None:
     *parents, last = key.split(".")
     for part in parents:
         data = _enter(data, part, key)
+        if not isinstance(data, dict | list):
+            raise ValueError(f"override {key}: {part} is a value and has no settings below it")
     if isinstance(data, list):
         data[_index(data, last, key)] = yaml.safe_load(text)
     else:
@@ -53,9 +55,7 @@ def _apply(data: Any, override: str) -> None:
 def _enter(data: Any, part: str, key: str) -> Any:
     if isinstance(data, list):
         return data[_index(data, part, key)]
-    if not isinstance(data.setdefault(part, {}), dict | list):
-        raise ValueError(f"override {key}: {part} is a value and has no settings below it")
-    return data[part]
+    return data.setdefault(part, {})
 
 
 def _index(data: list[Any], part: str, key: str) -> int:

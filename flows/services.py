@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 # Credentials of another place would be sent along with ours, or looked up before them.
 _FOREIGN = ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_DEFAULT_PROFILE")
-_QUIET = {"DO_NOT_TRACK": "true", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", **CLIENT_ENVIRONMENT}
+QUIET = {"DO_NOT_TRACK": "true", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", **CLIENT_ENVIRONMENT}
 
 # Runs a server that dies with this process, kill -9 included: on Linux the kernel sees to it, elsewhere a parent that
 # changed tells. A `preexec_fn` could do the first, but is unsafe (and from Python 3.12 warned of) among threads.
@@ -89,7 +89,7 @@ class Server:
         try:
             self._process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._process = None
 
@@ -203,7 +203,7 @@ def embedded_services(home: Path, *, share: bool = False) -> Iterator[dict[str, 
             raise ServiceError(
                 f"another elastic command is using {home}; wait for it, or set {HOME} to another directory"
             )
-        defined = {name: value for name, value in _QUIET.items() if not os.environ.get(name)} | {HOME: str(home)}
+        defined = {name: value for name, value in QUIET.items() if not os.environ.get(name)} | {HOME: str(home)}
         if not os.environ.get(TRACKING_URI):
             defined |= tracking_environment(home)
         if not os.environ.get("PREFECT_API_URL"):

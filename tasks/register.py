@@ -8,12 +8,14 @@ from typing import Any
 
 from elastic_core import checkpoint
 from elastic_core.config import Recipe, Stage, to_dict
-from tasks import artifacts, report, tracking
+from tasks import artifacts, plots, report, tracking
 from tasks.data import read_record
+from tasks.plots import read_metrics
 from tasks.progress import progress_bar
 from tasks.records import Artifact, EvaluationRecord, Release, StageRecord
 from tasks.settings import Settings, redact
 from tasks.steps import fingerprint, new_directory, step
+from tasks.summary import summary_lines
 
 HELDOUT_DIGEST = "elastic.heldout_sha256"
 
@@ -53,7 +55,7 @@ def curves(row: Mapping[str, Any]) -> dict[str, float]:
     return named
 
 
-@step(report)
+@step(plots, report)
 def register(
     recipe: Recipe,
     family: Artifact,
@@ -120,7 +122,7 @@ def deliver_curves(
     spool = tracking.MetricSpool(workspace / f"curves-{run_id}.jsonl", uri=settings.tracking_uri, run_id=run_id)
     first = 0
     for stage, record in zip(stages, records, strict=True):
-        for row in report.read_metrics(Path(record.metrics)):
+        for row in read_metrics(Path(record.metrics)):
             spool.record(first + row.step, curves(asdict(row)))
         first += stage.steps
     spool.flush()
@@ -135,7 +137,7 @@ def members(
     heldout_digest: str,
 ) -> Iterator[tracking.Member]:
     """One registered model a budget, with what was measured of it."""
-    lines = report.summary_lines(evaluation)
+    lines = summary_lines(evaluation)
     for measured in evaluation.budgets:
         metrics = {
             "params": measured.params,

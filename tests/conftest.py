@@ -3,42 +3,37 @@
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from flows.services import ObjectStore
+from flows.services import QUIET, ObjectStore
 from tasks.artifacts import Store, open_store
-from tasks.settings import Settings
-from tasks.tracking import CLIENT_ENVIRONMENT
+from tasks.settings import BUCKET, HOME, TRACKING_URI, Settings
 
 READER = {"accessKey": "reader", "secretKey": "reader-secret"}
 
 
 @dataclass(frozen=True)
 class S3Server:
-    """SeaweedFS with two identities: ours, in the environment, and one that may only read."""
+    """SeaweedFS with two identities: that of `environment`, and READER, who may only read."""
 
-    server: ObjectStore
     endpoint: str
-    reader: tuple[str, str] = (READER["accessKey"], READER["secretKey"])
+    environment: Mapping[str, str]
+
+
+def pytest_configure() -> None:
+    """Keep the services of this machine out of the tests, and the tests out of anyone's statistics."""
+    for name in [name for name in os.environ if name.startswith(("AWS_", "MLFLOW_", "ELASTIC_", "PREFECT_"))]:
+        del os.environ[name]
+    os.environ.update(QUIET)
 
 
 @pytest.fixture(scope="session")
-def session_environment() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith(("AWS_", "MLFLOW_", "ELASTIC_", "PREFECT_"))]:
-            patch.delenv(name)
-        for name, value in {**CLIENT_ENVIRONMENT, "DO_NOT_TRACK": "true"}.items():
-            patch.setenv(name, value)
-        yield patch
-
-
-@pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory, session_environment: pytest.MonkeyPatch) -> Iterator[S3Server]:
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     directory = tmp_path_factory.mktemp("s3")
     server = ObjectStore(directory, directory)
     server.credentials()
@@ -48,33 +43,40 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory, session_environment: pyt
     keys.write_text(json.dumps(identities))
     try:
         server.start()
-        for name, value in server.environment().items():
-            session_environment.setenv(name, value)
-        yield S3Server(server=server, endpoint=server.endpoint)
+        yield S3Server(endpoint=server.endpoint, environment=server.environment())
     finally:
         server.stop()
 
 
 @pytest.fixture(scope="session")
-def tracking_uri(tmp_path_factory: pytest.TempPathFactory, session_environment: pytest.MonkeyPatch) -> str:
-    """A database of its own schema, made once: that takes MLflow seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
-
-
-@pytest.fixture(scope="session")
 def s3_connection(s3_server: S3Server, tracking_uri: str) -> Iterator[Store]:
     settings = Settings(tracking_uri=tracking_uri, bucket="elastic", endpoint_url=s3_server.endpoint)
-    store = open_store(settings)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_server.environment.items():
+            patch.setenv(name, value)
+        store = open_store(settings)
     with closing(store.client):
         yield store
 
 
+@pytest.fixture(scope="session")
+def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One MLflow database for all: making its schema takes seconds. Tests choose names of their own."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
 @pytest.fixture
-def settings(s3_connection: Store, s3_server: S3Server, tracking_uri: str, tmp_path: Path) -> Iterator[Settings]:
-    """A machine whose bucket is empty and nobody else's."""
+def settings(
+    s3_connection: Store, s3_server: S3Server, tracking_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Settings]:
+    """A machine, in the environment too, whose bucket is empty and nobody else's."""
     bucket = f"test-{uuid.uuid4().hex[:12]}"
+    home = tmp_path / "home"
+    mine = {BUCKET: bucket, TRACKING_URI: tracking_uri, HOME: str(home)}
+    for name, value in {**s3_server.environment, **mine}.items():
+        monkeypatch.setenv(name, value)
     s3_connection.client.create_bucket(Bucket=bucket)
-    yield Settings(tracking_uri=tracking_uri, bucket=bucket, endpoint_url=s3_server.endpoint, home=tmp_path / "home")
+    yield Settings.from_environment()
     s3_connection.client.delete_bucket(Bucket=bucket)  # SeaweedFS takes the objects along; its volumes are few
 
 

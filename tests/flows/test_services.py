@@ -22,12 +22,14 @@ from tasks.settings import ServiceError, Settings
 ROOT = Path(__file__).parents[2]
 LIMIT_SECONDS = 60.0  # far beyond what any of this takes; a test that hangs should end
 COMMAND = """
-import sys, time
+import sys
 from pathlib import Path
-from flows.services import embedded_services
+from flows import services
 from tasks.settings import ServiceError
+if "elsewhere" in sys.argv:
+    services._GUARD = services._GUARD.replace('"linux"', '"none"')
 try:
-    with embedded_services(Path(sys.argv[1]), share="share" in sys.argv) as defined:
+    with services.embedded_services(Path(sys.argv[1]), share="share" in sys.argv) as defined:
         print(defined["AWS_ENDPOINT_URL_S3"], flush=True)
         sys.stdin.read()
 except ServiceError as error:
@@ -60,8 +62,9 @@ def command(home: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str]
             process.kill()
 
 
-def servers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    return [child for child in psutil.Process(process.pid).children(recursive=True) if child.name() == "weed"]
+def servers_of(pid: int, home: Path) -> list[psutil.Process]:
+    children = psutil.Process(pid).children(recursive=True)
+    return [child for child in children if child.name() == "weed" and f"-dir={home}/s3/data" in child.cmdline()]
 
 
 def eventually(true: Callable[[], bool]) -> bool:
@@ -89,7 +92,7 @@ def test_services_are_there_within_the_block_and_leave_with_it(tmp_path: Path, m
         assert settings.tracking_uri == f"sqlite:///{home}/mlflow.db"
         uri = f"s3://{settings.bucket}/kept"
         put_file(open_store(settings), tmp_path / "file", uri)
-        (server,) = (child for child in psutil.Process().children() if child.name() == "weed")
+        (server,) = servers_of(os.getpid(), home)
         listening = [c.laddr.ip for c in server.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
         assert listening and set(listening) == {"127.0.0.1"}
         keys = (defined["AWS_ACCESS_KEY_ID"], defined["AWS_SECRET_ACCESS_KEY"])
@@ -104,7 +107,7 @@ def test_services_are_there_within_the_block_and_leave_with_it(tmp_path: Path, m
         assert second["AWS_ENDPOINT_URL_S3"] != defined["AWS_ENDPOINT_URL_S3"]
         assert (second["AWS_ACCESS_KEY_ID"], second["AWS_SECRET_ACCESS_KEY"]) == keys
         assert exists(open_store(Settings.from_environment()), uri)
-        (server,) = (child for child in psutil.Process().children() if child.name() == "weed")
+        (server,) = servers_of(os.getpid(), home)
         raise ZeroDivisionError
     assert dict(os.environ) == before
     assert not server.is_running()
@@ -117,21 +120,22 @@ def test_a_second_command_is_refused_or_shares(tmp_path: Path) -> None:
             assert said.startswith("refused: another elastic command is using") and "ELASTIC_HOME" in said
         with command(tmp_path, "share") as (reader, shared):
             assert shared == endpoint
-            assert servers_of(reader) == []
+            assert servers_of(reader.pid, tmp_path) == []
             assert reader.stdin is not None
             reader.stdin.close()
             assert reader.wait(LIMIT_SECONDS) == 0
-        assert len(servers_of(owner)) == 1
+        assert len(servers_of(owner.pid, tmp_path)) == 1
 
 
-def test_no_server_outlives_a_command_that_is_killed(tmp_path: Path) -> None:
-    with command(tmp_path) as (process, _):
-        (server,) = servers_of(process)
+@pytest.mark.parametrize("system", ["here", "elsewhere"])
+def test_no_server_outlives_a_command_that_is_killed(tmp_path: Path, system: str) -> None:
+    with command(tmp_path, system) as (process, _):
+        (server,) = servers_of(process.pid, tmp_path)
         process.send_signal(signal.SIGKILL)
         assert eventually(lambda: not server.is_running())
-    with command(tmp_path) as (process, endpoint):  # at once, on the same data
+    with command(tmp_path, system) as (process, endpoint):  # at once, on the same data
         assert endpoint.startswith("http://127.0.0.1:")
-        (server,) = servers_of(process)
+        (server,) = servers_of(process.pid, tmp_path)
         process.send_signal(signal.SIGTERM)
         assert process.wait(LIMIT_SECONDS) == 128 + signal.SIGTERM
         assert not server.is_running()
@@ -173,7 +177,7 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pyte
 
 
 def test_every_variable_means_something_to_its_reader(tmp_path: Path) -> None:
-    defined = {**services.prefect_environment(tmp_path), **services.tracking_environment(tmp_path), **services._QUIET}
+    defined = {**services.prefect_environment(tmp_path), **services.tracking_environment(tmp_path), **services.QUIET}
     code = """
 import mlflow.environment_variables, mlflow.telemetry.utils, os
 from prefect.settings import get_current_settings

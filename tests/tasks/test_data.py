@@ -388,7 +388,9 @@ def test_fetched_files_are_read_from_inside_the_hidden_staging_directory(tokeniz
         write_jsonl(directory / "__a.jsonl", text_rows())
         return directory
 
-    config = DataConfig(sources=(DataSource(path="s3://bucket/a"), DataSource(path="s3://bucket/b")))
+    config = DataConfig(
+        sources=(DataSource(path="s3://bucket/a"), DataSource(path="s3://bucket/b")), heldout_fraction=HALF
+    )
     record = prepare_data(config, tokenizer_dir, tmp_path / ".hidden" / "out", fetch=fetch)
     assert [source.documents for source in record.sources] == [len(TEXTS), len(TEXTS)]
 

@@ -18,7 +18,7 @@ from elastic_core import cost
 from elastic_core.config import Axes, Budget, DataConfig, DataSource, ModelConfig, Optimizer, Recipe, Stage, Teacher
 from elastic_core.subnet import Subnet, full_subnet, keep_layers
 from elastic_core.train import BudgetMetrics, StepMetrics
-from tasks import report
+from tasks import plots, report, summary
 from tasks.records import BudgetEvaluation, EvaluationRecord
 
 MODEL = ModelConfig(
@@ -209,13 +209,13 @@ class Elements(HTMLParser):
     [(0, "0"), (95, "95"), (999, "999"), (1000, "1K"), (999_499, "999K"), (999_999, "1M"), (12_310_001_152, "12.3B")],
 )
 def test_a_count_keeps_three_digits_and_never_an_exponent(count: int, text: str) -> None:
-    assert report.human_count(count) == text
+    assert summary.human_count(count) == text
 
 
 def test_human_bytes_are_decimal_and_within_half_a_percent() -> None:
     units = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "PB": 1e15}
     for count in np.geomspace(1, 9e17, 500).astype(int):
-        number, unit = report.human_bytes(int(count)).split()
+        number, unit = summary.human_bytes(int(count)).split()
         assert float(number) * units[unit] == pytest.approx(count, rel=0.005)
         assert float(number) < 1000
 
@@ -224,33 +224,33 @@ def test_human_bytes_are_decimal_and_within_half_a_percent() -> None:
     ("seconds", "text"), [(0.4, "0.4 s"), (59.4, "59.4 s"), (60, "1 min 0 s"), (200, "3 min 20 s"), (7260, "2 h 1 min")]
 )
 def test_durations_have_their_two_largest_units(seconds: float, text: str) -> None:
-    assert report.human_seconds(seconds) == text
+    assert summary.human_seconds(seconds) == text
 
 
 # The budget table
 
 
 def test_the_table_has_the_teacher_and_then_the_budgets_from_the_largest() -> None:
-    rows = report.summary_table(evaluation(budget("s"), budget("l"), budget("m")))
+    rows = summary.summary_table(evaluation(budget("s"), budget("l"), budget("m")))
     assert [row["budget"] for row in rows] == ["teacher", "l", "m", "s"]
     assert [int(row["parameters"].replace(",", "")) for row in rows[1:]] == [PARAMS["l"], PARAMS["m"], PARAMS["s"]]
 
 
 def test_recovered_is_the_won_share_of_what_cutting_lost() -> None:
     small = budget("s", cut_cross_entropy=TEACHER_LOSS + 2.0, cross_entropy=TEACHER_LOSS + 0.25)
-    rows = report.summary_table(evaluation(small))
+    rows = summary.summary_table(evaluation(small))
     assert rows[1]["recovered"] == "87.5 %"
 
 
 def test_the_full_model_recovers_nothing_whatever_the_rounding_of_its_cut() -> None:
     full = budget("l", cut_cross_entropy=TEACHER_LOSS + 1e-9)
-    assert report.summary_table(evaluation(full))[1]["recovered"] == "-"
-    assert "recovered" not in report.summary_lines(evaluation(full))["l"]
+    assert summary.summary_table(evaluation(full))[1]["recovered"] == "-"
+    assert "recovered" not in summary.summary_lines(evaluation(full))["l"]
 
 
 def test_what_was_not_measured_is_a_dash() -> None:
     record = evaluation(budget("s", accuracy=None, kl=math.nan), teacher_accuracy=None)
-    rows = report.summary_table(record)
+    rows = summary.summary_table(record)
     assert [row["accuracy"] for row in rows] == ["-", "-"]
     assert rows[1]["KL"] == "-"
 
@@ -259,7 +259,7 @@ def test_the_summary_says_share_of_parameters_loss_and_recovery() -> None:
     small = budget(
         "s", params=PARAMS["l"] // 4, cross_entropy=TEACHER_LOSS + 0.12, cut_cross_entropy=TEACHER_LOSS + 1.2
     )
-    line = report.summary_lines(evaluation(small))["s"]
+    line = summary.summary_lines(evaluation(small))["s"]
     assert (
         line == "25 % of the parameters, +0.120 nats a token over the teacher, 90 % of what cutting lost is recovered"
     )
@@ -269,13 +269,13 @@ def test_the_summary_says_share_of_parameters_loss_and_recovery() -> None:
     ("delta", "words"), [(-0.0001, "+0.000 nats a token over"), (-0.02, "-0.020 nats a token below")]
 )
 def test_a_budget_below_the_teachers_loss_is_said_to_be(delta: float, words: str) -> None:
-    assert words in report.summary_lines(evaluation(budget("l", cross_entropy=TEACHER_LOSS + delta)))["l"]
+    assert words in summary.summary_lines(evaluation(budget("l", cross_entropy=TEACHER_LOSS + delta)))["l"]
 
 
 def test_a_markdown_table_gives_back_its_rows() -> None:
-    table = report.summary_table(evaluation())
+    table = summary.summary_table(evaluation())
     rows = [*table, dict.fromkeys(table[0], "a|b\nc")]
-    lines = report.markdown_table(rows).splitlines()
+    lines = summary.markdown_table(rows).splitlines()
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     assert cells[0] == list(rows[0])
     assert cells[2:-1] == [list(row.values()) for row in rows[:-1]]
@@ -292,7 +292,7 @@ def test_the_last_record_of_a_step_counts_and_an_unfinished_line_is_passed_over(
     path = tmp_path / "metrics.jsonl"
     killed = line(2, 7.0)[:60]
     path.write_text("\n".join([line(0, 1.0), line(1, 2.0), line(2, 3.0), killed + line(1, 9.0), line(1, 4.0), killed]))
-    steps = report.read_metrics(path)
+    steps = plots.read_metrics(path)
     assert [(m.step, m.loss) for m in steps] == [(0, 1.0), (1, 4.0), (2, 3.0)]
     assert steps[1] == step_metrics("short", 1, routed=True, loss=4.0)
 
@@ -301,7 +301,7 @@ def test_a_number_that_is_not_finite_is_left_out_of_the_curves(tmp_path: Path) -
     path = tmp_path / "short.jsonl"
     records = [step_metrics("short", step, routed=True, loss=loss) for step, loss in enumerate([1.0, math.nan, 3.0])]
     path.write_text("\n".join(json.dumps(dataclasses.asdict(record)) for record in records))
-    (stage,) = report._stages([("short", path)])
+    (stage,) = plots.read_stages([("short", path)])
     steps, values = stage.curve("s", lambda b: b.loss)
     assert steps.tolist() == [0, 2]
     assert values.tolist() == [1.0, 3.0]
@@ -309,12 +309,12 @@ def test_a_number_that_is_not_finite_is_left_out_of_the_curves(tmp_path: Path) -
 
 @pytest.mark.parametrize("width", [1, 3, 8])
 def test_the_rolling_mean_of_a_constant_is_that_constant(width: int) -> None:
-    np.testing.assert_allclose(report._rolling_mean(np.full(20, 2.5), width), 2.5, rtol=1e-12)
+    np.testing.assert_allclose(plots._rolling_mean(np.full(20, 2.5), width), 2.5, rtol=1e-12)
 
 
 def test_the_rolling_mean_averages_the_neighbours() -> None:
     values = np.arange(10.0) ** 2
-    middle = report._rolling_mean(values, 3)[1:-1]
+    middle = plots._rolling_mean(values, 3)[1:-1]
     np.testing.assert_allclose(middle, [values[i - 1 : i + 2].mean() for i in range(1, 9)], rtol=1e-12)
 
 
@@ -332,9 +332,9 @@ def test_every_plot_is_a_picture_with_something_in_it(page: Path) -> None:
 
 def test_the_page_and_the_markdown_hold_every_number_of_the_table(page: Path) -> None:
     text, markdown = Elements(page).text, (page.parent / "results.md").read_text()
-    for row in report.summary_table(evaluation()):
+    for row in summary.summary_table(evaluation()):
         assert all(cell in text and cell in markdown for cell in row.values())
-    for line in report.summary_lines(evaluation()).values():
+    for line in summary.summary_lines(evaluation()).values():
         assert line in text
         assert line in markdown
 
@@ -385,7 +385,7 @@ def test_every_colour_of_the_page_belongs_to_both_themes(page: Path) -> None:
     text = page.read_text()
     dark = text.index("prefers-color-scheme")
     defined = [set(re.findall(r"--(\w+):", part)) for part in (text[:dark], text[dark:])]
-    assert defined[0] == defined[1] == set(report.THEME)
+    assert defined[0] == defined[1] == set(plots.THEME)
     assert set(re.findall(r"var\(--(\w+)\)", text)) <= defined[0]
     body = text[text.index("<body>") :]
     assert not re.findall(r"(?:fill|stroke|color|background)\s*[:=]\s*\"?(#[0-9a-fA-F]{3,8})", body)
@@ -416,7 +416,7 @@ def test_one_budget_without_router_and_problems_leaves_their_plots_out(bare_page
     drawn = PLOTS - {"router", "params", "accuracy"}
     assert {path.stem for path in bare_page.parent.glob("*.png")} == drawn
     text = Elements(bare_page).text
-    assert {plot.name for plot in report.PLOTS if plot.title in text} == drawn
+    assert {plot.name for plot in plots.PLOTS if plot.title in text} == drawn
 
 
 def test_the_same_run_is_reported_in_the_same_bytes(bare_page: Path, tmp_path: Path) -> None:

@@ -210,12 +210,21 @@ def test_report_files_go_to_the_object_store(settings: Settings, family: str, tm
     assert (Path(got) / "report.html").read_text() == "<h1>"
 
 
-def test_an_object_store_that_is_away_is_a_passing_fault(tracking_uri: str, family: str, tmp_path: Path) -> None:
-    run = open_run(tracking_uri, experiment=family, run_key="r", run_name="r", artifact_root="s3://no-such-bucket/x")
-    (tmp_path / "a").write_text("")
-    with pytest.raises(ServiceError, match="uploading") as caught:
-        log_files(tracking_uri, run, tmp_path, "report")
+@pytest.mark.parametrize("away", [True, False], ids=["away", "no-bucket"])
+def test_report_files_that_do_not_arrive_are_one_line(
+    settings: Settings, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, away: bool
+) -> None:
+    if away:
+        monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", f"http://127.0.0.1:{closed_port()}")
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    uri, root = settings.tracking_uri, "s3://no-such-bucket/x"
+    run = open_run(uri, experiment=family, run_key="r", run_name="r", artifact_root=root)
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "a").write_text("")
+    with pytest.raises(ServiceError, match=r"uploading .*report to run") as caught:
+        log_files(uri, run, tmp_path / "report", "report")
     assert "\n" not in str(caught.value)
+    assert is_transient(caught.value) == away
 
 
 # Curves
@@ -668,9 +677,7 @@ def mlflow_server(directory: Path, port: int) -> Iterator[None]:
 
 
 @pytest.mark.slow
-def test_metrics_wait_for_a_server_to_come_back(
-    session_environment: pytest.MonkeyPatch, tmp_path: Path, family: str
-) -> None:
+def test_metrics_wait_for_a_server_to_come_back(tmp_path: Path, family: str) -> None:
     port = closed_port()
     uri = f"http://127.0.0.1:{port}"
     run = open_run(f"sqlite:///{tmp_path}/mlflow.db", experiment=family, run_key="a", run_name="a")

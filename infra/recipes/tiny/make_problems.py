@@ -83,7 +83,7 @@ TASKS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], tuple[str, str
     "number_sorting": (LIST_OF_DIGITS, sorting),
     "number_filtering": (LIST_OF_DIGITS, filtering),
     "manipulate_matrix": (
-        {"min_rows": 2, "max_rows": 2, "min_cols": 2, "max_cols": 3, "min_transforms": 1, "max_transforms": 1},
+        {"min_rows": 2, "max_rows": 2, "min_cols": 2, "max_cols": 2, "min_transforms": 1, "max_transforms": 1},
         mirror,
     ),
     "rotate_matrix": ({"min_n": 2, "max_n": 2, "min_rotations": 1, "max_rotations": 1}, rotation),

@@ -5,10 +5,10 @@ from rich.table import Table
 
 from tasks.promote import Verdict
 from tasks.records import EvaluationRecord, Release
-from tasks.report import summary_table
+from tasks.summary import summary_table
 
 
-def print_summary(evaluation: EvaluationRecord, release: Release, verdict: Verdict) -> None:
+def print_outcome(evaluation: EvaluationRecord, release: Release, verdict: Verdict) -> None:
     """Print the outcome of a run to standard output."""
     rows = summary_table(evaluation)
     table = Table(title=f"{release.family} {release.version}")

@@ -1,0 +1,113 @@
+"""What a run achieved, in numbers for people: the budget table of the terminal, of Prefect and of the report."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from tasks.records import BudgetEvaluation, EvaluationRecord
+
+# Numbers for people
+
+
+def human_count(count: float) -> str:
+    """A count with three digits: 12.3B, 4.56M, 812K, 95."""
+    return "".join(_scaled(count, ("", "K", "M", "B", "T")))
+
+
+def human_bytes(count: float) -> str:
+    """Bytes in decimal units: 24.6 GB."""
+    return " ".join(_scaled(count, ("B", "kB", "MB", "GB", "TB", "PB")))
+
+
+def human_seconds(seconds: float) -> str:
+    """A duration in its two largest units: 3 min 20 s."""
+    minutes, hours = round(seconds) // 60, round(seconds) // 3600
+    if hours:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min {round(seconds) % 60} s" if minutes else f"{seconds:.3g} s"
+
+
+def _scaled(count: float, units: Sequence[str]) -> tuple[str, str]:
+    power = 0
+    while power < len(units) - 1 and abs(float(f"{count:.3g}")) >= 1000:
+        count, power = count / 1000, power + 1
+    return f"{count:.3g}", units[power]
+
+
+def fixed(value: float | None, digits: int) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
+
+
+def percent(share: float | None, digits: int = 0) -> str:
+    return "-" if share is None or not math.isfinite(share) else f"{share * 100:.{digits}f} %"
+
+
+# The budget table
+
+
+def by_size(evaluation: EvaluationRecord) -> list[BudgetEvaluation]:
+    """The budgets from the largest to the smallest."""
+    return sorted(evaluation.budgets, key=lambda budget: budget.params, reverse=True)
+
+
+def recovered(evaluation: EvaluationRecord, budget: BudgetEvaluation) -> float | None:
+    """The share of what cutting lost that training won back; None for the full model, which cuts nothing."""
+    if budget.params >= evaluation.teacher_params:
+        return None
+    return budget.recovered(evaluation.teacher_cross_entropy)
+
+
+def summary_table(evaluation: EvaluationRecord) -> list[dict[str, str]]:
+    """The teacher and every budget, largest first, as rows of text by column title; "-" stands for "not measured"."""
+    teacher = {
+        "budget": "teacher",
+        "parameters": f"{evaluation.teacher_params:,}",
+        "loss": fixed(evaluation.teacher_cross_entropy, 3),
+        "KL": "-",
+        "accuracy": percent(evaluation.teacher_accuracy, 1),
+        "tokens/s": "-",
+        "size": "-",
+        "recovered": "-",
+    }
+    rows = [
+        {
+            "budget": budget.budget,
+            "parameters": f"{budget.params:,}",
+            "loss": fixed(budget.cross_entropy, 3),
+            "KL": fixed(budget.kl, 4),
+            "accuracy": percent(budget.accuracy, 1),
+            "tokens/s": fixed(budget.tokens_per_second, 0 if budget.tokens_per_second >= 100 else 1),
+            "size": human_bytes(budget.weight_bytes),
+            "recovered": percent(recovered(evaluation, budget), 1),
+        }
+        for budget in by_size(evaluation)
+    ]
+    return [teacher, *rows]
+
+
+def summary_lines(evaluation: EvaluationRecord) -> dict[str, str]:
+    """What became of each budget, in plain words, by budget."""
+    lines = {}
+    for budget in by_size(evaluation):
+        loss, share = above_teacher(evaluation, budget), recovered(evaluation, budget)
+        lines[budget.budget] = (
+            f"{percent(budget.params / evaluation.teacher_params)} of the parameters, "
+            f"{loss:+.3f} nats a token {'over' if loss >= 0 else 'below'} the teacher"
+            + (f", {percent(share)} of what cutting lost is recovered" if share is not None else "")
+        )
+    return lines
+
+
+def above_teacher(evaluation: EvaluationRecord, budget: BudgetEvaluation) -> float:
+    """Cross-entropy above the teacher's, rounded as it is shown, and never minus zero."""
+    return round(budget.cross_entropy - evaluation.teacher_cross_entropy, 3) + 0.0
+
+
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows of equal columns as a Markdown table; every column but the first is aligned right."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    titles = list(rows[0])
+    rule = "|" + "|".join([" --- ", *[" ---: "] * (len(titles) - 1)]) + "|"
+    return "\n".join([line(titles), rule, *(line([row[title] for title in titles]) for row in rows)]) + "\n"

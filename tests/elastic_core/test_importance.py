@@ -1,0 +1,291 @@
+"""Laws of importance: scores and rankings agree with the paper's formulas on the stock model, written out slowly."""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import NemotronHForCausalLM
+
+from elastic_core.config import ModelConfig
+from elastic_core.importance import WidthScores, importance_order, rank_layers, width_scores
+from elastic_core.model import ElasticNemotronH
+from elastic_core.reorder import check_order
+
+StockModel = Callable[..., NemotronHForCausalLM]
+
+# Both models run in float32 and add up in different orders; the signed Mamba sums cancel by some ten times.
+FLOAT32_SUM = 1e-4
+# The same float32 activations, added up in float64 in another order: only the models' matrix products may differ.
+FLOAT32_BATCHING = 1e-5
+
+
+@pytest.fixture(scope="module")
+def stock(stock_model: StockModel) -> NemotronHForCausalLM:
+    """Weights of a trained model's size, so that no layer drowns the others."""
+    model = stock_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5 if parameter.ndim == 2 else 1.0)
+    return model
+
+
+@pytest.fixture
+def elastic(stock: NemotronHForCausalLM, tiny_config: ModelConfig) -> ElasticNemotronH:
+    """The same weights; made anew for each test, which may change them."""
+    model = ElasticNemotronH(tiny_config, backend="torch")
+    model.load_state_dict({name.removeprefix("model."): value for name, value in stock.state_dict().items()})
+    return model
+
+
+def token_batches(config: ModelConfig, count: int = 3) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(config.vocab_size, (2, 11), generator=generator) for _ in range(count)]
+
+
+def record_activations(
+    stock: NemotronHForCausalLM, config: ModelConfig, batches: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What comes out of each layer's norm and of its first projection, in float64, one row a token."""
+    normed: list[list[Tensor]] = [[] for _ in stock.model.layers]
+    projected: list[list[Tensor]] = [[] for _ in stock.model.layers]
+
+    def keep_in(rows: list[Tensor]) -> Callable[[nn.Module, object, Tensor], None]:
+        return lambda _module, _inputs, output: rows.append(output.double().flatten(0, -2))
+
+    hooks = []
+    for layer, block in enumerate(stock.model.layers):
+        first = {"M": "in_proj", "*": "q_proj", "-": "up_proj"}[config.hybrid_override_pattern[layer]]
+        hooks.append(block.norm.register_forward_hook(keep_in(normed[layer])))
+        hooks.append(getattr(block.mixer, first).register_forward_hook(keep_in(projected[layer])))
+    with torch.no_grad():
+        for tokens in batches:
+            stock(tokens)
+    for hook in hooks:
+        hook.remove()
+    return [torch.cat(rows) for rows in normed], [torch.cat(rows) for rows in projected]
+
+
+def slow_width_scores(stock: NemotronHForCausalLM, config: ModelConfig, batches: Sequence[Tensor]) -> WidthScores:
+    """The sums of arXiv 2511.16664 over the stock model's activations, token after token and head after head."""
+    normed, projected = record_activations(stock, config, batches)
+    hidden = torch.zeros(config.hidden_size, dtype=torch.float64)
+    for rows in normed:
+        for row in rows:
+            hidden += row.abs()
+
+    def ffn_scores(layer: int) -> Tensor:
+        return sum((row.abs() for row in projected[layer]), torch.zeros(config.ffn_sizes[0], dtype=torch.float64))
+
+    def mamba_scores(layer: int) -> Tensor:
+        sums = torch.zeros(config.mamba_num_heads, config.mamba_head_dim, dtype=torch.float64)
+        for row in projected[layer]:  # [z, x, B, C, dt]
+            for head in range(config.mamba_num_heads):
+                start = config.mamba_size + head * config.mamba_head_dim
+                sums[head] += row[start : start + config.mamba_head_dim]
+        return sums
+
+    def query_scores(layer: int) -> Tensor:
+        norms = torch.zeros(config.num_attention_heads, dtype=torch.float64)
+        for row in projected[layer]:
+            for head in range(config.num_attention_heads):
+                norms[head] += row[head * config.head_dim : (head + 1) * config.head_dim].square().sum().sqrt()
+        return norms
+
+    return WidthScores(
+        hidden_D=hidden,
+        ffn_F=tuple(ffn_scores(layer) for layer in config.layers_of("-")),
+        mamba_HP=tuple(mamba_scores(layer) for layer in config.layers_of("M")),
+        query_Q=tuple(query_scores(layer) for layer in config.layers_of("*")),
+    )
+
+
+def all_scores(scores: WidthScores) -> list[Tensor]:
+    return [scores.hidden_D, *scores.ffn_F, *scores.mamba_HP, *scores.query_Q]
+
+
+def assert_close(found: WidthScores, expected: WidthScores, tolerance: float) -> None:
+    for a, b in zip(all_scores(found), all_scores(expected), strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == torch.float64
+        assert float((a - b).abs().max()) < tolerance * float(b.abs().max())
+
+
+def test_width_scores_are_the_papers_sums_over_the_stock_models_activations(
+    elastic: ElasticNemotronH, stock: NemotronHForCausalLM, tiny_config: ModelConfig
+) -> None:
+    batches = token_batches(tiny_config)
+    assert_close(width_scores(elastic, batches), slow_width_scores(stock, tiny_config, batches), FLOAT32_SUM)
+
+
+def test_width_scores_do_not_depend_on_how_samples_are_batched(
+    elastic: ElasticNemotronH, tiny_config: ModelConfig
+) -> None:
+    batches = token_batches(tiny_config)
+    whole = width_scores(elastic, [torch.cat(batches)])
+    assert_close(width_scores(elastic, batches), whole, FLOAT32_BATCHING)
+    assert_close(width_scores(elastic, [row[None] for row in torch.cat(batches)]), whole, FLOAT32_BATCHING)
+
+
+def random_scores(config: ModelConfig, seed: int) -> WidthScores:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    mamba = [draw(config.mamba_num_heads, config.mamba_head_dim) for _ in config.layers_of("M")]
+    return WidthScores(
+        hidden_D=draw(config.hidden_size).abs(),
+        ffn_F=tuple(draw(width).abs() for width in config.ffn_sizes),
+        mamba_HP=tuple(mamba),
+        query_Q=tuple(draw(config.num_attention_heads).abs() for _ in config.layers_of("*")),
+    )
+
+
+def ranked_in_groups(scores: Sequence[float], groups: int) -> list[int]:
+    size = len(scores) // groups
+    members = [range(group * size, (group + 1) * size) for group in range(groups)]
+    return [unit for group in members for unit in sorted(group, key=lambda u: -scores[u])]
+
+
+@pytest.mark.parametrize("kept_head_dim", [1, 4, 6])
+def test_components_are_ranked_by_score_and_heads_inside_their_group(
+    tiny_config: ModelConfig, kept_head_dim: int
+) -> None:
+    for seed in range(5):
+        scores = random_scores(tiny_config, seed)
+        ranking = tuple(range(tiny_config.num_layers))
+        order = importance_order(tiny_config, scores, ranking, kept_head_dim)
+        check_order(order, tiny_config)
+        assert order.layers == ranking
+        assert order.hidden.tolist() == ranked_in_groups(scores.hidden_D.tolist(), 1)
+        for found, expected in zip(order.ffn, scores.ffn_F, strict=True):
+            assert found.tolist() == ranked_in_groups(expected.tolist(), 1)
+        for found, expected in zip(order.query_heads, scores.query_Q, strict=True):
+            assert found.tolist() == ranked_in_groups(expected.tolist(), 2)
+        for channels, heads, s_HP in zip(order.mamba_channels, order.mamba_heads, scores.mamba_HP, strict=True):
+            rows = s_HP.tolist()
+            by_channel = [sum(row[d] ** 2 for row in rows) for d in range(6)]
+            assert channels.tolist() == ranked_in_groups(by_channel, 1)
+            kept = channels.tolist()[:kept_head_dim]
+            by_head = [sum(row[d] ** 2 for d in kept) for row in rows]
+            assert heads.tolist() == ranked_in_groups(by_head, 2)
+
+
+def test_mamba_heads_are_ranked_on_the_kept_channels_only(tiny_config: ModelConfig) -> None:
+    scores = random_scores(tiny_config, 0)
+    for s_HP in scores.mamba_HP:
+        s_HP.fill_(1.0)
+        s_HP[:, 5] = 0.0
+        s_HP[3, 5] = 2.0  # head 3 stands out, in the least important channel
+        s_HP[4, :5] = 1.1
+    ranking = tuple(range(tiny_config.num_layers))
+    assert importance_order(tiny_config, scores, ranking, 6).mamba_heads[0][0] == 3
+    assert importance_order(tiny_config, scores, ranking, 5).mamba_heads[0][0] == 4
+
+
+def test_dead_components_are_ranked_last(elastic: ElasticNemotronH, tiny_config: ModelConfig) -> None:
+    config = tiny_config
+    mamba, ffn, attention = (config.layers_of(kind)[0] for kind in "M-*")
+    with torch.no_grad():
+        for layer in elastic.layers:
+            layer.norm.weight[7] = 0.0
+        elastic.layers[ffn].mixer.up_proj.weight[11] = 0.0
+        elastic.layers[attention].mixer.q_proj.weight[4 * config.head_dim : 5 * config.head_dim] = 0.0
+        x_rows = elastic.layers[mamba].mixer.in_proj.weight[config.mamba_size : 2 * config.mamba_size]
+        x_rows_HPD = x_rows.unflatten(0, (config.mamba_num_heads, config.mamba_head_dim))
+        x_rows_HPD[8] = 0.0
+        x_rows_HPD[:, 2] = 0.0
+    scores = width_scores(elastic, token_batches(config))
+    order = importance_order(config, scores, range(config.num_layers), config.mamba_head_dim)
+    assert order.hidden[-1] == 7
+    assert order.ffn[0][-1] == 11
+    assert order.query_heads[0][-1] == 4, "last of the second KV group"
+    assert order.mamba_heads[0][-1] == 8, "last of the second SSM group"
+    assert order.mamba_channels[0][-1] == 2
+
+
+def slow_rank_layers(
+    stock: NemotronHForCausalLM, config: ModelConfig, batches: Sequence[Tensor], smallest_depth: int
+) -> tuple[tuple[int, ...], float]:
+    """Iterative removal on whole logits, all but the last attention layer, and the least relative gap of two scores."""
+    layers, attention = list(stock.model.layers), set(config.layers_of("*"))
+
+    def logits(kept: Sequence[int]) -> Tensor:
+        stock.model.layers = nn.ModuleList([layers[i] for i in kept])
+        with torch.no_grad():
+            found = torch.cat([stock(tokens).logits.double() for tokens in batches])
+        stock.model.layers = nn.ModuleList(layers)
+        return found
+
+    remaining, removed, gaps = list(range(len(layers))), list[int](), list[float]()
+    full = logits(remaining)
+    while True:
+        scores = {
+            j: float((full - logits([i for i in remaining if i != j])).square().sum() / full.square().sum())
+            for j in remaining
+        }
+        ranked = sorted(remaining, key=lambda j: scores[j])
+        gaps += [1 - scores[a] / scores[b] for a, b in itertools.pairwise(ranked)]
+        if len(remaining) == smallest_depth:
+            return (*reversed(ranked), *reversed(removed)), min(gaps)
+        least = next(j for j in ranked if attention & set(remaining) != {j})
+        remaining.remove(least)
+        removed.append(least)
+
+
+@pytest.mark.parametrize("smallest_depth", [1, 4, 8])
+def test_depth_ranking_is_iterative_removal_on_the_stock_models_logits(
+    elastic: ElasticNemotronH, stock: NemotronHForCausalLM, tiny_config: ModelConfig, smallest_depth: int
+) -> None:
+    batches = token_batches(tiny_config, count=2)
+    expected, gap = slow_rank_layers(stock, tiny_config, batches, smallest_depth)
+    assert gap > FLOAT32_SUM, "the scores must be far enough apart for float32 to tell"
+    assert rank_layers(elastic, batches, smallest_depth) == expected
+
+
+def test_ranking_is_a_permutation_whose_tail_does_not_depend_on_where_removal_stops(
+    elastic: ElasticNemotronH, tiny_config: ModelConfig
+) -> None:
+    batches = token_batches(tiny_config, count=1)
+    to_the_end = rank_layers(elastic, batches, 1)
+    for smallest_depth in range(1, 9):
+        ranking = rank_layers(elastic, batches, smallest_depth)
+        assert sorted(ranking) == list(range(8))
+        assert ranking[smallest_depth:] == to_the_end[smallest_depth:]
+
+
+@pytest.mark.parametrize(("layer", "projection"), [(0, "out_proj"), (5, "out_proj"), (1, "down_proj"), (3, "o_proj")])
+@pytest.mark.parametrize("smallest_depth", [3, 8])
+def test_a_layer_that_adds_nothing_is_ranked_last(
+    elastic: ElasticNemotronH, tiny_config: ModelConfig, layer: int, projection: str, smallest_depth: int
+) -> None:
+    with torch.no_grad():
+        getattr(elastic.layers[layer].mixer, projection).weight.zero_()
+    assert rank_layers(elastic, token_batches(tiny_config, count=1), smallest_depth)[-1] == layer
+
+
+def test_the_last_attention_layer_stays(elastic: ElasticNemotronH, tiny_config: ModelConfig) -> None:
+    attention = tiny_config.layers_of("*")
+    with torch.no_grad():
+        for layer in attention:
+            elastic.layers[layer].mixer.o_proj.weight.zero_()
+    for smallest_depth in (1, 2, 4):
+        kept = rank_layers(elastic, token_batches(tiny_config, count=1), smallest_depth)[:smallest_depth]
+        assert len(set(kept) & set(attention)) == 1
+
+
+def test_ranking_reports_each_round(elastic: ElasticNemotronH, tiny_config: ModelConfig) -> None:
+    rounds: list[tuple[int, int]] = []
+    rank_layers(elastic, token_batches(tiny_config, count=1), 5, lambda done, total: rounds.append((done, total)))
+    assert rounds == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_ranking_leaves_the_model_as_it_was(elastic: ElasticNemotronH, tiny_config: ModelConfig) -> None:
+    before = {name: value.clone() for name, value in elastic.state_dict().items()}
+    batches = token_batches(tiny_config, count=1)
+    width_scores(elastic, batches)
+    rank_layers(elastic, batches, 6)
+    assert all(torch.equal(before[name], value) for name, value in elastic.state_dict().items())
+    assert all(parameter.grad is None for parameter in elastic.parameters())
