@@ -106,7 +106,7 @@ class MambaMixer(nn.Module):
 
         conv_weight, conv_bias = self._conv_weights(channels)
         xBC, conv_tail = backend.conv(xBC, conv_weight, conv_bias, cache.conv.get(self.layer) if cache else None)
-        x, B_BTGN, C_BTGN = F.silu(xBC).split([heads * head_dim, *(config.state_rows // 2,) * 2], dim=-1)
+        x, B_BTGN, C_BTGN = xBC.split([heads * head_dim, *(config.state_rows // 2,) * 2], dim=-1)
         x_BTHP = x.unflatten(-1, (heads, head_dim))
         B_BTGN = B_BTGN.unflatten(-1, (config.n_groups, config.ssm_state_size))
         C_BTGN = C_BTGN.unflatten(-1, (config.n_groups, config.ssm_state_size))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +12,12 @@ import typer
 if TYPE_CHECKING:
     from elastic_core.model import ElasticNemotronH
     from elastic_core.subnet import Subnet
+
+# The terminal shows steps and progress; Prefect's own lines, and ours, are on the run in its UI.
+PREFECT_LOGGING = {
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "elastic_core,tasks,flows",
+}
 
 app = typer.Typer(
     name="elastic",
@@ -35,6 +42,8 @@ def run(
     from tasks.settings import home_directory
 
     loaded = load_recipe(recipe, overrides or [])
+    for name, value in PREFECT_LOGGING.items():
+        os.environ.setdefault(name, value)
     with embedded_services(home_directory()):
         from flows.elastify import elastify
         from flows.outcome import print_outcome
@@ -189,9 +198,10 @@ def _describe(directory: Path) -> str:
 
 def main() -> None:
     """The entry point: a fault that the user can mend is one line and exit code 1."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    terminal = logging.StreamHandler()
     for package in ("elastic_core", "tasks", "flows"):
         logging.getLogger(package).setLevel(logging.INFO)
+        logging.getLogger(package).addHandler(terminal)
     try:
         app()
     except (ValueError, OSError, RuntimeError) as error:

@@ -17,6 +17,8 @@ def print_outcome(evaluation: EvaluationRecord, release: Release, verdict: Verdi
     for row in rows:
         table.add_row(*row.values())
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
     console.print(table)
     console.print("registered  " + ", ".join(release.models.values()), highlight=False)
     console.print(f"promotion   {verdict.reason}", highlight=False)

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,12 +14,14 @@ from elastic_core.config import Stage
 
 logger = logging.getLogger(__name__)
 
+SECONDS_BETWEEN_LINES = 30.0
+
 Report = Callable[[int, int], None]
 
 
 @contextmanager
 def progress_bar(description: str) -> Iterator[Report]:
-    """A function of (done, total) that moves a bar, on a terminal; elsewhere a line of log at every tenth."""
+    """A function of (done, total) that moves a bar, on a terminal; elsewhere a line of log every half minute."""
     if not sys.stderr.isatty():
         yield _logged(description)
         return
@@ -35,14 +38,15 @@ def progress_bar(description: str) -> Iterator[Report]:
 
 
 def _logged(description: str) -> Report:
-    last = -1
+    began = last = time.monotonic()
 
     def report(done: int, total: int) -> None:
         nonlocal last
-        tenth = 10 * done // max(1, total)
-        if tenth > last:
-            last = tenth
-            logger.info("%s: %d of %d", description, done, total)
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES and done:
+            last = now
+            left = (now - began) * (total - done) / done
+            logger.info("%s: %.0f %%, %.0f s left", description, 100 * done / total, left)
 
     return report
 

@@ -405,7 +405,9 @@ def test_a_directory_that_already_verifies_is_left_alone(store: Store, tmp_path:
     assert len(sent) == 1  # the manifest
 
 
-@pytest.mark.parametrize("change", [{"config.json": b"[]"}, {"more": b""}], ids=["changed", "extra"])
+@pytest.mark.parametrize(
+    "change", [{"model-00002.safetensors": bytes(SMALL // 2)}, {"more": b""}], ids=["changed", "extra"]
+)
 def test_a_directory_with_something_else_in_it_is_refused(
     store: Store, tmp_path: Path, change: dict[str, bytes]
 ) -> None:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from elastic_core.config import DataConfig, DataSource
@@ -134,6 +135,18 @@ def test_chats_and_texts_come_out_as_their_tokens(
     expected += [tokenizer(f"<|user|>{i} + {i} =<|assistant|>{2 * i}")["input_ids"] for i in range(len(CHATS))]
     found = [part for file in (TRAIN_FILE, HELDOUT_FILE) for part in parts(stream(directory, file))]
     assert sorted(found) == sorted(expected)
+
+
+def test_a_tokenizer_that_adds_bos_adds_none_inside_the_stream(tokenizer_dir: Path, tmp_path: Path) -> None:
+    adding = tmp_path / "adding"
+    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save_pretrained(adding)
+    assert load_tokenizer(adding)("x")["input_ids"][0] == 1
+    source = write_jsonl(tmp_path / "a.jsonl", text_rows())
+    config = DataConfig(sources=(source,), heldout_fraction=HALF)
+    prepare_data(config, adding, tmp_path / "out", fetch=refuse)
+    assert 1 not in stream(tmp_path / "out", TRAIN_FILE)
 
 
 def test_streams_are_int32_and_the_training_loop_reads_their_rows(prepare: Prepare, tmp_path: Path) -> None:
@@ -270,12 +283,20 @@ def test_digests_in_the_record_are_those_of_the_files(prepare: Prepare, tokenize
 
 
 def test_digest_of_files_is_of_content_and_order_alone(tmp_path: Path) -> None:
-    a, b, copy = (tmp_path / name for name in ("a", "b", "copy"))
-    a.write_text("one")
-    copy.write_text("one")
-    b.write_text("two")
-    assert digest_files([a, b]) == digest_files([copy, b])
-    assert len({digest_files(files) for files in ([a, b], [b, a], [a], [a, b, b], [])}) == 5
+    files = {}
+    for name, content in (("one", "1"), ("two", "2"), ("same", "1"), ("both", "12"), ("none", "")):
+        files[name] = tmp_path / name
+        files[name].write_text(content)
+    assert digest_files([files["one"], files["two"]]) == digest_files([files["same"], files["two"]])
+    lists = (["one", "two"], ["two", "one"], ["one"], ["both"], ["both", "none"], ["none", "both"], [])
+    assert len({digest_files(files[name] for name in names) for names in lists}) == len(lists)
+
+
+def test_digest_of_a_chat_does_not_depend_on_the_order_of_keys() -> None:
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    turned = [dict(reversed(message.items())) for message in chat]
+    assert Document(chat, "here").digest() == Document(turned, "there").digest()
+    assert Document(chat, "").digest() != Document(chat[::-1], "").digest()
 
 
 # --- sources ---
@@ -325,9 +346,10 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
 
 
 def test_directories_and_globs_are_read_in_the_order_of_names(tmp_path: Path) -> None:
-    for i in (2, 0, 1):
-        write_jsonl(tmp_path / f"part-{i}.jsonl", text_rows([f"text {i}"]))
-    expected = ["text 0", "text 1", "text 2"]
+    letters = "qwertyuiopasdfghjklzxcvbnm"
+    for letter in letters:
+        write_jsonl(tmp_path / f"part-{letter}.jsonl", text_rows([letter]))
+    expected = sorted(letters)
     assert contents(DataSource(path=str(tmp_path / "part-*.jsonl")), tmp_path) == expected
     assert contents(DataSource(path=str(tmp_path)), tmp_path) == expected
 
