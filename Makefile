@@ -1,16 +1,21 @@
-# make demo: the whole pipeline on this machine.   make test: the tests.   make check: everything that CI runs but the demo.
+# make demo: the whole pipeline on this machine.   make test: the tests.   make check: lint, types, contracts, tests.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+# Triton's interpreter runs the Mamba kernels on a CPU. They live apart, because transformers uses a mamba_ssm it finds.
+KERNELS := $(VENV)/kernels
 
-.PHONY: demo test check lint bench clean
+.PHONY: demo test test-kernels lint check bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/elastic run infra/recipes/tiny.yaml
 
 test: $(INSTALLED)
 	$(BIN)/pytest -m "not gpu and not benchmark"
+
+test-kernels: $(KERNELS)/installed
+	TRITON_KERNELS=$(abspath $(KERNELS)) $(BIN)/pytest tests/elastic_core/test_kernels.py -m "not gpu"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -29,4 +34,10 @@ clean:
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+$(KERNELS)/installed: $(INSTALLED)
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps --target $(KERNELS) triton einops
+	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(BIN)/pip install --quiet --constraint constraints.txt \
+		--no-deps --no-build-isolation --target $(KERNELS) mamba-ssm
 	touch $@

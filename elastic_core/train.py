@@ -209,7 +209,7 @@ def _micro_step(run: StageRun, step: int, micro_step: int, name: str, tokens: Te
     choice = _choose(run, step, micro_step, name)
     with _autocast(run):
         hidden_BTD = run.student(inputs_BT, choice.subnet, choice.masks)
-        teacher_hidden = _teacher_hidden(run, inputs_BT, choice.subnet)
+        teacher_hidden = _teacher_hidden(run, inputs_BT, choice)
         teacher = run.teacher or run.student
         parts = distillation_loss(
             hidden_BTD.flatten(0, 1),
@@ -228,7 +228,7 @@ def _micro_step(run: StageRun, step: int, micro_step: int, name: str, tokens: Te
 
 
 @torch.no_grad()
-def _teacher_hidden(run: StageRun, inputs_BT: Tensor, subnet: Subnet) -> Tensor | None:
+def _teacher_hidden(run: StageRun, inputs_BT: Tensor, choice: _Choice) -> Tensor | None:
     """The teacher's last hidden states; a trainable teacher teaches every budget but its own."""
     full = full_subnet(run.student.config)
     if run.distillation.kl_weight == 0:
@@ -236,7 +236,8 @@ def _teacher_hidden(run: StageRun, inputs_BT: Tensor, subnet: Subnet) -> Tensor 
     if run.distillation.teacher == "frozen":
         assert run.teacher is not None, "a frozen teacher is missing"
         return run.teacher(inputs_BT, full)  # type: ignore[no-any-return]
-    return run.student(inputs_BT, full) if subnet != full else None
+    is_teacher = choice.masks is None and choice.subnet == full
+    return None if is_teacher else run.student(inputs_BT, full)
 
 
 def _autocast(run: StageRun) -> AbstractContextManager[Any]:

@@ -124,7 +124,7 @@ def trainers(home: Path) -> list[int]:
     return found
 
 
-def test_a_run_that_is_killed_in_both_stages_ends_in_the_same_weights(finished, command, tmp_path):
+def test_a_run_killed_in_both_stages_and_then_its_trainer_alone_ends_in_the_same_weights(finished, command, tmp_path):
     killed = type(command)(recipe=command.recipe, home=tmp_path / "home")
     for stage in ("stage1", "stage2"):
         kill_inside(killed, stage, after_step=5)
@@ -133,6 +133,17 @@ def test_a_run_that_is_killed_in_both_stages_ends_in_the_same_weights(finished, 
             time.sleep(0.1)
         assert not trainers(killed.home), "a killed run left its trainer behind"
         assert not (killed.step_directory(stage) / "family").exists(), f"{stage} was over before it was killed"
-    done = killed.run()
-    assert done.returncode == 0, done.stderr
+    last = killed.start("run", str(killed.recipe))
+    os.kill(wait_for_trainer(killed.home), signal.SIGKILL)
+    _, stderr = last.communicate(timeout=300)
+    assert last.returncode == 0, stderr
     assert files(family_directory(killed)) == files(family_directory(command))
+
+
+def wait_for_trainer(home: Path) -> int:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if found := trainers(home):
+            return max(found)
+        time.sleep(0.05)
+    raise AssertionError("no training process appeared")
