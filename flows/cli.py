@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ PREFECT_LOGGING = {
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "elastic_core,tasks,flows",
 }
+INTERRUPTED = 130  # what Typer makes of Ctrl-C
 
 app = typer.Typer(
     name="elastic",
@@ -70,7 +72,7 @@ def slice_(
     if (budget is None) == (params is None):
         raise ValueError("give either --budget or --params")
     family = read_family(checkpoint)
-    subnet = family.budget(budget).subnet if budget else _any_size(checkpoint, int(params or 0))
+    subnet = _any_size(checkpoint, params) if params is not None else family.budget(str(budget)).subnet
     with progress_bar("slicing") as report:
         slice_checkpoint(checkpoint, subnet, output, pad_ffn=pad_ffn, progress=report)
     typer.echo(f"{output}: {_describe(output)}")
@@ -177,14 +179,16 @@ def _load(checkpoint: Path, budget: str | None) -> "tuple[ElasticNemotronH, Subn
     return model, read_family(checkpoint).budget(budget).subnet if budget else full_subnet(model.config)
 
 
-def _any_size(checkpoint: Path, params: int) -> "Subnet":
+def _any_size(checkpoint: Path, params: float) -> "Subnet":
     from elastic_core.checkpoint import read_config, read_family
     from elastic_core.job import load_router
     from elastic_core.resolve import resolve_target
 
+    if not math.isfinite(params):
+        raise ValueError(f"--params {params} is not a size; give a number of parameters, such as 7.5e9")
     family = read_family(checkpoint)
     router = load_router(checkpoint, read_config(checkpoint), family)
-    return resolve_target(router, [budget.subnet for budget in family.budgets], params)
+    return resolve_target(router, [budget.subnet for budget in family.budgets], int(params))
 
 
 def _describe(directory: Path) -> str:
@@ -197,20 +201,35 @@ def _describe(directory: Path) -> str:
 
 
 def main() -> None:
-    """The entry point: a fault that the user can mend is one line and exit code 1."""
+    """The entry point: a fault that the user can mend is one line on stderr, and a non-zero exit code."""
     terminal = logging.StreamHandler()
     for package in ("elastic_core", "tasks", "flows"):
         logging.getLogger(package).setLevel(logging.INFO)
         logging.getLogger(package).addHandler(terminal)
     try:
-        app()
+        status = app(standalone_mode=False)
+    except typer.TyperException as error:
+        if message := error.format_message():  # it is empty where the help was shown instead
+            _complain(f"{message.rstrip('.')}; --help tells more")
+        sys.exit(error.exit_code)
     except (ValueError, OSError, RuntimeError) as error:
-        typer.echo(f"elastic: {_one_line(error)}", err=True)
+        _complain(_explain(error))
         sys.exit(1)
+    if status == INTERRUPTED:
+        _complain("interrupted; run the same command again to go on")
+    sys.exit(status)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _complain(message: str) -> None:
+    from tasks.settings import redact
+
+    typer.echo(f"elastic: {redact(' '.join(message.split()))}", err=True)
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; check the path, its permissions and the room on its disk"
+    return str(error) or type(error).__name__
 
 
 if __name__ == "__main__":

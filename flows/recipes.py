@@ -16,6 +16,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not text in UTF-8; name a recipe such as infra/recipes/tiny.yaml") from error
     except OSError as error:
         raise ValueError(
             f"{path}: cannot be read ({error.strerror}); name a recipe such as infra/recipes/tiny.yaml"
@@ -23,7 +25,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path}{where}: is not YAML ({getattr(error, 'problem', 'unreadable')})") from error
+        raise ValueError(f"{path}{where}: is not YAML ({_problem(error)})") from error
     if not isinstance(data, dict):
         raise ValueError(
             f"{path}: is not a recipe; expected a mapping with family, teacher, data, axes, budgets, stages"
@@ -41,15 +43,23 @@ def _apply(data: Any, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals:
         raise ValueError(f"override {override!r} is not key=value, such as stages.0.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: the value is not YAML ({_problem(error)})") from error
     *parents, last = key.split(".")
     for part in parents:
         data = _enter(data, part, key)
         if not isinstance(data, dict | list):
             raise ValueError(f"override {key}: {part} is a value and has no settings below it")
     if isinstance(data, list):
-        data[_index(data, last, key)] = yaml.safe_load(text)
+        data[_index(data, last, key)] = value
     else:
-        data[last] = yaml.safe_load(text)
+        data[last] = value
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    return getattr(error, "problem", None) or "unreadable"
 
 
 def _enter(data: Any, part: str, key: str) -> Any:

@@ -11,7 +11,6 @@ import secrets
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from tasks.artifacts import ensure_bucket
+from tasks.processes import ChildProcess
 from tasks.settings import BUCKET, ENDPOINT, ENDPOINT_S3, HOME, TRACKING_URI, ServiceError, Settings
 from tasks.tracking import CLIENT_ENVIRONMENT
 
@@ -36,67 +36,6 @@ _log = logging.getLogger(__name__)
 # Credentials of another place would be sent along with ours, or looked up before them.
 _FOREIGN = ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_DEFAULT_PROFILE")
 QUIET = {"DO_NOT_TRACK": "true", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", **CLIENT_ENVIRONMENT}
-
-# Runs a server that dies with this process, kill -9 included: on Linux the kernel sees to it, elsewhere a parent that
-# changed tells. A `preexec_fn` could do the first, but is unsafe (and from Python 3.12 warned of) among threads.
-_GUARD = """
-import ctypes, os, signal, subprocess, sys, time
-parent, argv = int(sys.argv[1]), sys.argv[2:]
-if sys.platform == "linux":
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == parent:
-        os.execv(argv[0], argv)
-else:
-    child = subprocess.Popen(argv)
-    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-    while child.poll() is None:
-        if os.getppid() != parent:
-            child.kill()
-        time.sleep(0.2)
-    sys.exit(child.returncode)
-"""
-
-
-class Server:
-    """A child process with a log file that cannot outlive this process. Start it from a thread that lives as long."""
-
-    def __init__(self, name: str, log: Path) -> None:
-        self.name, self.log = name, log
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self, argv: Sequence[str], *, environment: Mapping[str, str], directory: Path) -> None:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        guard = [sys.executable, "-I", "-S", "-c", _GUARD, str(os.getpid()), *argv]
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                guard,
-                env=dict(environment),
-                cwd=directory,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a Ctrl-C is ours to handle, in our order
-            )
-
-    def running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
-    def stop(self) -> None:
-        if self._process is None:
-            return
-        self._process.terminate()
-        try:
-            self._process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        self._process = None
-
-    def last_words(self) -> str:
-        """The last line of the log that says something."""
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
-        return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")[:300]
 
 
 class ObjectStore:
@@ -112,7 +51,7 @@ class ObjectStore:
         self.directory = directory
         self._keys = directory / "identities.json"
         self._ports = directory / "ports.json"
-        self._server = Server("SeaweedFS", logs / "seaweedfs.log")
+        self._server = ChildProcess(logs / "seaweedfs.log")
 
     @property
     def endpoint(self) -> str:
@@ -133,8 +72,8 @@ class ObjectStore:
                 time.sleep(0.05)
             said = self._server.last_words()
             self.stop()
-            _log.warning("%s did not start (attempt %d): %s", self._server.name, attempt, said)
-        raise ServiceError(f"{self._server.name} did not start: {said}; its log is {self._server.log}", transient=True)
+            _log.warning("SeaweedFS did not start (attempt %d): %s", attempt, said)
+        raise ServiceError(f"SeaweedFS did not start: {said}; its log is {self._server.log}", transient=True)
 
     def stop(self) -> None:
         self._server.stop()

@@ -1,7 +1,17 @@
 """Check at the start what a run will need hours later."""
 
+import os
+from pathlib import Path
+
+from elastic_core.config import Evaluation, ModelConfig, Recipe
+from elastic_core.cost import subnet_params
+from elastic_core.subnet import full_subnet
 from tasks.artifacts import check_bucket
+from tasks.data import check_length, read_record
+from tasks.evaluate import encode_questions, read_problems
+from tasks.records import Artifact
 from tasks.settings import Settings
+from tasks.tokenizer import load_tokenizer
 from tasks.tracking import check_server
 
 
@@ -10,3 +20,29 @@ def check_services() -> None:
     settings = Settings.from_environment()
     check_server(settings.tracking_uri)
     check_bucket(settings)
+
+
+def check_model(recipe: Recipe, model: ModelConfig) -> None:
+    """ValueError for axes that the teacher does not have and for a budget above it."""
+    recipe.axes.bind(model)
+    full = subnet_params(model, full_subnet(model))
+    for budget in recipe.budgets:
+        if budget.params is not None and budget.params > full:
+            raise ValueError(
+                f"budget {budget.name}: {budget.params:,} parameters is above the teacher's {full:,}; "
+                "lower it, or leave params out for the full model"
+            )
+
+
+def check_problems(evaluation: Evaluation, tokenizer: Artifact) -> None:
+    """ValueError for a problem that cannot be read, or that the teacher's chat template refuses."""
+    if evaluation.problems is not None:
+        problems = read_problems(Path(evaluation.problems), evaluation.max_problems)
+        encode_questions(load_tokenizer(Path(tokenizer.path)), problems)
+
+
+def check_corpus(recipe: Recipe, corpus: Artifact) -> None:
+    """ValueError unless everything that cuts sequences from the corpus gets at least one."""
+    record = read_record(Path(corpus.path))
+    pretraining = recipe.teacher.pretrain
+    lengths = {f"stage {stage.name}": stage.sequence_length for stage in recipe.stages}

@@ -1,13 +1,15 @@
 """What comes from outside: whether it changed since the last run, and how it is brought here."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi
 
 from elastic_core.config import DataSource
 from tasks import artifacts
-from tasks.documents import STDLIB, source_files
+from tasks.documents import STDLIB, first_line, source_files
 from tasks.settings import Settings
 from tasks.steps import fingerprint
 
@@ -22,7 +24,8 @@ def source_identity(source: DataSource) -> str:
     """A digest that changes when the documents behind a source do: of ETags, of a Hub revision, or of file times."""
     if source.path.startswith("hf://"):
         name = source.path.removeprefix("hf://").partition("?")[0]
-        return fingerprint(source, HfApi().dataset_info("/".join(name.split("/")[:2])).sha)
+        with _from_the_hub(f"data.sources {source.path!r}"):
+            return fingerprint(source, HfApi().dataset_info("/".join(name.split("/")[:2])).sha)
     if source.path.startswith("s3://"):
         return fingerprint(source, _objects(source.path))
     files = source_files(source, fetch=fetch_data, directory=Path())
@@ -37,7 +40,20 @@ def teacher_identity(path: str) -> str:
         return fingerprint(path, _objects(path))
     if Path(path).is_dir():
         return fingerprint([_file_identity(file) for file in sorted(Path(path).iterdir()) if file.is_file()])
-    return fingerprint(path, HfApi().model_info(path).sha)
+    with _from_the_hub(f"teacher.path {path!r}"):
+        return fingerprint(path, HfApi().model_info(path).sha)
+
+
+@contextmanager
+def _from_the_hub(setting: str) -> Iterator[None]:
+    """Name the setting where the Hub, or the way to it, fails."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"{setting} is not here, and the Hub does not give it ({first_line(error).rstrip('.')}); "
+            "correct it, or see to the access to the Hub"
+        ) from error
 
 
 def _objects(uri: str) -> list[tuple[str, str]]:

@@ -1,10 +1,7 @@
 """Training runs in a process of its own, under torchrun; this module starts it, follows it and tells how it ended."""
 
-import ctypes
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,9 +10,9 @@ from typing import Any
 
 from elastic_core.config import to_dict
 from elastic_core.job import ERROR, METRICS, TrainJob
+from tasks.processes import ChildProcess
 from tasks.settings import ServiceError
 
-PR_SET_PDEATHSIG = 1
 POLL_SECONDS = 0.5
 
 OnStep = Callable[[dict[str, Any]], None]
@@ -42,24 +39,23 @@ def train(job: TrainJob, *, processes: int = 1, on_step: OnStep | None = None) -
     tail.skip_to_end()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += ["-m", "elastic_core.job", str(job_file)]
-    with log_file.open("ab") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, preexec_fn=_dies_with_us(), env=_environment()
-        )
-        try:
-            while process.poll() is None:
-                _report(tail, on_step)
-                time.sleep(POLL_SECONDS)
+    process = ChildProcess(log_file)
+    process.start(command, environment=_environment(), directory=Path.cwd())
+    try:
+        while process.running():
             _report(tail, on_step)
-        finally:
-            _stop(process)
-    if process.returncode == 0:
+            time.sleep(POLL_SECONDS)
+        _report(tail, on_step)
+        exit_code = process.exit_code()
+    finally:
+        process.stop()
+    if exit_code == 0:
         return
     if (work / ERROR).exists():
         raise ValueError((work / ERROR).read_text())
     raise TrainerDied(
-        f"training of stage {job.stage.name} ended with exit code {process.returncode}; it goes on from its last "
-        f"checkpoint when it is run again. Its log: {log_file}"
+        f"training of stage {job.stage.name} ended with exit code {exit_code}; it goes on from its last checkpoint when "
+        f"it is run again. Its log: {log_file}"
     )
 
 
@@ -96,26 +92,3 @@ def _report(tail: Tail, on_step: OnStep | None) -> None:
 def _environment() -> dict[str, str]:
     """The parent's, with as many threads as a lone process would use; torchrun's default is one."""
     return {"OMP_NUM_THREADS": str(os.cpu_count() or 1), **os.environ}
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is not None:
-        return
-    process.terminate()
-    try:
-        process.wait(timeout=30)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _dies_with_us() -> Callable[[], None]:
-    """What the child does before it becomes torchrun: on Linux, ask to end when this thread ends, however it ends."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-    def prepare() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if libc is not None:
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-    return prepare

@@ -2,8 +2,9 @@
 
 import functools
 import itertools
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import pytest
@@ -154,6 +155,36 @@ def test_the_resolved_subnet_is_the_likeliest_of_those_that_fit(per_layer: tuple
             best = max(value for s, value in scores.items() if is_nested(s, outer))
             assert scores[subnet] == pytest.approx(best, abs=SOLVER_GAP)
             outer = subnet
+
+
+def likeliest_widths(scores: torch.Tensor, widths: Sequence[int], most: int) -> float:
+    """The greatest total of one score a row whose widths add up to at most `most`, by dynamic programming."""
+    best = {0: 0.0}
+    for row in scores.tolist():
+        longer: dict[int, float] = {}
+        for (used, total), (width, score) in itertools.product(best.items(), zip(widths, row, strict=True)):
+            if used + width <= most:
+                longer[used + width] = max(longer.get(used + width, -math.inf), total + score)
+        best = longer
+    return max(best.values())
+
+
+def test_many_layers_are_resolved_to_the_likeliest_widths_that_fit() -> None:
+    """28 layers of 5 widths each: far too many to list, and near enough to one another to mislead a careless solver."""
+    axes = Axes(ffn=NANO_AXES.ffn, per_layer=("ffn",)).bind(NANO_12B)
+    elastic = ElasticModel(config=NANO_12B, axes=axes, layer_ranking=tuple(range(62)))
+    full = subnet_params(NANO_12B, full_subnet(NANO_12B))
+    rng = random.Random(5)
+    for seed in range(8):
+        router = random_router(elastic, seed)
+        target = rng.randint(smallest_params(elastic), full - 1)
+        (subnet,) = resolve_budgets(router, budgets_of(target))
+        with torch.no_grad():
+            scores = router(router.one_hot(0))["ffn"].double().log_softmax(-1)
+        found = sum(float(row[axes.ffn.index(width)]) for row, width in zip(scores, subnet.ffn, strict=True))
+        most = 28 * 20480 + (target - full) // (2 * 5120)  # a neuron costs an up row and a down column
+        assert sum(subnet.ffn) <= most
+        assert found == pytest.approx(likeliest_widths(scores, axes.ffn, most), abs=SOLVER_GAP)
 
 
 def test_a_favourite_that_fits_is_taken_as_it_is() -> None:

@@ -2,8 +2,6 @@
 
 import json
 import random
-import re
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
-from safetensors.torch import load_file, save_file
 
 from elastic_core.config import ModelConfig
 from flows.cli import main

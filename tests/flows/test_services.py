@@ -25,9 +25,10 @@ COMMAND = """
 import sys
 from pathlib import Path
 from flows import services
+from tasks import processes
 from tasks.settings import ServiceError
 if "elsewhere" in sys.argv:
-    services._GUARD = services._GUARD.replace('"linux"', '"none"')
+    processes._GUARD = processes._GUARD.replace('"linux"', '"none"')
 try:
     with services.embedded_services(Path(sys.argv[1]), share="share" in sys.argv) as defined:
         print(defined["AWS_ENDPOINT_URL_S3"], flush=True)

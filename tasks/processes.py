@@ -1,0 +1,75 @@
+"""Child processes that cannot outlive this one, kill -9 included: servers and training."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+STOP_SECONDS = 10.0
+
+# Runs a program that dies with this process: on Linux the kernel sees to it, elsewhere a parent that changed tells.
+# A `preexec_fn` could do the first, but is unsafe (and from Python 3.12 warned of) among threads.
+_GUARD = """
+import ctypes, os, signal, subprocess, sys, time
+parent, argv = int(sys.argv[1]), sys.argv[2:]
+if sys.platform == "linux":
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == parent:
+        os.execv(argv[0], argv)
+else:
+    child = subprocess.Popen(argv)
+    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    while child.poll() is None:
+        if os.getppid() != parent:
+            child.kill()
+        time.sleep(0.2)
+    sys.exit(child.returncode)
+"""
+
+
+class ChildProcess:
+    """A child with a log file that cannot outlive this process. Start it from a thread that lives as long."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, argv: Sequence[str], *, environment: Mapping[str, str], directory: Path) -> None:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        guard = [sys.executable, "-I", "-S", "-c", _GUARD, str(os.getpid()), *argv]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                guard,
+                env=dict(environment),
+                cwd=directory,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C is ours to handle, in our order
+            )
+
+    def exit_code(self) -> int | None:
+        """How it ended; None while it runs or when it was never started."""
+        return self._process.poll() if self._process is not None else None
+
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def stop(self) -> None:
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._process = None
+
+    def last_words(self) -> str:
+        """The last line of the log that says something."""
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")[:300]
