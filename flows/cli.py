@@ -41,12 +41,12 @@ def run(
     """Run the whole pipeline here: teacher and data in, a registered family out."""
     from flows.recipes import load_recipe
     from flows.services import embedded_services
-    from tasks.settings import home_directory
+    from tasks.settings import make_home
 
     loaded = load_recipe(recipe, overrides or [])
     for name, value in PREFECT_LOGGING.items():
         os.environ.setdefault(name, value)
-    with embedded_services(home_directory()):
+    with embedded_services(make_home()):
         from flows.elastify import elastify
         from flows.outcome import print_outcome
         from tasks.preflight import check_services
@@ -87,9 +87,9 @@ def pull(
     from flows.services import embedded_services
     from tasks import artifacts, tracking
     from tasks.progress import progress_bar
-    from tasks.settings import Settings, home_directory
+    from tasks.settings import Settings, make_home
 
-    with embedded_services(home_directory(), share=True):
+    with embedded_services(make_home(), share=True):
         settings = Settings.from_environment(need_bucket=False)
         version = tracking.resolve(settings.tracking_uri, model)
         with progress_bar(f"pulling {version.name}:{version.version}") as report:

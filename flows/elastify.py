@@ -5,10 +5,12 @@ from pathlib import Path
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
+from elastic_core.checkpoint import read_config
 from elastic_core.config import Recipe
 from tasks.data import read_record
 from tasks.distill import distill
 from tasks.evaluate import evaluate
+from tasks.preflight import check_corpus, check_model, check_problems
 from tasks.prepare import prepare_data
 from tasks.promote import Verdict, promote
 from tasks.rank import rank_importance, reorder_teacher
@@ -121,10 +123,16 @@ def prepare(recipe: Recipe, workspace: str) -> tuple[Artifact, Artifact]:
         assert recipe.teacher.path is not None, "config.Teacher has one of path and pretrain"
         path = recipe.teacher.path
         teacher = run(fetch_teacher, path=path, identity=teacher_identity(path), workspace=workspace)
+        check_model(recipe, read_config(Path(teacher.path)))
+        check_problems(recipe.evaluation, tokenizer=teacher)
         corpus = run(prepare_data, config=recipe.data, identity=sources, tokenizer=teacher, workspace=workspace)
+        check_corpus(recipe, corpus)
         return teacher, corpus
+    check_model(recipe, pretraining.model)
     tokenizer = run(train_tokenizer, pretraining=pretraining, corpus=recipe.data, identity=sources, workspace=workspace)
+    check_problems(recipe.evaluation, tokenizer)
     corpus = run(prepare_data, config=recipe.data, identity=sources, tokenizer=tokenizer, workspace=workspace)
+    check_corpus(recipe, corpus)
     teacher = run(
         pretrain_teacher,
         pretraining=pretraining,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from elastic_core import checkpoint, generate, job, losses, model, reorder, ssm
@@ -22,6 +23,7 @@ from elastic_core.model import Cache, ElasticNemotronH
 from elastic_core.subnet import Subnet, full_subnet, keep_layers
 from elastic_core.train import TokenRows
 from tasks.data import HELDOUT_FILE
+from tasks.documents import first_line
 from tasks.progress import progress_bar
 from tasks.records import Artifact, BudgetEvaluation, EvaluationRecord
 from tasks.steps import step
@@ -37,6 +39,7 @@ class Problem:
     messages: list[dict[str, str]]
     answer: str
     task: str
+    where: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +114,10 @@ def evaluate(
 
 def heldout_batches(path: Path, settings: Evaluation) -> list[torch.Tensor]:
     """Held-out tokens in batches (B, T + 1), up to the number asked for. ValueError when there is not one sequence."""
-    rows = TokenRows(path, settings.sequence_length)
+    try:
+        rows = TokenRows(path, settings.sequence_length)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} holds no tokens ({error}); name heldout.safetensors of a prepared corpus") from error
     if rows.num_rows == 0:
         raise ValueError(
             f"{path} holds no sequence of {settings.sequence_length} tokens; raise data.heldout_fraction or lower "
@@ -161,15 +167,29 @@ def read_problems(path: Path, limit: int) -> list[Problem]:
     """The first `limit` problems of a JSONL file whose rows hold `messages`, the last of them the answer."""
     problems = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[:limit], start=1):
+        where = f"{path}, line {number}"
         try:
             row = json.loads(line)
             *question, reply = row["messages"]
-            problems.append(Problem(messages=question, answer=reply["content"].strip(), task=row.get("task", "all")))
+            answer, task = reply["content"].strip(), row.get("task", "all")
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(
-                f"{path}, line {number}: expected a JSON object with messages, the last one the answer"
-            ) from None
+            raise ValueError(f"{where}: expected a JSON object with messages, the last one the answer") from None
+        problems.append(Problem(messages=question, answer=answer, task=task, where=where))
     return problems
+
+
+def encode_questions(tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> list[list[int]]:
+    """The prompt of each problem in tokens; ValueError where the chat template refuses one."""
+    prompts = []
+    for problem in problems:
+        try:
+            prompt = tokenizer.apply_chat_template(problem.messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:
+            raise ValueError(
+                f"{problem.where}: the tokenizer's chat template refuses it ({first_line(error)}); mend it"
+            ) from error
+        prompts.append(tokenizer.encode(prompt, add_special_tokens=False))
+    return prompts
 
 
 def answer(
@@ -178,16 +198,9 @@ def answer(
     """Answer every problem greedily; None without problems."""
     if not problems:
         return None
-    prompts = [
-        tokenizer.encode(
-            tokenizer.apply_chat_template(problem.messages, tokenize=False, add_generation_prompt=True),
-            add_special_tokens=False,
-        )
-        for problem in problems
-    ]
     completions = complete(
         submodel,
-        prompts,
+        encode_questions(tokenizer, problems),
         full_subnet(submodel.config),
         max_new_tokens=settings.max_new_tokens,
         stop_tokens=stop_tokens(submodel.config),

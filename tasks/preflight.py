@@ -1,7 +1,9 @@
 """Check at the start what a run will need hours later."""
 
-import os
 from pathlib import Path
+
+import httpx
+from prefect.settings import PREFECT_API_URL
 
 from elastic_core.config import Evaluation, ModelConfig, Recipe
 from elastic_core.cost import subnet_params
@@ -10,16 +12,29 @@ from tasks.artifacts import check_bucket
 from tasks.data import check_length, read_record
 from tasks.evaluate import encode_questions, read_problems
 from tasks.records import Artifact
-from tasks.settings import Settings
+from tasks.settings import ServiceError, Settings, redact
 from tasks.tokenizer import load_tokenizer
-from tasks.tracking import check_server
+from tasks.tracking import CHECK_SECONDS, check_server
 
 
 def check_services() -> None:
-    """ServiceError, one line, unless MLflow answers and the bucket takes what we write."""
+    """ServiceError, one line, unless Prefect and MLflow answer and the bucket takes what we write."""
     settings = Settings.from_environment()
+    check_prefect(PREFECT_API_URL.value())
     check_server(settings.tracking_uri)
     check_bucket(settings)
+
+
+def check_prefect(url: str | None) -> None:
+    """ServiceError unless a server answers there; without a URL the flow starts a temporary one."""
+    if url is None:
+        return
+    try:
+        httpx.get(f"{url.rstrip('/')}/health", timeout=CHECK_SECONDS)
+    except httpx.HTTPError as error:
+        raise ServiceError(
+            f"Prefect at {redact(url)} does not answer ({type(error).__name__}); check PREFECT_API_URL", transient=True
+        ) from error
 
 
 def check_model(recipe: Recipe, model: ModelConfig) -> None:
@@ -44,5 +59,12 @@ def check_problems(evaluation: Evaluation, tokenizer: Artifact) -> None:
 def check_corpus(recipe: Recipe, corpus: Artifact) -> None:
     """ValueError unless everything that cuts sequences from the corpus gets at least one."""
     record = read_record(Path(corpus.path))
-    pretraining = recipe.teacher.pretrain
-    lengths = {f"stage {stage.name}": stage.sequence_length for stage in recipe.stages}
+    stages = [*recipe.stages, *([recipe.teacher.pretrain.stage()] if recipe.teacher.pretrain else [])]
+    wanted = [(f"stage {stage.name}", record.train, stage.sequence_length) for stage in stages]
+    wanted.append(("importance", record.train, recipe.importance.sequence_length))
+    wanted.append(("evaluation", record.heldout, recipe.evaluation.sequence_length))
+    for name, split, sequence_length in wanted:
+        try:
+            check_length(split, sequence_length)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None

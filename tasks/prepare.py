@@ -3,14 +3,15 @@
 from pathlib import Path
 
 from elastic_core.config import DataConfig
-from tasks import data
+from tasks import data, documents
+from tasks import tokenizer as tokenizer_module
 from tasks.progress import counter
 from tasks.records import Artifact
 from tasks.sources import fetch_data
 from tasks.steps import artifact, new_directory, step
 
 
-@step(data)
+@step(data, documents, tokenizer_module)
 def prepare_data(config: DataConfig, identity: tuple[str, ...], tokenizer: Artifact, workspace: str) -> Artifact:
     """Tokenise the recipe's sources; `identity` tells one state of them from another."""
     directory = new_directory(workspace, "corpus")

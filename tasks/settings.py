@@ -6,6 +6,7 @@ Credentials are never fields here: boto3's own chain reads them (environment, pr
 import errno
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,8 +124,23 @@ def home_directory(environ: Mapping[str, str] = os.environ) -> Path:
     return Path(environ.get(HOME) or ".elastic").expanduser().absolute()
 
 
+def make_home(environ: Mapping[str, str] = os.environ) -> Path:
+    """The state directory, there and ready to be written; a ValueError that names the variable where it cannot be."""
+    home = home_directory(environ)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=home).close()
+    except OSError as error:
+        raise ValueError(
+            f"{HOME}={home} cannot be written ({error.strerror}); set it to a directory that can"
+        ) from error
+    return home
+
+
 def _required(environ: Mapping[str, str], name: str, meaning: str) -> str:
     value = environ.get(name, "")
     if not value:
-        raise ValueError(f"{name} is not set: export {meaning}, or use `elastic run`, which starts its own services")
+        raise ValueError(
+            f"{name} is not set: export {meaning}, or use `elastic run` with no service named: it starts its own"
+        )
     return value

@@ -23,9 +23,10 @@ def fetch_data(uri: str, directory: Path) -> Path:
 def source_identity(source: DataSource) -> str:
     """A digest that changes when the documents behind a source do: of ETags, of a Hub revision, or of file times."""
     if source.path.startswith("hf://"):
-        name = source.path.removeprefix("hf://").partition("?")[0]
+        name, _, revision = source.path.removeprefix("hf://").partition("@")
         with _from_the_hub(f"data.sources {source.path!r}"):
-            return fingerprint(source, HfApi().dataset_info("/".join(name.split("/")[:2])).sha)
+            info = HfApi().dataset_info("/".join(name.split("/")[:2]), revision=revision or None)
+        return fingerprint(source, info.sha)
     if source.path.startswith("s3://"):
         return fingerprint(source, _objects(source.path))
     files = source_files(source, fetch=fetch_data, directory=Path())

@@ -11,7 +11,7 @@ from elastic_core.config import DataConfig, Distillation, ModelConfig, Pretraini
 from elastic_core.job import TrainJob
 from elastic_core.model import ElasticNemotronH
 from elastic_core.shards import staged_directory
-from tasks import artifacts, data, tokenizer
+from tasks import artifacts, data, documents, tokenizer
 from tasks.progress import stage_progress
 from tasks.records import Artifact
 from tasks.settings import Settings
@@ -40,7 +40,7 @@ def fetch_teacher(path: str, identity: str, workspace: str) -> Artifact:
     return artifact(directory)
 
 
-@step(tokenizer)
+@step(data, documents, tokenizer)
 def train_tokenizer(
     pretraining: Pretraining, corpus: DataConfig, identity: tuple[str, ...], workspace: str
 ) -> Artifact:

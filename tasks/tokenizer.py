@@ -46,7 +46,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        cause = str(error).strip().partition("\n")[0]
+        cause = str(error).strip().partition("\n")[0].rstrip(": ")
         raise ValueError(
             f"{directory}: no tokenizer can be loaded ({cause}); add the teacher's tokenizer.json"
         ) from error

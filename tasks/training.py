@@ -54,8 +54,8 @@ def train(job: TrainJob, *, processes: int = 1, on_step: OnStep | None = None) -
     if (work / ERROR).exists():
         raise ValueError((work / ERROR).read_text())
     raise TrainerDied(
-        f"training of stage {job.stage.name} ended with exit code {exit_code}; it goes on from its last checkpoint when "
-        f"it is run again. Its log: {log_file}"
+        f"training of stage {job.stage.name} ended with exit code {exit_code}; run again, it goes on from its last "
+        f"checkpoint. Its log: {log_file}"
     )
 
 

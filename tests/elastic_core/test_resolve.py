@@ -170,13 +170,16 @@ def likeliest_widths(scores: torch.Tensor, widths: Sequence[int], most: int) -> 
 
 
 def test_many_layers_are_resolved_to_the_likeliest_widths_that_fit() -> None:
-    """28 layers of 5 widths each: far too many to list, and near enough to one another to mislead a careless solver."""
+    """28 layers of 5 widths each, of a router that has learned little yet: the likeliest lead by very little."""
     axes = Axes(ffn=NANO_AXES.ffn, per_layer=("ffn",)).bind(NANO_12B)
     elastic = ElasticModel(config=NANO_12B, axes=axes, layer_ranking=tuple(range(62)))
     full = subnet_params(NANO_12B, full_subnet(NANO_12B))
     rng = random.Random(5)
     for seed in range(8):
         router = random_router(elastic, seed)
+        with torch.no_grad():
+            for parameter in list(router.heads["ffn"].parameters())[2:]:
+                parameter.mul_(0.003)
         target = rng.randint(smallest_params(elastic), full - 1)
         (subnet,) = resolve_budgets(router, budgets_of(target))
         with torch.no_grad():
@@ -231,7 +234,7 @@ def test_a_budget_of_billions_is_held_to_the_last_parameter() -> None:
     """The solver's tolerance alone would let thousands of parameters of a 12B model slip over its limit."""
     elastic = ElasticModel(config=NANO_12B, axes=NANO_AXES.bind(NANO_12B), layer_ranking=tuple(range(62)))
     rng = random.Random(4)
-    for _ in range(20):
+    for _ in range(8):
         subnet = Subnet(
             hidden=rng.choice(NANO_AXES.hidden),
             ffn=tuple(rng.choice(NANO_AXES.ffn) for _ in range(28)),

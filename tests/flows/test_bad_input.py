@@ -1,23 +1,37 @@
 """Whatever a user gets wrong ends in one line that says what to do, a non-zero exit, and nothing half made."""
 
 import json
+import logging
+import math
+import os
 import random
+import re
+import shutil
+import socket
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
-from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+from mlflow import MlflowClient
+from prefect.logging.configuration import setup_logging
+from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, PREFECT_HOME, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
+from safetensors.torch import load_file, save_file
 
-from elastic_core.config import ModelConfig
-from flows.cli import main
-from tasks.settings import Settings
+from elastic_core import reorder
+from elastic_core.config import Axes, Budget, ModelConfig, Router, build
+from elastic_core.curriculum import generator
+from flows.cli import PREFECT_LOGGING, main
+from tasks.artifacts import Store
+from tasks.rank import reorder_teacher
+from tasks.settings import BUCKET, ENDPOINT_S3, HOME, TRACKING_URI, Settings
+from tasks.steps import artifact
 from tasks.teacher import write_fresh_model
-from tasks.tokenizer import train_tokenizer
+from tasks.tokenizer import load_tokenizer, train_tokenizer
 
 MODEL = ModelConfig(
     hybrid_override_pattern="M-*-",
@@ -59,12 +73,15 @@ RECIPE: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """One Prefect server for all, and nothing of it in anyone's home."""
-    with (
-        temporary_settings({PREFECT_HOME: tmp_path_factory.mktemp("prefect")}),
-        prefect_test_harness(server_startup_timeout=180),
-    ):
-        yield PREFECT_API_URL.value()
+    """One Prefect server for all, as quiet as the command has it, and nothing of it in anyone's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in PREFECT_LOGGING.items():
+            patch.setenv(name, value)
+        setup_logging()
+        ours = {PREFECT_HOME: tmp_path_factory.mktemp("prefect"), PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+        with temporary_settings(ours), prefect_test_harness(180):
+            yield PREFECT_API_URL.value()
+    setup_logging()
 
 
 @pytest.fixture(scope="module")
@@ -81,40 +98,391 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@dataclass(frozen=True)
-class Ended:
-    code: int
-    out: str
-    err: str
+# What may stand before the complaint: the steps that are done, and what they told.
+PROGRESS = re.compile(r"\w+ +(cached|[\d.]+ s)|teacher .*: \d+ layers, hidden size \d+|backend 'auto' on .*")
+# What a step leaves in the workspace when it is done.
+MADE_BY = {"corpus": "prepare_data", "importance": "rank_importance", "reordered": "reorder_teacher"}
 
-
-Elastic = Callable[..., Ended]
+Refused = Callable[..., str]
+Change = Callable[[Path], None]
 
 
 @pytest.fixture
-def elastic(
-    settings: Settings, prefect_api: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Elastic:
+def refused(
+    settings: Settings,
+    store: Store,
+    prefect_api: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> Refused:
+    """Runs `elastic` in this process, holds it to the law of this file, and returns the line that it ended with."""
     monkeypatch.setenv("PREFECT_API_URL", prefect_api)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # Typer sets its own
+    for package in ("elastic_core", "tasks", "flows"):
+        monkeypatch.setattr(logging.getLogger(package), "handlers", [])
 
-    def run(*arguments: str) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["elastic", *arguments])
-        code = 0
-        try:
+    def run(*arguments: str | Path, code: int = 1) -> str:
+        monkeypatch.setattr(sys, "argv", ["elastic", *map(str, arguments)])
+        secrets = [value for name, value in os.environ.items() if "SECRET" in name]
+        with pytest.raises(SystemExit) as stop:
             main()
-        except SystemExit as stop:
-            code = stop.code
-        return Ended(code, *capfd.readouterr())
+        out, err = capfd.readouterr()
+        assert stop.value.code == code, out + err
+        *progress, line = err.splitlines()
+        assert line.startswith("elastic: "), err
+        assert all(PROGRESS.fullmatch(before) for before in progress), err
+        assert not any(secret in out + err for secret in secrets)
+        assert not out
+        assert_nothing_is_half_made(settings.home, err)
+        assert "Contents" not in store.client.list_objects_v2(Bucket=settings.bucket)
+        assert not MlflowClient(settings.tracking_uri).search_registered_models("name LIKE 'bad-%'")
+        return line
 
     return run
 
 
-def test_good(elastic, inputs):
-    import time
+def assert_nothing_is_half_made(home: Path, told: str) -> None:
+    assert not list(home.rglob("*.partial"))
+    for path in (home / "workspace").glob("*"):
+        made_by = MADE_BY.get(path.name.split("-")[0], "distill")
+        if made_by == "distill":  # a stage's directory is what the next attempt would go on from
+            assert not (path / "family").exists()
+        else:
+            assert re.search(rf"^{made_by} +[\d.]+ s$", told, re.MULTILINE), path
 
-    t = time.time()
-    ended = elastic("run", str(inputs / "recipe.yaml"))
-    print(ended.code, ended.out, ended.err, time.time() - t)
-    t = time.time()
-    ended = elastic("run", str(inputs / "recipe.yaml"), "axes.mamba_heads=[4,3]")
-    print(ended, time.time() - t)
+
+# The teacher
+
+
+def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Change:
+    def apply(teacher: Path) -> None:
+        tensors = load_file(teacher / "model.safetensors")
+        change(tensors)
+        save_file(tensors, teacher / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
+def config(**changes: object) -> Change:
+    def apply(teacher: Path) -> None:
+        found = json.loads((teacher / "config.json").read_text())
+        (teacher / "config.json").write_text(json.dumps(found | changes))
+
+    return apply
+
+
+def truncate(teacher: Path) -> None:
+    path = teacher / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def lose_a_shard(teacher: Path) -> None:
+    tensors = load_file(teacher / "model.safetensors")
+    places = {name: f"model-0000{1 + (name == 'lm_head.weight')}-of-00002.safetensors" for name in tensors}
+    (teacher / "model.safetensors").unlink()
+    first = "model-00001-of-00002.safetensors"
+    save_file({name: tensors[name] for name in tensors if places[name] == first}, teacher / first)
+    (teacher / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def lose_the_tokenizer(teacher: Path) -> None:
+    for path in teacher.glob("*token*"):
+        path.unlink()
+
+
+def grow_the_tokenizer(teacher: Path) -> None:
+    tokenizer = load_tokenizer(teacher)
+    tokenizer.add_tokens(["<one-too-many>"])
+    tokenizer.save_pretrained(teacher)
+
+
+NORM = "backbone.norm_f.weight"
+
+BAD_TEACHERS: dict[str, tuple[Change, str]] = {
+    "truncated shard": (truncate, r"model.safetensors: is truncated"),
+    "missing shard": (lose_a_shard, r"model-00002-of-00002.safetensors: there is no such file"),
+    "wrong dtype": (weights(lambda t: t.update({NORM: t[NORM].long()})), rf"{NORM}: has dtype torch.int64"),
+    "NaN weight": (weights(lambda t: t[NORM].fill_(math.nan)), rf"{NORM}: holds NaN"),
+    "extra key": (weights(lambda t: t.update({"backbone.extra": torch.ones(3)})), r"unexpected: backbone.extra \[3\]"),
+    "missing key": (weights(lambda t: t.pop(NORM)), rf"missing: {NORM} \[32\]"),
+    "config that contradicts the weights": (config(hidden_size=64), r"has shape \[280, 32\]; .* implies \[280, 64\]"),
+    "no config": (lambda teacher: (teacher / "config.json").unlink(), r"config.json: there is no such file"),
+    "layers of experts": (config(hybrid_override_pattern="M-*E"), r"hybrid_override_pattern has MoE layers"),
+    "another architecture": (config(model_type="llama"), r"model_type is 'llama'; only 'nemotron_h' is supported"),
+    "Mamba heads that no group takes": (config(n_groups=3), r"mamba_num_heads=4 is not a multiple of n_groups=3"),
+    "query heads that no KV head takes": (config(num_attention_heads=3), r"num_attention_heads=3 is not a multiple"),
+    "no tokenizer": (lose_the_tokenizer, r"no tokenizer can be loaded .*; add the teacher's tokenizer.json"),
+    "tokenizer above the vocabulary": (grow_the_tokenizer, r"has 281 tokens but the model's vocab_size is 280"),
+}
+
+
+@pytest.mark.parametrize(("change", "says"), BAD_TEACHERS.values(), ids=BAD_TEACHERS)
+def test_a_bad_teacher_is_refused(change: Change, says: str, refused: Refused, inputs: Path, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(inputs / "teacher", teacher)
+    change(teacher)
+    assert re.search(says, refused("run", inputs / "recipe.yaml", f"teacher.path={teacher}"))
+
+
+@pytest.mark.parametrize(
+    "path", ["org/name", "no/such/directory", "/no/such/directory"], ids=["offline", "relative", "absolute"]
+)
+def test_a_teacher_that_is_nowhere_is_refused(
+    path: str, refused: Refused, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    line = refused("run", inputs / "recipe.yaml", f"teacher.path={path}")
+    assert f"teacher.path '{path}' is not here, and the Hub does not give it" in line
+
+
+# The recipe
+
+BAD_SETTINGS: dict[str, tuple[list[str], str]] = {
+    "unknown key": (["stages.0.step=3"], r"stages\[0\].step is not a known setting; did you mean 'steps'\?"),
+    "value of another type": (["seed=often"], r"seed is 'often'; expected a number"),
+    "override without a value": (["seed"], r"override 'seed' is not key=value"),
+    "override that is no YAML": (["axes.hidden=[32"], r"override 'axes.hidden=\[32': the value is not YAML"),
+    "override of no list entry": (["stages.7.steps=3"], r"override stages.7.steps: '7' is not a position"),
+    "Mamba heads that no group takes": (
+        ["axes.mamba_heads=[4,3]"],
+        r"axes.mamba_heads=3 is not a multiple of n_groups=2",
+    ),
+    "query heads that no KV head takes": (
+        ["axes.attention_heads=[4,3]"],
+        r"axes.attention_heads=3 is not a multiple of num_key_value_heads=2",
+    ),
+    "axis that is not the teacher's": (["axes.hidden=[24,16]"], r"axes.hidden begins with 24; .* the teacher's 32"),
+    "axis that rises": (["axes.ffn=[24,48]"], r"axes: ffn=\[24, 48\] must fall from the largest"),
+    "budget above the teacher": (
+        ["budgets.1.params=1e6"],
+        r"budget s: 1,000,000 parameters is above the teacher's 31,884",
+    ),
+    "budget below the smallest subnet": (
+        ["budgets.1.params=10"],
+        r"budget s: 10 parameters is below the smallest subnet",
+    ),
+    "stage of an unknown budget": (["stages.0.budgets={xl: 1}"], r"stage stage1: budget 'xl' is not one of l, s"),
+    "stage longer than the data": (
+        ["stages.0.sequence_length=100000"],
+        r"stage stage1: train.safetensors holds \d+ tokens",
+    ),
+    "calibration longer than the data": (["importance.sequence_length=100000"], r"importance: train.safetensors holds"),
+    "evaluation longer than the held-out data": (
+        ["evaluation.sequence_length=100000"],
+        r"evaluation: heldout.safetensors holds \d+ tokens, too few for a sequence of 100000",
+    ),
+    "sources that match nothing": (["data.sources.0.path=no-*.jsonl"], r"no-\*.jsonl: no file matches"),
+    "no problems file": (["evaluation.problems=no.jsonl"], r"no.jsonl: No such file"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "says"), BAD_SETTINGS.values(), ids=BAD_SETTINGS)
+def test_a_bad_setting_is_refused(overrides: list[str], says: str, refused: Refused, inputs: Path) -> None:
+    assert re.search(says, refused("run", inputs / "recipe.yaml", *overrides))
+
+
+BAD_RECIPES: dict[str, tuple[bytes, str]] = {
+    "no YAML": (b"family: a\nstages: [", r"recipe.yaml, line 2: is not YAML"),
+    "no mapping": (b"- family\n", r"recipe.yaml: is not a recipe; expected a mapping"),
+    "no text": (b"\xff\xfe\x00", r"recipe.yaml: is not text in UTF-8"),
+    "empty": (b"", r"recipe.yaml: is not a recipe; expected a mapping"),
+    "something missing": (b"family: a\n", r"recipe.yaml: teacher is missing; it has no default"),
+}
+
+
+@pytest.mark.parametrize(("content", "says"), BAD_RECIPES.values(), ids=BAD_RECIPES)
+def test_a_bad_recipe_is_refused(content: bytes, says: str, refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    assert re.search(says, refused("run", tmp_path / "recipe.yaml"))
+
+
+def test_a_recipe_that_is_nowhere_is_refused(refused: Refused, tmp_path: Path) -> None:
+    assert "cannot be read (No such file or directory); name a recipe" in refused("run", tmp_path / "no.yaml")
+
+
+# The data
+
+GOOD_ROW = json.dumps({"text": "the cat sat"}) + "\n"
+ROLE = json.dumps({"messages": [{"role": "robot", "content": "beep"}]}) + "\n"
+
+BAD_DATA: dict[str, tuple[str, str]] = {
+    "row that is no JSON": (GOOD_ROW + '{"text": "the', r"rows.jsonl line 2 is not JSON"),
+    "row that is no object": (GOOD_ROW + "[1]\n", r"rows.jsonl line 2 is not a JSON object"),
+    "row without the field": (GOOD_ROW + '{"story": "a"}\n', r"rows.jsonl line 2 has neither 'text' nor 'messages'"),
+    "field that is no text": (GOOD_ROW + '{"text": 3}\n', r"rows.jsonl line 2: 'text' holds int, not text"),
+    "role that the template refuses": (GOOD_ROW + ROLE, r"rows.jsonl line 2: the chat template refuses it"),
+    "empty file": ("", r"rows.jsonl: the file is empty"),
+    "rows without content": ('{"text": ""}\n', r"rows.jsonl: the dataset is empty"),
+    "too few documents to hold some out": (GOOD_ROW, r"1 documents leave"),
+}
+
+
+@pytest.mark.parametrize(("content", "says"), BAD_DATA.values(), ids=BAD_DATA)
+def test_bad_data_are_refused(content: str, says: str, refused: Refused, inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(content)
+    assert re.search(says, refused("run", inputs / "recipe.yaml", f"data.sources.0.path={tmp_path / 'rows.jsonl'}"))
+
+
+def test_a_dataset_that_the_hub_does_not_give_is_refused(
+    refused: Refused, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    line = refused("run", inputs / "recipe.yaml", "data.sources.0.path=hf://org/name")
+    assert "data.sources 'hf://org/name' is not here, and the Hub does not give it" in line
+
+
+BAD_PROBLEMS: dict[str, tuple[str, str]] = {
+    "line that is no JSON": ("beep\n", r"problems.jsonl, line 1: expected a JSON object with messages"),
+    "line without messages": ('{"text": "a"}\n', r"problems.jsonl, line 1: expected a JSON object with messages"),
+    "role that the template refuses": (
+        ROLE.replace("}]", '}, {"role": "assistant", "content": "3"}]'),
+        r"problems.jsonl, line 1: the tokenizer's chat template refuses it \(role robot is not",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "says"), BAD_PROBLEMS.values(), ids=BAD_PROBLEMS)
+def test_bad_problems_are_refused_before_anything_is_trained(
+    content: str, says: str, refused: Refused, inputs: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "problems.jsonl").write_text(content)
+    line = refused("run", inputs / "recipe.yaml", f"evaluation.problems={tmp_path / 'problems.jsonl'}")
+    assert re.search(says, line)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_at_once(refused: Refused, inputs: Path) -> None:
+    line = refused(
+        "run", inputs / "recipe.yaml", "stages.0.optimizer.learning_rate=1e30", "stages.0.optimizer.warmup_steps=0"
+    )
+    assert re.search(r"stage stage1, step \d: loss nan .*; lower optimizer.learning_rate", line)
+
+
+# The machine
+
+
+@pytest.fixture
+def closed_port() -> Iterator[str]:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{holder.getsockname()[1]}"
+
+
+BAD_MACHINES: dict[str, tuple[dict[str, str], str]] = {
+    "wrong secret key": ({"AWS_SECRET_ACCESS_KEY": "not-the-secret"}, r"S3 rejects the key \(SignatureDoesNotMatch\)"),
+    "wrong access key": ({"AWS_ACCESS_KEY_ID": "nobody"}, r"S3 rejects the key \(InvalidAccessKeyId\)"),
+    "bucket that refuses writes": (
+        {"AWS_ACCESS_KEY_ID": "reader", "AWS_SECRET_ACCESS_KEY": "reader-secret"},
+        r"s3://test-.*: S3 answers AccessDenied to PutObject; this key may not do that",
+    ),
+    "no such bucket": ({BUCKET: "no-such-bucket"}, r"s3://no-such-bucket .*: the bucket does not exist; create it"),
+    "no bucket named": ({BUCKET: ""}, r"ELASTIC_BUCKET is not set"),
+    "bucket that is a URI": ({BUCKET: "s3://models"}, r"ELASTIC_BUCKET='s3://models' is not a bucket name"),
+    "no S3 server": ({ENDPOINT_S3: "http://{closed_port}"}, r"cannot reach S3 .*; check AWS_ENDPOINT_URL_S3"),
+    "no MLflow server": (
+        {TRACKING_URI: "http://someone:hunter2@{closed_port}"},
+        r"MLflow at http://\*\*\*@127.0.0.1:\d+ does not answer; check MLFLOW_TRACKING_URI",
+    ),
+    "MLflow in files": ({TRACKING_URI: "mlruns"}, r"MLFLOW_TRACKING_URI='mlruns' is not a server or database URI"),
+    "state directory below a file": ({HOME: "{file}/home"}, r"ELASTIC_HOME=.*/file/home cannot be written"),
+}
+
+
+@pytest.mark.parametrize(("variables", "says"), BAD_MACHINES.values(), ids=BAD_MACHINES)
+def test_a_bad_machine_is_refused(
+    variables: dict[str, str],
+    says: str,
+    refused: Refused,
+    inputs: Path,
+    closed_port: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").touch()
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value.format(closed_port=closed_port, file=tmp_path / "file"))
+    line = refused("run", inputs / "recipe.yaml")
+    assert re.search(says, line)
+    assert "hunter2" not in line
+
+
+def test_a_prefect_server_that_is_away_is_told(refused: Refused, inputs: Path, closed_port: str) -> None:
+    with temporary_settings({PREFECT_API_URL: f"http://{closed_port}/api"}):
+        line = refused("run", inputs / "recipe.yaml")
+    assert re.search(
+        r"Prefect at http://127.0.0.1:\d+/api does not answer \(ConnectError\); check PREFECT_API_URL", line
+    )
+
+
+# The other commands
+
+
+@pytest.fixture(scope="module")
+def family(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An elastic checkpoint made of the teacher, in random order."""
+    workspace = tmp_path_factory.mktemp("family")
+    reorder.write_order(inputs / "tokenizer", reorder.random_order(MODEL, generator("order")))
+    made = reorder_teacher.fn(
+        teacher=artifact(inputs / "teacher"),
+        ranking=artifact(inputs / "tokenizer"),
+        axes=build(Axes, RECIPE["axes"]),
+        budgets=tuple(build(Budget, budget) for budget in RECIPE["budgets"]),
+        settings=build(Router, RECIPE["router"]),
+        lineage={},
+        seed=0,
+        workspace=str(workspace),
+    )
+    return Path(made.path)
+
+
+BAD_COMMANDS: dict[str, tuple[str, str]] = {
+    "slice: unknown budget": ("slice {family} --budget xl -o {out}", r"there is no budget 'xl'; known: l, s"),
+    "slice: below the smallest": ("slice {family} --params 10 -o {out}", r"10 parameters is below the smallest subnet"),
+    "slice: no size": ("slice {family} --params inf -o {out}", r"--params inf is not a size"),
+    "slice: both": ("slice {family} --budget s --params 2e4 -o {out}", r"give either --budget or --params"),
+    "slice: neither": ("slice {family} -o {out}", r"give either --budget or --params"),
+    "slice: no family": ("slice {teacher} --budget s -o {out}", r"elastic.json: there is no such file"),
+    "slice: no directory": ("slice {out} --budget s -o {out}", r"elastic.json: there is no such file"),
+    "slice: into a full directory": ("slice {family} --budget s -o {teacher}", r"teacher: exists already; remove it"),
+    "slice: below a file": ("slice {family} --budget s -o {file}/out", r"file: File exists; check the path"),
+    "pull: unknown model": ("pull nobody -o {out}", r"nobody: MLflow knows no such alias of 'nobody'; it has: none"),
+    "pull: unknown version": ("pull nobody:3 -o {out}", r"nobody:3.*not found"),
+    "pull: malformed name": ("pull models:/a@b@c -o {out}", r"'models:/a@b@c' is not a model; write NAME, NAME@ALIAS"),
+    "eval: no checkpoint": ("eval {out} --heldout {file}", r"config.json: there is no such file"),
+    "eval: unknown budget": ("eval {family} --heldout {file} --budget xl", r"there is no budget 'xl'; known: l, s"),
+    "eval: no held-out file": ("eval {family} --heldout {out}", r"out holds no tokens .*; name heldout.safetensors"),
+    "eval: not tokens": ("eval {family} --heldout {file}", r"file holds no tokens .*; name heldout.safetensors"),
+    "eval: other tensors": (
+        "eval {family} --heldout {family}/router.safetensors",
+        r"router.safetensors holds no tokens",
+    ),
+    "eval: no tokens asked for": (
+        "eval {family} --heldout {file} --tokens 0",
+        r"heldout_tokens=0 must be greater than 0",
+    ),
+    "generate: no checkpoint": ("generate {out} hello", r"config.json: there is no such file"),
+    "generate: unknown budget to go on with": ("generate {family} hello --then xl", r"there is no budget 'xl'"),
+}
+
+
+@pytest.mark.parametrize(("command", "says"), BAD_COMMANDS.values(), ids=BAD_COMMANDS)
+def test_a_command_that_cannot_be_done_is_refused(
+    command: str, says: str, refused: Refused, inputs: Path, family: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    places = {"family": family, "teacher": inputs / "teacher", "out": tmp_path / "out", "file": tmp_path / "file"}
+    assert re.search(says, refused(*command.format(**places).split()))
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+BAD_USAGE: dict[str, tuple[str, str]] = {
+    "no such command": ("fly", r"No such command 'fly'; --help tells more"),
+    "no recipe": ("run", r"Missing argument 'recipe'; --help tells more"),
+    "no such option": ("pull a --into b", r"No such option: --into"),
+    "no number": ("slice a -o b --params many", r"Invalid value for '--params'"),
+}
+
+
+@pytest.mark.parametrize(("command", "says"), BAD_USAGE.values(), ids=BAD_USAGE)
+def test_a_command_that_is_not_understood_is_refused(command: str, says: str, refused: Refused) -> None:
+    assert re.search(says, refused(*command.split(), code=2))

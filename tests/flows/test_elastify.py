@@ -6,15 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from micro import Command, Run, completed
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, NemotronHForCausalLM
 
 from elastic_core.checkpoint import read_family
 from elastic_core.job import load_model
+from elastic_core.slicing import slice_checkpoint
+from elastic_core.subnet import Subnet
 from flows.services import embedded_services
 
 pytestmark = pytest.mark.slow
@@ -22,15 +26,11 @@ pytestmark = pytest.mark.slow
 FLOAT32_AGAINST_STOCK = 1e-5
 
 
-def family_directory(command) -> Path:
-    return command.step_directory("stage2") / "family"
-
-
 def files(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
-def cached(done: subprocess.CompletedProcess[str]) -> dict[str, list[bool]]:
+def cached(done: Run) -> dict[str, list[bool]]:
     steps: dict[str, list[bool]] = {}
     for name, how in re.findall(r"^(\w+) +(cached|[\d.]+ s)$", done.stderr, flags=re.MULTILINE):
         steps.setdefault(name, []).append(how == "cached")
@@ -40,52 +40,61 @@ def cached(done: subprocess.CompletedProcess[str]) -> dict[str, list[bool]]:
 def test_a_run_ends_with_the_table_the_registry_names_and_where_to_look(finished, command):
     for text in ("micro-l:1", "micro-m:1", "micro-s:1", "s3://", "index.html", "elastic pull"):
         assert text in finished.stdout
-    for budget in read_family(family_directory(command)).budgets:
-        slice_directory = command.step_directory(f"slice-{budget.name}")
+    for budget in read_family(finished.family).budgets:
+        slice_directory = finished.directory(f"slice-{budget.name}")
         elements = sum(t.numel() for path in slice_directory.glob("*.safetensors") for t in load_file(path).values())
         assert elements == budget.params
         assert f"{elements:,}" in finished.stdout
 
 
-@pytest.mark.parametrize("budget", ["l", "m", "s"])
-def test_a_slice_in_stock_transformers_gives_the_elastic_models_logits(budget, finished, command):
-    directory = command.step_directory(f"slice-{budget}")
-    elastic = load_model(family_directory(command), torch.device("cpu"), torch.float32)
-    subnet = read_family(family_directory(command)).budget(budget).subnet
-    stock, info = NemotronHForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+def assert_stock_logits(elastic_directory: Path, subnet: Subnet, slice_directory: Path) -> None:
+    elastic = load_model(elastic_directory, torch.device("cpu"), torch.float32)
+    stock, info = NemotronHForCausalLM.from_pretrained(slice_directory, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    ids = AutoTokenizer.from_pretrained(directory)("the cat sat on the red mat", return_tensors="pt").input_ids
+    ids = AutoTokenizer.from_pretrained(slice_directory)("the cat sat on the red mat", return_tensors="pt").input_ids
     with torch.no_grad():
         ours, theirs = elastic.logits(elastic(ids, subnet)), stock.eval()(ids).logits
     assert float((ours - theirs).abs().max() / theirs.abs().max()) < FLOAT32_AGAINST_STOCK
 
 
+@pytest.mark.parametrize("budget", ["l", "m", "s"])
+def test_a_slice_in_stock_transformers_gives_the_elastic_models_logits(budget, finished):
+    subnet = read_family(finished.family).budget(budget).subnet
+    assert_stock_logits(finished.family, subnet, finished.directory(f"slice-{budget}"))
+
+
+def test_any_size_between_two_budgets_is_a_slice_within_it(finished, command, tmp_path):
+    family = read_family(finished.family)
+    target = (family.budget("m").params + family.budget("s").params) // 2
+    done = command("slice", str(finished.family), "--params", str(target), "-o", str(tmp_path / "between"))
+    assert done.returncode == 0, done.stderr
+    elements = sum(tensor.numel() for tensor in load_file(tmp_path / "between/model.safetensors").values())
+    assert family.budget("s").params <= elements <= target
+    assert f"{elements:,} parameters" in done.stdout
+
+
 def test_elastic_pull_and_a_plain_mlflow_client_give_the_same_slice(finished, command, tmp_path):
     pulled = command("pull", "micro-s", "-o", str(tmp_path / "pulled"))
     assert pulled.returncode == 0, pulled.stderr
-    environment = command.environment()
-    with embedded_services(command.home, environment):
+    with embedded_services(command.home):
         plain = [
             sys.executable,
             "-c",
             "import mlflow, sys; mlflow.artifacts.download_artifacts('models:/micro-s@champion', dst_path=sys.argv[1])",
             str(tmp_path / "plain"),
         ]
-        subprocess.run(plain, env=environment, check=True, timeout=120)
-    expected = files(command.step_directory("slice-s"))
+        subprocess.run(plain, check=True, timeout=120)
+    expected = files(finished.directory("slice-s"))
     assert files(tmp_path / "pulled") == files(tmp_path / "plain") == expected
 
 
 def test_running_again_takes_every_step_from_its_cache(finished, command):
-    again = command.run()
-    assert again.returncode == 0, again.stderr
+    again = completed(command)
     assert cached(again) and all(all(steps) for steps in cached(again).values()), again.stderr
 
 
 def test_changing_a_stage_runs_again_from_that_stage_on(finished, command):
-    changed = command.run("stages.1.steps=6")
-    assert changed.returncode == 0, changed.stderr
-    steps = cached(changed)
+    steps = cached(completed(command, "stages.1.steps=6"))
     assert steps["distill"] == [True, False]
     for name in ("train_tokenizer", "prepare_data", "pretrain_teacher", "rank_importance", "reorder_teacher"):
         assert steps[name] == [True], name
@@ -93,7 +102,17 @@ def test_changing_a_stage_runs_again_from_that_stage_on(finished, command):
         assert not any(steps[name]), name
 
 
-def kill_inside(command, stage: str, after_step: int) -> None:
+def test_a_family_with_ffn_per_layer_is_padded_for_stock_transformers(finished, command):
+    run = completed(command, "axes.per_layer=[ffn]", "pad_ffn=true")
+    family = read_family(run.family)
+    # The router of so short a run may well choose one width for all: ask for a subnet that differs by layer.
+    subnet = replace(family.budget("m").subnet, ffn=(32, 48))
+    slice_checkpoint(run.family, subnet, run.family.parent / "uneven", pad_ffn=True)
+    assert_stock_logits(run.family, subnet, run.family.parent / "uneven")
+    assert_stock_logits(run.family, family.budget("s").subnet, run.directory("slice-s"))
+
+
+def kill_inside(command: Command, stage: str, after_step: int) -> None:
     """Start the run, and kill -9 it and its training once the stage has passed a step."""
     process = command.start("run", str(command.recipe))
     deadline = time.monotonic() + 240
@@ -125,19 +144,20 @@ def trainers(home: Path) -> list[int]:
 
 
 def test_a_run_killed_in_both_stages_and_then_its_trainer_alone_ends_in_the_same_weights(finished, command, tmp_path):
-    killed = type(command)(recipe=command.recipe, home=tmp_path / "home")
+    killed = Command(recipe=command.recipe, home=tmp_path / "home")
     for stage in ("stage1", "stage2"):
         kill_inside(killed, stage, after_step=5)
         deadline = time.monotonic() + 30
         while trainers(killed.home) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not trainers(killed.home), "a killed run left its trainer behind"
-        assert not (killed.step_directory(stage) / "family").exists(), f"{stage} was over before it was killed"
+        assert not list((killed.home / "workspace").glob(f"{stage}-*/family")), f"{stage} was over before it was killed"
     last = killed.start("run", str(killed.recipe))
     os.kill(wait_for_trainer(killed.home), signal.SIGKILL)
     _, stderr = last.communicate(timeout=300)
     assert last.returncode == 0, stderr
-    assert files(family_directory(killed)) == files(family_directory(command))
+    (killed_family,) = (killed.home / "workspace").glob("stage2-*/family")
+    assert files(killed_family) == files(finished.family)
 
 
 def wait_for_trainer(home: Path) -> int:
