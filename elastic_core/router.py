@@ -194,8 +194,13 @@ def _expected_sizes(elastic: ElasticModel, probabilities: Probabilities, axis: s
     return p @ torch.tensor(elastic.axes.choices(axis), dtype=p.dtype, device=p.device)
 
 
-def budget_loss(elastic: ElasticModel, probabilities: Probabilities, target_params: int) -> tuple[Tensor, Tensor]:
-    """|expected parameters / target - 1|, and the expected parameters."""
+def expected_params(elastic: ElasticModel, probabilities: Probabilities) -> Tensor:
+    """Expected parameters of the choice, differentiable."""
     expected = cost.params(elastic.config, expected_widths(elastic, probabilities))
     assert isinstance(expected, Tensor)
-    return (expected / target_params - 1).abs(), expected.detach()
+    return expected
+
+
+def budget_loss(elastic: ElasticModel, probabilities: Probabilities, target_params: int) -> Tensor:
+    """The distance of the expected cost from the budget: |expected parameters / target - 1|."""
+    return (expected_params(elastic, probabilities) / target_params - 1).abs()

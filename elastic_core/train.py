@@ -27,6 +27,7 @@ from elastic_core.router import (
     budget_loss,
     drop_negligible,
     expected_choices,
+    expected_params,
     gumbel_softmax,
     soft_subnet,
     straight_through,
@@ -190,16 +191,17 @@ def _choose(run: StageRun, step: int, micro_step: int, name: str) -> _Choice:
     temperature, scale = curriculum.temperature(run.stage, step), curriculum.scale(run.stage, step)
     noise = curriculum.noise_generator(run.seed, run.stage, step, micro_step)
     sampled = gumbel_softmax(logits, temperature=temperature, scale=scale, generator=noise)
+    # The cost of what is sampled, because that is what runs; without noise the gradient dies as the choice sharpens.
+    router_loss = budget_loss(run.router.elastic, sampled, budget.params)
     sampled = straight_through(sampled) if schedule.mode == "hard" else drop_negligible(sampled)
     subnet, masks = soft_subnet(run.router.elastic, sampled)
-    expected = gumbel_softmax(logits, temperature=temperature, scale=scale, generator=None)
-    router_loss, expected_params = budget_loss(run.router.elastic, expected, budget.params)
+    likely = gumbel_softmax(logits, temperature=1.0, scale=scale, generator=None)
     return _Choice(
         subnet=subnet,
         masks=masks,
         router_loss=router_loss,
-        expected_params=expected_params,
-        choices=expected_choices(run.router.elastic, expected),
+        expected_params=expected_params(run.router.elastic, likely).detach(),
+        choices=expected_choices(run.router.elastic, likely),
     )
 
 
