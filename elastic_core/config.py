@@ -16,6 +16,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 T = TypeVar("T")
 
+Dtype = Literal["float32", "bfloat16"]
+
 MAMBA, ATTENTION, FFN = "M", "*", "-"
 
 
@@ -547,7 +549,7 @@ class Recipe(_Strict):
     distillation: Distillation = field(default_factory=Distillation)
     evaluation: Evaluation = field(default_factory=Evaluation)
     promotion: Promotion = field(default_factory=Promotion)
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     pad_ffn: bool = False
     seed: int = 0
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from elastic_core import checkpoint, shards
-from elastic_core.config import Budget, Distillation, ModelConfig, Stage, build
+from elastic_core.config import Budget, Distillation, Dtype, ModelConfig, Stage, build
 from elastic_core.cost import subnet_params
 from elastic_core.model import ElasticNemotronH
 from elastic_core.resolve import resolve_budgets
@@ -41,6 +41,7 @@ METRICS = "metrics.jsonl"
 ERROR = "error.txt"
 KEPT_CHECKPOINTS = 2
 FULL = Budget(name="full")
+DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,23 +59,22 @@ class TrainJob:
     tokens: str
     work: str
     output: str
-    dtype: str
+    dtype: Dtype
     seed: int
 
 
 def run_job(job: TrainJob) -> None:
     """Train the stage from its last checkpoint to its end, and export the result."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    wide = job.dtype == "float32"
-    student, router, family = load_family(Path(job.student), device)
     if Path(job.output).exists():
         return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = DTYPES[job.dtype]
+    student, router, family = load_family(Path(job.student), device)
+    teacher = load_model(Path(job.teacher), device, dtype).eval() if job.teacher else None
     budgets = tuple(Budget(name=b.name, params=b.target_params) for b in family.budgets) if family else (FULL,)
     run = StageRun(
         student=student,
-        teacher=load_model(Path(job.teacher), device, torch.float32 if wide else torch.bfloat16).eval()
-        if job.teacher
-        else None,
+        teacher=teacher,
         router=router,
         optimizer=make_optimizer(student, router, job.stage),
         stage=job.stage,
@@ -83,7 +83,7 @@ def run_job(job: TrainJob) -> None:
         subnets=resolved_subnets(student.config, router, budgets),
         data=TokenRows(Path(job.tokens), job.stage.sequence_length),
         seed=job.seed,
-        autocast=None if wide else torch.bfloat16,
+        autocast=dtype if dtype != torch.float32 else None,
     )
     work = Path(job.work)
     start = resume(work, run)
@@ -199,7 +199,7 @@ def export(job: TrainJob, run: StageRun, family: checkpoint.Family | None) -> No
         Path(job.output),
         run.student.config,
         run.student.state_dict(),
-        torch.float32 if job.dtype == "float32" else torch.bfloat16,
+        DTYPES[job.dtype],
         source=source,
         beside=beside,
     )

@@ -188,7 +188,7 @@ def _render(document: Document, tokenizer: PreTrainedTokenizerFast) -> str:
     if tokenizer.chat_template is None:
         raise ValueError(f"{document.where} holds messages but the tokenizer has no chat template; add one to it")
     try:
-        return tokenizer.apply_chat_template(document.content, tokenize=False)
+        return str(tokenizer.apply_chat_template(document.content, tokenize=False))
     except Exception as error:
         raise ValueError(f"{document.where}: the chat template refuses it ({first_line(error)}); mend it") from error
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_core import checkpoint, curriculum, job, losses, model, router, ssm, subnet, train
-from elastic_core.config import Distillation, Stage
+from elastic_core.config import Distillation, Dtype, Stage
 from elastic_core.job import METRICS, TrainJob
 from tasks import tracking
 from tasks.data import TRAIN_FILE
@@ -23,7 +23,7 @@ def distill(
     corpus: Artifact,
     stage: Stage,
     distillation: Distillation,
-    dtype: str,
+    dtype: Dtype,
     seed: int,
     first_step: int,
     run_id: str,

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from elastic_core import checkpoint, generate, job, losses, model, reorder, ssm
-from elastic_core.config import Evaluation, ModelConfig
+from elastic_core.config import Dtype, Evaluation, ModelConfig
 from elastic_core.cost import subnet_params
 from elastic_core.curriculum import generator
 from elastic_core.generate import complete, decode
@@ -58,12 +58,12 @@ def evaluate(
     slices: dict[str, Artifact],
     corpus: Artifact,
     settings: Evaluation,
-    dtype: str,
+    dtype: Dtype,
     seed: int,
 ) -> EvaluationRecord:
     """Held-out loss, KL, problems, speed and memory of every budget; and the loss of cutting without training."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    load_as = getattr(torch, dtype)
+    load_as = job.DTYPES[dtype]
     teaching = job.load_model(Path(teacher.path), device, load_as)
     full = full_subnet(teaching.config)
     batches = heldout_batches(Path(corpus.path) / HELDOUT_FILE, settings)

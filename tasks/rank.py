@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from elastic_core import checkpoint, importance, job, reorder, resolve, router, shards
-from elastic_core.config import Axes, Budget, Importance, Router
+from elastic_core.config import Axes, Budget, Dtype, Importance, Router
 from elastic_core.curriculum import generator
 from elastic_core.router import ElasticModel
 from elastic_core.train import TokenRows
@@ -17,11 +17,11 @@ from tasks.steps import artifact, new_directory, step
 
 @step(importance, reorder)
 def rank_importance(
-    teacher: Artifact, corpus: Artifact, axes: Axes, settings: Importance, dtype: str, seed: int, workspace: str
+    teacher: Artifact, corpus: Artifact, axes: Axes, settings: Importance, dtype: Dtype, seed: int, workspace: str
 ) -> Artifact:
     """Score every component of the teacher on calibration data; the order of importance on every axis."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = job.load_model(Path(teacher.path), device, getattr(torch, dtype))
+    model = job.load_model(Path(teacher.path), device, job.DTYPES[dtype])
     bound = axes.bind(model.config)
     rows = TokenRows(Path(corpus.path) / TRAIN_FILE, settings.sequence_length)
     chosen = torch.randperm(rows.num_rows, generator=generator(seed, "importance")).tolist()

@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import snapshot_download
 
 from elastic_core import checkpoint, curriculum, job, losses, model, train
-from elastic_core.config import DataConfig, Distillation, ModelConfig, Pretraining
+from elastic_core.config import DataConfig, Distillation, Dtype, ModelConfig, Pretraining
 from elastic_core.job import TrainJob
 from elastic_core.model import ElasticNemotronH
 from elastic_core.shards import staged_directory
@@ -56,7 +56,7 @@ def train_tokenizer(
 
 @step(checkpoint, curriculum, job, losses, model, train)
 def pretrain_teacher(
-    pretraining: Pretraining, tokenizer: Artifact, corpus: Artifact, dtype: str, seed: int, workspace: str
+    pretraining: Pretraining, tokenizer: Artifact, corpus: Artifact, dtype: Dtype, seed: int, workspace: str
 ) -> Artifact:
     """Train the recipe's own teacher by cross-entropy, with the loop that distils."""
     work = Path(workspace) / f"pretrain-{fingerprint(pretraining, tokenizer, corpus, dtype, seed)[:16]}"

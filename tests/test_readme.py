@@ -1,0 +1,40 @@
+"""The README speaks of what is there: its commands, options, files and make targets exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from flows.cli import app
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^elastic (\w+)(.*?)(?:  |$)", README, flags=re.MULTILINE)
+
+
+def test_the_readme_shows_every_command():
+    assert {name for name, _ in COMMANDS} == set(get_command(app).commands)
+
+
+@pytest.mark.parametrize(("name", "arguments"), COMMANDS, ids=[name for name, _ in COMMANDS])
+def test_a_shown_command_has_the_options_shown(name, arguments):
+    options = {option for parameter in get_command(app).commands[name].params for option in parameter.opts}
+    assert set(re.findall(r"(?<= )--?[a-z][a-z-]*", arguments)) <= options
+
+
+def test_every_file_named_in_the_file_map_is_there():
+    block = README.split("elastic_core/\n", 1)[1].split("```")[0]
+    core = re.findall(r"\b(\w+\.py)\b", block.split("tasks/ ")[0])
+    assert {f"{name}" for name in core} == {p.name for p in (ROOT / "elastic_core").glob("*.py")} - {"__init__.py"}
+    for link in re.findall(r"\]\((infra/[^)]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_every_make_target_named_is_in_the_makefile():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert set(re.findall(r"`?make ([a-z-]+)", README)) <= targets
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) < 150
