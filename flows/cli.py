@@ -41,18 +41,24 @@ def run(
     """Run the whole pipeline here: teacher and data in, a registered family out."""
     from flows.recipes import load_recipe
     from flows.services import embedded_services
-    from tasks.settings import make_home
+    from tasks.settings import ServiceError, make_home
 
     loaded = load_recipe(recipe, overrides or [])
     for name, value in PREFECT_LOGGING.items():
         os.environ.setdefault(name, value)
     with embedded_services(make_home()):
+        import httpx
+        from prefect.exceptions import PrefectException
+
         from flows.elastify import elastify
         from flows.outcome import print_outcome
         from tasks.preflight import check_services
 
         check_services()
-        evaluation, release, verdict = elastify(loaded)
+        try:
+            evaluation, release, verdict = elastify(loaded)
+        except (PrefectException, httpx.HTTPError) as error:
+            raise ServiceError(f"Prefect fails: {error}; see to its server and run this again to go on") from error
         print_outcome(evaluation, release, verdict)
 
 
@@ -119,7 +125,7 @@ def evaluate(
 
     settings = Evaluation(heldout_tokens=tokens, sequence_length=sequence_length)
     model, subnet = _load(checkpoint, budget)
-    loss, _ = heldout_loss(model, subnet, heldout_batches(heldout, settings))
+    loss, _ = heldout_loss(model, subnet, heldout_batches(heldout, settings, model.config.vocab_size))
     typer.echo(json.dumps({"checkpoint": str(checkpoint), "budget": budget, "cross_entropy": loss}))
 
 
@@ -131,9 +137,9 @@ def generate(
         str | None, typer.Option(help="A budget of an elastic checkpoint; the whole model if none.")
     ] = None,
     then: Annotated[str | None, typer.Option(help="The budget to switch to after --switch-after tokens.")] = None,
-    switch_after: Annotated[int, typer.Option(help="New tokens before the switch.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    switch_after: Annotated[int, typer.Option(min=0, help="New tokens before the switch.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
 ) -> None:
     """Generate text at any budget, or let a small budget begin and a larger one go on."""
     import torch

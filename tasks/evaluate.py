@@ -66,7 +66,7 @@ def evaluate(
     load_as = job.DTYPES[dtype]
     teaching = job.load_model(Path(teacher.path), device, load_as)
     full = full_subnet(teaching.config)
-    batches = heldout_batches(Path(corpus.path) / HELDOUT_FILE, settings)
+    batches = heldout_batches(Path(corpus.path) / HELDOUT_FILE, settings, teaching.config.vocab_size)
     tokenizer = AutoTokenizer.from_pretrained(teacher.path, local_files_only=True)
     problems = read_problems(Path(settings.problems), settings.max_problems) if settings.problems else []
     teacher_answers = answer(teaching, tokenizer, problems, settings)
@@ -112,8 +112,11 @@ def evaluate(
     )
 
 
-def heldout_batches(path: Path, settings: Evaluation) -> list[torch.Tensor]:
-    """Held-out tokens in batches (B, T + 1), up to the number asked for. ValueError when there is not one sequence."""
+def heldout_batches(path: Path, settings: Evaluation, vocab_size: int) -> list[torch.Tensor]:
+    """Held-out tokens in batches (B, T + 1), up to the number asked for.
+
+    ValueError when there is not one sequence, or a token that a model of `vocab_size` does not have.
+    """
     try:
         rows = TokenRows(path, settings.sequence_length)
     except (OSError, SafetensorError) as error:
@@ -125,7 +128,14 @@ def heldout_batches(path: Path, settings: Evaluation) -> list[torch.Tensor]:
         )
     count = min(rows.num_rows, max(1, settings.heldout_tokens // settings.sequence_length))
     starts = range(0, count, settings.batch_size)
-    return [rows.batch(list(range(start, min(start + settings.batch_size, count)))) for start in starts]
+    batches = [rows.batch(list(range(start, min(start + settings.batch_size, count)))) for start in starts]
+    highest = max(int(batch.max()) for batch in batches)
+    if highest >= vocab_size:
+        raise ValueError(
+            f"{path} holds token {highest}, but the model's vocab_size is {vocab_size}; "
+            "use tokens of the model's own tokenizer"
+        )
+    return batches
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import httpx
+from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL
 
 from elastic_core.config import Evaluation, ModelConfig, Recipe
@@ -10,6 +10,7 @@ from elastic_core.cost import subnet_params
 from elastic_core.subnet import full_subnet
 from tasks.artifacts import check_bucket
 from tasks.data import check_length, read_record
+from tasks.documents import first_line
 from tasks.evaluate import encode_questions, read_problems
 from tasks.records import Artifact
 from tasks.settings import ServiceError, Settings, redact
@@ -26,15 +27,15 @@ def check_services() -> None:
 
 
 def check_prefect(url: str | None) -> None:
-    """ServiceError unless a server answers there; without a URL the flow starts a temporary one."""
+    """ServiceError unless Prefect's server answers at `url`; without one, the flow starts a temporary server."""
     if url is None:
         return
-    try:
-        httpx.get(f"{url.rstrip('/')}/health", timeout=CHECK_SECONDS)
-    except httpx.HTTPError as error:
+    with get_client(sync_client=True, httpx_settings={"timeout": CHECK_SECONDS}) as client:
+        fault = client.api_healthcheck()
+    if fault is not None:
         raise ServiceError(
-            f"Prefect at {redact(url)} does not answer ({type(error).__name__}); check PREFECT_API_URL", transient=True
-        ) from error
+            f"Prefect at {redact(url)} does not answer ({first_line(fault)}); check PREFECT_API_URL", transient=True
+        )
 
 
 def check_model(recipe: Recipe, model: ModelConfig) -> None:

@@ -71,5 +71,5 @@ def champion_loss(
         artifacts.fetch(store, champion.tags[tracking.MANIFEST], champion.tags[tracking.BUDGET], directory)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = job.load_model(directory, device, torch.float32)
-    batches = heldout_batches(Path(corpus.path) / HELDOUT_FILE, measured_by)
+    batches = heldout_batches(Path(corpus.path) / HELDOUT_FILE, measured_by, model.config.vocab_size)
     return heldout_loss(model, full_subnet(model.config), batches)[0]

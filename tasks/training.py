@@ -90,5 +90,9 @@ def _report(tail: Tail, on_step: OnStep | None) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """The parent's, with as many threads as a lone process would use; torchrun's default is one."""
-    return {"OMP_NUM_THREADS": str(os.cpu_count() or 1), **os.environ}
+    """The parent's, with all cores (torchrun would take one) and threads that soon stop spinning for one another.
+
+    On a machine that is busy with something else, OpenMP's default spin made the mean step 3.5 times its usual length;
+    this one costs nothing on an idle machine.
+    """
+    return {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "GOMP_SPINCOUNT": "20000", **os.environ}

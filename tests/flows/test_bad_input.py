@@ -1,5 +1,6 @@
 """Whatever a user gets wrong ends in one line that says what to do, a non-zero exit, and nothing half made."""
 
+import fcntl
 import json
 import logging
 import math
@@ -7,12 +8,18 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
+import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import prefect
 import pytest
 import torch
 import yaml
@@ -32,6 +39,7 @@ from tasks.settings import BUCKET, ENDPOINT_S3, HOME, TRACKING_URI, Settings
 from tasks.steps import artifact
 from tasks.teacher import write_fresh_model
 from tasks.tokenizer import load_tokenizer, train_tokenizer
+from tasks.training import train
 
 MODEL = ModelConfig(
     hybrid_override_pattern="M-*-",
@@ -235,6 +243,11 @@ def test_a_teacher_that_is_nowhere_is_refused(
     assert f"teacher.path '{path}' is not here, and the Hub does not give it" in line
 
 
+def test_a_teacher_that_is_not_in_the_bucket_is_refused(refused: Refused, inputs: Path, settings: Settings) -> None:
+    uri = f"s3://{settings.bucket}/no/teacher"
+    assert f"{uri} holds no objects; check the prefix" in refused("run", inputs / "recipe.yaml", f"teacher.path={uri}")
+
+
 # The recipe
 
 BAD_SETTINGS: dict[str, tuple[list[str], str]] = {
@@ -350,11 +363,20 @@ def test_bad_problems_are_refused_before_anything_is_trained(
     assert re.search(says, line)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_at_once(refused: Refused, inputs: Path) -> None:
-    line = refused(
-        "run", inputs / "recipe.yaml", "stages.0.optimizer.learning_rate=1e30", "stages.0.optimizer.warmup_steps=0"
-    )
+def test_a_loss_that_is_not_finite_ends_the_run_at_the_first_attempt(
+    refused: Refused, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = []
+
+    def counted(*arguments: Any, **named: Any) -> None:
+        attempts.append(arguments)
+        train(*arguments, **named)
+
+    monkeypatch.setattr("tasks.distill.run_training", counted)
+    diverging = ["stages.0.optimizer.learning_rate=1e30", "stages.0.optimizer.warmup_steps=0"]
+    line = refused("run", inputs / "recipe.yaml", *diverging)
     assert re.search(r"stage stage1, step \d: loss nan .*; lower optimizer.learning_rate", line)
+    assert len(attempts) == 1
 
 
 # The machine
@@ -408,9 +430,79 @@ def test_a_bad_machine_is_refused(
 def test_a_prefect_server_that_is_away_is_told(refused: Refused, inputs: Path, closed_port: str) -> None:
     with temporary_settings({PREFECT_API_URL: f"http://{closed_port}/api"}):
         line = refused("run", inputs / "recipe.yaml")
-    assert re.search(
-        r"Prefect at http://127.0.0.1:\d+/api does not answer \(ConnectError\); check PREFECT_API_URL", line
+    assert re.search(r"Prefect at http://127.0.0.1:\d+/api does not answer .*; check PREFECT_API_URL", line)
+
+
+class Figurehead(BaseHTTPRequestHandler):
+    """A Prefect server that answers who it is, and can do nothing."""
+
+    def do_GET(self) -> None:
+        answers = {"/api/health": True, "/api/admin/version": prefect.__version__}
+        self.send_response(200 if self.path in answers else 404)
+        self.end_headers()
+        self.wfile.write(json.dumps(answers.get(self.path)).encode())
+
+    do_POST = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_a_prefect_server_that_fails_is_told(refused: Refused, inputs: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Figurehead) as server:
+        threading.Thread(target=server.serve_forever).start()
+        with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{server.server_port}/api"}):
+            line = refused("run", inputs / "recipe.yaml")
+        server.shutdown()
+    assert re.search(r"Prefect fails: .*404 Not Found.*; see to its server", line)
+
+
+# A process of its own
+
+
+def start(arguments: list[str], home: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", *arguments],
+        env={**os.environ, "PREFECT_HOME": str(home / "prefect"), "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
+
+
+@pytest.fixture
+def machine(settings: Settings, prefect_api: str, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """The environment of a process that uses the servers of these tests."""
+    monkeypatch.setenv("PREFECT_API_URL", prefect_api)
+    return settings
+
+
+def test_a_refusal_is_the_same_line_in_a_process_of_its_own(machine: Settings, inputs: Path) -> None:
+    process = start(["run", str(inputs / "recipe.yaml"), "data.sources.0.path=recipe.yaml"], machine.home)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (1, "")
+    *progress, line = err.splitlines()
+    assert line.startswith("elastic: ") and all(PROGRESS.fullmatch(before) for before in progress), err
+    assert "recipe.yaml: cannot tell one format by the names (.yaml)" in line
+
+
+def test_ctrl_c_ends_the_run_and_its_training_with_one_line(machine: Settings, inputs: Path) -> None:
+    process = start(["run", str(inputs / "recipe.yaml"), "stages.0.steps=1000000"], machine.home)
+    deadline = time.monotonic() + 120
+    while not list(machine.home.glob("workspace/stage1-*/metrics.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, ""), err
+    *progress, line = err.splitlines()
+    assert line == "elastic: interrupted; run the same command again to go on"
+    assert all(PROGRESS.fullmatch(before) for before in progress), err
+    (work,) = machine.home.glob("workspace/stage1-*")
+    with (work / "lock").open("w") as lock:  # the training holds it for as long as it lives
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 # The other commands
@@ -455,6 +547,7 @@ BAD_COMMANDS: dict[str, tuple[str, str]] = {
         "eval {family} --heldout {family}/router.safetensors",
         r"router.safetensors holds no tokens",
     ),
+    "eval: tokens of another vocabulary": ("eval {family} --heldout {foreign}", r"holds token 280, but .* is 280; use"),
     "eval: no tokens asked for": (
         "eval {family} --heldout {file} --tokens 0",
         r"heldout_tokens=0 must be greater than 0",
@@ -469,8 +562,10 @@ def test_a_command_that_cannot_be_done_is_refused(
     command: str, says: str, refused: Refused, inputs: Path, family: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    places = {"family": family, "teacher": inputs / "teacher", "out": tmp_path / "out", "file": tmp_path / "file"}
-    assert re.search(says, refused(*command.format(**places).split()))
+    save_file({"tokens": torch.full((1000,), MODEL.vocab_size, dtype=torch.int32)}, tmp_path / "foreign")
+    beside = {name: tmp_path / name for name in ("out", "file", "foreign")}
+    line = refused(*command.format(family=family, teacher=inputs / "teacher", **beside).split())
+    assert re.search(says, line)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".*"))
 
@@ -479,6 +574,7 @@ BAD_USAGE: dict[str, tuple[str, str]] = {
     "no such command": ("fly", r"No such command 'fly'; --help tells more"),
     "no recipe": ("run", r"Missing argument 'recipe'; --help tells more"),
     "no such option": ("pull a --into b", r"No such option: --into"),
+    "no temperature": ("generate a hello --temperature -1", r"Invalid value for '--temperature'"),
     "no number": ("slice a -o b --params many", r"Invalid value for '--params'"),
 }
 

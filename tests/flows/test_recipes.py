@@ -63,7 +63,7 @@ def test_paths_are_relative_to_the_recipe_and_uris_are_left_alone(tmp_path):
     text = (RECIPES / "tiny.yaml").read_text()
     (tmp_path / "mine.yaml").write_text(text)
     paths = [source.path for source in load_recipe(tmp_path / "mine.yaml").data.sources]
-    assert paths == ["stdlib://", str(tmp_path / "tiny/problems-train-*.jsonl")]
+    assert set(paths) == {"stdlib://", str(tmp_path / "tiny/problems-train-*.jsonl")}
 
 
 @pytest.mark.parametrize(
