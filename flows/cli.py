@@ -46,7 +46,7 @@ def run(
     loaded = load_recipe(recipe, overrides or [])
     for name, value in PREFECT_LOGGING.items():
         os.environ.setdefault(name, value)
-    with embedded_services(make_home()):
+    with embedded_services(make_home(), prefect=True):
         import httpx
         from prefect.exceptions import PrefectException
 

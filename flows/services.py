@@ -21,13 +21,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from tasks.artifacts import ensure_bucket
+from tasks.artifacts import check_bucket, ensure_bucket
 from tasks.processes import ChildProcess
 from tasks.settings import BUCKET, ENDPOINT, ENDPOINT_S3, HOME, TRACKING_URI, ServiceError, Settings
 from tasks.tracking import CLIENT_ENVIRONMENT
 
 EMBEDDED_BUCKET = "elastic"
 START_SECONDS = 60.0
+PREFECT_START_SECONDS = 180.0  # it takes 8 on an idle machine
 STOP_SECONDS = 10.0
 START_ATTEMPTS = 3  # a port found free may be taken before the server binds it
 
@@ -126,9 +127,53 @@ class ObjectStore:
         self._server.start([_weed(), "mini", *flags], environment=environment, directory=data)
 
 
+class PrefectServer:
+    """Prefect's API on a loopback port, on SQLite in one directory.
+
+    Prefect would start such a server by itself, but that one outlives a killed run.
+    """
+
+    def __init__(self, home: Path, logs: Path) -> None:
+        self.home = home
+        self._server = ChildProcess(logs / "prefect.log")
+        self._port = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}/api"
+
+    def environment(self) -> dict[str, str]:
+        return {"PREFECT_HOME": str(self.home), "PREFECT_API_URL": self.url}
+
+    def start(self) -> None:
+        """Return at once; `wait` until it answers, which takes some seconds."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        (self._port,) = _free_ports(1)
+        command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+        command += ["--host", "127.0.0.1", "--port", str(self._port), "--log-level", "error", "--lifespan", "on"]
+        # What Prefect sets for its own temporary server: no UI, and only the services that a single run needs.
+        own = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+        environment = {**os.environ, **QUIET, **own, "PREFECT_HOME": str(self.home)}
+        self._server.start(command, environment=environment, directory=self.home)
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + PREFECT_START_SECONDS
+        while self._server.running() and time.monotonic() < deadline:
+            if answers(f"{self.url}/health"):
+                return
+            time.sleep(0.1)
+        said = self._server.last_words()
+        raise ServiceError(f"Prefect's server did not start: {said}; its log is {self._server.log}", transient=True)
+
+    def stop(self) -> None:
+        self._server.stop()
+
+
 @contextmanager
-def embedded_services(home: Path, *, share: bool = False) -> Iterator[dict[str, str]]:
+def embedded_services(home: Path, *, share: bool = False, prefect: bool = False) -> Iterator[dict[str, str]]:
     """Start what os.environ does not name, set its variables for the duration, and stop it on any way out.
+
+    Prefect's server is started only where it is asked for; readers of the registry do without.
 
     Yields the variables that were set. One command at a time owns `home`; a second is refused with a ServiceError, or
     with `share` (readers, or a run beside `elastic up`) uses the owner's servers for as long as those run.
@@ -145,8 +190,12 @@ def embedded_services(home: Path, *, share: bool = False) -> Iterator[dict[str, 
         defined = {name: value for name, value in QUIET.items() if not os.environ.get(name)} | {HOME: str(home)}
         if not os.environ.get(TRACKING_URI):
             defined |= tracking_environment(home)
-        if not os.environ.get("PREFECT_API_URL"):
-            defined |= prefect_environment(home)
+        server = None
+        if prefect and not os.environ.get("PREFECT_API_URL"):
+            server = PrefectServer(home / "prefect", home / "logs")
+            stack.callback(server.stop)
+            server.start()
+            defined |= server.environment()
         if any(os.environ.get(name) for name in (ENDPOINT_S3, ENDPOINT, BUCKET)):
             stack.enter_context(_applied(defined, removed=()))
         else:
@@ -155,21 +204,27 @@ def embedded_services(home: Path, *, share: bool = False) -> Iterator[dict[str, 
             defined |= served | _without_proxy()
             stack.enter_context(_applied(defined, removed=_FOREIGN))
             ensure_bucket(Settings.from_environment())
+            _until_it_stores(Settings.from_environment())
+        if server is not None:
+            server.wait()
         yield defined
+
+
+def _until_it_stores(settings: Settings) -> None:
+    """SeaweedFS answers a moment before it can store and give objects; return when it can."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            return check_bucket(settings)
+        except ServiceError as error:
+            if not error.transient or time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 def tracking_environment(home: Path) -> dict[str, str]:
     """MLflow on a SQLite file, with no server process."""
     return {TRACKING_URI: f"sqlite:///{home}/mlflow.db"}
-
-
-def prefect_environment(home: Path) -> dict[str, str]:
-    """Prefect with its own profile and SQLite file; the flow starts a temporary server, slow on a busy machine."""
-    return {
-        "PREFECT_HOME": str(home / "prefect"),
-        "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
-    }
 
 
 @contextmanager

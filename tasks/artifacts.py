@@ -133,14 +133,15 @@ def open_store(settings: Settings, *, attempts: int = 5) -> Store:
 
 
 def check_bucket(settings: Settings) -> None:
-    """Raise a ServiceError unless the bucket can be written to, under the rule that nothing is overwritten."""
+    """Raise a ServiceError unless the bucket stores and gives back, under the rule that nothing is overwritten."""
     store = open_store(settings, attempts=2)
     where = f"s3://{store.bucket} at {store.endpoint}"
     probe = {"Bucket": store.bucket, "Key": f"families/.probe-{uuid.uuid4().hex}"}
     with closing(store.client) as client, _explained(where):
-        client.put_object(**probe, Body=b"", IfNoneMatch="*", **store.put_options)
+        client.put_object(**probe, Body=b"probe", IfNoneMatch="*", **store.put_options)
         try:
-            client.put_object(**probe, Body=b"", IfNoneMatch="*", **store.put_options)
+            client.get_object(**probe)["Body"].read()
+            client.put_object(**probe, Body=b"probe", IfNoneMatch="*", **store.put_options)
         except ClientError as error:
             if _status(error) != 412:
                 raise

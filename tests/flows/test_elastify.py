@@ -126,19 +126,20 @@ def kill_inside(command: Command, stage: str, after_step: int) -> None:
     else:
         raise AssertionError(f"{stage} never reached step {after_step}")
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=60)
 
 
-def trainers(home: Path) -> list[int]:
-    """Processes that train for this state directory."""
+def children(home: Path, program: str) -> list[int]:
+    """Processes of a program that work for this state directory."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
                 line = (entry / "cmdline").read_bytes().decode(errors="replace")
-            except (FileNotFoundError, ProcessLookupError):
+                line += os.readlink(entry / "cwd")
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue
-            if "elastic_core.job" in line and str(home) in line:
+            if program in line and str(home) in line:
                 found.append(int(entry.name))
     return found
 
@@ -148,9 +149,9 @@ def test_a_run_killed_in_both_stages_and_then_its_trainer_alone_ends_in_the_same
     for stage in ("stage1", "stage2"):
         kill_inside(killed, stage, after_step=5)
         deadline = time.monotonic() + 30
-        while trainers(killed.home) and time.monotonic() < deadline:
+        while children(killed.home, "") and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert not trainers(killed.home), "a killed run left its trainer behind"
+        assert not children(killed.home, ""), "a killed run left processes behind"
         assert not list((killed.home / "workspace").glob(f"{stage}-*/family")), f"{stage} was over before it was killed"
     last = killed.start("run", str(killed.recipe))
     os.kill(wait_for_trainer(killed.home), signal.SIGKILL)
@@ -163,7 +164,7 @@ def test_a_run_killed_in_both_stages_and_then_its_trainer_alone_ends_in_the_same
 def wait_for_trainer(home: Path) -> int:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        if found := trainers(home):
+        if found := children(home, "elastic_core.job"):
             return max(found)
         time.sleep(0.05)
     raise AssertionError("no training process appeared")

@@ -178,13 +178,14 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pyte
 
 
 def test_every_variable_means_something_to_its_reader(tmp_path: Path) -> None:
-    defined = {**services.prefect_environment(tmp_path), **services.tracking_environment(tmp_path), **services.QUIET}
+    server = services.PrefectServer(tmp_path, tmp_path)
+    defined = {**server.environment(), **services.tracking_environment(tmp_path), **services.QUIET}
     code = """
 import mlflow.environment_variables, mlflow.telemetry.utils, os
 from prefect.settings import get_current_settings
 settings = get_current_settings()
 assert str(settings.home) == os.environ["PREFECT_HOME"]
-assert settings.server.ephemeral.enabled and settings.server.ephemeral.startup_timeout_seconds == 180
+assert settings.api.url == os.environ["PREFECT_API_URL"]
 assert not settings.server.analytics_enabled
 assert mlflow.telemetry.utils.is_telemetry_disabled()
 known = vars(mlflow.environment_variables)
