@@ -121,9 +121,22 @@ def load_family(
 
 def load_router(directory: Path, config: ModelConfig, family: checkpoint.Family) -> Router:
     """The router of an elastic checkpoint; its sizes follow from its weights."""
-    weights = shards.read_tensors(directory / checkpoint.ROUTER_FILE)
-    hidden_size, num_budgets = weights["heads.hidden.0.weight"].shape
-    router = Router(ElasticModel(config, family.axes.bind(config), family.layer_ranking), num_budgets, hidden_size)
+    path = directory / checkpoint.ROUTER_FILE
+    weights = shards.read_tensors(path)
+    first = weights.get("heads.hidden.0.weight")
+    if first is None or first.ndim != 2:
+        raise checkpoint.CheckpointError(f"{path}: is not a router; copy the one that was written with this checkpoint")
+    router = Router(
+        ElasticModel(config, family.axes.bind(config), family.layer_ranking), first.shape[1], first.shape[0]
+    )
+    expected = {name: tuple(weight.shape) for name, weight in router.state_dict().items()}
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
+    if found != expected:
+        name = sorted(dict(found.items() ^ expected.items()))[0]
+        raise checkpoint.CheckpointError(
+            f"{path}: {name} has shape {found.get(name, 'none')}; the axes in {checkpoint.FAMILY_FILE} need "
+            f"{expected.get(name, 'no such tensor')}"
+        )
     router.load_state_dict(weights)
     return router
 

@@ -421,8 +421,8 @@ def resolve(uri: str, reference: str) -> ModelVersion:
         aliases = _aliases(client, name)
         number = match["version"] or aliases.get(match["alias"] or CHAMPION)
         if number is None:
-            known = ", ".join(sorted(aliases)) or "none"
-            raise ServiceError(f"{reference}: MLflow knows no such alias of {name!r}; it has: {known}")
+            known = f"the aliases of {name!r} are {', '.join(sorted(aliases))}" if aliases else f"it has no {name!r}"
+            raise ServiceError(f"{reference} is not in MLflow: {known}")
         found = _model_version(client.get_model_version(name, str(number)))
     if not {MANIFEST, BUDGET} <= found.tags.keys():
         raise ServiceError(f"{name} version {number} was not registered by elastic: its tag {MANIFEST} is missing")

@@ -248,3 +248,20 @@ def test_two_jobs_never_share_a_work_directory(tmp_path):
 def test_a_job_survives_its_json(family, tokens, tmp_path):
     original = train_job(family, tokens, tmp_path / "work")
     assert build(TrainJob, json.loads(json.dumps(to_dict(original)))) == original
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"other": torch.zeros(2)}, "is not a router"),
+        ({"heads.hidden.0.weight": torch.zeros(8, 3)}, "the axes in elastic.json need"),
+    ],
+)
+def test_a_router_of_another_model_is_refused(tensors, message, family, tmp_path):
+    other = tmp_path / "family"
+    other.mkdir()
+    for path in family.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    save_file(tensors, other / checkpoint.ROUTER_FILE)
+    with pytest.raises(checkpoint.CheckpointError, match=message):
+        job.load_family(other, torch.device("cpu"))

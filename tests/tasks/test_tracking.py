@@ -634,9 +634,9 @@ def test_a_reference_means_a_version(tracking_uri: str, family: str) -> None:
 @pytest.mark.parametrize(
     ("reference", "says"),
     [
-        ("{family}-l", "knows no such alias .* it has: candidate"),
-        ("{family}-l@best", "knows no such alias"),
-        ("{family}-none", "it has: none"),
+        ("{family}-l", "is not in MLflow: the aliases of .* are candidate"),
+        ("{family}-l@best", "@best is not in MLflow"),
+        ("{family}-none", "is not in MLflow: it has no"),
         ("{family}-l:99", "99.* not found"),
         ("{family}-plain:1", "was not registered by elastic"),
     ],
