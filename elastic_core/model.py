@@ -28,7 +28,6 @@ Take = Callable[[Tensor], Tensor]
 class Cache:
     """What decoding carries from one call to the next, at one subnet: a layer's index to its states."""
 
-    tokens: int = 0
     conv: dict[int, Tensor] = field(default_factory=dict)
     ssm: dict[int, Tensor] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)
@@ -262,8 +261,6 @@ class ElasticNemotronH(nn.Module):
             x_BTD = x_BTD * masks.hidden_D.to(x_BTD.dtype)
         for index in subnet.layers:
             x_BTD = self.layers[index](x_BTD, subnet, masks, cache, backend)
-        if cache is not None:
-            cache.tokens += tokens_BT.shape[1]
         hidden_BTD: Tensor = self.norm_f(x_BTD, masks.hidden_D if masks else None)
         return hidden_BTD
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from nano import NANO_9B, NANO_12B
 from torch import Tensor
 from transformers import NemotronHForCausalLM
 
@@ -33,26 +34,6 @@ from elastic_core.config import Axes, ModelConfig
 from elastic_core.cost import subnet_params
 from elastic_core.shards import read_header, staged_directory, write_tensors
 from elastic_core.subnet import Subnet, full_subnet, keep_layers
-
-NANO_12B = ModelConfig(
-    hybrid_override_pattern="M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-",
-    hidden_size=5120,
-    intermediate_size=20480,
-    num_attention_heads=40,
-    num_key_value_heads=8,
-    head_dim=128,
-    mamba_num_heads=128,
-    mamba_head_dim=80,
-    ssm_state_size=128,
-    n_groups=8,
-    vocab_size=131072,
-)
-NANO_9B = dataclasses.replace(
-    NANO_12B,
-    hybrid_override_pattern="M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
-    hidden_size=4480,
-    intermediate_size=15680,
-)
 
 TOKENS = torch.arange(26).view(2, 13) * 7 % 64
 

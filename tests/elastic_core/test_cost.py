@@ -9,6 +9,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from nano import NANO_9B, NANO_12B
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from elastic_core.config import ATTENTION, FFN, MAMBA, Axes, ModelConfig
@@ -16,25 +17,6 @@ from elastic_core.cost import Size, Widths, params, subnet_params, widths
 from elastic_core.router import ElasticModel, expected_widths
 from elastic_core.subnet import Subnet, full_subnet, keep_layers, sliced_config
 
-NANO_12B = ModelConfig(
-    hybrid_override_pattern="M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-",
-    hidden_size=5120,
-    intermediate_size=20480,
-    num_attention_heads=40,
-    num_key_value_heads=8,
-    head_dim=128,
-    mamba_num_heads=128,
-    mamba_head_dim=80,
-    ssm_state_size=128,
-    n_groups=8,
-    vocab_size=131072,
-)
-NANO_9B = dataclasses.replace(
-    NANO_12B,
-    hybrid_override_pattern="M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
-    hidden_size=4480,
-    intermediate_size=15680,
-)
 SMALL = ModelConfig(
     hybrid_override_pattern="M-M*-*M-",
     hidden_size=24,

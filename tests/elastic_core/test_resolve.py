@@ -9,6 +9,7 @@ from typing import Literal
 
 import pytest
 import torch
+from nano import NANO_12B
 
 from elastic_core.config import Axes, Budget, ModelConfig
 from elastic_core.cost import subnet_params
@@ -35,19 +36,6 @@ FULL = full_subnet(MODEL)
 FULL_PARAMS = subnet_params(MODEL, FULL)
 RANKING = (0, 7, 3, 1, 6, 4, 2, 5)
 
-NANO_12B = ModelConfig(
-    hybrid_override_pattern="M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-",
-    hidden_size=5120,
-    intermediate_size=20480,
-    num_attention_heads=40,
-    num_key_value_heads=8,
-    head_dim=128,
-    mamba_num_heads=128,
-    mamba_head_dim=80,
-    ssm_state_size=128,
-    n_groups=8,
-    vocab_size=131072,
-)
 NANO_AXES = Axes(
     hidden=(5120, 4480, 3840, 3584),
     ffn=(20480, 17920, 15680, 12288, 10240),

@@ -4,8 +4,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from nano import NANO_12B
 
-from elastic_core.config import ModelConfig
 from elastic_core.cost import subnet_params
 from elastic_core.curriculum import generator
 from elastic_core.resolve import resolve_budgets
@@ -14,19 +14,6 @@ from elastic_core.subnet import is_nested
 from flows.recipes import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "infra/recipes"
-NANO_12B = ModelConfig(
-    hybrid_override_pattern="M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-",
-    hidden_size=5120,
-    intermediate_size=20480,
-    num_attention_heads=40,
-    num_key_value_heads=8,
-    head_dim=128,
-    mamba_num_heads=128,
-    mamba_head_dim=80,
-    ssm_state_size=128,
-    n_groups=8,
-    vocab_size=131072,
-)
 
 
 def test_the_papers_recipe_has_the_papers_numbers():
