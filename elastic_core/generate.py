@@ -8,6 +8,8 @@ from torch import Tensor
 from elastic_core.model import Cache, ElasticNemotronH
 from elastic_core.subnet import Subnet
 
+READ_AT_ONCE = 2048
+
 
 @torch.inference_mode()
 def decode(
@@ -19,12 +21,14 @@ def decode(
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
     switch: Mapping[int, Subnet] | None = None,
+    read_at_once: int = READ_AT_ONCE,
 ) -> Iterator[Tensor]:
     """Yield the next tokens (B,), one position at a time; greedy at temperature 0, sampled otherwise.
 
     `switch` maps the number of new tokens so far to the subnet that goes on from there. States of one subnet are not
     those of another, so a switch reads the whole text again at the new subnet; what follows is exactly what that subnet
-    would have said.
+    would have said. Text is read in pieces of `read_at_once` tokens, so that a long prompt costs no more memory than
+    its caches.
     """
     if prompt_BT.shape[1] == 0:
         raise ValueError("the prompt is empty; give at least one token, such as the beginning-of-sequence token")
@@ -32,7 +36,8 @@ def decode(
     for count in range(max_new_tokens):
         if switch and count in switch:
             subnet, cache, unread_BT = switch[count], Cache(), text_BT
-        hidden_BTD = model(unread_BT, subnet, cache=cache)
+        for piece_BT in unread_BT.split(read_at_once, dim=1):
+            hidden_BTD = model(piece_BT, subnet, cache=cache)
         logits_BV = model.logits(hidden_BTD[:, -1])
         if temperature > 0:
             token_B = torch.multinomial((logits_BV / temperature).softmax(-1), 1, generator=generator)[:, 0]

@@ -12,43 +12,120 @@ Shape suffixes, valid in the whole package:
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from elastic_core.config import ATTENTION, FFN, MAMBA, ModelConfig
 from elastic_core.kernels import Backend, BackendName, select_backend
 from elastic_core.subnet import Masks, Subnet
 
-Take = Callable[[Tensor], Tensor]
+# The views of a weight that a subnet keeps. Given the weight's gradient, the same views of that.
+Parts = Callable[[Tensor], list[Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class MambaWeights:
+    """A Mamba layer's weights at one subnet; `conv` (channels, taps), `conv_bias` None where there is none."""
+
+    in_proj: Tensor
+    conv: Tensor
+    conv_bias: Tensor | None
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+    norm: Tensor
+    out_proj: Tensor
 
 
 @dataclass(slots=True)
 class Cache:
-    """What decoding carries from one call to the next, at one subnet: a layer's index to its states."""
+    """What decoding carries from one call to the next, at one subnet: a layer's index to its states and weights.
+
+    The weights are those that must be gathered from inside groups: once a text, and not once a token.
+    """
 
     conv: dict[int, Tensor] = field(default_factory=dict)
     ssm: dict[int, Tensor] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
+    mamba_weights: dict[int, MambaWeights] = field(default_factory=dict)
+    query_weights: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
-def prefix(weight: Tensor, size: int, dim: int) -> Tensor:
-    """The first `size` entries of `weight` along `dim`, as a view."""
-    return weight if weight.shape[dim] == size else weight.narrow(dim, 0, size)
+def take(weight: Tensor, parts: Parts, dim: int = 0) -> Tensor:
+    """The parts of `weight` that a subnet keeps, joined along `dim`; a view where one prefix is all it takes.
 
-
-def group_prefix(weight: Tensor, dim: int, layout: tuple[int, int, int], heads: int, channels: int) -> Tensor:
-    """Keep, along `dim` laid out [group, head in group, channel], the first heads of each group and their channels.
-
-    `heads` and `channels` are the numbers kept, per group and per head. A copy unless everything is kept.
+    A part may split `dim` into several dimensions; they are joined again. The gradient is added to those parts of
+    `weight.grad` in place: autograd's own way, a zero tensor as large as the full weight for each use of a small
+    prefix, would make a small subnet's step cost what the full one costs (C3).
     """
-    if layout[1:] == (heads, channels):
+    kept = parts(weight)
+    if sum(part.numel() for part in kept) == weight.numel():
         return weight
-    grouped: Tensor = weight.unflatten(dim, layout)
-    kept: Tensor = grouped.narrow(dim + 1, 0, heads).narrow(dim + 2, 0, channels).flatten(dim, dim + 2)
-    return kept
+    if torch.is_grad_enabled() and weight.requires_grad:
+        taken: Tensor = _Take.apply(weight, parts, dim)  # type: ignore[no-untyped-call]
+        return taken
+    return _join(kept, dim, weight.ndim)
+
+
+def prefix(weight: Tensor, *sizes: int) -> Tensor:
+    """The first `sizes[d]` entries of `weight` along each of its first dimensions; see `take`."""
+    return take(weight, lambda full: [full[tuple(slice(size) for size in sizes)]])
+
+
+def _join(parts: list[Tensor], dim: int, ndim: int) -> Tensor:
+    flat = [part.flatten(dim, dim + part.ndim - ndim) for part in parts]
+    return flat[0] if len(flat) == 1 else torch.cat(flat, dim)
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    """The gradient of a leaf, zero if there is none yet."""
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    return weight.grad
+
+
+class _Take(torch.autograd.Function):
+    """`take` with a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, parts: Parts, dim: int) -> Tensor:
+        assert weight.is_leaf, "the gradient of a part is added to the gradient of a leaf"
+        ctx.weight, ctx.parts, ctx.dim = weight, parts, dim
+        return _join(parts(weight), dim, weight.ndim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        start = 0
+        for part in ctx.parts(_gradient(ctx.weight)):
+            size = math.prod(part.shape[ctx.dim : ctx.dim + part.ndim - grad.ndim + 1])
+            part.add_(grad.narrow(ctx.dim, start, size).reshape(part.shape))
+            start += size
+        return None, None, None
+
+
+class _Embed(torch.autograd.Function):
+    """Rows of the embedding at a hidden size; only the rows that were read get a gradient, in place."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, tokens_BT: Tensor, hidden: int) -> Tensor:
+        ctx.weight, ctx.hidden = weight, hidden
+        ctx.save_for_backward(tokens_BT)
+        return F.embedding(tokens_BT, weight[:, :hidden])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[None, None, None]:
+        (tokens_BT,) = ctx.saved_tensors
+        gradient = _gradient(ctx.weight)[:, : ctx.hidden]
+        # Not index_add_, whose order of addition on CUDA changes from run to run (C6).
+        gradient.index_put_((tokens_BT,), grad_BTD.to(gradient.dtype), accumulate=True)
+        return None, None, None
 
 
 class RMSNorm(nn.Module):
@@ -62,7 +139,7 @@ class RMSNorm(nn.Module):
     def forward(self, x_BTD: Tensor, mask_D: Tensor | None = None) -> Tensor:
         """Under a mask, which `x_BTD` already carries, the mean is over the channels that the mask keeps."""
         wide = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
-        weight = prefix(self.weight, x_BTD.shape[-1], 0).to(wide.dtype)
+        weight = prefix(self.weight, x_BTD.shape[-1]).to(wide.dtype)
         if mask_D is None:
             return F.rms_norm(wide, weight.shape, weight, self.eps).to(x_BTD.dtype)
         variance = wide.square().sum(-1, keepdim=True) / mask_D.to(wide.dtype).sum()
@@ -89,31 +166,26 @@ class MambaMixer(nn.Module):
     def forward(
         self, x_BTD: Tensor, subnet: Subnet, masks: Masks | None, cache: Cache | None, backend: Backend
     ) -> Tensor:
-        config, hidden = self.config, subnet.hidden
+        config = self.config
         heads, head_dim = subnet.mamba_heads[self.ordinal], subnet.mamba_head_dim
-        in_group = heads // config.n_groups
-        layout = (config.n_groups, config.mamba_num_heads // config.n_groups, config.mamba_head_dim)
+        weights = cache.mamba_weights.get(self.layer) if cache else None
+        if weights is None:
+            weights = self.weights(subnet)
 
-        def channels(weight: Tensor, dim: int = 0) -> Tensor:
-            return group_prefix(weight, dim, layout, in_group, head_dim)
-
-        def per_head(weight: Tensor) -> Tensor:
-            return group_prefix(weight, 0, (*layout[:2], 1), in_group, 1)
-
-        projected = F.linear(x_BTD, self._in_proj_weight(hidden, channels, per_head))
+        projected = F.linear(x_BTD, weights.in_proj)
         z, xBC, dt = projected.split([heads * head_dim, heads * head_dim + config.state_rows, heads], dim=-1)
 
-        conv_weight, conv_bias = self._conv_weights(channels)
-        xBC, conv_tail = backend.conv(xBC, conv_weight, conv_bias, cache.conv.get(self.layer) if cache else None)
+        conv_tail = cache.conv.get(self.layer) if cache else None
+        xBC, conv_tail = backend.conv(xBC, weights.conv, weights.conv_bias, conv_tail)
         x, B_BTGN, C_BTGN = xBC.split([heads * head_dim, *(config.state_rows // 2,) * 2], dim=-1)
         x_BTHP = x.unflatten(-1, (heads, head_dim))
         B_BTGN = B_BTGN.unflatten(-1, (config.n_groups, config.ssm_state_size))
         C_BTGN = C_BTGN.unflatten(-1, (config.n_groups, config.ssm_state_size))
 
         wide = torch.promote_types(x_BTD.dtype, torch.float32)
-        dt_BTH = F.softplus(dt.to(wide) + per_head(self.dt_bias).to(wide)).clamp(min=config.time_step_min)
-        A_H = -per_head(self.A_log).to(wide).exp()
-        D_H = per_head(self.D).to(wide)
+        dt_BTH = F.softplus(dt.to(wide) + weights.dt_bias.to(wide)).clamp(min=config.time_step_min)
+        A_H = -weights.A_log.to(wide).exp()
+        D_H = weights.D.to(wide)
         state = cache.ssm.get(self.layer) if cache else None
         if state is not None and x_BTD.shape[1] == 1:
             y, state = backend.step(x_BTHP[:, 0], dt_BTH[:, 0], A_H, B_BTGN[:, 0], C_BTGN[:, 0], D_H, state)
@@ -124,33 +196,45 @@ class MambaMixer(nn.Module):
             )
         if cache is not None:
             cache.conv[self.layer], cache.ssm[self.layer] = conv_tail, state
+            cache.mamba_weights[self.layer] = weights
 
         mask = masks.mamba_channels(self.ordinal, config.n_groups) if masks else None
-        y = backend.gated_norm(
-            y_BTHP.flatten(-2), z, channels(self.norm.weight), config.n_groups, config.layer_norm_epsilon, mask
+        y = backend.gated_norm(y_BTHP.flatten(-2), z, weights.norm, config.n_groups, config.layer_norm_epsilon, mask)
+        return F.linear(y, weights.out_proj)
+
+    def weights(self, subnet: Subnet) -> MambaWeights:
+        """What `subnet` keeps: of each group the first heads, and the first channels of each of them."""
+        config, hidden = self.config, subnet.hidden
+        heads, head_dim = subnet.mamba_heads[self.ordinal] // config.n_groups, subnet.mamba_head_dim
+        layout = (config.n_groups, config.mamba_num_heads // config.n_groups, config.mamba_head_dim)
+
+        def channels(weight: Tensor, dim: int = 0) -> Tensor:
+            grouped: Tensor = weight.unflatten(dim, layout)
+            return grouped.narrow(dim + 1, 0, heads).narrow(dim + 2, 0, head_dim)
+
+        def per_head(weight: Tensor) -> Tensor:
+            grouped: Tensor = weight.unflatten(0, layout[:2])
+            return grouped.narrow(1, 0, heads)
+
+        def in_proj(weight: Tensor) -> list[Tensor]:
+            sizes = [config.mamba_size, config.mamba_size, config.state_rows, config.mamba_num_heads]
+            z, x, states, dt = weight[:, :hidden].split(sizes)
+            return [channels(z), channels(x), states, per_head(dt)]
+
+        def conv(weight: Tensor) -> list[Tensor]:
+            x, states = weight.split([config.mamba_size, config.state_rows])
+            return [channels(x), states]
+
+        return MambaWeights(
+            in_proj=take(self.in_proj.weight, in_proj),
+            conv=take(self.conv1d.weight, conv).squeeze(1),
+            conv_bias=take(self.conv1d.bias, conv) if self.conv1d.bias is not None else None,
+            dt_bias=take(self.dt_bias, lambda weight: [per_head(weight)]),
+            A_log=take(self.A_log, lambda weight: [per_head(weight)]),
+            D=take(self.D, lambda weight: [per_head(weight)]),
+            norm=take(self.norm.weight, lambda weight: [channels(weight)]),
+            out_proj=take(self.out_proj.weight, lambda weight: [channels(weight[:hidden], 1)], 1),
         )
-        return F.linear(y, channels(prefix(self.out_proj.weight, hidden, 0), 1))
-
-    def _in_proj_weight(self, hidden: int, channels: Take, per_head: Take) -> Tensor:
-        """Rows [z, x, B, C, dt] of in_proj that the subnet keeps."""
-        config = self.config
-        weight = prefix(self.in_proj.weight, hidden, 1)
-        z, x, states, dt = weight.split([config.mamba_size, config.mamba_size, config.state_rows, len(self.A_log)])
-        z, x, dt = channels(z), channels(x), per_head(dt)
-        if len(z) == config.mamba_size:
-            return weight
-        return torch.cat([z, x, states, dt])
-
-    def _conv_weights(self, channels: Take) -> tuple[Tensor, Tensor | None]:
-        """Filters (channels, kernel) and biases of the channels [x, B, C] that the subnet keeps."""
-
-        def kept(weight: Tensor) -> Tensor:
-            x, states = weight.split([self.config.mamba_size, self.config.state_rows])
-            kept_x = channels(x)
-            return weight if len(kept_x) == len(x) else torch.cat([kept_x, states])
-
-        bias = self.conv1d.bias
-        return kept(self.conv1d.weight.squeeze(1)), kept(bias) if bias is not None else None
 
 
 class Attention(nn.Module):
@@ -170,15 +254,18 @@ class Attention(nn.Module):
     ) -> Tensor:
         config, hidden = self.config, subnet.hidden
         kv_heads, head_dim = config.num_key_value_heads, config.head_dim
-        layout = (kv_heads, config.num_attention_heads // kv_heads, head_dim)
-        in_group = subnet.attention_heads[self.ordinal] // kv_heads
+        query_weights = cache.query_weights.get(self.layer) if cache else None
+        if query_weights is None:
+            query_weights = self.query_weights(subnet)
+        q_weight, o_weight = query_weights
 
         def project(weight: Tensor) -> Tensor:
-            heads: Tensor = F.linear(x_BTD, prefix(weight, hidden, 1)).unflatten(-1, (-1, head_dim))
+            heads: Tensor = F.linear(x_BTD, weight).unflatten(-1, (-1, head_dim))
             return heads.transpose(1, 2)
 
-        q_BQTE = project(group_prefix(self.q_proj.weight, 0, layout, in_group, head_dim))
-        k_BKTE, v_BKTE = project(self.k_proj.weight), project(self.v_proj.weight)
+        q_BQTE = project(q_weight)
+        k_BKTE = project(prefix(self.k_proj.weight, kv_heads * head_dim, hidden))
+        v_BKTE = project(prefix(self.v_proj.weight, kv_heads * head_dim, hidden))
         causal, seen = None, 0
         if cache is not None:
             if self.layer in cache.keys:
@@ -186,6 +273,7 @@ class Attention(nn.Module):
                 k_BKTE = torch.cat([cache.keys[self.layer], k_BKTE], dim=2)
                 v_BKTE = torch.cat([cache.values[self.layer], v_BKTE], dim=2)
             cache.keys[self.layer], cache.values[self.layer] = k_BKTE, v_BKTE
+            cache.query_weights[self.layer] = query_weights
         if seen:
             causal = torch.ones(q_BQTE.shape[2], k_BKTE.shape[2], dtype=torch.bool, device=x_BTD.device).tril(seen)
         y_BQTE = F.scaled_dot_product_attention(
@@ -194,7 +282,18 @@ class Attention(nn.Module):
         y = y_BQTE.transpose(1, 2).flatten(-2)
         if masks is not None:
             y = y * masks.query_channels(self.ordinal, kv_heads, head_dim).to(y.dtype)
-        return F.linear(y, group_prefix(prefix(self.o_proj.weight, hidden, 0), 1, layout, in_group, head_dim))
+        return F.linear(y, o_weight)
+
+    def query_weights(self, subnet: Subnet) -> tuple[Tensor, Tensor]:
+        """The rows of q_proj and the columns of o_proj that `subnet` keeps: the first query heads of each KV group."""
+        config, hidden = self.config, subnet.hidden
+        kv_heads, head_dim = config.num_key_value_heads, config.head_dim
+        in_group = subnet.attention_heads[self.ordinal] // kv_heads
+        layout = (kv_heads, config.num_attention_heads // kv_heads, head_dim)
+        return (
+            take(self.q_proj.weight, lambda weight: [weight[:, :hidden].unflatten(0, layout)[:, :in_group]]),
+            take(self.o_proj.weight, lambda weight: [weight[:hidden].unflatten(1, layout)[:, :, :in_group]], 1),
+        )
 
 
 class FeedForward(nn.Module):
@@ -210,10 +309,10 @@ class FeedForward(nn.Module):
         self, x_BTD: Tensor, subnet: Subnet, masks: Masks | None, cache: Cache | None, backend: Backend
     ) -> Tensor:
         hidden, ffn = subnet.hidden, subnet.ffn[self.ordinal]
-        h_BTF = F.relu(F.linear(x_BTD, prefix(prefix(self.up_proj.weight, ffn, 0), hidden, 1))).square()
+        h_BTF = F.relu(F.linear(x_BTD, prefix(self.up_proj.weight, ffn, hidden))).square()
         if masks is not None:
             h_BTF = h_BTF * masks.ffn_F[self.ordinal].to(h_BTF.dtype)
-        return F.linear(h_BTF, prefix(prefix(self.down_proj.weight, hidden, 0), ffn, 1))
+        return F.linear(h_BTF, prefix(self.down_proj.weight, hidden, ffn))
 
 
 class Layer(nn.Module):
@@ -256,7 +355,7 @@ class ElasticNemotronH(nn.Module):
         continue those that the cache has seen, at the same subnet.
         """
         backend = select_backend(self.backend, tokens_BT.device)
-        x_BTD = F.embedding(tokens_BT, prefix(self.embeddings.weight, subnet.hidden, 1))
+        x_BTD = self._embed(tokens_BT, subnet.hidden)
         if masks is not None:
             x_BTD = x_BTD * masks.hidden_D.to(x_BTD.dtype)
         for index in subnet.layers:
@@ -264,9 +363,18 @@ class ElasticNemotronH(nn.Module):
         hidden_BTD: Tensor = self.norm_f(x_BTD, masks.hidden_D if masks else None)
         return hidden_BTD
 
+    def _embed(self, tokens_BT: Tensor, hidden: int) -> Tensor:
+        weight = self.embeddings.weight
+        if torch.is_grad_enabled() and weight.requires_grad:
+            x_BTD: Tensor = _Embed.apply(weight, tokens_BT, hidden)  # type: ignore[no-untyped-call]
+        else:
+            x_BTD = F.embedding(tokens_BT, weight[:, :hidden])
+        device = x_BTD.device.type
+        return x_BTD.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x_BTD
+
     def head_weight(self, hidden: int) -> Tensor:
         """The output head over the first `hidden` channels, (V, hidden)."""
-        return prefix(self.lm_head.weight, hidden, 1)
+        return prefix(self.lm_head.weight, self.config.vocab_size, hidden)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits (B, T, V) of last hidden states, in at least float32."""

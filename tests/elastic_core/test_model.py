@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import NemotronHForCausalLM
 
 from elastic_core.checkpoint import load_weights, read_config
-from elastic_core.config import ATTENTION, MAMBA, Axes, ModelConfig
+from elastic_core.config import ATTENTION, FFN, MAMBA, Axes, ModelConfig
 from elastic_core.curriculum import generator
 from elastic_core.generate import decode
 from elastic_core.model import Cache, ElasticNemotronH
@@ -19,6 +21,7 @@ from elastic_core.slicing import slice_checkpoint, slice_weights
 from elastic_core.subnet import Masks, Subnet, full_subnet, keep_layers, sliced_config
 
 FLOAT32_AGAINST_STOCK = 1e-5  # transformers computes norms and the scan in float32, whatever the dtype
+BFLOAT16 = 0.1  # 8 bits of mantissa, over 8 layers
 FLOAT64_OWN_FORMS = 1e-12  # the same sums in another order
 
 AXES = Axes(
@@ -221,6 +224,91 @@ def test_gradients_at_a_subnet_are_those_of_its_slice_and_zero_elsewhere(model):
     total = sum(float(g.abs().sum()) for g in gradients.values())
     inside = sum(float(g.abs().sum()) for g in slice_weights(gradients, subnet, model.config).values())
     assert total == pytest.approx(inside, rel=1e-12)
+
+
+def test_gradients_of_several_budgets_add_up(model):
+    names = ["smallest", "full", "every axis"]
+
+    def gradients(*names: str) -> dict[str, torch.Tensor]:
+        for name in names:
+            hidden_BTD = model(tokens(model.config), uniform(model.config, *UNIFORM[name]))
+            model.logits(hidden_BTD).square().mean().backward()
+        found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+        model.zero_grad()
+        return found
+
+    together, alone = gradients(*names), [gradients(name) for name in names]
+    for name, total in together.items():
+        expected = sum(gradient[name] for gradient in alone)
+        assert torch.allclose(total, expected, rtol=1e-9, atol=FLOAT64_OWN_FORMS), name
+
+
+class Largest(TorchDispatchMode):
+    """Watches the largest tensor that comes into being."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def test_a_step_at_a_subnet_makes_no_tensor_larger_than_its_slice_makes(model):
+    subnet = uniform(model.config, *UNIFORM["smallest"])
+    sliced = cut(model, subnet)
+
+    def largest(model: ElasticNemotronH, subnet: Subnet) -> int:
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        with Largest() as watched:
+            model.logits(model(tokens(model.config, 1, 2), subnet)).sum().backward()
+        model.zero_grad()
+        return watched.numel
+
+    assert (
+        largest(model, subnet)
+        <= largest(sliced, full_subnet(sliced.config))
+        < largest(model, full_subnet(model.config))
+    )
+
+
+def test_decoding_gathers_weights_once_a_text(model):
+    subnet, cache = uniform(model.config, *UNIFORM["every axis"]), Cache()
+
+    def gathered(text: torch.Tensor) -> set[int]:
+        with torch.no_grad():
+            model(text, subnet, cache=cache)
+        weights = [w.in_proj for w in cache.mamba_weights.values()] + [q for q, _ in cache.query_weights.values()]
+        assert len(weights) == len(subnet.layers) - sum(
+            model.config.hybrid_override_pattern[i] == FFN for i in subnet.layers
+        )
+        return {weight.data_ptr() for weight in weights}
+
+    assert gathered(tokens(model.config)) == gathered(tokens(model.config)[:, :1])
+
+
+def test_reading_a_prompt_in_pieces_says_the_same(model):
+    prompt, subnet = tokens(model.config), uniform(model.config, *UNIFORM["every axis"])
+    whole = list(decode(model, prompt, subnet, max_new_tokens=6))
+    pieces = list(decode(model, prompt, subnet, max_new_tokens=6, read_at_once=5))
+    assert torch.equal(torch.stack(whole), torch.stack(pieces))
+
+
+def test_under_autocast_the_residual_stream_is_in_its_dtype(model):
+    full, single = full_subnet(model.config), model.float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        hidden_BTD = single(tokens(model.config), full)
+    with torch.no_grad():
+        expected = single(tokens(model.config), full)
+    model.double()
+    assert hidden_BTD.dtype == torch.bfloat16
+    assert difference(hidden_BTD, expected) < BFLOAT16
 
 
 def test_reordering_leaves_the_function_unchanged(model):
