@@ -1,12 +1,15 @@
 # make demo: the whole pipeline on this machine.   make test: the tests.   make check: lint, types, contracts, tests.
+# make bench: every benchmark that runs on a CPU, into infra/benchmarks.md.   make bench-gpu: those for one CUDA device.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 # Triton's interpreter runs the Mamba kernels on a CPU. They live apart, because transformers uses a mamba_ssm it finds.
+# So does Liger-Kernel, which only a benchmark compares with.
 KERNELS := $(VENV)/kernels
+ROWS := infra/benchmarks.jsonl
 
-.PHONY: demo test test-kernels lint check bench clean
+.PHONY: demo test test-kernels lint check bench bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/elastic run infra/recipes/tiny.yaml
@@ -25,8 +28,14 @@ lint: $(INSTALLED)
 
 check: lint test
 
-bench: $(INSTALLED)
-	$(BIN)/pytest -m "benchmark and not gpu" -s tests/benchmarks
+bench: $(KERNELS)/installed
+	BENCH_ROWS=$(abspath $(ROWS)) OPTIONAL_PACKAGES=$(abspath $(KERNELS)) \
+		$(BIN)/pytest -m "benchmark and not gpu" -s tests/benchmarks
+	$(BIN)/python tests/benchmarks/table.py $(ROWS) infra/benchmarks.md
+
+bench-gpu: $(INSTALLED)
+	BENCH_ROWS=$(abspath $(ROWS)) $(BIN)/pytest -m "benchmark and gpu" -s tests/benchmarks
+	$(BIN)/python tests/benchmarks/table.py $(ROWS) infra/benchmarks.md
 
 clean:
 	rm -rf $(VENV) .elastic build *.egg-info
@@ -37,7 +46,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 $(KERNELS)/installed: $(INSTALLED)
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps --target $(KERNELS) triton einops
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps --target $(KERNELS) triton einops liger-kernel
 	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(BIN)/pip install --quiet --constraint constraints.txt \
 		--no-deps --no-build-isolation --target $(KERNELS) mamba-ssm
 	touch $@

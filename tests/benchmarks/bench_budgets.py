@@ -1,0 +1,173 @@
+"""A small budget's training step and decoding beside the full one's: cost follows the budget (C3).
+
+pytest -m benchmark -s tests/benchmarks/bench_budgets.py
+
+The alternative is masks at full width, as in NVIDIA's Megatron elastification: the same submodel, for the price of the
+full one. A step is forward, chunked loss, backward and AdamW.
+"""
+
+import dataclasses
+from itertools import islice
+
+import pytest
+import torch
+from bench import interleaved, record
+from torch.utils.flop_counter import FlopCounterMode
+
+from elastic_core.config import ModelConfig
+from elastic_core.curriculum import generator
+from elastic_core.generate import decode
+from elastic_core.losses import distillation_loss
+from elastic_core.model import ElasticNemotronH
+from elastic_core.subnet import Masks, Subnet, full_subnet
+
+# Nano's proportions, and those of its 6B, at a hidden size that two CPU cores can train: 93M parameters.
+MODEL = ModelConfig(
+    hybrid_override_pattern="M-M-M*-M-",
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    head_dim=64,
+    mamba_num_heads=32,
+    mamba_head_dim=64,
+    ssm_state_size=64,
+    n_groups=4,
+    vocab_size=16384,
+    chunk_size=64,
+)
+TOKENS = 1024
+NEW_TOKENS = 16
+OVERHEAD = 0.08  # what the issue allows above the ratio of FLOPs
+SAME_FUNCTION = 1e-3  # float32, summed in another order over 16 layers
+
+
+@pytest.fixture(scope="module")
+def model() -> ElasticNemotronH:
+    fresh = ElasticNemotronH(MODEL)
+    fresh.initialise(generator(0))
+    return fresh
+
+
+@pytest.fixture(scope="module")
+def tokens_BT() -> torch.Tensor:
+    return torch.randint(MODEL.vocab_size, (1, TOKENS + 1), generator=generator(1))
+
+
+def small_subnet() -> Subnet:
+    full = full_subnet(MODEL)
+    return dataclasses.replace(
+        full,
+        hidden=768,
+        ffn=(2048,) * len(full.ffn),
+        mamba_heads=(24,) * len(full.mamba_heads),
+        attention_heads=(12,) * len(full.attention_heads),
+    )
+
+
+def one_hot_masks(subnet: Subnet) -> Masks:
+    """The masks that make the full width compute `subnet`: the alternative's way."""
+
+    def prefix(kept: int, width: int) -> torch.Tensor:
+        return (torch.arange(width) < kept).float()
+
+    groups, kv_heads = MODEL.n_groups, MODEL.num_key_value_heads
+    return Masks(
+        hidden_D=prefix(subnet.hidden, MODEL.hidden_size),
+        ffn_F=tuple(prefix(kept, full) for kept, full in zip(subnet.ffn, MODEL.ffn_sizes, strict=True)),
+        mamba_heads_R=tuple(prefix(h // groups, MODEL.mamba_num_heads // groups) for h in subnet.mamba_heads),
+        mamba_head_dim_P=prefix(subnet.mamba_head_dim, MODEL.mamba_head_dim),
+        query_heads_R=tuple(
+            prefix(h // kv_heads, MODEL.num_attention_heads // kv_heads) for h in subnet.attention_heads
+        ),
+        layers_L=torch.ones(MODEL.num_layers),
+    )
+
+
+def loss_of(
+    model: ElasticNemotronH, tokens_BT: torch.Tensor, subnet: Subnet, masks: Masks | None = None
+) -> torch.Tensor:
+    hidden_BTD = model(tokens_BT[:, :-1], subnet, masks)
+    head_VD = model.head_weight(subnet.hidden)
+    targets_T = tokens_BT[:, 1:].flatten()
+    return distillation_loss(
+        hidden_BTD.flatten(0, 1), head_VD, None, None, targets_T, kl_weight=0.0, ce_weight=1.0
+    ).total
+
+
+@pytest.mark.benchmark
+def test_a_training_step_costs_what_its_budget_costs(model: ElasticNemotronH, tokens_BT: torch.Tensor) -> None:
+    full, small = full_subnet(MODEL), small_subnet()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+
+    def step(subnet: Subnet, masks: Masks | None = None) -> None:
+        loss_of(model, tokens_BT, subnet, masks).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def flops(subnet: Subnet) -> int:
+        with FlopCounterMode(display=False) as counter:
+            step(subnet)
+        return counter.get_total_flops()
+
+    masks = one_hot_masks(small)
+    with torch.no_grad():
+        ours, theirs = loss_of(model, tokens_BT, small), loss_of(model, tokens_BT, full, masks)
+    assert float(ours) == pytest.approx(float(theirs), abs=SAME_FUNCTION)
+
+    share = flops(small) / flops(full)
+    seconds = interleaved({"s": lambda: step(small), "l": lambda: step(full), "masks": lambda: step(full, masks)})
+    parameters = sum(p.numel() for p in model.parameters())
+    shape = f"{parameters / 1e6:.0f}M parameters, {TOKENS} tokens"
+    target = f"FLOPs {share:.3f} + {OVERHEAD}"
+    record(
+        benchmark="training step, s / l",
+        shape=shape,
+        unit="s",
+        ours=seconds["s"],
+        theirs=seconds["l"],
+        alternative="full budget",
+        target=f"at most {target}",
+    )
+    record(
+        benchmark="training step, masks at full width / l",
+        shape=shape,
+        unit="s",
+        ours=seconds["masks"],
+        theirs=seconds["l"],
+        alternative="full budget",
+        target="1.0: what masks cost at any budget",
+    )
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("batch", [1, 16])
+def test_decoding_costs_what_its_budget_costs(batch: int, model: ElasticNemotronH, tokens_BT: torch.Tensor) -> None:
+    prompt_BT = tokens_BT[:, :64].repeat(batch, 1)
+    texts = {
+        name: decode(model, prompt_BT, subnet, max_new_tokens=10**6)
+        for name, subnet in {"l": full_subnet(MODEL), "s": small_subnet()}.items()
+    }
+
+    def write(name: str) -> None:
+        for _ in islice(texts[name], NEW_TOKENS):
+            pass
+
+    def flops(name: str) -> int:
+        with FlopCounterMode(display=False) as counter:
+            write(name)
+        return counter.get_total_flops()
+
+    for name in texts:
+        write(name)  # the first token also reads the prompt
+    share = flops("s") / flops("l")
+    seconds = interleaved({"s": lambda: write("s"), "l": lambda: write("l")})
+    record(
+        benchmark="decoding, s / l",
+        shape=f"batch {batch}, {NEW_TOKENS} tokens after {prompt_BT.shape[1]} and more",
+        unit="s",
+        ours=seconds["s"],
+        theirs=seconds["l"],
+        alternative="full budget",
+        target=f"at most FLOPs {share:.3f} + {OVERHEAD}",
+    )
