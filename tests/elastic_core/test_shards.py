@@ -6,7 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,13 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(found[name], tensor), name
 
 
+@pytest.fixture(params=["one piece", "many pieces"])
+def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "many pieces":
+        monkeypatch.setattr(shards, "CHUNK_BYTES", 100)
+        monkeypatch.setattr(shards, "BLOCK_BYTES", 300)
+
+
 # The format, against the safetensors library
 
 
@@ -103,6 +111,7 @@ def test_shards_hold_what_one_file_holds_and_none_is_too_large(tmp_path: Path) -
     assert_same(found, tensors)
 
 
+@pytest.mark.usefixtures("pieces")
 def test_digests_are_those_of_the_files(tmp_path: Path) -> None:
     digests = write(tmp_path, example_tensors(), max_shard_bytes=40)
     assert digests.keys() == {path.name for path in tmp_path.glob("*.safetensors")}
@@ -110,6 +119,7 @@ def test_digests_are_those_of_the_files(tmp_path: Path) -> None:
         assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == digest
 
 
+@pytest.mark.usefixtures("pieces")
 def test_progress_rises_to_the_total(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     tensors = example_tensors()
@@ -119,14 +129,46 @@ def test_progress_rises_to_the_total(tmp_path: Path) -> None:
     assert seen[-1] == (total, total)
 
 
+def test_the_writer_is_a_few_chunks_behind_the_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More would be held in memory at once."""
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 40)
+    made, behind = 0, []
+
+    def blocks(name: str) -> Iterator[Tensor]:
+        nonlocal made
+        for _ in range(50):
+            made += 40
+            yield torch.ones(10)
+
+    write_shards(
+        tmp_path,
+        {"x": TensorInfo(dtype=torch.float32, shape=(500,))},
+        blocks,
+        progress=lambda done, total: behind.append(made - done),
+    )
+    assert len(behind) == 50
+    assert max(behind) <= 40 * (shards.CHUNKS_AHEAD + 1)
+
+
+def test_a_failure_of_any_part_is_raised_and_no_thread_stays(tmp_path: Path) -> None:
+    before = threading.active_count()
+
+    def blocks(name: str) -> Iterator[Tensor]:
+        yield torch.ones(10)
+        raise CheckpointError("bad tensor")
+
+    def progress(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    plan = {"x": TensorInfo(dtype=torch.float32, shape=(20,))}
+    with pytest.raises(CheckpointError, match="bad tensor"):
+        write_shards(tmp_path, plan, blocks)
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(tmp_path, plan, blocks, progress=progress)
+    assert threading.active_count() == before
+
+
 # Selections, in bounded pieces
-
-
-@pytest.fixture(params=["one piece", "many pieces"])
-def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "many pieces":
-        monkeypatch.setattr(shards, "CHUNK_BYTES", 100)
-        monkeypatch.setattr(shards, "BLOCK_BYTES", 300)
 
 
 SELECTIONS: dict[str, Callable[[torch.Generator], Tensor | None]] = {
@@ -156,23 +198,56 @@ def test_blocks_of_a_selection_make_the_selection(tmp_path: Path, rows: str, col
     assert torch.equal(stored.read(), tensor)
 
 
-def test_no_block_and_no_read_exceeds_its_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of each read of a tensor's data."""
+    counts: list[int] = []
+    readv = os.readv
+
+    def watched(descriptor: int, buffers: Sequence[memoryview]) -> int:
+        counts.append(readv(descriptor, buffers))
+        return counts[-1]
+
+    monkeypatch.setattr(os, "readv", watched)
+    return counts
+
+
+@pytest.mark.usefixtures("pieces")
+@pytest.mark.parametrize("rows", SELECTIONS)
+def test_rows_that_are_not_selected_are_not_read(tmp_path: Path, rows: str, reads: list[int]) -> None:
+    write_tensors(tmp_path / "x.safetensors", {"x": torch.randn(20, 5)})
+    selected = SELECTIONS[rows](torch.Generator().manual_seed(0))
+    list(read_header(tmp_path / "x.safetensors")["x"].blocks(selected, None))
+    assert sum(reads) == (20 if selected is None else len(selected)) * 20
+
+
+def test_no_block_and_no_read_exceeds_its_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[int]
+) -> None:
     monkeypatch.setattr(shards, "CHUNK_BYTES", 128)
     monkeypatch.setattr(shards, "BLOCK_BYTES", 512)
     write_tensors(tmp_path / "x.safetensors", {"x": torch.randn(100, 8)})
-    reads: list[int] = []
-    rows_of = shards.StoredTensor._rows
-
-    def watched(self: shards.StoredTensor, file: object, start: int, stop: int) -> Tensor:
-        tensor = rows_of(self, file, start, stop)
-        reads.append(tensor.nbytes)
-        return tensor
-
-    monkeypatch.setattr(shards.StoredTensor, "_rows", watched)
     stored = read_header(tmp_path / "x.safetensors")["x"]
-    for rows in (None, torch.randperm(100, generator=torch.Generator().manual_seed(0))):
-        assert max(block.nbytes for block in stored.blocks(rows, None)) <= 512
-    assert max(reads) <= 128
+    for rows, bound in ((None, 128), (torch.randperm(100, generator=torch.Generator().manual_seed(0)), 512)):
+        reads.clear()
+        assert max(block.nbytes for block in stored.blocks(rows, None)) <= 128
+        assert max(reads) <= bound
+
+
+@pytest.mark.usefixtures("pieces")
+@pytest.mark.parametrize("most", [1, 7, 60])
+def test_reads_that_return_less_than_was_asked_for_are_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """As those of network file systems may."""
+    tensor = torch.randn(20, 3)
+    write_tensors(tmp_path / "x.safetensors", {"before": torch.zeros(3), "x": tensor})
+    readv = os.readv
+    monkeypatch.setattr(os, "readv", lambda descriptor, buffers: readv(descriptor, [buffers[0][:most]]))
+    stored = read_header(tmp_path / "x.safetensors")["x"]
+    for rows in (None, torch.randperm(20, generator=torch.Generator().manual_seed(0))):
+        expected = tensor if rows is None else tensor[rows]
+        assert torch.equal(torch.cat(list(stored.blocks(rows, None))), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

@@ -1,6 +1,10 @@
 import dataclasses
 import json
 import math
+import random
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ from elastic_core.checkpoint import (
     open_checkpoint,
     read_config,
     tensor_shapes,
+    write_weights,
 )
 from elastic_core.config import ModelConfig
 from elastic_core.cost import subnet_params
@@ -344,3 +349,50 @@ def test_types_are_kept_tensor_by_tensor(
     slice_checkpoint(tmp_path / "half", subnet_of(tiny_config, SUBNETS["all"]), tmp_path / "slice")
     assert {tensor.dtype for tensor in open_checkpoint(tmp_path / "slice").tensors.values()} == {torch.bfloat16}
     assert load_stock(tmp_path / "slice").dtype == torch.bfloat16
+
+
+# Interruption
+
+SLICE = """
+import dataclasses, sys
+from pathlib import Path
+from elastic_core.checkpoint import read_config
+from elastic_core.slicing import slice_checkpoint
+from elastic_core.subnet import full_subnet
+
+source, target = map(Path, sys.argv[1:])
+subnet = dataclasses.replace(full_subnet(read_config(source)), hidden=768)
+slice_checkpoint(source, subnet, target, progress=lambda done, total: print(done / total, flush=True))
+"""
+
+
+@pytest.mark.slow
+def test_a_slice_killed_at_any_point_is_never_loadable_and_a_rerun_completes(
+    tiny_config: ModelConfig, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(tiny_config, hidden_size=1024, intermediate_size=4096, vocab_size=32768)
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: torch.randn(shape, generator=generator).bfloat16() for name, shape in tensor_shapes(config).items()
+    }
+    write_weights(tmp_path / "source", config, weights)
+    subnet = dataclasses.replace(full_subnet(config), hidden=768)
+    expected = slice_checkpoint(tmp_path / "source", subnet, tmp_path / "uninterrupted")
+    target, staging = tmp_path / "target", tmp_path / ".target.partial"
+
+    points = random.Random(0)
+    for _ in range(3):
+        point = points.uniform(0, 0.7)  # later, the child could end before the signal comes
+        command = [sys.executable, "-c", SLICE, str(tmp_path / "source"), str(target)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            while float(process.stdout.readline()) < point:
+                pass
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+        assert not target.exists()
+        with pytest.raises(CheckpointError, match="is truncated"):
+            open_checkpoint(staging)
+
+    assert slice_checkpoint(tmp_path / "source", subnet, target) == expected
+    assert not staging.exists()
