@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from elastic_core.config import ATTENTION, FFN, MAMBA, Axes, ModelConfig, build, to_dict
-from elastic_core.cost import subnet_params
+from elastic_core.config import ATTENTION, FFN, MAMBA, Axes, Budget, ModelConfig, build, to_dict
+from elastic_core.cost import LatencyTable, budget_cost, subnet_params
 from elastic_core.shards import CheckpointError as CheckpointError
 from elastic_core.shards import (
     Progress,
@@ -320,22 +320,29 @@ def copy_side_files(source: Path, target: Path) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedBudget:
-    """A budget's subnet and its exact number of parameters; `target_params` is None for the full model."""
+    """A budget, the subnet that it was resolved to, and that subnet's exact number of parameters."""
 
-    name: str
-    target_params: int | None
+    budget: Budget
     subnet: Subnet
     params: int
+
+    @property
+    def name(self) -> str:
+        return self.budget.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """What makes a stock checkpoint elastic. Budgets fall from the largest; lineage says what it was made from."""
+    """What makes a stock checkpoint elastic. Budgets fall from the largest; lineage says what it was made from.
+
+    `latency_table` is there if a budget is a latency, so that it can be counted again wherever the family goes.
+    """
 
     axes: Axes
     budgets: tuple[ResolvedBudget, ...]
     layer_ranking: tuple[int, ...]
     lineage: dict[str, object]
+    latency_table: LatencyTable | None = None
     format_version: Literal[1] = 1
 
     def budget(self, name: str) -> ResolvedBudget:
@@ -368,7 +375,9 @@ def write_family(directory: Path, family: Family) -> None:
 
 
 def _check_family(family: Family, config: ModelConfig) -> None:
-    family.axes.bind(config)
+    axes = family.axes.bind(config)
+    if family.latency_table is not None:
+        family.latency_table.check(config, axes)
     if sorted(family.layer_ranking) != list(range(config.num_layers)):
         raise ValueError(
             f"layer_ranking {list(family.layer_ranking)} must name each of the {config.num_layers} layers once"
@@ -377,20 +386,24 @@ def _check_family(family: Family, config: ModelConfig) -> None:
     if not names or len(set(names)) < len(names):
         raise ValueError(f"budgets {names} must be at least one, each name once")
     for i, budget in enumerate(family.budgets):
-        _check_budget(f"budgets[{i}] ({budget.name})", budget, family.layer_ranking, config)
+        _check_budget(f"budgets[{i}] ({budget.name})", budget, family, config)
         if i and not is_nested(budget.subnet, family.budgets[i - 1].subnet):
             raise ValueError(f"budgets[{i}] ({budget.name}) is not nested in {family.budgets[i - 1].name}")
 
 
-def _check_budget(where: str, budget: ResolvedBudget, layer_ranking: tuple[int, ...], config: ModelConfig) -> None:
+def _check_budget(where: str, budget: ResolvedBudget, family: Family, config: ModelConfig) -> None:
     try:
         check_subnet(budget.subnet, config)
+        counted = budget_cost(config, budget.budget, family.latency_table)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    if budget.subnet.layers != keep_layers(layer_ranking, budget.subnet.depth):
+    if budget.subnet.layers != keep_layers(family.layer_ranking, budget.subnet.depth):
         raise ValueError(f"{where}: layers {list(budget.subnet.layers)} are not the first of layer_ranking")
     params = subnet_params(config, budget.subnet)
     if budget.params != params:
         raise ValueError(f"{where}: params is {budget.params}; its subnet has {params}")
-    if budget.target_params is not None and budget.target_params < params:
-        raise ValueError(f"{where}: params {params} exceed target_params {budget.target_params}")
+    target, takes = budget.budget.target, counted.of(budget.subnet)
+    if target is not None and takes > target:
+        raise ValueError(
+            f"{where}: its subnet takes {counted.text(takes)}, more than its target {counted.text(target)}"
+        )

@@ -7,6 +7,7 @@ made from the same classes, so a default lives here or nowhere.
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 T = TypeVar("T")
 
 Dtype = Literal["float32", "bfloat16"]
+Storage = Literal["materialised", "nested"]
 
 MAMBA, ATTENTION, FFN = "M", "*", "-"
 
@@ -33,6 +35,8 @@ def build(cls: type[T], data: object, where: str = "") -> T:
 def _build_dataclass(cls: Any, data: object, where: str) -> Any:
     if isinstance(data, cls):
         return data
+    if isinstance(data, str) and hasattr(cls, "from_text"):
+        data = cls.from_text(data, where or cls.__name__)
     if not isinstance(data, Mapping):
         raise ValueError(f"{where or cls.__name__} is {data!r}; expected a mapping")
     hints = typing.get_type_hints(cls)
@@ -152,10 +156,20 @@ def _not_negative(owner: Any, *names: str) -> None:
 
 
 class _Strict:
-    """Makes pydantic, which builds Prefect's forms, refuse unknown keys and infinite numbers as `build` does."""
+    """Makes pydantic, which builds Prefect's forms, refuse unknown keys and infinite numbers as `build` does.
+
+    In the form the fields keep their order, which it would lose, and the names that they have in a recipe.
+    """
 
     __slots__ = ()
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> Any:
+        schema = handler(core_schema)
+        for position, (name, shown) in enumerate(handler.resolve_ref_schema(schema)["properties"].items()):
+            shown |= {"title": name, "position": position}
+        return schema
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -301,18 +315,169 @@ class Axes(_Strict):
         return bound
 
 
+BYTE_UNITS = {
+    **{"B": Decimal(1), "kB": Decimal(10**3), "MB": Decimal(10**6), "GB": Decimal(10**9), "TB": Decimal(10**12)},
+    **{"KiB": Decimal(2**10), "MiB": Decimal(2**20), "GiB": Decimal(2**30), "TiB": Decimal(2**40)},
+}
+SECOND_UNITS = {"us": Decimal("1e-6"), "ms": Decimal("1e-3"), "s": Decimal(1)}
+SERVING_KEYS = {"ctx": "context", "batch": "batch", "dtype": "dtype"}
+
+_AMOUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]+)(?:@(.*))?")
+
+
+def bytes_text(amount: int) -> str:
+    """An amount of bytes in its largest binary unit."""
+    power = min(max(amount, 1).bit_length() - 1, 40) // 10
+    return f"{amount / 2 ** (10 * power):.5g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def _amount(text: str, where: str, units: Mapping[str, Decimal], example: str) -> tuple[Decimal, str]:
+    """The amount that a text such as 16GiB@ctx=131072 gives, in the unit that counts 1, and what follows its @."""
+    found = _AMOUNT.fullmatch(text.strip())
+    if not found or found[2] not in units:
+        raise ValueError(f"{where} is {text!r}; expected an amount in {', '.join(units)}, such as {example}")
+    return Decimal(found[1]) * units[found[2]], found[3] or ""
+
+
+def parse_bytes(text: str, where: str) -> int:
+    """The bytes that a text such as 80GB or 16GiB gives; ValueError, naming `where`, for anything else."""
+    amount, rest = _amount(text, where, BYTE_UNITS, "80GB")
+    if rest:
+        raise ValueError(f"{where} is {text!r}; expected an amount alone, such as 80GB")
+    return int(amount)
+
+
+def _settings(text: str, where: str, keys: Mapping[str, str]) -> dict[str, str]:
+    """`ctx=131072,batch=8` as values by field name."""
+    settings: dict[str, str] = {}
+    for part in text.split(",") if text else ():
+        key, equals, value = part.strip().partition("=")
+        if key not in keys or not equals or keys[key] in settings:
+            known = ", ".join(f"{key}=..." for key in keys)
+            raise ValueError(f"{where}: {part.strip()!r} is not one of {known}, each once")
+        settings[keys[key]] = value
+    return settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving(_Strict):
+    """How a submodel is served: `batch` sequences at once of at most `context` tokens each, computed in `dtype`."""
+
+    context: int
+    batch: int = 1
+    dtype: Dtype = "bfloat16"
+
+    def __post_init__(self) -> None:
+        _positive(self, "context", "batch")
+
+    def __str__(self) -> str:
+        return f"ctx={self.context},batch={self.batch},dtype={self.dtype}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryTarget(_Strict):
+    """At most `bytes` of memory when serving, reading a prompt `prefill` tokens at a time.
+
+    As text: 16GiB@ctx=131072 or, with everything said, 16GiB@ctx=131072,batch=8,dtype=bfloat16,prefill=2048.
+    """
+
+    bytes: int
+    serving: Serving
+    prefill: int = 2048
+
+    def __post_init__(self) -> None:
+        _positive(self, "bytes", "prefill")
+
+    @staticmethod
+    def from_text(text: str, where: str) -> dict[str, Any]:
+        """The fields that `text` gives."""
+        amount, rest = _amount(text, where, BYTE_UNITS, "16GiB@ctx=131072")
+        fields: dict[str, Any] = dict(_settings(rest, where, {**SERVING_KEYS, "prefill": "prefill"}))
+        if "context" not in fields:
+            raise ValueError(f"{where} is {text!r}, without a context; write {text.partition('@')[0]}@ctx=131072")
+        serving = {name: fields.pop(name) for name in SERVING_KEYS.values() if name in fields}
+        return {"bytes": int(amount), "serving": serving, **fields}
+
+    def __str__(self) -> str:
+        return f"{bytes_text(self.bytes)} at {self.serving},prefill={self.prefill}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatencyTarget(_Strict):
+    """At most `seconds` for a decoding step, by a latency table; a `serving` that is given must be the table's.
+
+    As text: 12ms, or 12ms@ctx=32768,batch=1.
+    """
+
+    seconds: float
+    serving: Serving | None = None
+
+    def __post_init__(self) -> None:
+        if self.nanoseconds < 1:
+            raise ValueError(f"seconds={self.seconds} must be at least a nanosecond")
+
+    @property
+    def nanoseconds(self) -> int:
+        return round(self.seconds * 1e9)
+
+    @staticmethod
+    def from_text(text: str, where: str) -> dict[str, Any]:
+        """The fields that `text` gives."""
+        amount, rest = _amount(text, where, SECOND_UNITS, "12ms or 12ms@ctx=32768")
+        serving = _settings(rest, where, SERVING_KEYS)
+        if serving and "context" not in serving:
+            raise ValueError(f"{where} is {text!r}, without a context; write {text.replace('@', '@ctx=32768,')}")
+        return {"seconds": float(amount), "serving": serving or None}
+
+    def __str__(self) -> str:
+        return f"{1e3 * self.seconds:.4g} ms" + (f" at {self.serving}" if self.serving else "")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget(_Strict):
-    """A named target for a subnet: at most `params` parameters, or the full model when none is given."""
+    """A named target for a subnet: at most so many `params`, so much `memory` or `latency`; none is the full model."""
 
     name: str
     params: int | None = None
+    memory: MemoryTarget | None = None
+    latency: LatencyTarget | None = None
 
     def __post_init__(self) -> None:
         if not self.name or not all(c.isalnum() or c in "-_." for c in self.name):
             raise ValueError(f"budget name {self.name!r} may hold letters, digits, '-', '_' and '.' only")
         if self.params is not None:
             _positive(self, "params")
+        given = [name for name in ("params", "memory", "latency") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"budget {self.name} has {' and '.join(given)}; give it one target, or none")
+
+    @property
+    def target(self) -> int | None:
+        """The target in whole parameters, bytes or nanoseconds."""
+        if self.memory is not None:
+            return self.memory.bytes
+        return self.latency.nanoseconds if self.latency is not None else self.params
+
+    def __str__(self) -> str:
+        return str(self.memory or self.latency or ("full" if self.params is None else f"{self.params:,}"))
+
+
+def _check_order(budgets: tuple[Budget, ...]) -> None:
+    """Of targets that can be compared without a model, each must be below the ones before, and the full model first."""
+    names = [b.name for b in budgets]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"budgets {names} must be at least one, each name once")
+    least: dict[object, int] = {}
+    for index, budget in enumerate(budgets):
+        comparable = None
+        if budget.memory is not None:
+            comparable = (budget.memory.serving, budget.memory.prefill)
+        kind = ("latency" if budget.latency is not None else "params", comparable)
+        rises = budget.target is not None and budget.target >= least.get(kind, budget.target + 1)
+        if rises or (budget.target is None and index):
+            raise ValueError(f"budgets {names} must fall from the largest to the smallest, each size once")
+        if budget.target is not None:
+            least[kind] = budget.target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -399,7 +564,9 @@ class RouterSchedule(_Strict):
 class Stage(_Strict):
     """One stage of distillation: `batch_size` sequences of `sequence_length` tokens a step, for `steps` steps.
 
-    `budgets` gives each budget's share of every global batch; shares are exact over the batch (C6).
+    `budgets` gives each budget's share of every global batch; shares are exact over the batch (C6). Every process
+    runs `micro_batch_size` sequences at once. `recompute` keeps of each layer its input alone until the backward pass,
+    which costs a second forward pass.
     """
 
     name: str
@@ -410,6 +577,7 @@ class Stage(_Strict):
     optimizer: Optimizer
     router: RouterSchedule = field(default_factory=RouterSchedule)
     micro_batch_size: int = 1
+    recompute: bool = False
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
@@ -423,6 +591,12 @@ class Stage(_Strict):
     @property
     def tokens(self) -> int:
         return self.steps * self.batch_size * self.sequence_length
+
+    def micro_steps(self, processes: int) -> int:
+        """Micro-batches that each of so many processes runs in a step; ValueError where the batch does not divide."""
+        together = self.micro_batch_size * processes
+        _multiple("batch_size", self.batch_size, "micro_batch_size x processes", together)
+        return self.batch_size // together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -448,17 +622,24 @@ class Distillation(_Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pretraining(_Strict):
-    """Train a teacher from nothing, for recipes without one: a tokenizer, then cross-entropy on the data."""
+    """Train a teacher from nothing, for recipes without one: a tokenizer, then cross-entropy on the data.
+
+    A micro-batch is the whole batch unless `micro_batch_size` says otherwise.
+    """
 
     model: ModelConfig
     sequence_length: int
     batch_size: int
     steps: int
     optimizer: Optimizer
+    micro_batch_size: int | None = None
     tokenizer_bytes: int = 2_000_000
 
     def __post_init__(self) -> None:
         _positive(self, "sequence_length", "batch_size", "steps", "tokenizer_bytes")
+        if self.micro_batch_size is not None:
+            _positive(self, "micro_batch_size")
+            _multiple("batch_size", self.batch_size, "micro_batch_size", self.micro_batch_size)
 
     def stage(self) -> Stage:
         """The same run as a stage at the full budget, so that one training loop serves both."""
@@ -466,7 +647,7 @@ class Pretraining(_Strict):
             name="pretrain",
             sequence_length=self.sequence_length,
             batch_size=self.batch_size,
-            micro_batch_size=self.batch_size,
+            micro_batch_size=self.micro_batch_size or self.batch_size,
             steps=self.steps,
             budgets={"full": 1.0},
             optimizer=self.optimizer,
@@ -476,14 +657,21 @@ class Pretraining(_Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Teacher(_Strict):
-    """The checkpoint to start from: `path` (directory, `s3://...` or Hub name) or `pretrain`, one of them."""
+    """The checkpoint to start from: `path` (directory, `s3://...` or Hub name) or `pretrain`, one of them.
+
+    `model` is the geometry expected at `path`: it lets `elastic plan` work without a download, and is checked against
+    the checkpoint's config.json when that is fetched.
+    """
 
     path: str | None = None
+    model: ModelConfig | None = None
     pretrain: Pretraining | None = None
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.pretrain is None):
             raise ValueError("name either path or pretrain, and not both")
+        if self.pretrain is not None and self.model is not None:
+            raise ValueError("model describes the checkpoint at path; a teacher that is trained has pretrain.model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -536,7 +724,12 @@ class Promotion(_Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe(_Strict):
-    """A whole run: from a teacher and a dataset to a registered family."""
+    """A whole run: from a teacher and a dataset to a registered family.
+
+    `latency_table` is the file of `elastic profile` that latency budgets are counted by. `storage` is how slices are
+    published: each whole, for every MLflow client, or nested in one another, for `elastic pull`, at the storage of the
+    largest.
+    """
 
     family: str
     teacher: Teacher
@@ -549,19 +742,23 @@ class Recipe(_Strict):
     distillation: Distillation = field(default_factory=Distillation)
     evaluation: Evaluation = field(default_factory=Evaluation)
     promotion: Promotion = field(default_factory=Promotion)
+    latency_table: str | None = None
     dtype: Dtype = "bfloat16"
     pad_ffn: bool = False
+    storage: Storage = "materialised"
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.family or not all(c.isalnum() or c in "-_" for c in self.family):
             raise ValueError(f"family {self.family!r} may hold letters, digits, '-' and '_' only")
+        _check_order(self.budgets)
+        timed = [b.name for b in self.budgets if b.latency is not None]
+        if timed and self.latency_table is None:
+            raise ValueError(
+                f"budget {timed[0]} is a latency, which needs latency_table: the file that `elastic profile` "
+                "measures on the device to serve from"
+            )
         names = [b.name for b in self.budgets]
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"budgets {names} must be at least one, each name once")
-        sizes = [b.params if b.params is not None else float("inf") for b in self.budgets]
-        if sizes != sorted(set(sizes), reverse=True):
-            raise ValueError(f"budgets {names} must fall from the largest to the smallest, each size once")
         if not self.stages or len({s.name for s in self.stages}) < len(self.stages):
             raise ValueError("stages must be at least one, each name once")
         for stage in self.stages:

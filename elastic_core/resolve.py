@@ -16,8 +16,8 @@ from scipy.linalg import block_diag
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
-from elastic_core import cost
 from elastic_core.config import Budget
+from elastic_core.cost import Cost, shape_of
 from elastic_core.router import KIND_OF_AXIS, ElasticModel, Router
 from elastic_core.subnet import Subnet, full_subnet, is_nested, keep_layers, smallest_subnet
 
@@ -29,11 +29,12 @@ LogProbabilities = Mapping[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class _Option:
-    """One choice of a row: the value, its log-probability, and the parameters of the row's kept layers with it."""
+    """One choice of a row: the value, its log-probability, what the row's kept layers then cost, and their peak."""
 
     value: int
     log_probability: float
-    params: int
+    cost: int
+    peak: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,67 +47,81 @@ class _Global:
     log_probability: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """Where to look for a subnet: around `inner`, inside `outer`, at a cost of `least` to `most`."""
+
+    inner: Subnet
+    outer: Subnet
+    least: int
+    most: int
+
+
 def resolve_budgets(router: Router, budgets: Sequence[Budget]) -> tuple[Subnet, ...]:
     """The subnets to deploy, from the largest budget to the smallest, each within its budget and the one before.
 
     Raises ValueError for a budget below the smallest subnet.
     """
     elastic = router.elastic
-    full = full_subnet(elastic.config)
-    smallest = smallest_subnet(elastic.config, elastic.axes, elastic.layer_ranking)
+    full, smallest = full_subnet(elastic.config), _smallest(elastic)
     subnets: list[Subnet] = []
     for index, budget in enumerate(budgets):
-        outer = subnets[-1] if subnets else full
-        target = budget.params if budget.params is not None else cost.subnet_params(elastic.config, full)
-        if outer == full and target >= cost.subnet_params(elastic.config, full):
+        outer, counted = subnets[-1] if subnets else full, elastic.cost_of(budget)
+        target = budget.target if budget.target is not None else counted.of(full)
+        if outer == full and target >= counted.of(full):
             subnets.append(full)
             continue
-        _check_target(elastic, budget.name, target)
-        found = _best(elastic, _log_probabilities(router, router.one_hot(index)), 0, target, smallest, outer)
-        assert found is not None, f"no subnet within {target} parameters, though the smallest fits"
+        scores = _log_probabilities(router, router.one_hot(index))
+        found = _best(elastic, counted, scores, _Bounds(smallest, outer, 0, target))
+        if found is None:
+            raise _too_small(budget, counted, smallest)
         subnets.append(found)
     return tuple(subnets)
 
 
-def resolve_target(router: Router, resolved: Sequence[Subnet], target: int) -> Subnet:
-    """The subnet for any size of at most `target` parameters, between the family's own `resolved` subnets.
+def resolve_target(router: Router, resolved: Sequence[Subnet], budget: Budget) -> Subnet:
+    """The subnet for a target of any kind and size, between the family's own `resolved` subnets.
 
     The router is asked with the two neighbouring budgets weighed by distance. The subnet lies inside the larger
     neighbour and around the smaller one. Raises ValueError for a target below the smallest subnet.
     """
-    elastic = router.elastic
-    _check_target(elastic, "target", target)
-    full, sizes = full_subnet(elastic.config), [cost.subnet_params(elastic.config, s) for s in resolved]
-    if target >= cost.subnet_params(elastic.config, full):
+    elastic, target = router.elastic, budget.target
+    full, counted = full_subnet(elastic.config), elastic.cost_of(budget)
+    if target is None or target >= counted.of(full):
         return full
-    for subnet, size in zip(resolved, sizes, strict=True):
-        if size == target:
-            return subnet
-    above = [i for i, size in enumerate(sizes) if size > target]
-    below = [i for i, size in enumerate(sizes) if size < target]
-    outer = resolved[above[-1]] if above else full
-    inner = resolved[below[0]] if below else smallest_subnet(elastic.config, elastic.axes, elastic.layer_ranking)
-    if above and below:
-        share = (target - sizes[below[0]]) / (sizes[above[-1]] - sizes[below[0]])
-        budget = share * router.one_hot(above[-1]) + (1 - share) * router.one_hot(below[0])
-    else:
-        budget = router.one_hot(above[-1] if above else below[0])
-    scores = _log_probabilities(router, budget)
+    sizes = [counted.of(subnet) for subnet in resolved]
+    below = next((i for i, size in enumerate(sizes) if size <= target), len(resolved))
+    if below < len(resolved) and sizes[below] == target:
+        return resolved[below]
+    inner = resolved[below] if below < len(resolved) else _smallest(elastic)
+    outer = resolved[below - 1] if below else full
+    scores = _log_probabilities(router, _between(router, sizes, below, target))
+    if _best(elastic, counted, scores, _Bounds(inner, outer, 0, target)) is None:
+        raise _too_small(budget, counted, inner)
     least = int(USED_SHARE * target)
-    while (found := _best(elastic, scores, least, target, inner, outer)) is None:
-        assert least > 0, f"no subnet within {target} parameters, though the inner neighbour fits"
+    while (found := _best(elastic, counted, scores, _Bounds(inner, outer, least, target))) is None:
         least = int(USED_SHARE * least)  # none comes that near to the target, so look a little lower
     return found
 
 
-def _check_target(elastic: ElasticModel, name: str, target: int) -> None:
-    smallest = smallest_subnet(elastic.config, elastic.axes, elastic.layer_ranking)
-    least = cost.subnet_params(elastic.config, smallest)
-    if target < least:
-        raise ValueError(
-            f"budget {name}: {target:,} parameters is below the smallest subnet of these axes, {least:,}; "
-            "raise the budget or add smaller choices to the axes"
-        )
+def _between(router: Router, sizes: Sequence[int], below: int, target: int) -> Tensor:
+    """The router's input for a target between the budgets `below - 1` and `below`, or beyond the first or last."""
+    if below == 0 or below == len(sizes):
+        return router.one_hot(min(below, len(sizes) - 1))
+    share = (target - sizes[below]) / (sizes[below - 1] - sizes[below])
+    return share * router.one_hot(below - 1) + (1 - share) * router.one_hot(below)
+
+
+def _smallest(elastic: ElasticModel) -> Subnet:
+    return smallest_subnet(elastic.config, elastic.axes, elastic.layer_ranking)
+
+
+def _too_small(budget: Budget, counted: Cost, smallest: Subnet) -> ValueError:
+    assert budget.target is not None
+    return ValueError(
+        f"budget {budget.name}: {counted.text(budget.target)} is below the smallest subnet of these axes, "
+        f"{counted.text(counted.of(smallest))}; raise the budget or add smaller choices to the axes"
+    )
 
 
 @torch.no_grad()
@@ -114,34 +129,37 @@ def _log_probabilities(router: Router, budget: Tensor) -> LogProbabilities:
     return {axis: logits.double().log_softmax(-1).cpu() for axis, logits in router(budget).items()}
 
 
-def _best(
-    elastic: ElasticModel, scores: LogProbabilities, least: int, most: int, inner: Subnet, outer: Subnet
-) -> Subnet | None:
-    """The subnet of greatest log-probability with `least` to `most` parameters, around `inner` and inside `outer`."""
+def _best(elastic: ElasticModel, counted: Cost, scores: LogProbabilities, bounds: _Bounds) -> Subnet | None:
+    """The subnet of greatest log-probability within the bounds."""
     best, best_score = None, -inf
     ceiling = sum(float(scores[axis].max(-1).values.sum()) for axis in KIND_OF_AXIS)
-    for choice in sorted(_globals(elastic, scores, inner, outer), key=lambda g: -g.log_probability):
+    for choice in sorted(_globals(elastic, scores, bounds), key=lambda g: -g.log_probability):
         if choice.log_probability + ceiling <= best_score:
             break
-        rows = {axis: _rows(elastic, scores, choice, axis, inner, outer) for axis in KIND_OF_AXIS}
-        fixed = int(cost.embedding_params(elastic.config, choice.hidden))
-        picked = _knapsack([options for axis in KIND_OF_AXIS for options in rows[axis]], least - fixed, most - fixed)
+        rows = {axis: _rows(elastic, counted, scores, choice, axis, bounds) for axis in KIND_OF_AXIS}
+        picked = _knapsack(
+            [options for axis in KIND_OF_AXIS for options in rows[axis]],
+            counted.fixed_peak(choice.hidden),
+            bounds.least - counted.fixed(choice.hidden),
+            bounds.most - counted.fixed(choice.hidden),
+        )
         if picked is None:
             continue
         score = choice.log_probability + sum(option.log_probability for option in picked)
         if score > best_score:
             best, best_score = _subnet(elastic, choice, rows, picked), score
-    assert best is None or (is_nested(inner, best) and is_nested(best, outer)), f"{best}"
+    assert best is None or (is_nested(bounds.inner, best) and is_nested(best, bounds.outer)), f"{best}"
+    assert best is None or bounds.least <= counted.of(best) <= bounds.most, f"{best}"
     return best
 
 
-def _globals(elastic: ElasticModel, scores: LogProbabilities, inner: Subnet, outer: Subnet) -> Iterator[_Global]:
+def _globals(elastic: ElasticModel, scores: LogProbabilities, bounds: _Bounds) -> Iterator[_Global]:
     axes = ("hidden", "mamba_head_dim", "depth")
     within = {
         axis: [
             (c, float(s))
             for c, s in zip(elastic.axes.choices(axis), scores[axis][0], strict=True)
-            if getattr(inner, axis) <= c <= getattr(outer, axis)
+            if getattr(bounds.inner, axis) <= c <= getattr(bounds.outer, axis)
         ]
         for axis in axes
     }
@@ -150,65 +168,81 @@ def _globals(elastic: ElasticModel, scores: LogProbabilities, inner: Subnet, out
 
 
 def _rows(
-    elastic: ElasticModel, scores: LogProbabilities, choice: _Global, axis: str, inner: Subnet, outer: Subnet
+    elastic: ElasticModel, counted: Cost, scores: LogProbabilities, choice: _Global, axis: str, bounds: _Bounds
 ) -> list[list[_Option]]:
     """The options of each row of an axis, given the global choices."""
-    config, kept = elastic.config, set(choice.layers)
-    layers = config.layers_of(KIND_OF_AXIS[axis])
+    layers, kept = elastic.config.layers_of(KIND_OF_AXIS[axis]), set(choice.layers)
     rows = []
     for row in range(elastic.rows(axis)):
-        members = [i for i, layer in enumerate(layers) if row == i or elastic.rows(axis) == 1]
-        count = sum(layers[i] in kept for i in members)
-        low = max((getattr(inner, axis)[i] for i in members), default=0)
-        high = min((getattr(outer, axis)[i] for i in members), default=inf)
-        rows.append(
-            [
-                _Option(value, float(score), count * _layer_params(elastic, choice, axis, value))
-                for value, score in zip(elastic.axes.choices(axis), scores[axis][row], strict=True)
-                if low <= value <= high
-            ]
-        )
+        members = elastic.layers_of(axis, row)
+        count = sum(layer in kept for layer in members)
+        low = max((getattr(bounds.inner, axis)[layers.index(layer)] for layer in members), default=0)
+        high = min((getattr(bounds.outer, axis)[layers.index(layer)] for layer in members), default=inf)
+        options = []
+        for value, score in zip(elastic.axes.choices(axis), scores[axis][row].tolist(), strict=True):
+            if low <= value <= high:
+                shape = shape_of(KIND_OF_AXIS[axis], choice.hidden, value, choice.mamba_head_dim)
+                adds, peak = (count * counted.layer(shape), counted.peak(shape)) if count else (0, 0)
+                options.append(_Option(value, score, adds, peak))
+        rows.append(options)
     return rows
 
 
-def _layer_params(elastic: ElasticModel, choice: _Global, axis: str, value: int) -> int:
-    if axis == "ffn":
-        return int(cost.ffn_params(choice.hidden, value))
-    if axis == "attention_heads":
-        return int(cost.attention_params(elastic.config, choice.hidden, value))
-    return int(cost.mamba_params(elastic.config, choice.hidden, value, choice.mamba_head_dim))
+def _knapsack(rows: Sequence[Sequence[_Option]], peak: int, least: int, most: int) -> list[_Option] | None:
+    """One option of each row, of greatest total log-probability, whose costs and largest peak add up within bounds.
 
-
-def _knapsack(rows: Sequence[Sequence[_Option]], least: int, most: int) -> list[_Option] | None:
-    """One option of each row, of greatest total log-probability, with `least` to `most` parameters in all.
-
-    The solver takes a value within 1e-6 of a whole number for whole, so it is given small numbers: parameters above
-    each row's smallest option, in units of their common divisor. What still slips over `most` is refused.
+    The largest is `peak` unless an option exceeds it. The solver takes a value within 1e-6 of a whole number for whole,
+    so it is given small numbers: costs above each row's smallest, in units of their common divisor. What still slips
+    over `most` is refused.
     """
     options = [option for row in rows for option in row]
-    smallest = [min(option.params for option in row) for row in rows]
-    above = [option.params - low for row, low in zip(rows, smallest, strict=True) for option in row]
-    unit, floor = max(1, gcd(*above)), sum(smallest)
-    one_of_each_row = block_diag(*[np.ones((1, len(row))) for row in rows])
-    units, margin = np.array([[params // unit for params in above]]), 0
+    smallest = [min(option.cost for option in row) for row in rows]
+    peak = max([peak, *(min(option.peak for option in row) for row in rows)])
+    levels = sorted({option.peak for option in options if option.peak > peak})
+    above = [option.cost - low for row, low in zip(rows, smallest, strict=True) for option in row]
+    above += [level - lower for level, lower in zip(levels, [peak, *levels], strict=False)]
+    unit, floor = max(1, gcd(*above)), sum(smallest) + peak
+    structure = _structure(rows, levels)
+    units, margin = np.array([[amount // unit for amount in above]]), 0
     while True:
         solution = milp(
-            [-option.log_probability for option in options],
-            integrality=np.ones(len(options)),
+            [-option.log_probability for option in options] + [0.0] * len(levels),
+            integrality=[1] * len(options) + [0] * len(levels),
             bounds=Bounds(0, 1),
             constraints=[
-                LinearConstraint(one_of_each_row, 1, 1),
+                *structure,
                 LinearConstraint(units, -((floor - least) // unit) - 0.5, (most - floor) // unit + 0.5 - margin),
             ],
             options={"mip_rel_gap": 0},
         )
         if solution.x is None:
             return None
-        picked = [option for option, x in zip(options, solution.x, strict=True) if x > 0.5]
-        over = sum(option.params for option in picked) - most
+        picked = [option for option, x in zip(options, solution.x, strict=False) if x > 0.5]
+        over = sum(option.cost for option in picked) + max([peak, *(o.peak for o in picked)]) - most
         if over <= 0:
             return picked
         margin = 2 * margin + over // unit + 1
+
+
+def _structure(rows: Sequence[Sequence[_Option]], levels: Sequence[int]) -> list[LinearConstraint]:
+    """What variables mean: a binary one of each option that it is picked, of each row one; then one of each level.
+
+    A level is 1 if an option as high is picked and 0 if none is, without being declared binary: it is at least each
+    row's picked options as high, and at most the sum of them all. The steps up to the levels that are 1 thus add up to
+    the largest peak.
+    """
+    one_of_each = block_diag(*[np.ones((1, len(row))) for row in rows])
+    none = np.zeros((len(rows), len(levels)))
+    constraints = [LinearConstraint(np.hstack([one_of_each, none]), 1, 1)]
+    for index, level in enumerate(levels):
+        this = np.zeros((1, len(levels)))
+        this[0, index] = 1
+        high = np.array([option.peak >= level for row in rows for option in row])
+        constraints += [
+            LinearConstraint(np.hstack([-one_of_each * high, np.repeat(this, len(rows), 0)]), 0, np.inf),
+            LinearConstraint(np.hstack([high[None], -this]), 0, np.inf),
+        ]
+    return constraints
 
 
 def _subnet(

@@ -5,8 +5,10 @@ logits into masks that the loss reaches; for deployment `resolve.py` turns them 
 their budgets.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TypeVar
 
 import torch
@@ -14,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_core import cost
-from elastic_core.config import ATTENTION, FFN, MAMBA, Axes, ModelConfig
+from elastic_core.config import Axes, Budget, ModelConfig
 from elastic_core.subnet import Masks, Subnet, keep_layers
 
-KIND_OF_AXIS = {"ffn": FFN, "mamba_heads": MAMBA, "attention_heads": ATTENTION}
+KIND_OF_AXIS = {axis: kind for kind, axis in cost.WIDTH_AXIS.items()}
 
 # A choice below this probability is dropped from a soft mask, so that compute shrinks as the router makes up its mind.
 NEGLIGIBLE = 1e-3
@@ -28,11 +30,23 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class ElasticModel:
-    """What the router chooses for: the geometry, its bound axes, and the layers from most to least important."""
+    """What the router chooses for: the geometry, its bound axes, and the layers from most to least important.
+
+    `latency_table` is what latency budgets are counted by.
+    """
 
     config: ModelConfig
     axes: Axes
     layer_ranking: tuple[int, ...]
+    latency_table: cost.LatencyTable | None = None
+
+    def __post_init__(self) -> None:
+        if self.latency_table is not None:
+            self.latency_table.check(self.config, self.axes)
+
+    def cost_of(self, budget: Budget) -> cost.Cost:
+        """What `budget` counts; ValueError for a latency that the table does not give."""
+        return cost.budget_cost(self.config, budget, self.latency_table)
 
     def rows(self, axis: str) -> int:
         """How many choices are made on an axis: one, or one for each layer of its kind."""
@@ -43,6 +57,11 @@ class ElasticModel:
         if axis in self.axes.per_layer:
             return tuple(values)
         return tuple(values) * len(self.config.layers_of(KIND_OF_AXIS[axis]))
+
+    def layers_of(self, axis: str, row: int) -> tuple[int, ...]:
+        """The layers that a row of choices of an axis decides on."""
+        layers = self.config.layers_of(KIND_OF_AXIS[axis])
+        return (layers[row],) if axis in self.axes.per_layer else layers
 
 
 class Router(nn.Module):
@@ -170,19 +189,6 @@ def layer_gates(elastic: ElasticModel, depth_probabilities: Tensor) -> Tensor:
     return depth_probabilities @ kept.to(depth_probabilities)
 
 
-def expected_widths(elastic: ElasticModel, probabilities: Probabilities) -> cost.Widths:
-    """Expected sizes of independent choices, for the differentiable cost."""
-    sizes = {axis: list(_expected_sizes(elastic, probabilities, axis)) for axis in Axes.NAMES}
-    return cost.Widths(
-        hidden=sizes["hidden"][0],
-        ffn=elastic.per_layer("ffn", sizes["ffn"]),
-        mamba_heads=elastic.per_layer("mamba_heads", sizes["mamba_heads"]),
-        mamba_head_dim=sizes["mamba_head_dim"][0],
-        attention_heads=elastic.per_layer("attention_heads", sizes["attention_heads"]),
-        layers=list(layer_gates(elastic, probabilities["depth"][0])),
-    )
-
-
 def expected_choices(elastic: ElasticModel, probabilities: Probabilities) -> dict[str, Tensor]:
     """The expected size of every axis, averaged over its layers, to watch the router make up its mind."""
     return {axis: _expected_sizes(elastic, probabilities, axis).mean().detach() for axis in Axes.NAMES}
@@ -194,13 +200,62 @@ def _expected_sizes(elastic: ElasticModel, probabilities: Probabilities, axis: s
     return p @ torch.tensor(elastic.axes.choices(axis), dtype=p.dtype, device=p.device)
 
 
+def expected_cost(elastic: ElasticModel, probabilities: Probabilities, counted: cost.Cost) -> Tensor:
+    """The mean cost of all subnets, weighed by their probabilities; exact, since choices are independent.
+
+    Each layer adds what it costs at each of its shapes, weighed by the shape's probability and by the layer's of being
+    kept; what the peaks add is in `_expected_peak`.
+    """
+    hidden, head_dim, depth = (probabilities[axis][0] for axis in ("hidden", "mamba_head_dim", "depth"))
+    gates_L = layer_gates(elastic, depth)
+    total: Tensor = hidden @ hidden.new_tensor([counted.fixed(size) for size in elastic.axes.hidden])
+    for axis, kind in KIND_OF_AXIS.items():
+        if layers := elastic.config.layers_of(kind):
+            costs = _at_every_shape(elastic, kind, counted.layer).to(hidden)
+            rows = torch.einsum("h,hwp,rw,p->r", hidden, costs, probabilities[axis], head_dim)
+            total = total + (rows * gates_L[list(layers)]).sum()
+    return total + _expected_peak(elastic, probabilities, counted)
+
+
+def _at_every_shape(elastic: ElasticModel, kind: str, count: Callable[[cost.Shape], int]) -> Tensor:
+    """`count` of a layer of `kind` at every choice of (hidden size, width, Mamba head dim), in float64."""
+    sizes = elastic.axes.hidden, elastic.axes.choices(cost.WIDTH_AXIS[kind]), elastic.axes.mamba_head_dim
+    counts = [count(cost.shape_of(kind, *size)) for size in product(*sizes)]
+    return torch.tensor(counts, dtype=torch.float64).view(*map(len, sizes))
+
+
+def _expected_peak(elastic: ElasticModel, probabilities: Probabilities, counted: cost.Cost) -> Tensor:
+    """The mean of the largest peak.
+
+    It is at most v where every row of choices with a kept layer stays at most v. Given hidden size, head dim and depth
+    the rows are independent, so that its distribution function F(v) is a product over the rows; the mean is the
+    highest level less F summed over the steps between the levels.
+    """
+    axes = elastic.axes
+    hidden, head_dim, depth = (probabilities[axis][0] for axis in ("hidden", "mamba_head_dim", "depth"))
+    peaks = {axis: _at_every_shape(elastic, kind, counted.peak) for axis, kind in KIND_OF_AXIS.items()}
+    outside = torch.tensor([counted.fixed_peak(size) for size in axes.hidden], dtype=torch.float64)
+    levels: Tensor = torch.cat([outside, *(p.flatten() for p in peaks.values())]).unique()
+    if len(levels) == 1:
+        return levels[0].to(hidden)
+    below = (outside[:, None, None] <= levels).to(hidden).expand(len(depth), -1, len(head_dim), -1)
+    for axis, p in peaks.items():
+        stays = torch.einsum("rw,hwpv->rhpv", probabilities[axis], (p[..., None] <= levels).to(hidden))
+        for row in range(elastic.rows(axis)):
+            best = min((elastic.layer_ranking.index(i) for i in elastic.layers_of(axis, row)), default=math.inf)
+            is_kept = torch.tensor([best < size for size in axes.depth], device=hidden.device)
+            below = below * torch.where(is_kept[:, None, None, None], stays[row], 1.0)
+    steps, highest = levels.diff().to(hidden), levels[-1].to(hidden)
+    mean: Tensor = highest - torch.einsum("d,h,p,dhpv,v->", depth, hidden, head_dim, below[..., :-1], steps)
+    return mean
+
+
 def expected_params(elastic: ElasticModel, probabilities: Probabilities) -> Tensor:
     """Expected parameters of the choice, differentiable."""
-    expected = cost.params(elastic.config, expected_widths(elastic, probabilities))
-    assert isinstance(expected, Tensor)
-    return expected
+    return expected_cost(elastic, probabilities, cost.ParamsCost(model=elastic.config))
 
 
-def budget_loss(elastic: ElasticModel, probabilities: Probabilities, target_params: int) -> Tensor:
-    """The distance of the expected cost from the budget: |expected parameters / target - 1|."""
-    return (expected_params(elastic, probabilities) / target_params - 1).abs()
+def budget_loss(elastic: ElasticModel, probabilities: Probabilities, budget: Budget) -> Tensor:
+    """The distance of the expected cost from the budget's target: |expected cost / target - 1|."""
+    assert budget.target is not None, f"budget {budget.name} has no target"
+    return (expected_cost(elastic, probabilities, elastic.cost_of(budget)) / budget.target - 1).abs()

@@ -76,6 +76,26 @@ def is_nested(small: Subnet, large: Subnet) -> bool:
     )
 
 
+def within(small: Subnet, large: Subnet, model: ModelConfig) -> Subnet:
+    """`small` as a subnet of the stock model that `large` is cut out to; both are subnets of `model`.
+
+    Raises ValueError where `small` is not nested in `large`.
+    """
+    if not is_nested(small, large):
+        raise ValueError(f"subnet is not nested in the larger one: {small} against {large}")
+
+    def kept(kind: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sizes[model.ordinal(i)] for i in large.layers if model.hybrid_override_pattern[i] == kind)
+
+    return dataclasses.replace(
+        small,
+        ffn=kept(FFN, small.ffn),
+        mamba_heads=kept(MAMBA, small.mamba_heads),
+        attention_heads=kept(ATTENTION, small.attention_heads),
+        layers=tuple(large.layers.index(layer) for layer in small.layers),
+    )
+
+
 def check_subnet(subnet: Subnet, model: ModelConfig) -> None:
     """Raise ValueError unless `subnet` is a valid shape inside `model`."""
     full = full_subnet(model)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from latency import random_table
 from nano import NANO_9B, NANO_12B
 from torch import Tensor
 from transformers import NemotronHForCausalLM
@@ -30,7 +31,7 @@ from elastic_core.checkpoint import (
     write_family,
     write_weights,
 )
-from elastic_core.config import Axes, ModelConfig
+from elastic_core.config import Axes, Budget, LatencyTarget, MemoryTarget, ModelConfig, Serving
 from elastic_core.cost import subnet_params
 from elastic_core.shards import read_header, staged_directory, write_tensors
 from elastic_core.subnet import Subnet, full_subnet, keep_layers
@@ -346,19 +347,21 @@ def subnet_of(config: ModelConfig, **changes: Any) -> Subnet:
 def family_of(config: ModelConfig) -> Family:
     middle = subnet_of(config, hidden=32, ffn=(40, 24, 24), layers=keep_layers(RANKING, 6))
     small = subnet_of(config, hidden=32, ffn=(24, 24, 24), mamba_heads=(4, 4, 4), layers=keep_layers(RANKING, 5))
-    subnets = {"l": full_subnet(config), "m": middle, "s": small}
+    subnets = (full_subnet(config), middle, small)
+    axes = Axes(hidden=(48, 32), ffn=(40, 24), mamba_heads=(12, 4), depth=(8, 6, 5), per_layer=("ffn",))
+    budgets = (
+        Budget(name="l"),
+        Budget(name="m", memory=MemoryTarget(bytes=400_000, serving=Serving(context=64))),
+        Budget(name="s", latency=LatencyTarget(seconds=1e-3)),
+    )
     return Family(
-        axes=Axes(hidden=(48, 32), ffn=(40, 24), mamba_heads=(12, 4), depth=(8, 6, 5), per_layer=("ffn",)),
+        axes=axes,
         budgets=tuple(
-            ResolvedBudget(
-                name=name,
-                target_params=None if name == "l" else subnet_params(config, subnet) + 10,
-                subnet=subnet,
-                params=subnet_params(config, subnet),
-            )
-            for name, subnet in subnets.items()
+            ResolvedBudget(budget=budget, subnet=subnet, params=subnet_params(config, subnet))
+            for budget, subnet in zip(budgets, subnets, strict=True)
         ),
         layer_ranking=RANKING,
+        latency_table=random_table(config, axes.bind(config)),
         lineage={"teacher": "sha256:0a1b", "datasets": ["sha256:2c", "sha256:3d"], "step": 17, "recipe": {"seed": 0}},
     )
 
@@ -398,6 +401,10 @@ def edit_budget(index: int, **fields: object) -> Callable[[Path], None]:
     return edit_family(lambda values: values["budgets"][index].update(fields))
 
 
+def edit_target(index: int, **fields: object) -> Callable[[Path], None]:
+    return edit_family(lambda values: values["budgets"][index]["budget"].update(fields))
+
+
 def edit_subnet(index: int, **fields: object) -> Callable[[Path], None]:
     return edit_family(lambda values: values["budgets"][index]["subnet"].update(fields))
 
@@ -412,13 +419,37 @@ BAD_FAMILIES: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown key": (edit_family(lambda v: v.update(budget=1)), "budget is not a known setting; did you mean 'budgets'"),
     "missing key": (edit_family(lambda v: v.pop("axes")), "axes is missing"),
     "no budgets": (edit_family(lambda v: v.update(budgets=[])), "must be at least one"),
-    "budget twice": (edit_budget(1, name="l"), "each name once"),
+    "budget twice": (edit_target(1, name="l"), "each name once"),
     "ranking short": (edit_family(lambda v: v["layer_ranking"].pop()), "must name each of the 8 layers once"),
     "ranking twice": (edit_family(lambda v: v.update(layer_ranking=[0] * 8)), "must name each of the 8 layers once"),
     "axes of another model": (edit_family(lambda v: v["axes"].update(hidden=[64])), "must begin with the teacher's 48"),
     "params wrong": (edit_budget(2, params=1), r"budgets\[2\] \(s\): params is 1; its subnet has"),
     "params a text": (edit_budget(2, params="many"), r"budgets\[2\]\.params is 'many'; expected a number"),
-    "target below": (edit_budget(2, target_params=5), r"budgets\[2\] \(s\): params [0-9]+ exceed target_params 5"),
+    "memory target below": (
+        edit_target(1, memory={"bytes": 5000, "serving": {"context": 64}}),
+        r"budgets\[1\] \(m\): its subnet takes [0-9.]+ KiB, more than its target 4\.8828 KiB",
+    ),
+    "latency target below": (
+        edit_target(2, latency="1us"),
+        r"budgets\[2\] \(s\): its subnet takes 0\.[0-9]+ ms, more than its target 0\.001 ms",
+    ),
+    "params target below": (
+        edit_target(2, latency=None, params=5),
+        r"budgets\[2\] \(s\): its subnet takes [0-9,]+ parameters, more than its target 5 parameters",
+    ),
+    "two targets": (edit_target(2, params=10**6), r"budgets\[2\]\.budget: budget s has params and latency; give"),
+    "latency without a table": (
+        edit_family(lambda v: v.update(latency_table=None)),
+        r"budgets\[2\] \(s\): budget s: a latency needs a latency table",
+    ),
+    "latency table of other axes": (
+        edit_family(lambda v: v["axes"].update(hidden=[48, 24])),
+        r"latency table: [0-9]+ choices of the axes are missing, such as 24",
+    ),
+    "latency table with a zero": (
+        edit_family(lambda v: v["latency_table"]["fixed"].update({"48": 0})),
+        r"latency_table: nanoseconds=0 must be greater than 0",
+    ),
     "subnet too large": (edit_subnet(1, hidden=64), r"budgets\[1\] \(m\): subnet is larger than the model"),
     "subnet zero": (edit_subnet(1, hidden=0), r"budgets\[1\] \(m\): subnet has a size below 1"),
     "subnet short": (edit_subnet(1, ffn=[24]), r"subnet\.ffn has 1 entries; the model has 3"),

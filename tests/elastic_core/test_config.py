@@ -14,7 +14,19 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from elastic_core import config
-from elastic_core.config import Axes, Budget, ModelConfig, Optimizer, Pretraining, Recipe, build, to_dict
+from elastic_core.config import (
+    Axes,
+    Budget,
+    LatencyTarget,
+    MemoryTarget,
+    ModelConfig,
+    Optimizer,
+    Pretraining,
+    Recipe,
+    Serving,
+    build,
+    to_dict,
+)
 
 MODEL: dict[str, Any] = {
     "hybrid_override_pattern": "M-M*-",
@@ -149,6 +161,82 @@ def test_numbers_written_as_text_are_read_without_loss(text: object, number: int
     assert type(params) is int
 
 
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("16GiB@ctx=131072", MemoryTarget(bytes=16 * 2**30, serving=Serving(context=131072))),
+        ("1.5 GB@ctx=8", MemoryTarget(bytes=1_500_000_000, serving=Serving(context=8))),
+        (
+            "300kB@ctx=1e3, batch=8, dtype=float32, prefill=64",
+            MemoryTarget(bytes=300_000, serving=Serving(context=1000, batch=8, dtype="float32"), prefill=64),
+        ),
+        ("0.3TiB@ctx=8", MemoryTarget(bytes=int(0.3 * 2**40), serving=Serving(context=8))),
+    ],
+)
+def test_a_memory_target_is_what_its_text_says(text: str, target: MemoryTarget) -> None:
+    budget = build(Budget, {"name": "m", "memory": text})
+    assert budget == Budget(name="m", memory=target)
+    assert budget.target == target.bytes
+    assert build(Budget, to_dict(budget)) == budget
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "nanoseconds"),
+    [
+        ("12ms", LatencyTarget(seconds=0.012), 12_000_000),
+        ("0.7us", LatencyTarget(seconds=7e-7), 700),
+        ("1s@ctx=32768,batch=4", LatencyTarget(seconds=1.0, serving=Serving(context=32768, batch=4)), 10**9),
+    ],
+)
+def test_a_latency_target_is_what_its_text_says(text: str, target: LatencyTarget, nanoseconds: int) -> None:
+    budget = build(Budget, {"name": "m", "latency": text})
+    assert budget == Budget(name="m", latency=target)
+    assert budget.target == nanoseconds
+    assert build(Budget, to_dict(budget)) == budget
+
+
+def test_a_budget_says_what_it_is_in_its_own_unit() -> None:
+    said = {
+        "full": {},
+        "8,900,000,000": {"params": 8.9e9},
+        "16 GiB at ctx=131072,batch=1,dtype=bfloat16,prefill=2048": {"memory": "16GiB@ctx=131072"},
+        "286.1 MiB at ctx=8,batch=1,dtype=bfloat16,prefill=2048": {"memory": "300MB@ctx=8"},
+        "12.5 ms": {"latency": "12.5ms"},
+        "12.5 ms at ctx=8,batch=2,dtype=bfloat16": {"latency": "12.5ms@ctx=8,batch=2"},
+    }
+    for text, target in said.items():
+        assert str(build(Budget, {"name": "b", **target})) == text
+
+
+def budgets(*targets: dict[str, Any]) -> dict[str, Any]:
+    data = recipe_data()
+    data["latency_table"] = "h100.json"
+    data["budgets"] = [{"name": f"b{i}", **target} for i, target in enumerate(targets)]
+    for stage in data["stages"]:
+        stage["budgets"] = {"b0": 1}
+    return data
+
+
+def test_budgets_are_ordered_where_targets_can_be_compared_and_left_to_the_resolver_where_not() -> None:
+    small, large = {"memory": "1GiB@ctx=8"}, {"memory": "2GiB@ctx=8"}
+    for fine in (
+        [{}, {"params": 2}, {"latency": "2ms"}, small, {"latency": "1ms"}, {"params": 1}],
+        [large, small],
+        [small, {"memory": "2GiB@ctx=8,batch=2"}],
+    ):
+        assert len(build(Recipe, budgets(*fine)).budgets) == len(fine)
+    for rising in (
+        [small, large],
+        [small, small],
+        [{"latency": "1ms"}, {"params": 5}, {"latency": "1ms"}],
+        [{"params": 5}, small, {"params": 5}],
+        [small, {}],
+        [{}, {}],
+    ):
+        with pytest.raises(ValueError, match="must fall from the largest to the smallest, each size once"):
+            build(Recipe, budgets(*rising))
+
+
 def test_a_float_field_takes_whole_numbers_and_text() -> None:
     for text, number in [("9e-5", 9e-5), (1, 1.0), ("2", 2.0)]:
         rate = build(Optimizer, {"learning_rate": text}).learning_rate
@@ -269,6 +357,75 @@ BAD_VALUES: list[tuple[tuple[str | int, ...], Any, str]] = [
     (
         ("budgets", 2, "params"),
         9000,
+        "budgets ['l', 'm', 's'] must fall from the largest to the smallest, each size once",
+    ),
+    (
+        ("budgets", 1, "memory"),
+        "16G@ctx=8",
+        "budgets[1].memory is '16G@ctx=8'; expected an amount in B, kB, MB, GB, TB, KiB, MiB, GiB, TiB, such as "
+        "16GiB@ctx=131072",
+    ),
+    (("budgets", 1, "memory"), "16GiB", "budgets[1].memory is '16GiB', without a context; write 16GiB@ctx=131072"),
+    (("budgets", 1, "memory"), "1GiB@ctx=0", "budgets[1].memory.serving: context=0 must be greater than 0"),
+    (("budgets", 1, "memory"), "1GiB@ctx=8k", "budgets[1].memory.serving.context is '8k'; expected a number"),
+    (("budgets", 1, "memory"), "0.1B@ctx=8", "budgets[1].memory: bytes=0 must be greater than 0"),
+    (("budgets", 1, "memory"), "1GiB@ctx=8,prefill=0", "budgets[1].memory: prefill=0 must be greater than 0"),
+    (
+        ("budgets", 1, "memory"),
+        "1GiB@ctx=8,dtype=int8",
+        "budgets[1].memory.serving.dtype is 'int8'; expected one of: float32, bfloat16",
+    ),
+    (
+        ("budgets", 1, "memory"),
+        "1GiB@ctx=8,context=9",
+        "budgets[1].memory: 'context=9' is not one of ctx=..., batch=..., dtype=..., prefill=..., each once",
+    ),
+    (
+        ("budgets", 1, "memory"),
+        "1GiB@ctx=8,batch=2,batch=3",
+        "budgets[1].memory: 'batch=3' is not one of ctx=..., batch=..., dtype=..., prefill=..., each once",
+    ),
+    (
+        ("budgets", 1, "memory"),
+        {"bytes": 5},
+        "budgets[1].memory.serving is missing; it has no default",
+    ),
+    (
+        ("budgets", 1, "latency"),
+        "12",
+        "budgets[1].latency is '12'; expected an amount in us, ms, s, such as 12ms or 12ms@ctx=32768",
+    ),
+    (
+        ("budgets", 1, "latency"),
+        "-1ms",
+        "budgets[1].latency is '-1ms'; expected an amount in us, ms, s, such as 12ms or 12ms@ctx=32768",
+    ),
+    (("budgets", 1, "latency"), "0s", "budgets[1].latency: seconds=0.0 must be at least a nanosecond"),
+    (
+        ("budgets", 1, "latency"),
+        "12ms@batch=2",
+        "budgets[1].latency is '12ms@batch=2', without a context; write 12ms@ctx=32768,batch=2",
+    ),
+    (
+        ("budgets", 1, "latency"),
+        "12ms@ctx=8,prefill=2",
+        "budgets[1].latency: 'prefill=2' is not one of ctx=..., batch=..., dtype=..., each once",
+    ),
+    (("budgets", 1, "latency"), 0.012, "budgets[1].latency is 0.012; expected a mapping"),
+    (
+        ("budgets", 1, "memory"),
+        {"bytes": 5, "serving": {"context": 8}},
+        "budgets[1]: budget m has params and memory; give it one target, or none",
+    ),
+    (
+        ("budgets", 1),
+        {"name": "m", "latency": {"seconds": 0.012}},
+        "budget m is a latency, which needs latency_table: the file that `elastic profile` measures on the device to "
+        "serve from",
+    ),
+    (
+        ("budgets", 2),
+        {"name": "s"},
         "budgets ['l', 'm', 's'] must fall from the largest to the smallest, each size once",
     ),
     (("stages",), [], "stages must be at least one, each name once"),

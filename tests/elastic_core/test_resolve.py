@@ -9,20 +9,22 @@ from typing import Literal
 
 import pytest
 import torch
+from latency import random_table
 from nano import NANO_12B
 
-from elastic_core.config import Axes, Budget, ModelConfig
-from elastic_core.cost import subnet_params
+from elastic_core.config import Axes, Budget, LatencyTarget, MemoryTarget, ModelConfig, Serving
+from elastic_core.cost import Cost, subnet_params
 from elastic_core.resolve import USED_SHARE, resolve_budgets, resolve_target
 from elastic_core.router import ElasticModel, Router
 from elastic_core.subnet import Subnet, check_subnet, full_subnet, is_nested, keep_layers, smallest_subnet
 
 AxisName = Literal["ffn", "mamba_heads", "attention_heads"]
+Kind = Literal["params", "memory", "latency"]
 PER_LAYER: list[tuple[AxisName, ...]] = [(), ("ffn",)]
 MODEL = ModelConfig(
     hybrid_override_pattern="M-M*-*M-",
     hidden_size=24,
-    intermediate_size=20,
+    intermediate_size=200,
     num_attention_heads=6,
     num_key_value_heads=2,
     head_dim=5,
@@ -31,9 +33,11 @@ MODEL = ModelConfig(
     ssm_state_size=3,
     n_groups=3,
     vocab_size=31,
+    chunk_size=8,
 )
 FULL = full_subnet(MODEL)
 FULL_PARAMS = subnet_params(MODEL, FULL)
+MIDDLE = (3 * FULL_PARAMS // 4, 2 * FULL_PARAMS // 5)
 RANKING = (0, 7, 3, 1, 6, 4, 2, 5)
 
 NANO_AXES = Axes(
@@ -52,14 +56,39 @@ SOLVER_GAP = 1e-6
 def elastic_model(per_layer: tuple[AxisName, ...] = ()) -> ElasticModel:
     axes = Axes(
         hidden=(24, 16, 8),
-        ffn=(20, 13, 4),
+        ffn=(200, 130, 40),
         mamba_heads=(12, 6, 3),
         mamba_head_dim=(4, 2),
         attention_heads=(6, 2),
         depth=(8, 5),
         per_layer=per_layer,
     ).bind(MODEL)
-    return ElasticModel(config=MODEL, axes=axes, layer_ranking=RANKING)
+    return ElasticModel(config=MODEL, axes=axes, layer_ranking=RANKING, latency_table=random_table(MODEL, axes))
+
+
+# In this memory activations and caches weigh as much as weights, and any kind of layer may be the one that needs most.
+SERVING, PREFILL = Serving(context=200, dtype="float32"), 16
+KINDS: list[Kind] = ["params", "memory", "latency"]
+
+
+def budget_of(kind: Kind, target: int, name: str = "b") -> Budget:
+    """A budget of so many parameters, bytes or nanoseconds."""
+    if kind == "memory":
+        return Budget(name=name, memory=MemoryTarget(bytes=target, serving=SERVING, prefill=PREFILL))
+    if kind == "latency":
+        return Budget(name=name, latency=LatencyTarget(seconds=target / 1e9))
+    return Budget(name=name, params=target)
+
+
+def cost_of(kind: Kind, per_layer: tuple[AxisName, ...] = ()) -> Cost:
+    return elastic_model(per_layer).cost_of(budget_of(kind, 1))
+
+
+@functools.cache
+def cost_range(kind: Kind, per_layer: tuple[AxisName, ...]) -> tuple[int, int]:
+    """What the cheapest subnet costs, and the full one. By latency, which is noise here, the cheapest is not small."""
+    counted = cost_of(kind, per_layer)
+    return min(counted.of(subnet) for subnet, _, _ in every_subnet(per_layer)), counted.of(FULL)
 
 
 def smallest_params(elastic: ElasticModel) -> int:
@@ -115,34 +144,55 @@ def log_probability_of(router: Router, budget: torch.Tensor) -> Callable[[Picks]
 
 @pytest.mark.parametrize("per_layer", PER_LAYER)
 def test_no_subnet_exceeds_its_budget_and_each_lies_within_the_one_before(per_layer: tuple[AxisName, ...]) -> None:
+    """200 random targets of all kinds, in families that mix them."""
     elastic, rng = elastic_model(per_layer), random.Random(0)
-    smallest = smallest_subnet(MODEL, elastic.axes, RANKING)
-    for seed in range(50):
-        targets = sorted((rng.randint(smallest_params(elastic), FULL_PARAMS) for _ in range(2)), reverse=True)
-        subnets = resolve_budgets(random_router(elastic, seed), budgets_of(None, *targets))
+    smallest, resolved, refused = smallest_subnet(MODEL, elastic.axes, RANKING), 0, 0
+    for seed in range(100):
+        kinds = rng.choices(KINDS, k=2)
+        budgets = [
+            budget_of(k, rng.randint(*cost_range(k, per_layer)), name) for k, name in zip(kinds, "ms", strict=True)
+        ]
+        try:
+            subnets = resolve_budgets(random_router(elastic, seed), (Budget(name="l"), *budgets))
+        except ValueError as error:
+            assert "is below the smallest subnet" in str(error)
+            refused += 1
+            continue
         assert subnets[0] == FULL
-        for target, subnet, outer in zip(targets, subnets[1:], subnets[:-1], strict=True):
+        for budget, subnet, outer in zip(budgets, subnets[1:], subnets[:-1], strict=True):
             check_subnet(subnet, MODEL)
-            assert subnet_params(MODEL, subnet) <= target
+            assert elastic.cost_of(budget).of(subnet) <= budget.target
             assert is_nested(smallest, subnet)
             assert is_nested(subnet, outer)
+            resolved += 1
+    assert resolved >= 150 and refused  # by latency, what is left inside the budget before may all be too slow
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("per_layer", PER_LAYER)
-def test_the_resolved_subnet_is_the_likeliest_of_those_that_fit(per_layer: tuple[AxisName, ...]) -> None:
-    elastic, rng = elastic_model(per_layer), random.Random(1)
+def test_the_resolved_subnet_is_the_likeliest_of_those_that_fit(per_layer: tuple[AxisName, ...], kind: Kind) -> None:
+    elastic, counted, rng = elastic_model(per_layer), cost_of(kind, per_layer), random.Random(1)
+    every = [(subnet, picks, counted.of(subnet)) for subnet, picks, _ in every_subnet(per_layer)]
     for seed in range(20):
         router = random_router(elastic, seed)
-        targets = sorted((rng.randint(smallest_params(elastic), FULL_PARAMS) for _ in range(2)), reverse=True)
-        outer = FULL
-        for index, (target, subnet) in enumerate(
-            zip(targets, resolve_budgets(router, budgets_of(*targets, None)[:2]), strict=True)
-        ):
+        target = rng.randint(*cost_range(kind, per_layer))
+        outer, resolved = FULL, resolve_or_none(router, [budget_of(kind, target, "m"), budget_of(kind, target, "s")])
+        for index in range(2):
             score = log_probability_of(router, router.one_hot(index))
-            scores = {s: score(picks) for s, picks, size in every_subnet(per_layer) if size <= target}
-            best = max(value for s, value in scores.items() if is_nested(s, outer))
-            assert scores[subnet] == pytest.approx(best, abs=SOLVER_GAP)
-            outer = subnet
+            scores = {s: score(picks) for s, picks, size in every if size <= target and is_nested(s, outer)}
+            if not scores:
+                assert resolved is None
+                break
+            assert resolved is not None
+            assert scores[resolved[index]] == pytest.approx(max(scores.values()), abs=SOLVER_GAP)
+            outer = resolved[index]
+
+
+def resolve_or_none(router: Router, budgets: Sequence[Budget]) -> tuple[Subnet, ...] | None:
+    try:
+        return resolve_budgets(router, budgets)
+    except ValueError:
+        return None
 
 
 def likeliest_widths(scores: torch.Tensor, widths: Sequence[int], most: int) -> float:
@@ -202,27 +252,33 @@ def router_that_prefers(elastic: ElasticModel, subnet: Subnet) -> Router:
     return router
 
 
-def check_the_last_parameter(elastic: ElasticModel, subnet: Subnet) -> None:
-    size = subnet_params(elastic.config, subnet)
-    router = router_that_prefers(elastic, subnet)
-    assert resolve_budgets(router, budgets_of(size)) == (subnet,)
-    (one_short,) = resolve_budgets(router, budgets_of(size - 1))
-    assert subnet_params(elastic.config, one_short) < size
+def check_the_last_unit(elastic: ElasticModel, subnet: Subnet, kind: Kind) -> None:
+    """Exactly enough gives the favourite, one parameter, byte or nanosecond less another."""
+    counted, router = elastic.cost_of(budget_of(kind, 1)), router_that_prefers(elastic, subnet)
+    size = counted.of(subnet)
+    assert resolve_budgets(router, (budget_of(kind, size),)) == (subnet,)
+    one_short = resolve_or_none(router, (budget_of(kind, size - 1),))
+    assert one_short is None or counted.of(one_short[0]) < size
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("per_layer", PER_LAYER)
-def test_a_budget_is_held_to_the_last_parameter(per_layer: tuple[AxisName, ...]) -> None:
-    elastic, least = elastic_model(per_layer), smallest_params(elastic_model(per_layer))
-    within = [subnet for subnet, _, size in every_subnet(per_layer) if least < size < FULL_PARAMS]
+def test_a_budget_is_held_to_the_last_unit(per_layer: tuple[AxisName, ...], kind: Kind) -> None:
+    elastic, counted = elastic_model(per_layer), cost_of(kind, per_layer)
+    least, most = cost_range(kind, per_layer)
+    within = [subnet for subnet, _, _ in every_subnet(per_layer) if least < counted.of(subnet) < most]
     for subnet in random.Random(3).sample(within, 30):
-        check_the_last_parameter(elastic, subnet)
+        check_the_last_unit(elastic, subnet, kind)
 
 
-def test_a_budget_of_billions_is_held_to_the_last_parameter() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_budget_of_billions_is_held_to_the_last_unit(kind: Kind) -> None:
     """The solver's tolerance alone would let thousands of parameters of a 12B model slip over its limit."""
-    elastic = ElasticModel(config=NANO_12B, axes=NANO_AXES.bind(NANO_12B), layer_ranking=tuple(range(62)))
+    axes = NANO_AXES.bind(NANO_12B)
+    table = random_table(NANO_12B, axes, monotonic=True)
+    elastic = ElasticModel(NANO_12B, axes, tuple(range(62)), table)
     rng = random.Random(4)
-    for _ in range(8):
+    for _ in range(4):
         subnet = Subnet(
             hidden=rng.choice(NANO_AXES.hidden),
             ffn=tuple(rng.choice(NANO_AXES.ffn) for _ in range(28)),
@@ -231,7 +287,7 @@ def test_a_budget_of_billions_is_held_to_the_last_parameter() -> None:
             attention_heads=(40,) * 6,
             layers=tuple(range(rng.choice(NANO_AXES.depth))),
         )
-        check_the_last_parameter(elastic, subnet)
+        check_the_last_unit(elastic, subnet, kind)
 
 
 def test_the_full_budget_is_the_identity_whatever_the_router_prefers() -> None:
@@ -240,44 +296,58 @@ def test_the_full_budget_is_the_identity_whatever_the_router_prefers() -> None:
         assert resolve_budgets(router, budgets_of(None)) == (FULL,)
         assert resolve_budgets(router, budgets_of(FULL_PARAMS)) == (FULL,)
         assert resolve_budgets(router, budgets_of(FULL_PARAMS + 1))[0] == FULL
-        assert resolve_target(router, (FULL,), FULL_PARAMS) == FULL
-        assert resolve_target(router, (FULL,), 2 * FULL_PARAMS) == FULL
+        for kind in KINDS:
+            full = cost_of(kind, ("ffn",)).of(FULL)
+            assert resolve_budgets(router, (budget_of(kind, full),)) == (FULL,)
+            assert resolve_target(router, (FULL,), budget_of(kind, full)) == FULL
+            assert resolve_target(router, (FULL,), budget_of(kind, 2 * full)) == FULL
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("per_layer", PER_LAYER)
 def test_a_target_between_budgets_lies_between_their_subnets_and_uses_what_it_may(
-    per_layer: tuple[AxisName, ...],
+    per_layer: tuple[AxisName, ...], kind: Kind
 ) -> None:
-    elastic, rng = elastic_model(per_layer), random.Random(2)
+    elastic, counted, rng = elastic_model(per_layer), cost_of(kind, per_layer), random.Random(2)
     for seed in range(8):
         router = random_router(elastic, seed)
         trained = sorted((rng.randint(smallest_params(elastic), FULL_PARAMS) for _ in range(2)), reverse=True)
         resolved = resolve_budgets(router, budgets_of(None, *trained))
-        sizes = [subnet_params(MODEL, s) for s in resolved]
+        sizes = [counted.of(s) for s in resolved]
         for _ in range(4):
-            target = rng.randint(smallest_params(elastic), FULL_PARAMS)
-            subnet = resolve_target(router, resolved, target)
-            size = subnet_params(MODEL, subnet)
+            target = rng.randint(counted.of(resolved[-1]), counted.of(FULL))
+            subnet = resolve_target(router, resolved, budget_of(kind, target))
+            size = counted.of(subnet)
             assert size <= target
-            inner = next((s for s, n in zip(resolved, sizes, strict=True) if n <= target), None)
-            outer = next(s for s, n in zip(reversed(resolved), reversed(sizes), strict=True) if n >= target)
-            assert is_nested(subnet, outer)
-            assert inner is None or is_nested(inner, subnet)
-            reachable = [
-                n
-                for s, _, n in every_subnet(per_layer)
-                if n <= target and is_nested(s, outer) and (inner is None or is_nested(inner, s))
-            ]
-            assert size >= int(USED_SHARE * min(target, max(reachable)))
-            if max(reachable) >= USED_SHARE * target:
+            below = next(i for i, n in enumerate(sizes) if n <= target)
+            inner, outer = resolved[below], resolved[max(0, below - 1)]
+            assert is_nested(subnet, outer) and is_nested(inner, subnet)
+            between = (s for s, _, _ in every_subnet(per_layer) if is_nested(s, outer) and is_nested(inner, s))
+            reachable = max(n for n in map(counted.of, between) if n <= target)
+            assert size >= int(USED_SHARE * min(target, reachable))
+            if reachable >= USED_SHARE * target:
                 assert size >= int(USED_SHARE * target)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_target_below_every_budget_is_resolved_inside_the_smallest_of_them(kind: Kind) -> None:
+    elastic, counted = elastic_model(("ffn",)), cost_of(kind, ("ffn",))
+    smallest = smallest_subnet(MODEL, elastic.axes, RANKING)
+    router = random_router(elastic, 6)
+    resolved = resolve_budgets(router, budgets_of(None, MIDDLE[0]))
+    target = (counted.of(smallest) + counted.of(resolved[1])) // 2
+    subnet = resolve_target(router, resolved, budget_of(kind, target))
+    assert counted.of(subnet) <= target
+    assert is_nested(subnet, resolved[1])
 
 
 def test_a_target_of_the_exact_size_of_a_resolved_subnet_gives_that_subnet() -> None:
     router = random_router(elastic_model(("ffn",)), 3)
-    resolved = resolve_budgets(router, budgets_of(None, 15_000, 8_000))
-    for subnet in resolved:
-        assert resolve_target(router, resolved, subnet_params(MODEL, subnet)) == subnet
+    resolved = resolve_budgets(router, budgets_of(None, *MIDDLE))
+    for kind in ("params", "memory"):  # by latency a smaller subnet may take longer here
+        for subnet in resolved:
+            exact = budget_of(kind, cost_of(kind, ("ffn",)).of(subnet))
+            assert resolve_target(router, resolved, exact) == subnet
 
 
 def test_the_smallest_subnet_can_be_resolved_and_nothing_below_it() -> None:
@@ -286,27 +356,29 @@ def test_the_smallest_subnet_can_be_resolved_and_nothing_below_it() -> None:
     router = random_router(elastic, 4)
     resolved = resolve_budgets(router, budgets_of(None, least))
     assert resolved == (FULL, smallest)
-    assert resolve_target(router, resolved, least) == smallest
-    assert resolve_target(router, (FULL,), least) == smallest
+    assert resolve_target(router, resolved, budget_of("params", least)) == smallest
+    assert resolve_target(router, (FULL,), budget_of("params", least)) == smallest
     message = (
-        f"^budget NAME: {least - 1:,} parameters is below the smallest subnet of these axes, {least:,}; "
+        f"^budget NAME: {least - 1:,} parameters is below the smallest subnet of these axes, {least:,} parameters; "
         "raise the budget or add smaller choices to the axes$"
     )
     with pytest.raises(ValueError, match=message.replace("NAME", "b1")):
         resolve_budgets(router, budgets_of(None, least - 1))
-    with pytest.raises(ValueError, match=message.replace("NAME", "target")):
-        resolve_target(router, resolved, least - 1)
+    with pytest.raises(ValueError, match=message.replace("NAME", "slice")):
+        resolve_target(router, resolved, budget_of("params", least - 1, "slice"))
 
 
 def test_the_same_router_resolves_to_the_same_subnets() -> None:
     elastic = elastic_model(("ffn",))
     for router in (random_router(elastic, 5), Router(elastic, 3, hidden_size=8)):
         router.initialise(torch.Generator().manual_seed(0))  # every choice is equally likely: only order can decide
-        budgets = budgets_of(None, 15_000, 8_000)
+        budgets = budgets_of(None, *MIDDLE)
         first = resolve_budgets(router, budgets)
         torch.rand(7)
         assert resolve_budgets(router, budgets) == first
-        assert resolve_target(router, first, 10_000) == resolve_target(router, first, 10_000)
+        for kind in KINDS:
+            target = budget_of(kind, sum(cost_of(kind, ("ffn",)).of(subnet) for subnet in first[:2]) // 2)
+            assert resolve_target(router, first, target) == resolve_target(router, first, target)
 
 
 @pytest.mark.parametrize("pattern", ["M-M-", "-", "**"])

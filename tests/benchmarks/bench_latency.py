@@ -1,0 +1,78 @@
+"""What a latency table says of a slice's decoding step, beside that step: the sum of the parts against the whole.
+
+pytest -m benchmark -s tests/benchmarks/bench_latency.py
+
+The table is measured first; then slices of the same choices decode: the largest, a mixed one, and the smallest.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from bench import interleaved, record
+
+from elastic_core.config import Axes, ModelConfig, Serving
+from elastic_core.cost import LatencyCost
+from elastic_core.model import Cache, ElasticNemotronH
+from elastic_core.profile import measure
+from elastic_core.subnet import Subnet, full_subnet, sliced_config, smallest_subnet
+
+MODEL = ModelConfig(
+    hybrid_override_pattern="M-M-M*-M-",
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    head_dim=64,
+    mamba_num_heads=32,
+    mamba_head_dim=64,
+    ssm_state_size=64,
+    n_groups=4,
+    vocab_size=16384,
+    chunk_size=64,
+)
+AXES = Axes(hidden=(1024, 768), ffn=(4096, 2048), mamba_heads=(32, 20), attention_heads=(16, 12), depth=(9, 7))
+RANKING = tuple(range(9))
+CONTEXT, STEPS = 512, 8
+
+
+class Decoding:
+    """Steps of a slice that has read the context."""
+
+    def __init__(self, subnet: Subnet, device: torch.device) -> None:
+        self.model = ElasticNemotronH(sliced_config(MODEL, subnet)).to(device).requires_grad_(False)
+        self.subnet, self.cache = full_subnet(self.model.config), Cache()
+        tokens_BT = torch.zeros(1, CONTEXT, dtype=torch.long, device=device)
+        self.next_BT = tokens_BT[:, :1]
+        with torch.inference_mode():
+            self.model(tokens_BT[:, : CONTEXT - 1], self.subnet, cache=self.cache)
+
+    @torch.inference_mode()
+    def __call__(self) -> None:
+        cache = Cache(**{f.name: dict(getattr(self.cache, f.name)) for f in dataclasses.fields(Cache)})
+        for _ in range(STEPS):
+            self.model.logits(self.model(self.next_BT, self.subnet, cache=cache))
+
+
+@pytest.mark.benchmark
+def test_a_table_tells_how_long_a_step_takes() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    axes, full = AXES.bind(MODEL), full_subnet(MODEL)
+    table = measure(MODEL, axes, Serving(context=CONTEXT, dtype="float32"), device)
+    counted = LatencyCost(model=MODEL, fixed_times=table.fixed, times=table.times)
+    subnets = {
+        "largest": full,
+        "mixed": dataclasses.replace(full, hidden=768, mamba_heads=(20,) * 4),
+        "smallest": smallest_subnet(MODEL, axes, RANKING),
+    }
+    seconds = interleaved({name: Decoding(subnet, device) for name, subnet in subnets.items()})
+    for name, subnet in subnets.items():
+        record(
+            benchmark="latency table",
+            shape=f"{name}: hidden {subnet.hidden}, {subnet.depth} layers, context {CONTEXT}",
+            unit="ms",
+            ours=counted.of(subnet) / 1e6,
+            theirs=1e3 * seconds[name] / STEPS,
+            alternative="decoding step of the slice",
+            target="1",
+        )
