@@ -1,7 +1,9 @@
-"""One stage as a job of its own process: load, resume, train, save, export.
+"""One stage as a job of processes of its own: load, resume, train, save, export.
 
-A supervisor writes a `TrainJob` as JSON and runs `torchrun -m elastic_core.job FILE`. Kill it at any moment and run it
-again: it goes on from its last checkpoint, and the weights it ends with are the same to the bit.
+A supervisor writes a `TrainJob` as JSON and runs `torchrun -m elastic_core.job FILE`, with one process or many. Kill it
+at any moment and run it again: it goes on from its last checkpoint, and the weights it ends with are the same to the
+bit. Where torchrun starts it again itself, as after the loss of a worker, it does so too, but not after a fault of the
+job's own.
 """
 
 import dataclasses
@@ -13,19 +15,21 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from elastic_core import checkpoint, shards
+from elastic_core import checkpoint, parallel, shards
 from elastic_core.config import Budget, Distillation, Dtype, ModelConfig, Stage, build
 from elastic_core.cost import subnet_params
 from elastic_core.model import ElasticNemotronH
+from elastic_core.parallel import World
 from elastic_core.resolve import resolve_budgets
+from elastic_core.resume import resume, save_checkpoint, stored_pieces
 from elastic_core.router import ElasticModel, Router
 from elastic_core.train import (
     StageRun,
@@ -39,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 ERROR = "error.txt"
-KEPT_CHECKPOINTS = 2
+FAULT = 2  # the exit code of a job that a retry would only repeat
 FULL = Budget(name="full")
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -63,15 +67,41 @@ class TrainJob:
     seed: int
 
 
-def run_job(job: TrainJob) -> None:
-    """Train the stage from its last checkpoint to its end, and export the result."""
-    if Path(job.output).exists():
+def run_job(job: TrainJob, world: World) -> None:
+    """Train the stage from its last checkpoint to its end, together with the other processes, and export the result."""
+    if world.from_first(Path(job.output).exists()):
         return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run, family = prepare(job, world)
+    work = Path(job.work)
+    start = resume(work, run)
+    with open_metrics(work / METRICS if world.rank == 0 else Path(os.devnull)) as metrics_file:
+        for metrics in train_stage(run, start):
+            metrics_file.write(json.dumps(asdict(metrics)) + "\n")
+            metrics_file.flush()
+            done = metrics.step + 1
+            if done % job.stage.checkpoint_every == 0 or done == job.stage.steps:
+                save_checkpoint(work, run, done)
+    if world.rank == 0:
+        export(job, run, family)
+        shutil.rmtree(work / "checkpoints", ignore_errors=True)
+    world.barrier()
+
+
+def prepare(job: TrainJob, world: World) -> tuple[StageRun, checkpoint.Family | None]:
+    """Everything loaded, this process's part of it where there are several."""
     dtype = DTYPES[job.dtype]
-    student, router, family = load_family(Path(job.student), device)
-    teacher = load_model(Path(job.teacher), device, dtype).eval() if job.teacher else None
-    budgets = tuple(Budget(name=b.name, params=b.target_params) for b in family.budgets) if family else (FULL,)
+
+    def wrap(model: ElasticNemotronH) -> None:
+        parallel.shard(model, world, dtype)
+
+    def wrap_student(model: ElasticNemotronH) -> None:
+        if job.stage.recompute:
+            parallel.recompute_layers(model)
+        wrap(model)
+
+    student, router, family = load_family(Path(job.student), world.device, wrap_student)
+    teacher = load_model(Path(job.teacher), world.device, dtype, wrap).eval() if job.teacher else None
+    budgets = tuple(b.budget for b in family.budgets) if family else (FULL,)
     run = StageRun(
         student=student,
         teacher=teacher,
@@ -83,36 +113,42 @@ def run_job(job: TrainJob) -> None:
         subnets=resolved_subnets(student.config, router, budgets),
         data=TokenRows(Path(job.tokens), job.stage.sequence_length),
         seed=job.seed,
+        world=world,
         autocast=dtype if dtype != torch.float32 else None,
     )
-    work = Path(job.work)
-    start = resume(work, run)
-    with open_metrics(work / METRICS) as metrics_file:
-        for metrics in train_stage(run, start):
-            metrics_file.write(json.dumps(asdict(metrics)) + "\n")
-            metrics_file.flush()
-            done = metrics.step + 1
-            if done % job.stage.checkpoint_every == 0 or done == job.stage.steps:
-                save_checkpoint(work, run, done)
-    export(job, run, family)
-    shutil.rmtree(work / "checkpoints", ignore_errors=True)
+    return run, family
 
 
-def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> ElasticNemotronH:
-    """The model of a stock or elastic checkpoint, with every weight checked."""
-    config = checkpoint.read_config(directory)
+Wrap = Callable[[ElasticNemotronH], None]
+
+
+def load_model(
+    directory: Path, device: torch.device, dtype: torch.dtype, wrap: Wrap = lambda model: None
+) -> ElasticNemotronH:
+    """The model of a stock or elastic checkpoint, with every weight checked.
+
+    `wrap` may shard it, while it has no storage yet; then only this process's rows are read.
+    """
+    opened = checkpoint.open_checkpoint(directory)
     with torch.device("meta"):
-        model = ElasticNemotronH(config)
-    weights = checkpoint.load_weights(directory, dtype)
-    model.load_state_dict({name: weight.to(device) for name, weight in weights.items()}, assign=True)
-    return model.requires_grad_(False)
+        model = ElasticNemotronH(opened.config).to(dtype).requires_grad_(False)
+    wrap(model)
+    model.to_empty(device=device)
+    for name, weight in model.state_dict(keep_vars=True).items():
+        stored = opened.tensors[name]
+        parallel.read_rows(weight, [stored])
+        if not shards.is_finite(parallel.local_rows(weight)[0]):
+            raise checkpoint.CheckpointError(
+                f"{stored.path}: {stored.name}: is too large for {dtype}; load it as {stored.dtype}"
+            )
+    return model
 
 
 def load_family(
-    directory: Path, device: torch.device
+    directory: Path, device: torch.device, wrap: Wrap = lambda model: None
 ) -> tuple[ElasticNemotronH, Router | None, checkpoint.Family | None]:
     """The model in float32, ready to train, with the router and the description of the family if it has one."""
-    model = load_model(directory, device, torch.float32).requires_grad_(True)
+    model = load_model(directory, device, torch.float32, wrap).requires_grad_(True)
     if not (directory / checkpoint.FAMILY_FILE).exists():
         return model, None, None
     family = checkpoint.read_family(directory)
@@ -126,9 +162,8 @@ def load_router(directory: Path, config: ModelConfig, family: checkpoint.Family)
     first = weights.get("heads.hidden.0.weight")
     if first is None or first.ndim != 2:
         raise checkpoint.CheckpointError(f"{path}: is not a router; copy the one that was written with this checkpoint")
-    router = Router(
-        ElasticModel(config, family.axes.bind(config), family.layer_ranking), first.shape[1], first.shape[0]
-    )
+    elastic = ElasticModel(config, family.axes.bind(config), family.layer_ranking, family.latency_table)
+    router = Router(elastic, first.shape[1], first.shape[0])
     expected = {name: tuple(weight.shape) for name, weight in router.state_dict().items()}
     found = {name: tuple(weight.shape) for name, weight in weights.items()}
     if found != expected:
@@ -151,56 +186,24 @@ def open_metrics(path: Path) -> Iterator[Any]:
         yield file
 
 
-def save_checkpoint(work: Path, run: StageRun, done: int) -> None:
-    """Everything the next step depends on, after `done` steps; the latest two are kept."""
-    directory = work / "checkpoints" / f"step-{done:09d}"
-    if directory.exists():
-        shutil.rmtree(directory)
-    with shards.staged_directory(directory) as staging:
-        shards.write_tensors(staging / "model.safetensors", run.student.state_dict())
-        if run.router is not None:
-            shards.write_tensors(staging / "router.safetensors", run.router.state_dict())
-        shards.write_tensors(staging / "optimizer.safetensors", _optimizer_tensors(run.optimizer))
-        shards.write_json(staging / "state.json", {"done": done, "stage": run.stage.name})
-    for old in _checkpoints(work)[:-KEPT_CHECKPOINTS]:
-        shutil.rmtree(old)
-
-
-def resume(work: Path, run: StageRun) -> int:
-    """Load the last checkpoint into `run`; the number of steps done, 0 without one."""
-    found = _checkpoints(work)
-    if not found:
-        return 0
-    directory = found[-1]
-    run.student.load_state_dict(shards.read_tensors(directory / "model.safetensors"))
-    if run.router is not None:
-        run.router.load_state_dict(shards.read_tensors(directory / "router.safetensors"))
-    _load_optimizer(run.optimizer, shards.read_tensors(directory / "optimizer.safetensors"))
-    done = int(directory.name.removeprefix("step-"))
-    logger.info("stage %s goes on after step %d of %d", run.stage.name, done, run.stage.steps)
-    return done
-
-
-def _checkpoints(work: Path) -> list[Path]:
-    return sorted((work / "checkpoints").glob("step-*"))
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
 def export(job: TrainJob, run: StageRun, family: checkpoint.Family | None) -> None:
-    """Write the trained checkpoint to `job.output`, with the budgets resolved by the router as it now stands."""
-    source = Path(job.student)
+    """Write the trained checkpoint to `job.output`, with the budgets resolved by the router as it now stands.
+
+    The weights stream from the stage's last checkpoint, whose files hold the rows of all processes.
+    """
+    source, dtype, config = Path(job.student), DTYPES[job.dtype], run.student.config
+    pieces = stored_pieces(Path(job.work), job.stage.steps)
+    plan = {
+        name: shards.TensorInfo(dtype=dtype, shape=shape) for name, shape in checkpoint.tensor_shapes(config).items()
+    }
+
+    def blocks(name: str) -> Iterator[torch.Tensor]:
+        for piece in pieces[f"student.{name}"]:
+            for block in piece.blocks(None):
+                rows = block.to(dtype)
+                if not shards.is_finite(rows):
+                    raise ValueError(f"{name} holds NaN or infinity as {dtype}; it is not written to {job.output}")
+                yield rows
 
     def beside(directory: Path) -> None:
         if family is not None and run.router is not None:
@@ -208,23 +211,14 @@ def export(job: TrainJob, run: StageRun, family: checkpoint.Family | None) -> No
             shards.write_tensors(directory / checkpoint.ROUTER_FILE, run.router.state_dict())
             checkpoint.write_family(directory, resolved_family(family, run.router, run.budgets))
 
-    checkpoint.write_weights(
-        Path(job.output),
-        run.student.config,
-        run.student.state_dict(),
-        DTYPES[job.dtype],
-        source=source,
-        beside=beside,
-    )
+    checkpoint.write_checkpoint(Path(job.output), config, plan, blocks, source=source, beside=beside)
 
 
 def resolved_family(family: checkpoint.Family, router: Router, budgets: tuple[Budget, ...]) -> checkpoint.Family:
     """`family` with the subnets that `router` resolves its budgets to."""
     config = router.elastic.config
     resolved = tuple(
-        checkpoint.ResolvedBudget(
-            name=budget.name, target_params=budget.params, subnet=subnet, params=subnet_params(config, subnet)
-        )
+        checkpoint.ResolvedBudget(budget=budget, subnet=subnet, params=subnet_params(config, subnet))
         for budget, subnet in zip(budgets, resolve_budgets(router, budgets), strict=True)
     )
     return dataclasses.replace(family, budgets=resolved)
@@ -264,14 +258,26 @@ def main(arguments: list[str]) -> int:
     die_with_parent()
     job = build(TrainJob, json.loads(Path(arguments[0]).read_text()))
     work = Path(job.work)
-    with exclusive(work):
-        (work / ERROR).unlink(missing_ok=True)
-        try:
-            run_job(job)
-        except (ValueError, FloatingPointError) as error:
-            (work / ERROR).write_text(str(error))
-            return 2
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (work / ERROR).exists():
+        return FAULT
+    is_first = int(os.environ.get("RANK", 0)) == 0
+    try:
+        with exclusive(work) if is_first else nullcontext():
+            if is_first:
+                (work / ERROR).unlink(missing_ok=True)
+            with parallel.join() as world:
+                run_job(job, world)
+    except (ValueError, FloatingPointError) as error:
+        report_fault(work, error)
+        return FAULT
     return 0
+
+
+def report_fault(work: Path, error: Exception) -> None:
+    """Write `error.txt`, at once whole; where several processes fail, one of them writes last."""
+    part = work / f".{ERROR}.{os.getpid()}"
+    part.write_text(str(error))
+    part.replace(work / ERROR)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 `train_stage` is a generator of `StepMetrics`; it knows no logger, no bucket and no scheduler. Everything random in a
 step is a function of its number (curriculum.py), so that a run that starts again from a checkpoint ends in the same
-bits as one that was never stopped.
+bits as one that was never stopped. Several processes (parallel.py) run the same budget under the same noise in each
+micro-step, on rows of their own.
 """
 
 import math
@@ -18,9 +19,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from elastic_core import curriculum
-from elastic_core.config import Budget, Distillation, ModelConfig, Stage
+from elastic_core.config import Axes, Budget, Distillation, ModelConfig, Stage
 from elastic_core.losses import LossParts, distillation_loss
 from elastic_core.model import ElasticNemotronH
+from elastic_core.parallel import World, clip_gradients
 from elastic_core.resolve import resolve_budgets
 from elastic_core.router import (
     Router,
@@ -54,7 +56,10 @@ class TokenRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BudgetMetrics:
-    """Means over one step's micro-steps at one budget; `choices` are the router's expected sizes by axis."""
+    """Means over one step's micro-steps at one budget, and over all processes.
+
+    `choices` are the router's expected sizes by axis.
+    """
 
     loss: float
     kl: float
@@ -66,7 +71,7 @@ class BudgetMetrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
-    """What one optimizer step did. `loss` is the mean total loss; `seconds` is its wall time."""
+    """What one optimizer step of all processes did. `loss` is the mean total loss; `seconds` is its wall time."""
 
     stage: str
     step: int
@@ -97,11 +102,8 @@ class StageRun:
     subnets: Mapping[str, Subnet]
     data: TokenRows
     seed: int
+    world: World
     autocast: torch.dtype | None = None
-
-    @property
-    def device(self) -> torch.device:
-        return self.student.embeddings.weight.device
 
 
 def make_optimizer(student: ElasticNemotronH, router: Router | None, stage: Stage) -> torch.optim.Optimizer:
@@ -128,7 +130,8 @@ def train_stage(run: StageRun, start: int = 0) -> Iterator[StepMetrics]:
     Raises FloatingPointError when the loss or the gradient is no longer finite; the weights are then unchanged by
     that step.
     """
-    stage, micro_steps = run.stage, run.stage.batch_size // run.stage.micro_batch_size
+    stage, world = run.stage, run.world
+    micro_steps = stage.micro_steps(world.size)
     order = curriculum.DataOrder(run.data.num_rows, stage, run.seed)
     for step in range(start, stage.steps):
         began = time.perf_counter()
@@ -137,18 +140,19 @@ def train_stage(run: StageRun, start: int = 0) -> Iterator[StepMetrics]:
         rows = order.rows(step)
         tally = _Tally()
         for micro_step, name in enumerate(curriculum.micro_step_budgets(stage, run.seed, step, micro_steps)):
-            first = micro_step * stage.micro_batch_size
-            tokens = run.data.batch(rows[first : first + stage.micro_batch_size]).to(run.device)
-            loss, micro = _micro_step(run, step, micro_step, name, tokens)
+            first = (micro_step * world.size + world.rank) * stage.micro_batch_size
+            tokens = run.data.batch(rows[first : first + stage.micro_batch_size]).to(world.device)
+            loss, report = _micro_step(run, step, micro_step, name, tokens)
             (loss / micro_steps).backward()
-            tally.add(name, micro)
+            tally.add(name, report)
         gradient_norm = _clip(run)
+        mean_loss, budgets = tally.means(world)
         metrics = StepMetrics(
             stage=stage.name,
             step=step,
             steps=stage.steps,
-            loss=tally.mean_loss(),
-            budgets=tally.means(),
+            loss=mean_loss,
+            budgets=budgets,
             learning_rate=float(run.optimizer.param_groups[0]["lr"]),
             temperature=curriculum.temperature(stage, step),
             gradient_norm=gradient_norm,
@@ -172,13 +176,8 @@ class _Choice:
     choices: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Micro:
-    """What one micro-step reports, still on the device."""
-
-    loss: Tensor
-    parts: LossParts
-    choice: _Choice
+# What one micro-step reports: scalars by name, still on the device.
+_Report = dict[str, Tensor]
 
 
 def _choose(run: StageRun, step: int, micro_step: int, name: str) -> _Choice:
@@ -186,13 +185,12 @@ def _choose(run: StageRun, step: int, micro_step: int, name: str) -> _Choice:
     if run.router is None or schedule.mode == "frozen" or run.subnets[name] == full_subnet(run.student.config):
         return _Choice(subnet=run.subnets[name])
     index, budget = next((i, b) for i, b in enumerate(run.budgets) if b.name == name)
-    assert budget.params is not None, f"budget {name} has no target and yet is not the full model"
     logits = run.router(run.router.one_hot(index))
     temperature, scale = curriculum.temperature(run.stage, step), curriculum.scale(run.stage, step)
     noise = curriculum.noise_generator(run.seed, run.stage, step, micro_step)
     sampled = gumbel_softmax(logits, temperature=temperature, scale=scale, generator=noise)
     # The cost of what is sampled, because that is what runs; without noise the gradient dies as the choice sharpens.
-    router_loss = budget_loss(run.router.elastic, sampled, budget.params)
+    router_loss = budget_loss(run.router.elastic, sampled, budget)
     sampled = straight_through(sampled) if schedule.mode == "hard" else drop_negligible(sampled)
     subnet, masks = soft_subnet(run.router.elastic, sampled)
     likely = gumbel_softmax(logits, temperature=1.0, scale=scale, generator=None)
@@ -205,7 +203,7 @@ def _choose(run: StageRun, step: int, micro_step: int, name: str) -> _Choice:
     )
 
 
-def _micro_step(run: StageRun, step: int, micro_step: int, name: str, tokens: Tensor) -> tuple[Tensor, _Micro]:
+def _micro_step(run: StageRun, step: int, micro_step: int, name: str, tokens: Tensor) -> tuple[Tensor, _Report]:
     """The differentiable loss of one micro-batch (B, T + 1) at one budget, and what to report of it."""
     inputs_BT, targets = tokens[:, :-1], tokens[:, 1:].flatten()
     choice = _choose(run, step, micro_step, name)
@@ -226,7 +224,15 @@ def _micro_step(run: StageRun, step: int, micro_step: int, name: str, tokens: Te
     loss = parts.total
     if choice.router_loss is not None:
         loss = loss + run.stage.router.loss_weight * choice.router_loss
-    return loss, _Micro(loss=loss.detach(), parts=parts, choice=choice)
+    return loss, _report(loss, parts, choice)
+
+
+def _report(loss: Tensor, parts: LossParts, choice: _Choice) -> _Report:
+    report = {"loss": loss, "kl": parts.kl, "cross_entropy": parts.cross_entropy}
+    if choice.router_loss is not None and choice.expected_params is not None:
+        report |= {"router_loss": choice.router_loss, "expected_params": choice.expected_params}
+    report |= {f"choices.{axis}": size for axis, size in choice.choices.items()}
+    return {name: value.detach() for name, value in report.items()}
 
 
 @torch.no_grad()
@@ -245,16 +251,15 @@ def _teacher_hidden(run: StageRun, inputs_BT: Tensor, choice: _Choice) -> Tensor
 def _autocast(run: StageRun) -> AbstractContextManager[Any]:
     if run.autocast is None:
         return nullcontext()
-    return torch.autocast(run.device.type, run.autocast)
+    return torch.autocast(run.world.device.type, run.autocast)
 
 
 def _clip(run: StageRun) -> float:
     """Clip each group's gradient to the stage's norm; the student's norm before that."""
-    norms = [
-        torch.nn.utils.clip_grad_norm_(group["params"], run.stage.optimizer.max_grad_norm)
-        for group in run.optimizer.param_groups
-    ]
-    return float(norms[0])
+    if run.router is not None:
+        run.world.average_gradients(run.router.parameters())
+    norms = [clip_gradients(group["params"], run.stage.optimizer.max_grad_norm) for group in run.optimizer.param_groups]
+    return norms[0]
 
 
 def _check_finite(metrics: StepMetrics) -> None:
@@ -268,31 +273,36 @@ def _check_finite(metrics: StepMetrics) -> None:
 
 
 class _Tally:
-    """Collects the micro-steps of a step, and reads them off the device once at its end."""
+    """Collects what micro-steps report; at the step's end reads it off the device once, averaged over the processes."""
 
     def __init__(self) -> None:
-        self._micros: dict[str, list[_Micro]] = {}
+        self._reports: dict[str, list[_Report]] = {}
 
-    def add(self, name: str, micro: _Micro) -> None:
-        self._micros.setdefault(name, []).append(micro)
+    def add(self, name: str, report: _Report) -> None:
+        self._reports.setdefault(name, []).append(report)
 
-    def mean_loss(self) -> float:
-        return float(torch.stack([m.loss for micros in self._micros.values() for m in micros]).mean())
+    def means(self, world: World) -> tuple[float, dict[str, BudgetMetrics]]:
+        """The mean loss, and the means of every budget."""
+        every = [report for reports in self._reports.values() for report in reports]
+        scalars = [_mean(every, "loss")]
+        scalars += [_mean(reports, key) for reports in self._reports.values() for key in reports[0]]
+        loss, *rest = world.mean(torch.stack(scalars))
+        means = iter(rest)
+        return loss, {
+            name: _budget_metrics({key: next(means) for key in reports[0]}) for name, reports in self._reports.items()
+        }
 
-    def means(self) -> dict[str, BudgetMetrics]:
-        return {name: self._mean(micros) for name, micros in self._micros.items()}
 
-    @staticmethod
-    def _mean(micros: list[_Micro]) -> BudgetMetrics:
-        def mean(values: list[Tensor | None]) -> float:
-            present = [v.detach().float().cpu() for v in values if v is not None]
-            return float(torch.stack(present).mean()) if present else 0.0
+def _mean(reports: list[_Report], key: str) -> Tensor:
+    return torch.stack([report[key].float() for report in reports]).mean()
 
-        return BudgetMetrics(
-            loss=mean([m.loss for m in micros]),
-            kl=mean([m.parts.kl for m in micros]),
-            cross_entropy=mean([m.parts.cross_entropy for m in micros]),
-            router_loss=mean([m.choice.router_loss for m in micros]),
-            expected_params=mean([m.choice.expected_params for m in micros]),
-            choices={axis: mean([m.choice.choices[axis] for m in micros]) for axis in micros[0].choice.choices},
-        )
+
+def _budget_metrics(means: Mapping[str, float]) -> BudgetMetrics:
+    return BudgetMetrics(
+        loss=means["loss"],
+        kl=means["kl"],
+        cross_entropy=means["cross_entropy"],
+        router_loss=means.get("router_loss", 0.0),
+        expected_params=means.get("expected_params", 0.0),
+        choices={axis: means[f"choices.{axis}"] for axis in Axes.NAMES if f"choices.{axis}" in means},
+    )

@@ -1,4 +1,4 @@
-"""Training runs in a process of its own, under torchrun; this module starts it, follows it and tells how it ended."""
+"""Training runs in processes of its own, under torchrun; this module starts, follows and ends them."""
 
 import json
 import os
@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from elastic_core.config import to_dict
+import torch
+
+from elastic_core.config import Stage, to_dict
 from elastic_core.job import ERROR, METRICS, TrainJob
 from tasks.processes import ChildProcess
 from tasks.settings import ServiceError
 
 POLL_SECONDS = 0.5
+RESTARTS = 3  # torchrun starts all processes again so often when one of them is lost
 
 OnStep = Callable[[dict[str, Any]], None]
 
@@ -25,11 +28,14 @@ class TrainerDied(ServiceError):
         super().__init__(message, transient=True)
 
 
-def train(job: TrainJob, *, processes: int = 1, on_step: OnStep | None = None) -> None:
+def train(job: TrainJob, *, processes: int | None = None, on_step: OnStep | None = None) -> None:
     """Run a job to its end; `on_step` is called with the metrics of each step, in order.
 
-    Raises ValueError with the job's own message for a fault that a retry would only repeat, TrainerDied for the rest.
+    There is a process for every CUDA device of this machine, where the stage's batch divides among them. Raises
+    ValueError with the job's own message for a fault that a retry would only repeat, TrainerDied for the rest.
     """
+    if processes is None:
+        processes = processes_for(job.stage, torch.cuda.device_count())
     work = Path(job.work)
     work.mkdir(parents=True, exist_ok=True)
     job_file, log_file, metrics = work / "job.json", work / "train.log", work / METRICS
@@ -37,26 +43,32 @@ def train(job: TrainJob, *, processes: int = 1, on_step: OnStep | None = None) -
     (work / ERROR).unlink(missing_ok=True)
     tail = Tail(metrics)
     tail.skip_to_end()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += ["-m", "elastic_core.job", str(job_file)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={processes}", f"--max-restarts={RESTARTS}", "-m", "elastic_core.job", str(job_file)]
     process = ChildProcess(log_file)
-    process.start(command, environment=_environment(), directory=Path.cwd())
+    process.start(command, environment=_environment(processes), directory=Path.cwd())
     try:
-        while process.running():
+        while process.running() and not (work / ERROR).exists():
             _report(tail, on_step)
             time.sleep(POLL_SECONDS)
         _report(tail, on_step)
         exit_code = process.exit_code()
     finally:
         process.stop()
-    if exit_code == 0:
-        return
     if (work / ERROR).exists():
         raise ValueError((work / ERROR).read_text())
+    if exit_code == 0:
+        return
     raise TrainerDied(
         f"training of stage {job.stage.name} ended with exit code {exit_code}; run again, it goes on from its last "
         f"checkpoint. Its log: {log_file}"
     )
+
+
+def processes_for(stage: Stage, devices: int) -> int:
+    """As many processes as there are devices, or as few less as divide the stage's micro-batches; one on a CPU."""
+    micro_batches = stage.micro_steps(1)
+    return max(count for count in range(1, max(devices, 1) + 1) if micro_batches % count == 0)
 
 
 class Tail:
@@ -89,10 +101,16 @@ def _report(tail: Tail, on_step: OnStep | None) -> None:
             on_step(row)
 
 
-def _environment() -> dict[str, str]:
-    """The parent's, with all cores (torchrun would take one) and threads that soon stop spinning for one another.
+def _environment(processes: int) -> dict[str, str]:
+    """The parent's, with all cores shared out (torchrun would give one each) and threads that soon stop spinning.
 
     On a machine that is busy with something else, OpenMP's default spin made the mean step 3.5 times its usual length;
-    this one costs nothing on an idle machine.
+    this one costs nothing on an idle machine. A rendezvous store that outlives a restart gives the new processes the
+    addresses of the old ones, and they wait for those (pytorch/pytorch#135712): each start gets a store of its own.
     """
-    return {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "GOMP_SPINCOUNT": "20000", **os.environ}
+    ours = {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)),
+        "GOMP_SPINCOUNT": "20000",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+    return ours | os.environ

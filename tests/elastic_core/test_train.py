@@ -7,82 +7,26 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from trainee import ALONE, BUDGETS, CONFIG, STAGE, train_job, write_family, write_tokens
 
-from elastic_core import checkpoint, job, shards
-from elastic_core.config import (
-    Axes,
-    Budget,
-    Distillation,
-    ModelConfig,
-    Optimizer,
-    RouterSchedule,
-    Stage,
-    build,
-    to_dict,
-)
-from elastic_core.curriculum import generator
-from elastic_core.job import TrainJob, run_job
-from elastic_core.model import ElasticNemotronH
-from elastic_core.reorder import identity_order, write_order
-from elastic_core.router import ElasticModel, Router
+from elastic_core import checkpoint, job
+from elastic_core.config import Distillation, Optimizer, RouterSchedule, Stage, build, to_dict
+from elastic_core.job import TrainJob
 from elastic_core.train import StageRun, TokenRows, make_optimizer, resolved_subnets, train_stage
 
-CONFIG = ModelConfig(
-    hybrid_override_pattern="M-*-",
-    hidden_size=16,
-    intermediate_size=32,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=4,
-    mamba_num_heads=4,
-    mamba_head_dim=4,
-    ssm_state_size=4,
-    n_groups=2,
-    vocab_size=32,
-    chunk_size=8,
-)
-AXES = Axes(
-    hidden=(16, 8), ffn=(32, 16), mamba_heads=(4, 2), mamba_head_dim=(4, 2), attention_heads=(4, 2), depth=(4, 3)
-)
-BUDGETS = (Budget(name="l"), Budget(name="m", params=4200), Budget(name="s", params=3000))
-STAGE = Stage(
-    name="stage1",
-    sequence_length=12,
-    batch_size=6,
-    micro_batch_size=2,
-    steps=8,
-    budgets={"l": 1, "m": 1, "s": 1},
-    optimizer=Optimizer(learning_rate=3e-3, warmup_steps=2),
-    checkpoint_every=2,
-)
+
+def run_job(settings: TrainJob) -> None:
+    job.run_job(settings, ALONE)
 
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("tokens") / "train.safetensors"
-    stream = torch.randint(CONFIG.vocab_size, (500,), generator=generator("tokens"), dtype=torch.int32)
-    save_file({"tokens": stream}, path)
-    return path
+    return write_tokens(tmp_path_factory.mktemp("tokens") / "train.safetensors")
 
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory) -> Path:
-    """An elastic checkpoint with an untrained router."""
-    directory = tmp_path_factory.mktemp("family") / "start"
-    elastic = ElasticModel(CONFIG, AXES.bind(CONFIG), (0, 2, 1, 3))
-    router = Router(elastic, len(BUDGETS), 8)
-    router.initialise(generator("router"))
-    model = ElasticNemotronH(CONFIG)
-    model.initialise(generator("model"))
-    described = checkpoint.Family(axes=AXES, budgets=(), layer_ranking=elastic.layer_ranking, lineage={})
-
-    def beside(staging: Path) -> None:
-        write_order(staging, identity_order(CONFIG))
-        shards.write_tensors(staging / checkpoint.ROUTER_FILE, router.state_dict())
-        checkpoint.write_family(staging, job.resolved_family(described, router, BUDGETS))
-
-    checkpoint.write_weights(directory, CONFIG, model.state_dict(), torch.float32, beside=beside)
-    return directory
+    return write_family(tmp_path_factory.mktemp("family") / "start")
 
 
 def stage_run(family: Path, tokens: Path, stage: Stage, distillation: Distillation | None = None) -> StageRun:
@@ -98,23 +42,8 @@ def stage_run(family: Path, tokens: Path, stage: Stage, distillation: Distillati
         subnets=resolved_subnets(CONFIG, router, BUDGETS),
         data=TokenRows(tokens, stage.sequence_length),
         seed=0,
+        world=ALONE,
     )
-
-
-def train_job(family: Path, tokens: Path, work: Path, **changes) -> TrainJob:
-    settings = {
-        "stage": STAGE,
-        "distillation": Distillation(),
-        "student": str(family),
-        "teacher": str(family),
-        "tokens": str(tokens),
-        "work": str(work),
-        "output": str(work / "family"),
-        "dtype": "float32",
-        "seed": 0,
-    }
-    work.mkdir(exist_ok=True)
-    return TrainJob(**{**settings, **changes})
 
 
 def weights(directory: Path) -> dict[str, bytes]:
@@ -220,7 +149,7 @@ def test_a_trained_family_resolves_to_nested_subnets_and_holds_the_trained_weigh
     run_job(train_job(family, tokens, tmp_path / "work"))
     trained = checkpoint.read_family(tmp_path / "work/family")
     assert [b.name for b in trained.budgets] == ["l", "m", "s"]
-    assert all(b.target_params is None or b.params <= b.target_params for b in trained.budgets)
+    assert all(b.budget.params is None or b.params <= b.budget.params for b in trained.budgets)
     old = load_file(family / "model.safetensors")
     new = load_file(tmp_path / "work/family/model.safetensors")
     assert old.keys() == new.keys()

@@ -1,0 +1,138 @@
+"""A family small enough to train in a test: an untrained checkpoint, tokens, and the job that trains it on them.
+
+As a program, under torchrun: takes jobs and runs them one after another in the processes that it is started as, or,
+with `--copy`, loads the last checkpoint of the first job and writes it as the last of the second.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from elastic_core import checkpoint, job, parallel, resume, shards
+from elastic_core.config import Axes, Budget, Distillation, ModelConfig, Optimizer, Stage, build, to_dict
+from elastic_core.curriculum import generator
+from elastic_core.job import TrainJob
+from elastic_core.model import ElasticNemotronH
+from elastic_core.reorder import identity_order, write_order
+from elastic_core.router import ElasticModel, Router
+
+CONFIG = ModelConfig(
+    hybrid_override_pattern="M-*-",
+    hidden_size=16,
+    intermediate_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+    mamba_num_heads=4,
+    mamba_head_dim=4,
+    ssm_state_size=4,
+    n_groups=2,
+    vocab_size=32,
+    chunk_size=8,
+)
+AXES = Axes(
+    hidden=(16, 8), ffn=(32, 16), mamba_heads=(4, 2), mamba_head_dim=(4, 2), attention_heads=(4, 2), depth=(4, 3)
+)
+BUDGETS = (Budget(name="l"), Budget(name="m", params=4200), Budget(name="s", params=3000))
+STAGE = Stage(
+    name="stage1",
+    sequence_length=12,
+    batch_size=6,
+    micro_batch_size=2,
+    steps=8,
+    budgets={"l": 1, "m": 1, "s": 1},
+    optimizer=Optimizer(learning_rate=3e-3, warmup_steps=2),
+    checkpoint_every=2,
+)
+ALONE = parallel.World(device=torch.device("cpu"))
+
+
+def write_tokens(path: Path) -> Path:
+    stream = torch.randint(CONFIG.vocab_size, (500,), generator=generator("tokens"), dtype=torch.int32)
+    save_file({"tokens": stream}, path)
+    return path
+
+
+def write_family(directory: Path) -> Path:
+    """An elastic checkpoint with an untrained router."""
+    elastic = ElasticModel(CONFIG, AXES.bind(CONFIG), (0, 2, 1, 3))
+    router = Router(elastic, len(BUDGETS), 8)
+    router.initialise(generator("router"))
+    model = ElasticNemotronH(CONFIG)
+    model.initialise(generator("model"))
+    described = checkpoint.Family(axes=AXES, budgets=(), layer_ranking=elastic.layer_ranking, lineage={})
+
+    def beside(staging: Path) -> None:
+        write_order(staging, identity_order(CONFIG))
+        shards.write_tensors(staging / checkpoint.ROUTER_FILE, router.state_dict())
+        checkpoint.write_family(staging, job.resolved_family(described, router, BUDGETS))
+
+    checkpoint.write_weights(directory, CONFIG, model.state_dict(), torch.float32, beside=beside)
+    return directory
+
+
+def train_job(family: Path, tokens: Path, work: Path, **changes: Any) -> TrainJob:
+    settings: dict[str, Any] = {
+        "stage": STAGE,
+        "distillation": Distillation(),
+        "student": str(family),
+        "teacher": str(family),
+        "tokens": str(tokens),
+        "work": str(work),
+        "output": str(work / "family"),
+        "dtype": "float32",
+        "seed": 0,
+    }
+    work.mkdir(exist_ok=True)
+    return TrainJob(**{**settings, **changes})
+
+
+def metrics_of(work: Path) -> dict[int, dict[str, Any]]:
+    """The metrics of every step; of a step done again after a kill, the last."""
+    lines = (work / job.METRICS).read_text().splitlines()
+    return {row["step"]: row for row in map(json.loads, filter(None, lines))}
+
+
+def launch(processes: int, *jobs: TrainJob, copy: bool = False) -> None:
+    """Run this file with these jobs under torchrun."""
+    files = []
+    for each in jobs:
+        files.append(Path(each.work) / "job.json")
+        files[-1].write_text(json.dumps(to_dict(each)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run(
+        [*torchrun, __file__, *(["--copy"] if copy else []), *map(str, files)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def copy_checkpoint(source: TrainJob, target: TrainJob, world: parallel.World) -> None:
+    run, _ = job.prepare(source, world)
+    done = resume.resume(Path(source.work), run)
+    resume.save_checkpoint(Path(target.work), run, done)
+
+
+def main(arguments: list[str]) -> None:
+    job.die_with_parent()
+    copy = arguments[0] == "--copy"
+    jobs = [build(TrainJob, json.loads(Path(path).read_text())) for path in arguments[copy:]]
+    with parallel.join() as world:
+        if copy:
+            copy_checkpoint(*jobs, world)
+        else:
+            for each in jobs:
+                job.run_job(each, world)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
