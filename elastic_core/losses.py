@@ -80,7 +80,7 @@ def distillation_loss(
         kl_weight=kl_weight,
         ce_weight=ce_weight,
         temperature=temperature,
-        chunk_tokens=_default_chunk_tokens(*student_head_VD.shape) if chunk_tokens is None else chunk_tokens,
+        chunk_tokens=default_chunk_tokens(*student_head_VD.shape) if chunk_tokens is None else chunk_tokens,
     )
     if torch.is_grad_enabled() and (student_hidden_TD.requires_grad or student_head_VD.requires_grad):
         total, kl, cross_entropy = _ChunkedLoss.apply(student_hidden_TD, student_head_VD, task)  # type: ignore[no-untyped-call]
@@ -102,7 +102,7 @@ def _check_rows(who: str, hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor)
         )
 
 
-def _default_chunk_tokens(vocabulary: int, hidden: int) -> int:
+def default_chunk_tokens(vocabulary: int, hidden: int) -> int:
     """Tokens whose float32 logits fill _CHUNK_BYTES, or a quarter of the head's elements where those are more.
 
     Every chunk reads and writes the head's whole gradient: with few tokens a chunk that, not the products, is the cost.

@@ -1,8 +1,6 @@
 """What a run leaves in the terminal: the budget table, the registry names, and where to look."""
 
-from rich.console import Console
-from rich.table import Table
-
+from flows.terminal import text_table, wide_console
 from tasks.promote import Verdict
 from tasks.records import EvaluationRecord, Release
 from tasks.summary import summary_table
@@ -10,16 +8,8 @@ from tasks.summary import summary_table
 
 def print_outcome(evaluation: EvaluationRecord, release: Release, verdict: Verdict) -> None:
     """Print the outcome of a run to standard output."""
-    rows = summary_table(evaluation)
-    table = Table(title=f"{release.family} {release.version}")
-    for title in rows[0]:
-        table.add_column(title, justify="left" if title == "budget" else "right")
-    for row in rows:
-        table.add_row(*row.values())
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
-    console.print(table)
+    console = wide_console()
+    console.print(text_table(summary_table(evaluation), title=f"{release.family} {release.version}"))
     console.print("registered  " + ", ".join(release.models.values()), highlight=False)
     console.print(f"promotion   {verdict.reason}", highlight=False)
     console.print(f"objects     {release.uri}", highlight=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from elastic_core.curriculum import generator
 from elastic_core.resolve import resolve_budgets
 from elastic_core.router import ElasticModel, Router
 from elastic_core.subnet import is_nested
+from flows.plan import teacher_geometry
 from flows.recipes import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "infra/recipes"
@@ -25,10 +26,10 @@ def test_the_papers_recipe_has_the_papers_numbers():
     assert first[1] == second[0] == pytest.approx(0.05 ** (5166 / steps), rel=2e-3)
 
 
-@pytest.mark.parametrize("name", ["tiny", "nano-12b"])
+@pytest.mark.parametrize("name", ["tiny", "small", "nano-12b"])
 def test_a_recipes_budgets_resolve_to_nested_subnets_within_them(name):
     recipe = load_recipe(RECIPES / f"{name}.yaml")
-    model = recipe.teacher.pretrain.model if recipe.teacher.pretrain else NANO_12B
+    model = teacher_geometry(recipe)
     elastic = ElasticModel(model, recipe.axes.bind(model), tuple(range(model.num_layers)))
     router = Router(elastic, len(recipe.budgets), recipe.router.hidden_size)
     router.initialise(generator(0))
@@ -36,6 +37,10 @@ def test_a_recipes_budgets_resolve_to_nested_subnets_within_them(name):
     sizes = [subnet_params(model, subnet) for subnet in subnets]
     assert all(b.params is None or size <= b.params for b, size in zip(recipe.budgets, sizes, strict=True))
     assert all(is_nested(small, large) for large, small in pairwise(subnets))
+
+
+def test_the_papers_recipe_has_the_papers_teacher():
+    assert load_recipe(RECIPES / "nano-12b.yaml").teacher.model == NANO_12B
 
 
 def test_an_override_changes_one_setting_and_nothing_else():
