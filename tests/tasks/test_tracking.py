@@ -503,6 +503,17 @@ def test_a_registered_family_carries_what_is_known_of_it(
     assert client.get_model_version(f"{family}-m", "1").status == "READY"
 
 
+def test_what_every_registered_version_points_to_is_known_over_pages(
+    tracking_uri: str, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "VERSIONS_A_PAGE", 2)
+    for version in ("1", "2"):
+        register(tracking_uri, family, version)
+    mine = {uri for uri in tracking.pointed_to(tracking_uri) if f"/{family}/" in uri}
+    roots = [f"s3://b/families/{family}/{version}" for version in ("1", "2")]
+    assert mine == {f"{root}/{name}" for root in roots for name in (*BUDGETS, "manifest.json")}
+
+
 def test_registering_again_makes_nothing_new(tracking_uri: str, family: str, client: MlflowClient) -> None:
     first = register(tracking_uri, family)
     again = register(tracking_uri, family)

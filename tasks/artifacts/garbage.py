@@ -1,0 +1,177 @@
+"""What a bucket holds for nothing: versions that no registry points to, and what interrupted processes left behind.
+
+A version is removed with a tombstone in its manifest's place. That is where publishing ends, so a run that publishes
+the same version at the same time either finds the tombstone and tries again, or was first and is left alone.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from botocore.exceptions import ClientError
+
+from tasks.artifacts.connection import (
+    FAMILIES,
+    PROBE,
+    REPORTS,
+    Store,
+    abort_upload,
+    explained,
+    manifest_bytes,
+    objects_below,
+    parse_uri,
+    status_of,
+    uploads_below,
+)
+from tasks.manifest import MANIFEST_NAME, NAME, TOMBSTONE
+from tasks.settings import ServiceError
+
+MAX_DELETED = 1000  # S3's own limit for one call
+
+Kind = Literal["version", "upload", "probe"]
+
+_Entry = Mapping[str, Any]  # what S3 lists of an object or an upload
+_NEVER = datetime.min.replace(tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Garbage:
+    """A version, interrupted uploads to one key, or a probe of `check_bucket`: its objects, bytes and last write."""
+
+    kind: Kind
+    uri: str
+    objects: int
+    size: int
+    newest: datetime
+
+
+def find_garbage(store: Store, points_to: Collection[str], before: datetime) -> list[Garbage]:
+    """What was last written before a time and is of no use, where the registry points to the URIs `points_to`.
+
+    A version without a manifest is one too. A ServiceError where the registry points to none of the bucket's versions:
+    then it is the wrong registry.
+    """
+    with explained(f"s3://{store.bucket}"):
+        return [
+            Garbage(
+                kind=kind,
+                uri=f"s3://{store.bucket}/{key}",
+                objects=len(entries),
+                size=sum(_size(store, entry) for entry in entries),
+                newest=_newest(entries),
+            )
+            for kind, key, entries in _useless(store, points_to)
+            if _newest(entries) < before
+        ]
+
+
+def remove_garbage(store: Store, garbage: Garbage, points_to: Callable[[], Collection[str]], before: datetime) -> bool:
+    """Remove what `find_garbage` found, unless it has come to life since; whether it was removed."""
+    key = parse_uri(garbage.uri)[1]
+    with explained(garbage.uri):
+        if garbage.kind == "version":
+            return _remove_version(store, key, points_to, before)
+        if garbage.kind == "probe":
+            store.client.delete_object(Bucket=store.bucket, Key=key)
+        for upload in [*uploads_below(store, key)]:
+            if upload["Key"] == key and upload["Initiated"] < before:
+                abort_upload(store, upload)
+        return True
+
+
+def _useless(store: Store, points_to: Collection[str]) -> Iterator[tuple[Kind, str, list[_Entry]]]:
+    """What may go when it is old enough: its kind, its key or prefix, and what S3 lists of it."""
+    versions: dict[str, list[_Entry]] = defaultdict(list)
+    for entry in objects_below(store, FAMILIES):
+        if entry["Key"].startswith(PROBE):
+            yield "probe", entry["Key"], [entry]
+        elif prefix := _version_of(entry["Key"]):
+            versions[prefix].append(entry)
+    live = {prefix for prefix in versions if _is_pointed_to(store, prefix, points_to)}
+    _check_registry(store, versions, live)
+    uploads: dict[str, list[_Entry]] = defaultdict(list)
+    for upload in (upload for prefix in (FAMILIES, REPORTS) for upload in uploads_below(store, prefix)):
+        prefix = _version_of(upload["Key"])
+        if prefix in versions and prefix not in live:
+            versions[prefix].append(upload)
+        else:
+            uploads[upload["Key"]].append(upload)
+    for key, entries in uploads.items():
+        yield "upload", key, entries
+    for prefix, entries in versions.items():
+        if prefix not in live:
+            yield "version", prefix, [entry for entry in entries if not _is_tombstone(store, entry)]
+
+
+def _version_of(key: str) -> str | None:
+    """The prefix of the version that a key belongs to; None for keys that are not of our making."""
+    names = key.removeprefix(FAMILIES).split("/")
+    if not key.startswith(FAMILIES) or len(names) < 3 or not all(NAME.fullmatch(name) for name in names[:2]):
+        return None
+    return f"{FAMILIES}{names[0]}/{names[1]}/"
+
+
+def _is_pointed_to(store: Store, prefix: str, points_to: Collection[str]) -> bool:
+    return any(f"{uri.rstrip('/')}/".startswith(f"s3://{store.bucket}/{prefix}") for uri in points_to)
+
+
+def _check_registry(store: Store, versions: Mapping[str, list[_Entry]], live: Collection[str]) -> None:
+    published = [p for p, entries in versions.items() if any(e["Key"] == f"{p}{MANIFEST_NAME}" for e in entries)]
+    if published and not live:
+        raise ServiceError(
+            f"the registry points to none of the {len(published)} versions in s3://{store.bucket}, so nothing is "
+            "removed; check MLFLOW_TRACKING_URI and ELASTIC_BUCKET"
+        )
+
+
+def _is_tombstone(store: Store, entry: _Entry) -> bool:
+    """Whether this is what an interrupted removal left in a manifest's place."""
+    return (
+        str(entry["Key"]).endswith(f"/{MANIFEST_NAME}")
+        and entry.get("Size") == len(TOMBSTONE)
+        and manifest_bytes(store, f"s3://{store.bucket}/{entry['Key']}") == TOMBSTONE
+    )
+
+
+def _newest(entries: Collection[_Entry]) -> datetime:
+    return max((entry.get("LastModified") or entry["Initiated"] for entry in entries), default=_NEVER)
+
+
+def _size(store: Store, entry: _Entry) -> int:
+    if "UploadId" not in entry:
+        return int(entry["Size"])
+    pages = store.client.get_paginator("list_parts").paginate(
+        Bucket=store.bucket, Key=entry["Key"], UploadId=entry["UploadId"]
+    )
+    return sum(int(part["Size"]) for page in pages for part in page.get("Parts", ()))
+
+
+def _remove_version(store: Store, prefix: str, points_to: Callable[[], Collection[str]], before: datetime) -> bool:
+    manifest = {"Bucket": store.bucket, "Key": f"{prefix}{MANIFEST_NAME}"}
+    original = manifest_bytes(store, f"s3://{store.bucket}/{prefix}{MANIFEST_NAME}")
+    try:
+        only_first = {"IfNoneMatch": "*"} if original is None else {}
+        store.client.put_object(**manifest, Body=TOMBSTONE, **only_first, **store.put_options)
+    except ClientError as error:
+        if status_of(error) != 412:
+            raise
+        return False  # it has just been published
+    objects = [entry for entry in objects_below(store, prefix) if entry["Key"] != manifest["Key"]]
+    uploads = [*uploads_below(store, prefix)]
+    if _newest([*objects, *uploads]) >= before or _is_pointed_to(store, prefix, points_to()):
+        if original in (None, TOMBSTONE):
+            store.client.delete_object(**manifest)
+        else:
+            store.client.put_object(**manifest, Body=original, ContentType="application/json", **store.put_options)
+        return False
+    for upload in uploads:
+        abort_upload(store, upload)
+    for start in range(0, len(objects), MAX_DELETED):
+        keys = [{"Key": entry["Key"]} for entry in objects[start : start + MAX_DELETED]]
+        answer = store.client.delete_objects(Bucket=store.bucket, Delete={"Objects": keys, "Quiet": True})
+        for refused in answer.get("Errors", ()):
+            raise ServiceError(f"s3://{store.bucket}/{refused['Key']}: S3 answers {refused['Code']} to DeleteObjects")
+    store.client.delete_object(**manifest)
+    return True
