@@ -1,0 +1,2 @@
+-- What PostgreSQL's image runs once, when its volume is new; the database `prefect` it makes itself.
+CREATE DATABASE mlflow;
