@@ -5,10 +5,13 @@ import logging
 import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from elastic_core.config import Dtype
 
 if TYPE_CHECKING:
     from elastic_core.model import ElasticNemotronH
@@ -62,26 +65,137 @@ def run(
         print_outcome(evaluation, release, verdict)
 
 
+@app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, such as infra/recipes/nano-12b.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: stages.0.steps=100 ...")] = None,
+    gpus: Annotated[str, typer.Option(help="Numbers of GPUs to plan for.")] = "1,8,64",
+    gpu_memory: Annotated[str, typer.Option(help="Memory of a GPU.")] = "80GB",
+    tflops: Annotated[float, typer.Option(help="TFLOP/s of a GPU at its peak, in the dtype of the recipe.")] = 989.0,
+    mfu: Annotated[float, typer.Option(help="The share of it that training reaches.")] = 0.4,
+    price: Annotated[float, typer.Option(help="Dollars for a GPU-hour.")] = 2.5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Say before spending what a recipe takes: sizes, tokens, FLOPs, memory, hours, dollars, and where it fits."""
+    from elastic_core.config import parse_bytes
+    from elastic_core.plan import Accelerator, plan_recipe
+    from elastic_core.profile import recipe_table
+    from flows.plan import parse_gpus, plan_json, print_plan, teacher_geometry
+    from flows.recipes import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    accelerator = Accelerator(
+        memory=parse_bytes(gpu_memory, "--gpu-memory"),
+        flops_per_second=tflops * 1e12,
+        utilisation=mfu,
+        dollars_per_hour=price,
+    )
+    table = recipe_table(loaded)
+    planned = plan_recipe(loaded, teacher_geometry(loaded), accelerator, parse_gpus(gpus), table)
+    if as_json:
+        typer.echo(json.dumps(plan_json(planned), indent=2))
+    else:
+        print_plan(planned, table)
+
+
+@app.command()
+def up(
+    recipe: Annotated[Path, typer.Argument(help="The recipe that the forms begin with.")] = Path(
+        "infra/recipes/tiny.yaml"
+    ),
+    schedule: Annotated[str, typer.Option(help="When to look for a new teacher or new data (cron).")] = "0 3 * * *",
+    prefect_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Else 4200, or a free one.")] = None,
+    mlflow_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Else 5000, or a free one.")] = None,
+    s3_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Else a free one.")] = None,
+) -> None:
+    """Serve: Prefect and MLflow with their UIs, object store, workers, deployments, until Ctrl-C or `elastic down`."""
+    from flows import serve
+    from flows.recipes import load_recipe
+    from tasks.settings import make_home
+
+    load_recipe(recipe)
+    serve.up(make_home(), recipe, schedule, serve.Ports(prefect=prefect_port, mlflow=mlflow_port, s3=s3_port))
+
+
+@app.command()
+def status() -> None:
+    """Say what `elastic up` has running, and whether it answers; fails unless all of it does."""
+    from flows import serve
+    from tasks.settings import home_directory
+
+    if not serve.status(home_directory()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def down() -> None:
+    """Stop the `elastic up` of this state directory; the state stays."""
+    from flows import serve
+    from tasks.settings import home_directory
+
+    serve.down(home_directory())
+
+
+@app.command()
+def profile(
+    source: Annotated[Path, typer.Argument(help="A recipe, or an elastic checkpoint: what may be chosen.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The latency table to write, JSON.")],
+    context: Annotated[int, typer.Option(help="Tokens that a sequence has when the step is timed.")] = 4096,
+    batch: Annotated[int, typer.Option(help="Sequences decoded at once.")] = 1,
+    dtype: Annotated[Dtype, typer.Option(help="What is computed in.")] = "bfloat16",
+) -> None:
+    """Measure on this device how long a decoding step takes at every choice of the axes, for latency budgets."""
+    import torch
+
+    from elastic_core.config import Serving
+    from elastic_core.profile import measure, write_table
+    from flows.profile import print_table, profiled
+    from tasks.bars import bar
+
+    model, axes = profiled(source)
+    serving = Serving(context=context, batch=batch, dtype=dtype)
+    if not output.parent.is_dir():
+        raise ValueError(f"{output.parent}: there is no such directory; make it, or write the table somewhere else")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with bar("profiling") as report:
+        table = measure(model, axes, serving, device, progress=report)
+    write_table(output, table)
+    print_table(table, axes)
+
+
 @app.command("slice")
 def slice_(
     checkpoint: Directory,
     output: Output,
     budget: Annotated[str | None, typer.Option(help="A budget of the family, by name.")] = None,
     params: Annotated[float | None, typer.Option(help="Any size instead: at most this many parameters.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="At most this much memory when serving: 16GiB@ctx=131072[,batch=8,dtype=...].")
+    ] = None,
+    latency: Annotated[str | None, typer.Option(help="At most this long a decoding step: 12ms.")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="The latency table to count by, of `elastic profile`; else the family's own.")
+    ] = None,
     pad_ffn: Annotated[bool, typer.Option(help="Pad FFN layers to one width, for stock transformers.")] = False,
 ) -> None:
     """Cut a budget, or any size between, out of an elastic checkpoint."""
     from elastic_core.checkpoint import read_family
     from elastic_core.slicing import slice_checkpoint
-    from tasks.progress import progress_bar
+    from tasks.bars import bar
 
-    if (budget is None) == (params is None):
-        raise ValueError("give either --budget or --params")
-    family = read_family(checkpoint)
-    subnet = _any_size(checkpoint, params) if params is not None else family.budget(str(budget)).subnet
-    with progress_bar("slicing") as report:
+    sizes = {"--params": params, "--memory": memory, "--latency": latency}
+    given = {option: size for option, size in sizes.items() if size is not None}
+    if len(given) + (budget is not None) != 1:
+        raise ValueError(f"give one of --budget, {', '.join(sizes)}")
+    if profile is not None and latency is None:
+        raise ValueError("--profile is what --latency is counted by; give both, or neither")
+    if budget is not None:
+        subnet, takes = read_family(checkpoint).budget(budget).subnet, ""
+    else:
+        subnet, takes = _any_size(checkpoint, *given.popitem(), profile)
+    with bar("slicing") as report:
         slice_checkpoint(checkpoint, subnet, output, pad_ffn=pad_ffn, progress=report)
-    typer.echo(f"{output}: {_describe(output)}")
+    typer.echo(f"{output}: {_describe(output)}{takes}")
 
 
 @app.command()
@@ -89,16 +203,16 @@ def pull(
     model: Annotated[str, typer.Argument(help="NAME, NAME@ALIAS or NAME:VERSION; NAME alone is its champion.")],
     output: Output,
 ) -> None:
-    """Bring a registered model here, every digest verified."""
+    """Bring a registered model here, every digest verified; a smaller size of it that is there already is grown."""
     from flows.services import embedded_services
     from tasks import artifacts, tracking
-    from tasks.progress import progress_bar
+    from tasks.bars import bar
     from tasks.settings import Settings, make_home
 
     with embedded_services(make_home(), share=True):
         settings = Settings.from_environment(need_bucket=False)
         version = tracking.resolve(settings.tracking_uri, model)
-        with progress_bar(f"pulling {version.name}:{version.version}") as report:
+        with bar(f"pulling {version.name}:{version.version}") as report:
             artifacts.fetch(
                 artifacts.open_store(settings),
                 version.tags[tracking.MANIFEST],
@@ -107,6 +221,20 @@ def pull(
                 progress=report,
             )
     typer.echo(f"{output}: {version.name} version {version.version}, {_describe(output)}")
+
+
+@app.command()
+def gc(
+    older_than: Annotated[float, typer.Option(min=0.0, help="Days in which nothing was written to it.")] = 7.0,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove what is found, instead of only listing it.")] = False,
+) -> None:
+    """List or remove what is of no use: versions that nothing in the registry points to, and interrupted writes."""
+    from flows.garbage import collect
+    from flows.services import embedded_services
+    from tasks.settings import Settings, make_home
+
+    with embedded_services(make_home(), share=True):
+        collect(Settings.from_environment(), older_than_days=older_than, delete=delete)
 
 
 @app.command("eval")
@@ -185,16 +313,28 @@ def _load(checkpoint: Path, budget: str | None) -> "tuple[ElasticNemotronH, Subn
     return model, read_family(checkpoint).budget(budget).subnet if budget else full_subnet(model.config)
 
 
-def _any_size(checkpoint: Path, params: float) -> "Subnet":
+def _any_size(checkpoint: Path, option: str, size: float | str, profile: Path | None) -> "tuple[Subnet, str]":
+    """The subnet for the size that an option gives, and what it takes, if that is no number of parameters.
+
+    The option is the name of its budget, for messages about it.
+    """
     from elastic_core.checkpoint import read_config, read_family
+    from elastic_core.config import Budget, build
     from elastic_core.job import load_router
+    from elastic_core.profile import read_table
     from elastic_core.resolve import resolve_target
 
-    if not math.isfinite(params):
-        raise ValueError(f"--params {params} is not a size; give a number of parameters, such as 7.5e9")
+    if isinstance(size, float):
+        if not math.isfinite(size):
+            raise ValueError(f"{option} {size} is not a size; give a number of parameters, such as 7.5e9")
+        size = int(size)
+    budget = build(Budget, {"name": option, option.removeprefix("--"): size})
     family = read_family(checkpoint)
+    if profile is not None:
+        family = replace(family, latency_table=read_table(profile))
     router = load_router(checkpoint, read_config(checkpoint), family)
-    return resolve_target(router, [budget.subnet for budget in family.budgets], int(params))
+    subnet, counted = resolve_target(router, [b.subnet for b in family.budgets], budget), router.elastic.cost_of(budget)
+    return subnet, f", {counted.text(counted.of(subnet))} of {budget}" if budget.params is None else ""
 
 
 def _describe(directory: Path) -> str:

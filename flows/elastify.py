@@ -1,12 +1,17 @@
 """The pipeline: a teacher goes in, a registered family comes out. The body of `elastify` is the plan."""
 
 from pathlib import Path
+from typing import Annotated
 
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact
 
 from elastic_core.checkpoint import read_config
 from elastic_core.config import Recipe
+from elastic_core.profile import recipe_table
+from flows.failures import explain_failure
+from flows.guard import guard_run
+from flows.page import link_curves, show_outcome
+from flows.recipes import checked
 from tasks.data import read_record
 from tasks.distill import distill
 from tasks.evaluate import evaluate
@@ -15,104 +20,108 @@ from tasks.prepare import prepare_data
 from tasks.promote import Verdict, promote
 from tasks.rank import rank_importance, reorder_teacher
 from tasks.records import Artifact, EvaluationRecord, Release
-from tasks.register import destination, open_tracking, register
+from tasks.register import destination, register
+from tasks.runs import link_release, tracked
 from tasks.settings import Settings
 from tasks.slice import slice_budget
 from tasks.sources import source_identity, teacher_identity
 from tasks.steps import run
-from tasks.summary import markdown_table, summary_table
 from tasks.teacher import fetch_teacher, pretrain_teacher, train_tokenizer
 
 
-@flow(name="elastify")
-def elastify(recipe: Recipe) -> tuple[EvaluationRecord, Release, Verdict]:
+@flow(name="elastify", on_failure=[explain_failure])
+def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationRecord, Release, Verdict]:
     """Distil a teacher into a family of sizes, evaluate, slice and register it; every step resumes or is cached."""
+    guard_run()
     settings = Settings.from_environment()
-    workspace, run_id = str(settings.home / "workspace"), open_tracking(recipe, settings)
-
-    teacher, corpus = prepare(recipe, workspace)
-    ranking = run(
-        rank_importance,
-        teacher=teacher,
-        corpus=corpus,
-        axes=recipe.axes,
-        settings=recipe.importance,
-        dtype=recipe.dtype,
-        seed=recipe.seed,
-        workspace=workspace,
-    )
-    family = reordered = run(
-        reorder_teacher,
-        teacher=teacher,
-        ranking=ranking,
-        axes=recipe.axes,
-        budgets=recipe.budgets,
-        settings=recipe.router,
-        lineage=lineage(recipe, teacher, corpus),
-        seed=recipe.seed,
-        workspace=workspace,
-    )
-    stages, first_step = [], 0
-    for stage in recipe.stages:
-        trained = run(
-            distill,
-            family=family,
+    workspace = str(settings.home / "workspace")
+    with tracked(recipe, settings) as run_id:
+        link_curves(settings, run_id)
+        teacher, corpus = prepare(recipe, workspace)
+        ranking = run(
+            rank_importance,
             teacher=teacher,
             corpus=corpus,
-            stage=stage,
-            distillation=recipe.distillation,
-            first_step=first_step,
-            run_id=run_id,
+            axes=recipe.axes,
+            settings=recipe.importance,
             dtype=recipe.dtype,
             seed=recipe.seed,
             workspace=workspace,
         )
-        stages.append(trained)
-        family, first_step = trained.family, first_step + stage.steps
-    slices = {
-        budget.name: run(
-            slice_budget,
-            family=family,
-            budget=budget.name,
-            pad_ffn=recipe.pad_ffn,
+        family = reordered = run(
+            reorder_teacher,
+            teacher=teacher,
+            ranking=ranking,
+            axes=recipe.axes,
+            budgets=recipe.budgets,
+            settings=recipe.router,
+            lineage=lineage(recipe, teacher, corpus),
+            latency_table=recipe_table(recipe),
+            seed=recipe.seed,
             workspace=workspace,
         )
-        for budget in recipe.budgets
-    }
-    evaluation = run(
-        evaluate,
-        teacher=teacher,
-        reordered=reordered,
-        family=family,
-        slices=slices,
-        corpus=corpus,
-        settings=recipe.evaluation,
-        dtype=recipe.dtype,
-        seed=recipe.seed,
-    )
-    release = run(
-        register,
-        recipe=recipe,
-        family=family,
-        slices=slices,
-        stages=stages,
-        evaluation=evaluation,
-        corpus=corpus,
-        destination=destination(settings),
-        run_id=run_id,
-        workspace=workspace,
-    )
-    verdict = run(
-        promote,
-        release=release,
-        evaluation=evaluation,
-        corpus=corpus,
-        measured_by=recipe.evaluation,
-        gate=recipe.promotion,
-        destination=destination(settings),
-    )
-    show(recipe, evaluation, release, verdict)
-    return evaluation, release, verdict
+        stages, first_step = [], 0
+        for stage in recipe.stages:
+            trained = run(
+                distill,
+                family=family,
+                teacher=teacher,
+                corpus=corpus,
+                stage=stage,
+                distillation=recipe.distillation,
+                first_step=first_step,
+                run_id=run_id,
+                dtype=recipe.dtype,
+                seed=recipe.seed,
+                workspace=workspace,
+            )
+            stages.append(trained)
+            family, first_step = trained.family, first_step + stage.steps
+        slices = {
+            budget.name: run(
+                slice_budget,
+                family=family,
+                budget=budget.name,
+                pad_ffn=recipe.pad_ffn,
+                workspace=workspace,
+            )
+            for budget in recipe.budgets
+        }
+        evaluation = run(
+            evaluate,
+            teacher=teacher,
+            reordered=reordered,
+            family=family,
+            slices=slices,
+            corpus=corpus,
+            settings=recipe.evaluation,
+            dtype=recipe.dtype,
+            seed=recipe.seed,
+        )
+        release = run(
+            register,
+            recipe=recipe,
+            family=family,
+            slices=slices,
+            stages=stages,
+            evaluation=evaluation,
+            corpus=corpus,
+            destination=destination(settings),
+            run_id=run_id,
+            workspace=workspace,
+        )
+        verdict = run(
+            promote,
+            release=release,
+            evaluation=evaluation,
+            corpus=corpus,
+            measured_by=recipe.evaluation,
+            gate=recipe.promotion,
+            destination=destination(settings),
+        )
+        link_release(settings, run_id, release)
+        show_outcome(settings, evaluation, release, verdict)
+        return evaluation, release, verdict
 
 
 def prepare(recipe: Recipe, workspace: str) -> tuple[Artifact, Artifact]:
@@ -154,16 +163,3 @@ def lineage(recipe: Recipe, teacher: Artifact, corpus: Artifact) -> dict[str, st
         "heldout_sha256": read_record(Path(corpus.path)).heldout.sha256,
         "seed": str(recipe.seed),
     }
-
-
-def show(recipe: Recipe, evaluation: EvaluationRecord, release: Release, verdict: Verdict) -> None:
-    """Leave the budget table on the Prefect run."""
-    table = markdown_table(summary_table(evaluation))
-    models = "\n".join(f"- `{model}`" for model in release.models.values())
-    create_markdown_artifact(
-        key=f"family-{recipe.family.lower().replace('_', '-')}",
-        description=f"{release.family} {release.version}",
-        markdown="\n\n".join(
-            [table, f"Registered from `{release.uri}`:", models, verdict.reason, f"MLflow run `{release.run_id}`"]
-        ),
-    )

@@ -1,12 +1,19 @@
 """A recipe file, with overrides from the command line, as a `Recipe`."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BeforeValidator
 
 from elastic_core.config import Recipe, build
+
+
+def checked(cls: type) -> BeforeValidator:
+    """An annotation for a flow's parameter: built as strictly as a recipe file; pydantic alone makes 1 of true."""
+    return BeforeValidator(partial(build, cls))
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -86,6 +93,8 @@ def _anchor(data: dict[str, Any], directory: Path) -> None:
     for source in sources if isinstance(sources, list) else []:
         if isinstance(source, dict) and "path" in source:
             source["path"] = anchored(source["path"])
+    if "latency_table" in data:
+        data["latency_table"] = anchored(data["latency_table"])
     evaluation = data.get("evaluation")
     if isinstance(evaluation, dict) and "problems" in evaluation:
         evaluation["problems"] = anchored(evaluation["problems"])

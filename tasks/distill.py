@@ -3,7 +3,21 @@
 from pathlib import Path
 from typing import Any
 
-from elastic_core import checkpoint, curriculum, job, losses, model, router, ssm, subnet, train
+from elastic_core import (
+    checkpoint,
+    cost,
+    curriculum,
+    job,
+    losses,
+    model,
+    parallel,
+    resolve,
+    resume,
+    router,
+    ssm,
+    subnet,
+    train,
+)
 from elastic_core.config import Distillation, Dtype, Stage
 from elastic_core.job import METRICS, TrainJob
 from tasks import tracking
@@ -16,7 +30,10 @@ from tasks.steps import artifact, fingerprint, step
 from tasks.training import train as run_training
 
 
-@step(checkpoint, curriculum, job, losses, model, router, ssm, subnet, train)
+@step(
+    *(checkpoint, cost, curriculum, job, losses, model, parallel, resolve, resume, router, ssm, subnet, train),
+    on_gpu=True,
+)
 def distill(
     family: Artifact,
     teacher: Artifact,

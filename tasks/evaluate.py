@@ -50,7 +50,7 @@ class Answers:
     by_task: Mapping[str, float]
 
 
-@step(checkpoint, generate, job, losses, model, reorder, ssm)
+@step(checkpoint, generate, job, losses, model, reorder, ssm, on_gpu=True)
 def evaluate(
     teacher: Artifact,
     reordered: Artifact,

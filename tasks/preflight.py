@@ -6,8 +6,8 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL
 
 from elastic_core.config import Evaluation, ModelConfig, Recipe
-from elastic_core.cost import subnet_params
-from elastic_core.subnet import full_subnet
+from elastic_core.plan import check_budgets
+from elastic_core.profile import recipe_table
 from tasks.artifacts import check_bucket
 from tasks.data import check_length, read_record
 from tasks.documents import first_line
@@ -16,6 +16,13 @@ from tasks.records import Artifact
 from tasks.settings import ServiceError, Settings, redact
 from tasks.tokenizer import load_tokenizer
 from tasks.tracking import CHECK_SECONDS, check_server
+
+# What gives a checkpoint's tensors their shapes.
+GEOMETRY = (
+    *("hybrid_override_pattern", "hidden_size", "intermediate_size", "vocab_size"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel", "use_conv_bias"),
+)
 
 
 def check_services() -> None:
@@ -39,14 +46,22 @@ def check_prefect(url: str | None) -> None:
 
 
 def check_model(recipe: Recipe, model: ModelConfig) -> None:
-    """ValueError for axes that the teacher does not have and for a budget above it."""
-    recipe.axes.bind(model)
-    full = subnet_params(model, full_subnet(model))
-    for budget in recipe.budgets:
-        if budget.params is not None and budget.params > full:
+    """ValueError for a teacher of another geometry than the recipe says, axes that it lacks, and a budget above it."""
+    if recipe.teacher.model is not None:
+        _check_geometry(recipe.teacher.model, model, recipe.teacher.path)
+    axes, table = recipe.axes.bind(model), recipe_table(recipe)
+    if table is not None:
+        table.check(model, axes)
+    check_budgets(recipe.budgets, model, table)
+
+
+def _check_geometry(expected: ModelConfig, found: ModelConfig, path: str | None) -> None:
+    for name in GEOMETRY:
+        wanted, there = getattr(expected, name), getattr(found, name)
+        if wanted != there:
             raise ValueError(
-                f"budget {budget.name}: {budget.params:,} parameters is above the teacher's {full:,}; "
-                "lower it, or leave params out for the full model"
+                f"teacher.model.{name} is {wanted}, but the checkpoint at {path} has {there}; "
+                "correct the recipe, whose plan is for another model"
             )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from elastic_core.config import DataConfig
 from tasks import data, documents
 from tasks import tokenizer as tokenizer_module
-from tasks.progress import counter
+from tasks.bars import counter
 from tasks.records import Artifact
 from tasks.sources import fetch_data
 from tasks.steps import artifact, new_directory, step

@@ -10,10 +10,12 @@ from pathlib import Path
 STOP_SECONDS = 10.0
 
 # Runs a program that dies with this process: on Linux the kernel sees to it, elsewhere a parent that changed tells.
+# Under a shell's `&` SIGINT is ignored, and a Prefect worker that inherits that would not stop on SIGTERM either.
 # A `preexec_fn` could do the first, but is unsafe (and from Python 3.12 warned of) among threads.
 _GUARD = """
 import ctypes, os, signal, subprocess, sys, time
 parent, argv = int(sys.argv[1]), sys.argv[2:]
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 if sys.platform == "linux":
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -50,6 +52,10 @@ class ChildProcess:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a Ctrl-C is ours to handle, in our order
             )
+
+    def pid(self) -> int | None:
+        """The process that runs, or ran last."""
+        return self._process.pid if self._process is not None else None
 
     def exit_code(self) -> int | None:
         """How it ended; None while it runs or when it was never started."""

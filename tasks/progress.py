@@ -1,66 +1,43 @@
-"""Progress where users look: a bar with an ETA in the terminal, and an artifact that moves in the Prefect UI."""
+"""Progress of a step where users look: a bar in the terminal, an artifact that moves on the run's page in Prefect."""
 
 import logging
-import sys
-import time
+import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from uuid import UUID
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+from prefect.context import TaskRunContext
+from prefect.exceptions import PrefectException
 
 from elastic_core.config import Stage
+from tasks.bars import Pace, Report, bar
+from tasks.gpu import shown_on
+from tasks.summary import human_seconds
 
 logger = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_LINES = 30.0
-
-Report = Callable[[int, int], None]
+SECONDS_BETWEEN_UPDATES = 2.0
+LAST_UPDATE_SECONDS = 5.0
 
 
 @contextmanager
 def progress_bar(description: str) -> Iterator[Report]:
-    """A function of (done, total) that moves a bar, on a terminal; elsewhere a line of log every half minute."""
-    if not sys.stderr.isatty():
-        yield _logged(description)
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task(description, total=None)
-        yield lambda done, total: progress.update(bar, completed=done, total=total)
+    """A function of (done, total) that moves a bar, and in a run of a step an artifact on the run's page.
 
+    The bar needs a terminal; elsewhere it is a line of log every half minute.
+    """
+    with _on_the_page(description) as show, bar(description) as move:
 
-def _logged(description: str) -> Report:
-    began = last = time.monotonic()
+        def report(done: int, total: int) -> None:
+            move(done, total)
+            show(done, total)
 
-    def report(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= SECONDS_BETWEEN_LINES and done:
-            last = now
-            left = (now - began) * (total - done) / done
-            logger.info("%s: %.0f %%, %.0f s left", description, 100 * done / total, left)
-
-    return report
-
-
-@contextmanager
-def counter(description: str, unit: str) -> Iterator[Callable[[int], None]]:
-    """A function of a count whose end nobody knows; on a terminal it is seen to rise."""
-    if not sys.stderr.isatty():
-        yield lambda count: None
-        return
-    columns = (TextColumn("{task.description}"), TextColumn("{task.completed:,.0f} " + unit), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task(description, total=None)
-        yield lambda count: progress.update(bar, completed=count)
+        yield report
 
 
 @contextmanager
@@ -68,3 +45,74 @@ def stage_progress(stage: Stage) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A function of a step's metrics that moves the stage's bar."""
     with progress_bar(f"{stage.name}: {stage.steps} steps") as report:
         yield lambda row: report(row["step"] + 1, row["steps"])
+
+
+class ProgressArtifact:
+    """A progress artifact of a run in Prefect, moved from a thread of its own.
+
+    A server that is away holds every call up for more than a minute, and must not hold up the work.
+    """
+
+    def __init__(self, description: str, flow_run: UUID, task_run: UUID | None) -> None:
+        self._description, self._flow_run, self._task_run = description, flow_run, task_run
+        self._latest: tuple[int, int] | None = None
+        self._ended = threading.Event()
+        self._pace = Pace()
+        self._thread = threading.Thread(target=self._send, name="progress", daemon=True)
+        self._thread.start()
+
+    def show(self, done: int, total: int) -> None:
+        self._latest = done, total
+
+    def close(self) -> None:
+        """Send the last state; a server that is away is not waited for."""
+        self._ended.set()
+        self._thread.join(LAST_UPDATE_SECONDS)
+
+    def _send(self) -> None:
+        artifact: UUID | None = None
+        sent: tuple[int, int] | None = None
+        last = False
+        while not last:
+            last = self._ended.wait(SECONDS_BETWEEN_UPDATES)
+            latest = self._latest
+            if latest is None or latest == sent or (last and artifact is None):
+                continue  # what ends at once needs no artifact
+            try:
+                artifact = self._put(artifact, *latest)
+                sent = latest
+            except (httpx.HTTPError, PrefectException) as error:
+                logger.debug("progress is not shown: %s", error)
+
+    def _put(self, artifact: UUID | None, done: int, total: int) -> UUID:
+        left = self._pace.seconds_left(done, total)
+        text = f"{self._description}: {done:,} of {total:,}" + (f", {human_seconds(left)} left" if left else "")
+        share = 100.0 * done / max(total, 1)
+        with get_client(sync_client=True) as client:
+            if artifact is not None:
+                client.update_artifact(artifact, ArtifactUpdate(data=share, description=text))
+                return artifact
+            wanted = ArtifactCreate(
+                type="progress",
+                key=re.sub("[^a-z0-9]+", "-", self._description.partition(":")[0].lower()).strip("-"),
+                description=text,
+                data=share,
+                flow_run_id=self._flow_run,
+                task_run_id=self._task_run,
+            )
+            return client.create_artifact(wanted).id
+
+
+@contextmanager
+def _on_the_page(description: str) -> Iterator[Report]:
+    context = TaskRunContext.get()
+    elsewhere = shown_on.get()
+    flow_run = elsewhere or (context.task_run.flow_run_id if context is not None else None)
+    if context is None or flow_run is None:
+        yield lambda done, total: None
+        return
+    artifact = ProgressArtifact(description, flow_run, None if elsewhere else context.task_run.id)
+    try:
+        yield artifact.show
+    finally:
+        artifact.close()

@@ -1,6 +1,5 @@
 """The gate to `champion`: the family moves as a whole when no budget is worse than the champion it replaces."""
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from tasks.evaluate import heldout_batches, heldout_loss
 from tasks.records import Artifact, EvaluationRecord, Release
 from tasks.register import HELDOUT_DIGEST
 from tasks.settings import Settings
+from tasks.staging import scratch
 from tasks.steps import step
 
 
@@ -66,8 +66,8 @@ def champion_loss(
     if champion.tags.get(HELDOUT_DIGEST) == heldout_digest:
         return champion.metrics["cross_entropy"]
     store = artifacts.open_store(settings)
-    with tempfile.TemporaryDirectory(prefix="champion-", dir=settings.home) as scratch:
-        directory = Path(scratch) / "model"
+    with scratch(settings.home, "champion") as room:
+        directory = room / "model"
         artifacts.fetch(store, champion.tags[tracking.MANIFEST], champion.tags[tracking.BUDGET], directory)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = job.load_model(directory, device, torch.float32)

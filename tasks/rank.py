@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
-from elastic_core import checkpoint, importance, job, reorder, resolve, router, shards
+from elastic_core import checkpoint, cost, importance, job, reorder, resolve, router, shards
 from elastic_core.config import Axes, Budget, Dtype, Importance, Router
+from elastic_core.cost import LatencyTable
 from elastic_core.curriculum import generator
 from elastic_core.router import ElasticModel
 from elastic_core.train import TokenRows
@@ -15,7 +16,7 @@ from tasks.records import Artifact
 from tasks.steps import artifact, new_directory, step
 
 
-@step(importance, reorder)
+@step(importance, reorder, on_gpu=True)
 def rank_importance(
     teacher: Artifact, corpus: Artifact, axes: Axes, settings: Importance, dtype: Dtype, seed: int, workspace: str
 ) -> Artifact:
@@ -40,7 +41,7 @@ def rank_importance(
     return artifact(directory)
 
 
-@step(checkpoint, reorder, resolve, router)
+@step(checkpoint, cost, reorder, resolve, router)
 def reorder_teacher(
     teacher: Artifact,
     ranking: Artifact,
@@ -48,6 +49,7 @@ def reorder_teacher(
     budgets: tuple[Budget, ...],
     settings: Router,
     lineage: dict[str, str],
+    latency_table: LatencyTable | None,
     seed: int,
     workspace: str,
 ) -> Artifact:
@@ -55,9 +57,12 @@ def reorder_teacher(
     source, directory = Path(teacher.path), new_directory(workspace, "reordered")
     config = checkpoint.read_config(source)
     order = reorder.read_order(Path(ranking.path), config)
-    fresh = router.Router(ElasticModel(config, axes.bind(config), order.layers), len(budgets), settings.hidden_size)
+    elastic = ElasticModel(config, axes.bind(config), order.layers, latency_table)
+    fresh = router.Router(elastic, len(budgets), settings.hidden_size)
     fresh.initialise(generator(seed, "router"))
-    family = checkpoint.Family(axes=axes, budgets=(), layer_ranking=order.layers, lineage=dict(lineage))
+    family = checkpoint.Family(
+        axes=axes, budgets=(), layer_ranking=order.layers, lineage=dict(lineage), latency_table=latency_table
+    )
 
     def beside(staging: Path) -> None:
         reorder.write_order(staging, order)

@@ -8,40 +8,26 @@ from typing import Any
 
 from elastic_core import checkpoint
 from elastic_core.config import Recipe, Stage, to_dict
-from tasks import artifacts, plots, report, tracking
+from elastic_core.subnet import full_subnet
+from tasks import artifacts, nested, plots, report, tracking
 from tasks.data import read_record
+from tasks.manifest import Manifest, NestedPart
 from tasks.plots import read_metrics
 from tasks.progress import progress_bar
 from tasks.records import Artifact, EvaluationRecord, Release, StageRecord
-from tasks.settings import Settings, redact
+from tasks.settings import ServiceError, Settings, redact
+from tasks.staging import scratch
 from tasks.steps import fingerprint, new_directory, step
 from tasks.summary import summary_lines
 
 HELDOUT_DIGEST = "elastic.heldout_sha256"
+STORAGE, PULL = "elastic.storage", "elastic.pull"
+WHOLE = "family"  # the part that is the elastic checkpoint
 
 
 def destination(settings: Settings) -> str:
     """Where a family is published and registered, without secrets: part of the key of the steps that do so."""
     return redact(f"{settings.tracking_uri} {settings.endpoint_url or 'aws'} {settings.bucket}")
-
-
-def open_tracking(recipe: Recipe, settings: Settings) -> str:
-    """The MLflow run of this recipe: the same one however often the pipeline is started again."""
-    run_key = fingerprint(recipe)[:32]
-    run_id = tracking.open_run(
-        settings.tracking_uri,
-        experiment=recipe.family,
-        run_key=run_key,
-        run_name=f"{recipe.family}-{run_key[:8]}",
-        artifact_root=f"s3://{settings.bucket}/mlflow/{recipe.family}" if is_local(settings.tracking_uri) else None,
-    )
-    tracking.log_params(settings.tracking_uri, run_id, to_dict(recipe))
-    return run_id
-
-
-def is_local(tracking_uri: str) -> bool:
-    """Whether MLflow is a database that we open ourselves, with no server to say where artifacts go."""
-    return not tracking_uri.startswith(("http://", "https://"))
 
 
 def curves(row: Mapping[str, Any]) -> dict[str, float]:
@@ -72,7 +58,8 @@ def register(
     store = artifacts.open_store(settings)
     described = checkpoint.read_family(Path(family.path))
     heldout_digest = read_record(Path(corpus.path)).heldout.sha256
-    version = family.digest[:12]
+    metadata = {"lineage": described.lineage, "recipe": to_dict(recipe), "heldout_sha256": heldout_digest}
+    version = fingerprint(family, slices, metadata)[:12]
     report_directory = new_directory(workspace, "report")
     report.write_report(
         report_directory,
@@ -84,16 +71,8 @@ def register(
         model=checkpoint.read_config(Path(family.path)),
         links={"objects": artifacts.version_uri(settings.bucket, recipe.family, version), "MLflow run": run_id},
     )
-    directories = {name: Path(slice_.path) for name, slice_ in slices.items()} | {"family": Path(family.path)}
-    with progress_bar(f"publishing {recipe.family} {version}") as progress:
-        artifacts.publish(
-            store,
-            family=recipe.family,
-            version=version,
-            directories=directories,
-            metadata={"lineage": described.lineage, "recipe": to_dict(recipe), "heldout_sha256": heldout_digest},
-            progress=progress,
-        )
+    directories = {name: Path(slice_.path) for name, slice_ in slices.items()} | {WHOLE: Path(family.path)}
+    manifest = publish(store, recipe, version, described, directories, metadata, Path(workspace))
     deliver_curves(settings, run_id, recipe.stages, stages, Path(workspace))
     tracking.log_files(settings.tracking_uri, run_id, report_directory, "report")
     models = tracking.register_family(
@@ -102,8 +81,10 @@ def register(
         version=version,
         manifest_uri=artifacts.manifest_uri(settings.bucket, recipe.family, version),
         run_id=run_id,
-        members=list(members(settings, recipe, version, evaluation, described, heldout_digest)),
+        members=list(members(settings, recipe, manifest, evaluation, described, heldout_digest)),
     )
+    if not artifacts.is_published(store, manifest):  # until now nothing pointed to it
+        raise ServiceError(f"{version} of {recipe.family} was removed by elastic gc; try again", transient=True)
     tracking.finish_run(settings.tracking_uri, run_id)
     return Release(
         family=recipe.family,
@@ -113,6 +94,41 @@ def register(
         run_id=run_id,
         report=str(report_directory / "index.html"),
     )
+
+
+def publish(
+    store: artifacts.Store,
+    recipe: Recipe,
+    version: str,
+    family: checkpoint.Family,
+    directories: Mapping[str, Path],
+    metadata: Mapping[str, Any],
+    workspace: Path,
+) -> Manifest:
+    """Upload the slices and the family, each whole or, where the recipe says so, as shells."""
+    parts: tuple[NestedPart, ...] = ()
+    with scratch(workspace, "shells") as made:
+        if recipe.storage == "nested":
+            model = checkpoint.read_config(directories[WHOLE])
+            subnets = {budget.name: budget.subnet for budget in reversed(family.budgets)} | {WHOLE: full_subnet(model)}
+            directories, parts = nested.store(
+                [
+                    nested.Member(name=name, directory=directories[name], subnet=subnet)
+                    for name, subnet in subnets.items()
+                ],
+                model,
+                made,
+            )
+        with progress_bar(f"publishing {recipe.family} {version}") as progress:
+            return artifacts.publish(
+                store,
+                family=recipe.family,
+                version=version,
+                directories=directories,
+                metadata=metadata,
+                nested=parts,
+                progress=progress,
+            )
 
 
 def deliver_curves(
@@ -131,12 +147,12 @@ def deliver_curves(
 def members(
     settings: Settings,
     recipe: Recipe,
-    version: str,
+    manifest: Manifest,
     evaluation: EvaluationRecord,
     family: checkpoint.Family,
     heldout_digest: str,
 ) -> Iterator[tracking.Member]:
-    """One registered model a budget, with what was measured of it."""
+    """One registered model a budget, with what was measured of it, and how to get it."""
     lines = summary_lines(evaluation)
     for measured in evaluation.budgets:
         metrics = {
@@ -148,15 +164,21 @@ def members(
         }
         if measured.accuracy is not None:
             metrics["accuracy"] = measured.accuracy
+        command = f"elastic pull {tracking.model_name(recipe.family, measured.budget)}:VERSION -o DIRECTORY"
+        how = f"`{command}` or any MLflow client"
+        if manifest.stored(measured.budget) != manifest.part(measured.budget):
+            how = f"`{command}`: its objects are only what it adds to the smaller sizes, which no other client joins"
         yield tracking.Member(
             budget=measured.budget,
-            source=f"{artifacts.version_uri(settings.bucket, recipe.family, version)}/{measured.budget}",
+            source=f"{artifacts.version_uri(settings.bucket, recipe.family, manifest.version)}/{measured.budget}",
             metrics=metrics,
             tags={
                 HELDOUT_DIGEST: heldout_digest,
+                STORAGE: recipe.storage,
+                PULL: command,
                 "elastic.params": str(measured.params),
                 "elastic.subnet": json.dumps(to_dict(family.budget(measured.budget).subnet)),
                 **{f"elastic.{key}": str(value) for key, value in family.lineage.items()},
             },
-            description=f"{recipe.family}, budget {measured.budget}: {lines[measured.budget]}.",
+            description=f"{recipe.family}, budget {measured.budget}: {lines[measured.budget]}. Get it with {how}.",
         )

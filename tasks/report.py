@@ -114,16 +114,16 @@ def _markdown(run: Run) -> str:
 
 def _shape_rows(run: Run) -> list[dict[str, str]]:
     """The shape and the bytes of every budget, as rows of text by column title."""
-    targets = {budget.name: budget.params for budget in run.recipe.budgets}
+    targets = {budget.name: str(budget) for budget in run.recipe.budgets}
     rows = []
     for budget in run.budgets:
-        subnet, target = run.subnets[budget.budget], targets.get(budget.budget)
+        subnet = run.subnets[budget.budget]
         kinds = [run.model.hybrid_override_pattern[layer] for layer in subnet.layers]
         heads = span(run, subnet, MAMBA, subnet.mamba_heads)
         rows.append(
             {
                 "budget": budget.budget,
-                "target": f"{target:,}" if target is not None else "full",
+                "target": targets.get(budget.budget, "full"),
                 "parameters": f"{budget.params:,}",
                 "share": percent(budget.params / run.evaluation.teacher_params),
                 "hidden": str(subnet.hidden),

@@ -18,6 +18,8 @@ BUCKET = "ELASTIC_BUCKET"
 HOME = "ELASTIC_HOME"
 ENCRYPTION = "ELASTIC_S3_SSE"
 KMS_KEY = "ELASTIC_S3_SSE_KMS_KEY_ID"
+SIGNING_KEY = "ELASTIC_SIGNING_KEY_FILE"
+VERIFICATION_KEY = "ELASTIC_VERIFICATION_KEY_FILE"
 
 ENCRYPTIONS = ("none", "AES256", "aws:kms", "aws:kms:dsse")
 
@@ -65,7 +67,11 @@ def redact(text: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The machine's side of a run. `bucket` is "" where only reading by URI is wanted; no endpoint means AWS itself."""
+    """The machine's side of a run. `bucket` is "" where only reading by URI is wanted; no endpoint means AWS itself.
+
+    Manifests are signed with the private key in the file `signing_key`, and believed only if signed by the key whose
+    public half is in `verification_key`; either may be missing.
+    """
 
     tracking_uri: str
     bucket: str
@@ -73,6 +79,8 @@ class Settings:
     home: Path = Path(".elastic")
     encryption: str = "none"
     kms_key_id: str | None = None
+    signing_key: Path | None = None
+    verification_key: Path | None = None
 
     def __post_init__(self) -> None:
         scheme = self.tracking_uri.partition("://")[0]
@@ -97,7 +105,8 @@ class Settings:
         endpoint = redact(self.endpoint_url) if self.endpoint_url else None
         return (
             f"Settings(tracking_uri={redact(self.tracking_uri)!r}, bucket={self.bucket!r}, endpoint_url={endpoint!r}, "
-            f"home={str(self.home)!r}, encryption={self.encryption!r}, kms_key_id={self.kms_key_id!r})"
+            f"home={str(self.home)!r}, encryption={self.encryption!r}, kms_key_id={self.kms_key_id!r}, "
+            f"signing_key={self.signing_key}, verification_key={self.verification_key})"
         )
 
     @classmethod
@@ -116,6 +125,8 @@ class Settings:
             home=home_directory(environ),
             encryption=environ.get(ENCRYPTION) or "none",
             kms_key_id=environ.get(KMS_KEY) or None,
+            signing_key=_file(environ, SIGNING_KEY),
+            verification_key=_file(environ, VERIFICATION_KEY),
         )
 
 
@@ -135,6 +146,10 @@ def make_home(environ: Mapping[str, str] = os.environ) -> Path:
             f"{HOME}={home} cannot be written ({error.strerror}); set it to a directory that can"
         ) from error
     return home
+
+
+def _file(environ: Mapping[str, str], name: str) -> Path | None:
+    return Path(environ[name]).expanduser().absolute() if environ.get(name) else None
 
 
 def _required(environ: Mapping[str, str], name: str, meaning: str) -> str:

@@ -32,7 +32,7 @@ def source_identity(source: DataSource) -> str:
     files = source_files(source, fetch=fetch_data, directory=Path())
     if source.path == STDLIB:
         return fingerprint(source, [(file.name, file.stat().st_size) for file in files.values()])
-    return fingerprint(source, [_file_identity(file) for file in files.values()])
+    return fingerprint(source, [file_identity(file) for file in files.values()])
 
 
 def teacher_identity(path: str) -> str:
@@ -40,7 +40,7 @@ def teacher_identity(path: str) -> str:
     if path.startswith("s3://"):
         return fingerprint(path, _objects(path))
     if Path(path).is_dir():
-        return fingerprint([_file_identity(file) for file in sorted(Path(path).iterdir()) if file.is_file()])
+        return fingerprint([file_identity(file) for file in sorted(Path(path).iterdir()) if file.is_file()])
     with _from_the_hub(f"teacher.path {path!r}"):
         return fingerprint(path, HfApi().model_info(path).sha)
 
@@ -61,6 +61,7 @@ def _objects(uri: str) -> list[tuple[str, str]]:
     return artifacts.list_objects(artifacts.open_store(Settings.from_environment(need_bucket=False)), uri)
 
 
-def _file_identity(file: Path) -> tuple[str, int, int]:
+def file_identity(file: Path) -> tuple[str, int, int]:
+    """What changes when a file does: its path, its size and the time of its last change."""
     status = os.stat(file)
     return str(file), status.st_size, status.st_mtime_ns

@@ -8,9 +8,11 @@ import hashlib
 import inspect
 import json
 import logging
+import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,10 +20,12 @@ from typing import Any, ParamSpec, TypeVar
 
 from prefect import Task
 from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.results import get_result_store
 from prefect.tasks import exponential_backoff
 
+from tasks.gpu import DEPLOYMENT_VARIABLE, device_to_oneself, run_on_workers
 from tasks.records import Artifact, StageRecord
-from tasks.settings import is_transient
+from tasks.settings import ServiceError, home_directory, is_transient
 
 logger = logging.getLogger(__name__)
 
@@ -31,46 +35,92 @@ R = TypeVar("R")
 # They say where results and reports go, not what they are: no part of a key.
 UNKEYED = {"workspace", "run_id"}
 
+# Each step's key as a function of its inputs by name, and the steps that need a GPU.
+KEYS: dict[str, Callable[[Mapping[str, Any]], str]] = {}
+ON_GPU: dict[str, Task[Any, Any]] = {}
 
-def step(*code: ModuleType) -> Callable[[Callable[P, R]], Task[P, R]]:
+
+def step(*code: ModuleType, on_gpu: bool = False) -> Callable[[Callable[P, R]], Task[P, R]]:
     """Make a function a step: persisted, cached by content, retried after transient faults.
 
-    `code` names the modules whose source is part of the key, beside the function's own.
+    `code` names the modules whose source is part of the key, beside the function's own. A step `on_gpu` has the
+    machine's devices to itself, here or on the workers that the environment names.
     """
 
     def decorate(function: Callable[P, R]) -> Task[P, R]:
         own = inspect.getmodule(function)
         modules = (*code, own) if own else code
 
-        def key(context: Any, parameters: Mapping[str, Any]) -> str:
+        def key(parameters: Mapping[str, Any]) -> str:
             inputs = {name: value for name, value in parameters.items() if name not in UNKEYED}
             return fingerprint(function.__name__, code_digest(*modules), inputs)
 
-        return Task(
+        made = Task(
             function,
             persist_result=True,
             result_serializer="json",
-            cache_policy=CacheKeyFnPolicy(cache_key_fn=key),
+            cache_policy=CacheKeyFnPolicy(cache_key_fn=lambda _, parameters: key(parameters)),
             retries=5,
             retry_delay_seconds=exponential_backoff(2.0),
             retry_jitter_factor=0.5,
             retry_condition_fn=_is_worth_retrying,
         )
+        KEYS[made.name] = key
+        if on_gpu:
+            ON_GPU[made.name] = made
+        return made
 
     return decorate
 
 
 def run(step: Task[P, R], *inputs: P.args, **named: P.kwargs) -> R:
-    """Run a step, or take its result from the cache; a cached result whose files are gone is made again."""
+    """Run a step, or take its result from the cache; a cached result whose files are gone is made again.
+
+    Where the step fails, its exception carries a note that names it.
+    """
     began = time.monotonic()
-    state = step(*inputs, **named, return_state=True)
-    record = state.result()
-    if isinstance(record, Artifact | StageRecord) and not record.exists():
-        state = step.with_options(refresh_cache=True)(*inputs, **named, return_state=True)
-        record = state.result()
-    took = "cached" if state.name == "Cached" else f"{time.monotonic() - began:.1f} s"
-    logger.info("%-16s %s", step.name, took)
+    try:
+        with _turn(step, named) as done_elsewhere:
+            state = step(*inputs, **named, return_state=True)
+            record = state.result()
+            if _is_gone(record):
+                state = step.with_options(refresh_cache=True)(*inputs, **named, return_state=True)
+                record = state.result()
+    except Exception as error:
+        error.add_note(f"step: {step.name}")
+        raise
+    cached = state.name == "Cached" and not done_elsewhere
+    logger.info("%-16s %s", step.name, "cached" if cached else f"{time.monotonic() - began:.1f} s")
     return record
+
+
+@contextmanager
+def _turn(step: Task[Any, Any], inputs: Mapping[str, Any]) -> Iterator[bool]:
+    """Wait until the step may run here; whether it was done by a worker meanwhile, and only has to be looked up."""
+    deployment = os.environ.get(DEPLOYMENT_VARIABLE)
+    if step.name not in ON_GPU or _is_known(step, inputs):
+        yield False
+    elif deployment:
+        run_on_workers(deployment, step.name, inputs)
+        if not _is_known(step, inputs):
+            raise ServiceError(
+                f"{step.name} was done by {deployment}, but its result is not seen here; give its workers the same "
+                "ELASTIC_HOME and PREFECT_LOCAL_STORAGE_PATH, on a file system that both see"
+            )
+        yield True
+    else:
+        with device_to_oneself(home_directory()):
+            yield False
+
+
+def _is_known(step: Task[Any, Any], inputs: Mapping[str, Any]) -> bool:
+    """Whether the cache has the step's result, with its files."""
+    store, key = get_result_store().update_for_task(step), KEYS[step.name](inputs)
+    return bool(store.exists(key)) and not _is_gone(store.read(key).result)
+
+
+def _is_gone(record: Any) -> bool:
+    return isinstance(record, Artifact | StageRecord) and not record.exists()
 
 
 def _is_worth_retrying(task: Any, run: Any, state: Any) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 
-from elastic_core import checkpoint, curriculum, job, losses, model, train
+from elastic_core import checkpoint, curriculum, job, losses, model, parallel, resume, train
 from elastic_core.config import DataConfig, Distillation, Dtype, ModelConfig, Pretraining
 from elastic_core.job import TrainJob
 from elastic_core.model import ElasticNemotronH
@@ -54,7 +54,7 @@ def train_tokenizer(
     return artifact(directory)
 
 
-@step(checkpoint, curriculum, job, losses, model, train)
+@step(checkpoint, curriculum, job, losses, model, parallel, resume, train, on_gpu=True)
 def pretrain_teacher(
     pretraining: Pretraining, tokenizer: Artifact, corpus: Artifact, dtype: Dtype, seed: int, workspace: str
 ) -> Artifact:

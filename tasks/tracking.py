@@ -10,7 +10,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,14 +31,17 @@ CLIENT_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 CHECK_SECONDS = 5.0
 
 RUN_KEY = "elastic.run_key"
 FAMILY, VERSION, BUDGET, MANIFEST = "elastic.family", "elastic.version", "elastic.budget", "elastic.manifest"
 METRIC_PREFIX = "metric."
+NOTE = "mlflow.note.content"  # MLflow's own: what the run's page shows as its description
 CANDIDATE, CHAMPION = "candidate", "champion"
 
+VERSIONS_A_PAGE = 1000
 MAX_METRICS, MAX_PARAMS, MAX_PARAM_LENGTH = 1000, 100, 6000  # MLflow's limits on one call and one value
 
 _log = logging.getLogger(__name__)
@@ -72,6 +75,11 @@ def check_server(uri: str) -> None:
         elif parts.scheme == "sqlite":
             _check_sqlite(uri, parts.path[1:])
         _client(uri).search_experiments(max_results=1)
+
+
+def is_server(uri: str) -> bool:
+    """Whether MLflow is a server; otherwise it is a database that we open ourselves."""
+    return uri.startswith(("http://", "https://"))
 
 
 def _check_port(uri: str, host: str, port: int | None) -> None:
@@ -141,6 +149,31 @@ def open_run(
         return run_id
 
 
+def is_finished(uri: str, experiment: str, run_key: str) -> bool:
+    """Whether the run with this key has come to a good end."""
+    with _explained(uri, f"looking for run {run_key!r}"):
+        client = _client(uri)
+        found = client.get_experiment_by_name(experiment)
+        query = f"tags.`{RUN_KEY}` = '{run_key}' AND attributes.status = 'FINISHED'"
+        return found is not None and bool(client.search_runs([found.experiment_id], query, max_results=1))
+
+
+def run_url(uri: str, run_id: str) -> str | None:
+    """The run's page; None where MLflow is a database with no server."""
+    if not is_server(uri):
+        return None
+    with _explained(uri, f"looking for run {run_id}"):
+        experiment = _client(uri).get_run(run_id).info.experiment_id
+    return f"{redact(uri).rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+
+
+def model_url(uri: str, model: str) -> str | None:
+    """The page of a registered version, NAME:VERSION; None where MLflow is a database with no server."""
+    if not is_server(uri):
+        return None
+    return f"{redact(uri).rstrip('/')}/#/models/{model.replace(':', '/versions/')}"
+
+
 def _experiment(client: "MlflowClient", name: str, artifact_root: str | None) -> str:
     from mlflow.exceptions import MlflowException
 
@@ -178,6 +211,15 @@ def log_params(uri: str, run_id: str, params: Mapping[str, Any]) -> None:
         flat = [Param(key, value) for key, value in flatten(params).items()]
         for chunk in _chunks(flat, MAX_PARAMS):
             _client(uri).log_batch(run_id, params=chunk, synchronous=True)
+
+
+def log_metrics(uri: str, run_id: str, metrics: Mapping[str, float]) -> None:
+    """Log single values to the run; the same ones again change nothing."""
+    from mlflow.entities import Metric
+
+    with _explained(uri, f"logging metrics to run {run_id}"):
+        values = [Metric(key, value, int(time.time() * 1000), 0) for key, value in metrics.items()]
+        _client(uri).log_batch(run_id, metrics=values, synchronous=True)
 
 
 def set_tags(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
@@ -405,6 +447,30 @@ def set_alias(uri: str, alias: str, versions: Mapping[str, int]) -> None:
         except BaseException:
             _put_back(client, alias, before)
             raise
+
+
+def tag_versions(uri: str, models: Collection[str], tags: Mapping[str, str]) -> None:
+    """Set tags on registered versions, each NAME:VERSION."""
+    with _explained(uri, f"tagging {', '.join(models)}"):
+        client = _client(uri)
+        for model in models:
+            name, version = model.rsplit(":", 1)
+            for key, value in tags.items():
+                client.set_model_version_tag(name, version, key, redact(value))
+
+
+def pointed_to(uri: str) -> set[str]:
+    """The URIs that any version of any registered model points to: of its directory and of its family's manifest."""
+    found: set[str] = set()
+    with _explained(uri, "listing all registered versions"):
+        client, token = _client(uri), None
+        while True:
+            page = client.search_model_versions(max_results=VERSIONS_A_PAGE, page_token=token)
+            for entry in page:
+                found |= {entry.source, entry.tags.get(MANIFEST)} - {None}
+            token = page.token
+            if not token:
+                return found
 
 
 def resolve(uri: str, reference: str) -> ModelVersion:

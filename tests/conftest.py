@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.services import QUIET, ObjectStore
+from flows.servers import QUIET, ObjectStore
 from tasks.artifacts import Store, open_store
 from tasks.settings import BUCKET, HOME, TRACKING_URI, Settings
 
@@ -43,7 +43,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     keys.write_text(json.dumps(identities))
     try:
         server.start()
-        yield S3Server(endpoint=server.endpoint, environment=server.environment())
+        yield S3Server(endpoint=server.url, environment=server.environment())
     finally:
         server.stop()
 

@@ -63,7 +63,9 @@ def test_importing_any_module_starts_nothing():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["pull", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["plan", "--help"], ["pull", "--help"]], ids=" ".join
+)
 def test_help_imports_nothing_heavy(arguments):
     code = f"""
 import sys

@@ -1,7 +1,11 @@
-"""One micro family, made once by the `elastic` command, that the tests of the pipeline look at."""
+"""What the tests of the pipeline share: one micro family made by `elastic run`, and one `elastic up`."""
+
+from collections.abc import Iterator
 
 import pytest
 from micro import Command, Run, completed, write_micro
+from served import Served
+from served import served as serving
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +18,12 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
 def finished(command: Command) -> Run:
     """One whole run, which several tests look at."""
     return completed(command)
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One `elastic up`, for all that look at what it serves."""
+    directory = tmp_path_factory.mktemp("served")
+    command = Command(recipe=write_micro(directory), home=directory / "home")
+    with serving(command) as up:
+        yield up

@@ -275,6 +275,35 @@ BAD_SETTINGS: dict[str, tuple[list[str], str]] = {
         ["budgets.1.params=10"],
         r"budget s: 10 parameters is below the smallest subnet",
     ),
+    "memory in no known unit": (
+        ["budgets.1={name: s, memory: 16G@ctx=64}"],
+        r"budgets\[1\].memory is '16G@ctx=64'; expected an amount in B, kB, .* such as 16GiB@ctx=131072",
+    ),
+    "memory at no context": (
+        ["budgets.1={name: s, memory: 16GiB}"],
+        r"budgets\[1\].memory is '16GiB', without a context; write 16GiB@ctx=131072",
+    ),
+    "memory above the teacher": (
+        ["budgets.1={name: s, memory: 16GiB@ctx=64}"],
+        r"budget s: 16 GiB is above the teacher's [\d.]+ KiB; lower it, or give no target",
+    ),
+    "memory below the smallest subnet": (
+        ["budgets.1={name: s, memory: 1KiB@ctx=64}"],
+        r"budget s: 1 KiB is below the smallest subnet of these axes, [\d.]+ KiB",
+    ),
+    "latency without a table": (
+        ["budgets.1={name: s, latency: 1ms}"],
+        r"budget s is a latency, which needs latency_table: the file that `elastic profile` measures",
+    ),
+    "latency table that is nowhere": (
+        ["budgets.1={name: s, latency: 1ms}", "latency_table=no.json"],
+        r"no.json: there is no such file; measure a latency table with `elastic profile`",
+    ),
+    "latency table that is none": (["latency_table=recipe.yaml"], r"recipe.yaml: is not valid JSON"),
+    "two targets": (
+        ["budgets.1.memory=16GiB@ctx=64"],
+        r"budgets\[1\]: budget s has params and memory; give it one target, or none",
+    ),
     "stage of an unknown budget": (["stages.0.budgets={xl: 1}"], r"stage stage1: budget 'xl' is not one of l, s"),
     "stage longer than the data": (
         ["stages.0.sequence_length=100000"],
@@ -521,6 +550,7 @@ def family(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         budgets=tuple(build(Budget, budget) for budget in RECIPE["budgets"]),
         settings=build(Router, RECIPE["router"]),
         lineage={},
+        latency_table=None,
         seed=0,
         workspace=str(workspace),
     )
@@ -531,8 +561,42 @@ BAD_COMMANDS: dict[str, tuple[str, str]] = {
     "slice: unknown budget": ("slice {family} --budget xl -o {out}", r"there is no budget 'xl'; known: l, s"),
     "slice: below the smallest": ("slice {family} --params 10 -o {out}", r"10 parameters is below the smallest subnet"),
     "slice: no size": ("slice {family} --params inf -o {out}", r"--params inf is not a size"),
-    "slice: both": ("slice {family} --budget s --params 2e4 -o {out}", r"give either --budget or --params"),
-    "slice: neither": ("slice {family} -o {out}", r"give either --budget or --params"),
+    "slice: both": (
+        "slice {family} --budget s --params 2e4 -o {out}",
+        r"give one of --budget, --params, --memory, --l",
+    ),
+    "slice: two sizes": ("slice {family} --memory 1MB@ctx=9 --params 2e4 -o {out}", r"give one of --budget, --params"),
+    "slice: neither": ("slice {family} -o {out}", r"give one of --budget, --params, --memory, --latency"),
+    "slice: memory in no known unit": (
+        "slice {family} --memory 16G@ctx=8 -o {out}",
+        r"memory is '16G@ctx=8'; expected",
+    ),
+    "slice: memory at no context": ("slice {family} --memory 16GiB -o {out}", r"memory is '16GiB', without a context"),
+    "slice: memory below the smallest": (
+        "slice {family} --memory 1KiB@ctx=8 -o {out}",
+        r"budget --memory: 1 KiB is below the smallest subnet of these axes, [\d.]+ KiB",
+    ),
+    "slice: latency without a unit": (
+        "slice {family} --latency 12 -o {out}",
+        r"latency is '12'; expected an amount in us",
+    ),
+    "slice: latency without a table": (
+        "slice {family} --latency 12ms -o {out}",
+        r"budget --latency: a latency needs a latency table; measure one",
+    ),
+    "slice: latency by no table": (
+        "slice {family} --latency 12ms --profile {file} -o {out}",
+        r"file: is not valid JSON",
+    ),
+    "slice: table without a latency": (
+        "slice {family} --params 2e4 --profile {file} -o {out}",
+        r"--profile is what --latency is counted by; give both, or neither",
+    ),
+    "profile: no recipe": ("profile {out} -o {out}.json", r"out: cannot be read .*; name a recipe"),
+    "profile: no recipe but a file": ("profile {file} -o {out}", r"file: is not a recipe"),
+    "profile: no family": ("profile {teacher} -o {out}", r"elastic.json: there is no such file"),
+    "profile: into no directory": ("profile {family} -o {out}/table.json", r"out: there is no such directory; make it"),
+    "profile: no context": ("profile {family} -o {out} --context 0", r"context=0 must be greater than 0"),
     "slice: no family": ("slice {teacher} --budget s -o {out}", r"elastic.json: there is no such file"),
     "slice: no directory": ("slice {out} --budget s -o {out}", r"elastic.json: there is no such file"),
     "slice: into a full directory": ("slice {family} --budget s -o {teacher}", r"teacher: exists already; remove it"),
@@ -577,6 +641,7 @@ BAD_USAGE: dict[str, tuple[str, str]] = {
     "no such option": ("pull a --into b", r"No such option: --into"),
     "no temperature": ("generate a hello --temperature -1", r"Invalid value for '--temperature'"),
     "no number": ("slice a -o b --params many", r"Invalid value for '--params'"),
+    "no dtype": ("profile a -o b --dtype int8", r"Invalid value for '--dtype'"),
 }
 
 

@@ -20,6 +20,9 @@ from elastic_core.job import load_model
 from elastic_core.slicing import slice_checkpoint
 from elastic_core.subnet import Subnet
 from flows.services import embedded_services
+from tasks import tracking
+from tasks.artifacts import open_store
+from tasks.settings import Settings
 
 pytestmark = pytest.mark.slow
 
@@ -110,6 +113,44 @@ def test_a_family_with_ffn_per_layer_is_padded_for_stock_transformers(finished, 
     slice_checkpoint(run.family, subnet, run.family.parent / "uneven", pad_ffn=True)
     assert_stock_logits(run.family, subnet, run.family.parent / "uneven")
     assert_stock_logits(run.family, family.budget("s").subnet, run.directory("slice-s"))
+
+
+def test_a_family_in_nested_storage_is_pulled_to_the_same_files_and_says_how(finished, command, tmp_path):
+    completed(command, "storage=nested")
+    for budget in ("s", "m", "l"):  # each over the one before
+        done = command("pull", f"micro-{budget}@candidate", "-o", str(tmp_path / "pulled"))
+        assert done.returncode == 0, done.stderr
+        assert files(tmp_path / "pulled") == files(finished.directory(f"slice-{budget}"))
+    with embedded_services(command.home):
+        settings = Settings.from_environment()
+        for budget in ("s", "m", "l"):
+            entry = tracking.by_alias(settings.tracking_uri, f"micro-{budget}", tracking.CANDIDATE)
+            assert entry.tags["elastic.storage"] == "nested"
+            assert entry.tags["elastic.pull"] in entry.description
+            assert ("any MLflow client" in entry.description) == (budget == "s")
+    assert not list((command.home / "workspace").glob(".*.partial"))
+
+
+def test_gc_lists_what_an_interrupted_run_left_and_removes_it_only_when_told(finished, command):
+    left = command.home / "workspace" / ".slice-x.partial"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(bytes(2048))
+    with embedded_services(command.home):
+        store = open_store(Settings.from_environment())
+        store.client.put_object(Bucket=store.bucket, Key="families/micro/begun/s/x", Body=b"half")
+        before = {entry["Key"] for entry in store.client.list_objects_v2(Bucket=store.bucket)["Contents"]}
+    for arguments in (["gc"], ["gc", "--older-than", "0"]):
+        listed = command(*arguments)
+        assert listed.returncode == 0, listed.stderr
+        assert ("families/micro/begun/" in listed.stdout) == ("2 KiB" in listed.stdout) == (len(arguments) > 1)
+    assert left.exists() and "nothing was removed" in listed.stdout
+    removed = command("gc", "--older-than", "0", "--delete")
+    assert removed.returncode == 0, removed.stderr
+    assert not left.exists()
+    with embedded_services(command.home):
+        store = open_store(Settings.from_environment())
+        after = {entry["Key"] for entry in store.client.list_objects_v2(Bucket=store.bucket)["Contents"]}
+    assert after == before - {"families/micro/begun/s/x"}
 
 
 def kill_inside(command: Command, stage: str, after_step: int) -> None:

@@ -14,8 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows import services
-from flows.services import ObjectStore, embedded_services
+from flows import servers, services
+from flows.servers import ObjectStore
+from flows.services import embedded_services
 from tasks.artifacts import exists, open_store, put_file
 from tasks.settings import ServiceError, Settings
 
@@ -153,7 +154,7 @@ def test_what_the_environment_names_is_used_instead(tmp_path: Path, monkeypatch:
     }
     for name, value in named.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(services, "_weed", lambda: pytest.fail("started a server"))
+    monkeypatch.setattr(servers, "_weed", lambda: pytest.fail("started a server"))
     with embedded_services(tmp_path) as defined:
         assert not named.keys() & defined.keys()
         assert not [name for name in defined if name.startswith("AWS_")]
@@ -162,7 +163,7 @@ def test_what_the_environment_names_is_used_instead(tmp_path: Path, monkeypatch:
 
 def test_a_bucket_of_ones_own_means_ones_own_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ELASTIC_BUCKET", "models")  # on AWS there is no endpoint to name
-    monkeypatch.setattr(services, "_weed", lambda: pytest.fail("started a server"))
+    monkeypatch.setattr(servers, "_weed", lambda: pytest.fail("started a server"))
     with embedded_services(tmp_path) as defined:
         assert "AWS_ENDPOINT_URL_S3" not in defined
         assert defined["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path}/mlflow.db"
@@ -172,14 +173,14 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pyte
     broken = tmp_path / "weed"
     broken.write_text("#!/bin/sh\necho no room; exit 1\n")
     broken.chmod(0o755)
-    monkeypatch.setattr(services, "_weed", lambda: str(broken))
+    monkeypatch.setattr(servers, "_weed", lambda: str(broken))
     with pytest.raises(ServiceError, match=r"SeaweedFS did not start: no room; its log is .*seaweedfs\.log"):
         ObjectStore(tmp_path / "s3", tmp_path / "logs").start()
 
 
 def test_every_variable_means_something_to_its_reader(tmp_path: Path) -> None:
-    server = services.PrefectServer(tmp_path, tmp_path)
-    defined = {**server.environment(), **services.tracking_environment(tmp_path), **services.QUIET}
+    server = servers.PrefectServer(tmp_path, tmp_path, 1)
+    defined = {**server.environment(), **services.tracking_environment(tmp_path), **servers.QUIET}
     code = """
 import mlflow.environment_variables, mlflow.telemetry.utils, os
 from prefect.settings import get_current_settings

@@ -1,0 +1,60 @@
+"""Measure a registered model on data of one's choice."""
+
+from pathlib import Path
+from typing import Annotated
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+
+from elastic_core.config import DataConfig, Evaluation
+from flows.failures import explain_failure
+from flows.guard import guard_run
+from flows.page import model_link
+from flows.recipes import checked
+from tasks import tracking
+from tasks.export import fetch_part
+from tasks.measure import Measurement, log_measurement, measure
+from tasks.prepare import prepare_data
+from tasks.settings import Settings
+from tasks.sources import source_identity
+from tasks.steps import run
+from tasks.summary import fixed, markdown_table, percent
+
+
+@flow(name="evaluate", on_failure=[explain_failure])
+def evaluation(
+    model: str,
+    data: Annotated[DataConfig, checked(DataConfig)],
+    settings: Annotated[Evaluation, checked(Evaluation)],
+) -> Measurement:
+    """Measure a registered model: its loss on the held-out part of the data, and the problems that it solves.
+
+    The data are split as in training: the data of the recipe that made a model give back what was held out from it.
+
+    Args:
+        model: NAME, NAME@ALIAS or NAME:VERSION; NAME alone is its champion.
+        data: The documents, and the share of them that is held out.
+        settings: How much is measured, and on which problems.
+    """
+    guard_run()
+    machine = Settings.from_environment()
+    workspace = str(machine.home / "workspace")
+    version = tracking.resolve(machine.tracking_uri, model)
+    name = f"{version.name}:{version.version}"
+    directory = run(
+        fetch_part,
+        manifest=version.tags[tracking.MANIFEST],
+        part=version.tags[tracking.BUDGET],
+        workspace=workspace,
+    )
+    identity = tuple(source_identity(source) for source in data.sources)
+    corpus = run(prepare_data, config=data, identity=identity, tokenizer=directory, workspace=workspace)
+    measured = run(measure, model=directory, corpus=corpus, settings=settings)
+    log_measurement(machine, version, corpus, measured)
+    rows = [{"model": name, "loss": fixed(measured.cross_entropy, 4), "accuracy": percent(measured.accuracy, 1)}]
+    create_markdown_artifact(
+        key=f"evaluation-{Path(version.name).name.lower().replace('_', '-').replace('.', '-')}",
+        description=f"{name} on {', '.join(source.path for source in data.sources)}",
+        markdown=f"{markdown_table(rows)}\n\n{model_link(machine, name)}",
+    )
+    return measured

@@ -1,0 +1,49 @@
+"""Cut a family that is registered to another size, and register that."""
+
+from typing import Annotated
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+
+from elastic_core.config import Budget
+from flows.failures import explain_failure
+from flows.guard import guard_run
+from flows.page import model_link
+from flows.recipes import checked
+from tasks import tracking
+from tasks.export import ELASTIC_PART, fetch_part, register_size, slice_size
+from tasks.register import destination
+from tasks.settings import Settings
+from tasks.steps import run
+
+
+@flow(name="export", on_failure=[explain_failure])
+def export(model: str, budget: Annotated[Budget, checked(Budget)], pad_ffn: bool = False) -> str:
+    """Cut another size out of a registered family, with no training, and register it as a candidate.
+
+    Args:
+        model: A registered member of the family, NAME, NAME@ALIAS or NAME:VERSION; it says which version to cut from.
+        budget: The name of the new size, and its target: parameters, memory or latency.
+        pad_ffn: Pad FFN layers to one width, for stock transformers.
+    """
+    guard_run()
+    settings = Settings.from_environment()
+    workspace = str(settings.home / "workspace")
+    origin = tracking.resolve(settings.tracking_uri, model)
+    source = f"{origin.name}:{origin.version}"
+    manifest = origin.tags[tracking.MANIFEST]
+    family = run(fetch_part, manifest=manifest, part=ELASTIC_PART, workspace=workspace)
+    cut = run(slice_size, family=family, budget=budget, pad_ffn=pad_ffn, workspace=workspace)
+    registered = run(
+        register_size,
+        model=source,
+        slice_=cut,
+        budget=budget,
+        destination=destination(settings),
+    )
+    create_markdown_artifact(
+        key="export",
+        description=registered,
+        markdown=f"{model_link(settings, registered)}, cut from {model_link(settings, source)}",
+    )
+    return registered

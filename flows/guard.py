@@ -1,0 +1,40 @@
+"""What a flow sees to before anything else where a worker runs it."""
+
+import os
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId, FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.context import FlowRunContext
+
+from elastic_core.job import die_with_parent
+from tasks.settings import ServiceError
+
+MOST_CRASHES = 5
+
+
+def guard_run() -> None:
+    """End with the worker, so that nobody believes a run dead that goes on; and begin no run that only crashes."""
+    if "PREFECT__FLOW_RUN_ID" in os.environ:  # Prefect's own, for the process of a run
+        die_with_parent()
+    _refuse_crash_loop()
+
+
+def _refuse_crash_loop() -> None:
+    """ServiceError where the runs of this deployment crash one after the other, so that they are not begun for ever."""
+    context = FlowRunContext.get()
+    this = context.flow_run if context is not None else None
+    if this is None or this.deployment_id is None:
+        return
+    with get_client(sync_client=True) as client:
+        last = client.read_flow_runs(
+            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[this.deployment_id])),
+            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(not_any_=[this.id])),
+            sort=FlowRunSort.START_TIME_DESC,
+            limit=MOST_CRASHES,
+        )
+    if len(last) == MOST_CRASHES and all(run.state is not None and run.state.is_crashed() for run in last):
+        raise ServiceError(
+            f"the last {MOST_CRASHES} runs crashed, so this one is not begun; see their logs and the machine's memory, "
+            "then start a run to go on"
+        )

@@ -1,0 +1,32 @@
+"""Retraining on a schedule: where the teacher, the data or the recipe changed, a new candidate."""
+
+from typing import Annotated
+
+from prefect import flow
+from prefect.states import Completed, State
+
+from elastic_core.config import Recipe
+from flows.elastify import elastify
+from flows.failures import explain_failure
+from flows.guard import guard_run
+from flows.recipes import checked
+from tasks.runs import is_made
+from tasks.settings import Settings
+
+
+@flow(name="retrain", on_failure=[explain_failure])
+def retrain(recipe: Annotated[Recipe, checked(Recipe)], force: bool = False) -> State:
+    """Look for a new teacher or new data; make and register a family where there is any.
+
+    Nothing is done when this recipe was carried out before on the same teacher and data. A new family becomes champion
+    where no budget is worse than the present champion; otherwise it stays a candidate.
+
+    Args:
+        recipe: The whole run, as in a recipe file.
+        force: Go through the steps even if nothing changed.
+    """
+    guard_run()
+    if not force and is_made(recipe, Settings.from_environment()):
+        return Completed(name="Unchanged", message="neither the teacher, nor the data, nor the recipe changed")
+    _, release, verdict = elastify(recipe)
+    return Completed(message=f"{release.family} {release.version}: {verdict.reason}")

@@ -1,0 +1,107 @@
+"""Steps that need a GPU: one at a time has the devices of a machine, here or where a pool of workers has them."""
+
+import fcntl
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import httpx
+import torch
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
+from prefect.context import FlowRunContext
+from prefect.deployments import run_deployment
+from prefect.exceptions import PrefectException
+
+from elastic_core.config import to_dict
+from tasks.settings import ServiceError
+
+DEPLOYMENT_VARIABLE = "ELASTIC_GPU_DEPLOYMENT"
+
+POLL_SECONDS = 1.0
+LONGEST_OUTAGE_SECONDS = 3600.0
+ATTEMPTS = 5
+
+# The flow run on whose page a step shows its progress, where that is another than the one it runs in.
+shown_on: ContextVar[UUID | None] = ContextVar("shown_on", default=None)
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def device_to_oneself(home: Path) -> Iterator[None]:
+    """Hold the devices of this machine against every other process of this state directory.
+
+    The end of a process frees what it held, however it ends. A pool's limit does not do it alone: a server that was
+    away may believe that a run has ended which goes on.
+    """
+    directory = home / "locks"
+    directory.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        for device in _devices():
+            file = stack.enter_context((directory / f"{socket.gethostname()}-{device}").open("ab"))
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                logger.info("waiting for %s, which another run has", device)
+                fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
+def _devices() -> list[str]:
+    """Names of the devices, always in one order, so that two runs cannot wait for each other."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    numbers = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+    return sorted(f"cuda-{number.strip()}" for number in numbers) if torch.cuda.is_available() else ["cpu"]
+
+
+def run_on_workers(deployment: str, step: str, inputs: Mapping[str, Any]) -> None:
+    """Have a run of `deployment` do the step, which leaves its result in the cache; a run that crashes is repeated.
+
+    Waits through outages of Prefect's server. Raises a ServiceError that says why where the run fails.
+    """
+    context = FlowRunContext.get()
+    caller = context.flow_run.id if context is not None and context.flow_run is not None else None
+    parameters = {"step": step, "inputs": to_dict(inputs), "show_on": str(caller) if caller else None}
+    for attempt in range(1, ATTEMPTS + 1):
+        started = run_deployment(deployment, parameters=parameters, flow_run_name=_label(step, inputs), timeout=0)
+        logger.info("%s waits for a worker, as run %s", step, started.name)
+        state = _final_state(started.id, caller)
+        if state.is_completed():
+            return
+        if not state.is_crashed():
+            reason = (state.message or state.name).removeprefix("Flow run encountered an exception: ")
+            raise ServiceError(f"{step} {state.name.lower()} on the worker: {reason}")
+        logger.warning("%s crashed on the worker (attempt %d of %d): %s", step, attempt, ATTEMPTS, state.message)
+    raise ServiceError(f"{step} crashed {ATTEMPTS} times on the workers of {deployment}; see their logs")
+
+
+def _label(step: str, inputs: Mapping[str, Any]) -> str:
+    stage = inputs.get("stage")
+    return f"{step} {stage.name}" if stage is not None else step
+
+
+def _final_state(flow_run: UUID, caller: UUID | None) -> State[Any]:
+    heard = time.monotonic()
+    with get_client(sync_client=True) as client:
+        while True:
+            try:
+                state = client.read_flow_run(flow_run).state
+                own = client.read_flow_run(caller).state if caller is not None else None
+                heard = time.monotonic()
+            except (httpx.HTTPError, PrefectException) as error:
+                if time.monotonic() - heard > LONGEST_OUTAGE_SECONDS:
+                    raise ServiceError(f"Prefect's server stays away: {error}", transient=True) from error
+            else:
+                if state is not None and state.is_final():
+                    return state
+                if own is not None and own.is_crashed():
+                    raise ServiceError("this run was taken for dead, and another goes on in its place")
+            time.sleep(POLL_SECONDS)
