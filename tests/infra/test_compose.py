@@ -166,8 +166,9 @@ def test_every_variable_is_one_that_its_reader_knows(service, monkeypatch):
 @pytest.mark.parametrize("service", [name for name in SERVERS if name.startswith("worker")])
 def test_a_worker_finds_the_object_store(service, environment):
     environment(service)
-    client = boto3.client("s3")
-    credentials = boto3.Session().get_credentials()
+    session = boto3.Session()  # boto3.client would make the process's, with these credentials for every later test
+    client = session.client("s3")
+    credentials = session.get_credentials()
     assert client.meta.endpoint_url == "http://s3.localhost:8333"
     assert (credentials.access_key, credentials.secret_key) == (
         "the-ELASTIC_S3_ACCESS_KEY",
