@@ -212,7 +212,7 @@ class MemoryCost(Cost):
     def _attention(self, shape: Shape) -> int:
         """Queries, with the layer's cache while it is copied to grow, or the mask, or the heads' and layer's output."""
         later = min(self._tokens, self.serving.context - self._tokens)  # the most that are read on top of a full piece
-        mask = later * self.serving.context
+        mask = later * self.serving.context if later > 1 else 0
         queries = self._rows * shape.width * self.model.head_dim * self._bytes
         output = queries + self._rows * shape.hidden * self._bytes
         return queries + max(self.cache(shape) if later else 0, 2 * mask, mask + output)

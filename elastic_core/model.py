@@ -12,7 +12,7 @@ Shape suffixes, valid in the whole package:
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -41,19 +41,49 @@ class MambaWeights:
     out_proj: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionWeights:
+    """An attention layer's weights at one subnet."""
+
+    q_proj: Tensor
+    k_proj: Tensor
+    v_proj: Tensor
+    o_proj: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class FeedForwardWeights:
+    """An FFN layer's weights at one subnet."""
+
+    up_proj: Tensor
+    down_proj: Tensor
+
+
 @dataclass(slots=True)
 class Cache:
-    """What decoding carries from one call to the next, at one subnet: a layer's index to its states and weights.
+    """What decoding carries from one call to the next, at one subnet: a layer's index to its states and its weights.
 
-    The weights are those that must be gathered from inside groups: once a text, and not once a token.
+    The weights are taken once a text, and not once a token: some must be gathered from inside groups.
     """
 
     conv: dict[int, Tensor] = field(default_factory=dict)
     ssm: dict[int, Tensor] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
-    mamba_weights: dict[int, MambaWeights] = field(default_factory=dict)
-    query_weights: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    weights: dict[int, Any] = field(default_factory=dict)
+
+
+W = TypeVar("W", MambaWeights, AttentionWeights, FeedForwardWeights)
+
+
+def weights_at(subnet: Subnet, layer: int, cache: Cache | None, choose: Callable[[Subnet], W]) -> W:
+    """The weights that a layer's mixer chooses at `subnet`, or chose when the cache first saw the layer."""
+    if cache is None:
+        return choose(subnet)
+    if layer not in cache.weights:
+        cache.weights[layer] = choose(subnet)
+    chosen: W = cache.weights[layer]
+    return chosen
 
 
 def take(weight: Tensor, parts: Parts, dim: int = 0) -> Tensor:
@@ -74,6 +104,8 @@ def take(weight: Tensor, parts: Parts, dim: int = 0) -> Tensor:
 
 def prefix(weight: Tensor, *sizes: int) -> Tensor:
     """The first `sizes[d]` entries of `weight` along each of its first dimensions; see `take`."""
+    if weight.shape[: len(sizes)] == sizes:
+        return weight
     return take(weight, lambda full: [full[tuple(slice(size) for size in sizes)]])
 
 
@@ -168,9 +200,7 @@ class MambaMixer(nn.Module):
     ) -> Tensor:
         config = self.config
         heads, head_dim = subnet.mamba_heads[self.ordinal], subnet.mamba_head_dim
-        weights = cache.mamba_weights.get(self.layer) if cache else None
-        if weights is None:
-            weights = self.weights(subnet)
+        weights = weights_at(subnet, self.layer, cache, self.weights)
 
         projected = F.linear(x_BTD, weights.in_proj)
         z, xBC, dt = projected.split([heads * head_dim, heads * head_dim + config.state_rows, heads], dim=-1)
@@ -196,7 +226,6 @@ class MambaMixer(nn.Module):
             )
         if cache is not None:
             cache.conv[self.layer], cache.ssm[self.layer] = conv_tail, state
-            cache.mamba_weights[self.layer] = weights
 
         mask = masks.mamba_channels(self.ordinal, config.n_groups) if masks else None
         y = backend.gated_norm(y_BTHP.flatten(-2), z, weights.norm, config.n_groups, config.layer_norm_epsilon, mask)
@@ -252,47 +281,42 @@ class Attention(nn.Module):
     def forward(
         self, x_BTD: Tensor, subnet: Subnet, masks: Masks | None, cache: Cache | None, backend: Backend
     ) -> Tensor:
-        config, hidden = self.config, subnet.hidden
-        kv_heads, head_dim = config.num_key_value_heads, config.head_dim
-        query_weights = cache.query_weights.get(self.layer) if cache else None
-        if query_weights is None:
-            query_weights = self.query_weights(subnet)
-        q_weight, o_weight = query_weights
+        kv_heads, head_dim = self.config.num_key_value_heads, self.config.head_dim
+        weights = weights_at(subnet, self.layer, cache, self.weights)
 
         def project(weight: Tensor) -> Tensor:
             heads: Tensor = F.linear(x_BTD, weight).unflatten(-1, (-1, head_dim))
             return heads.transpose(1, 2)
 
-        q_BQTE = project(q_weight)
-        k_BKTE = project(prefix(self.k_proj.weight, kv_heads * head_dim, hidden))
-        v_BKTE = project(prefix(self.v_proj.weight, kv_heads * head_dim, hidden))
-        causal, seen = None, 0
+        q_BQTE, k_BKTE, v_BKTE = project(weights.q_proj), project(weights.k_proj), project(weights.v_proj)
         if cache is not None:
             if self.layer in cache.keys:
-                seen = cache.keys[self.layer].shape[2]
                 k_BKTE = torch.cat([cache.keys[self.layer], k_BKTE], dim=2)
                 v_BKTE = torch.cat([cache.values[self.layer], v_BKTE], dim=2)
             cache.keys[self.layer], cache.values[self.layer] = k_BKTE, v_BKTE
-            cache.query_weights[self.layer] = query_weights
-        if seen:
-            causal = torch.ones(q_BQTE.shape[2], k_BKTE.shape[2], dtype=torch.bool, device=x_BTD.device).tril(seen)
+        tokens, seen = q_BQTE.shape[2], k_BKTE.shape[2]
+        causal = None  # a first piece needs no mask in memory, nor does a single token, which sees all
+        if 1 < tokens < seen:
+            causal = torch.ones(tokens, seen, dtype=torch.bool, device=x_BTD.device).tril(seen - tokens)
         y_BQTE = F.scaled_dot_product_attention(
-            q_BQTE, k_BKTE, v_BKTE, attn_mask=causal, is_causal=not seen, enable_gqa=True
+            q_BQTE, k_BKTE, v_BKTE, attn_mask=causal, is_causal=tokens == seen, enable_gqa=True
         )
         y = y_BQTE.transpose(1, 2).flatten(-2)
         if masks is not None:
             y = y * masks.query_channels(self.ordinal, kv_heads, head_dim).to(y.dtype)
-        return F.linear(y, o_weight)
+        return F.linear(y, weights.o_proj)
 
-    def query_weights(self, subnet: Subnet) -> tuple[Tensor, Tensor]:
-        """The rows of q_proj and the columns of o_proj that `subnet` keeps: the first query heads of each KV group."""
+    def weights(self, subnet: Subnet) -> AttentionWeights:
+        """What `subnet` keeps: of each KV group the first query heads, and every key and value head."""
         config, hidden = self.config, subnet.hidden
         kv_heads, head_dim = config.num_key_value_heads, config.head_dim
         in_group = subnet.attention_heads[self.ordinal] // kv_heads
         layout = (kv_heads, config.num_attention_heads // kv_heads, head_dim)
-        return (
-            take(self.q_proj.weight, lambda weight: [weight[:, :hidden].unflatten(0, layout)[:, :in_group]]),
-            take(self.o_proj.weight, lambda weight: [weight[:hidden].unflatten(1, layout)[:, :, :in_group]], 1),
+        return AttentionWeights(
+            q_proj=take(self.q_proj.weight, lambda weight: [weight[:, :hidden].unflatten(0, layout)[:, :in_group]]),
+            k_proj=prefix(self.k_proj.weight, kv_heads * head_dim, hidden),
+            v_proj=prefix(self.v_proj.weight, kv_heads * head_dim, hidden),
+            o_proj=take(self.o_proj.weight, lambda weight: [weight[:hidden].unflatten(1, layout)[:, :, :in_group]], 1),
         )
 
 
@@ -301,18 +325,25 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.ordinal = config.ordinal(layer)
+        self.layer, self.ordinal = layer, config.ordinal(layer)
         self.up_proj = nn.Linear(config.hidden_size, config.ffn_sizes[self.ordinal], bias=False)
         self.down_proj = nn.Linear(config.ffn_sizes[self.ordinal], config.hidden_size, bias=False)
 
     def forward(
         self, x_BTD: Tensor, subnet: Subnet, masks: Masks | None, cache: Cache | None, backend: Backend
     ) -> Tensor:
-        hidden, ffn = subnet.hidden, subnet.ffn[self.ordinal]
-        h_BTF = F.relu(F.linear(x_BTD, prefix(self.up_proj.weight, ffn, hidden))).square()
+        weights = weights_at(subnet, self.layer, cache, self.weights)
+        h_BTF = F.relu(F.linear(x_BTD, weights.up_proj)).square()
         if masks is not None:
             h_BTF = h_BTF * masks.ffn_F[self.ordinal].to(h_BTF.dtype)
-        return F.linear(h_BTF, prefix(self.down_proj.weight, hidden, ffn))
+        return F.linear(h_BTF, weights.down_proj)
+
+    def weights(self, subnet: Subnet) -> FeedForwardWeights:
+        """What `subnet` keeps: the first neurons."""
+        hidden, ffn = subnet.hidden, subnet.ffn[self.ordinal]
+        return FeedForwardWeights(
+            up_proj=prefix(self.up_proj.weight, ffn, hidden), down_proj=prefix(self.down_proj.weight, hidden, ffn)
+        )
 
 
 class Layer(nn.Module):
