@@ -39,8 +39,6 @@ from elastic_core.train import (
     train_stage,
 )
 
-logger = logging.getLogger(__name__)
-
 METRICS = "metrics.jsonl"
 ERROR = "error.txt"
 FAULT = 2  # the exit code of a job that a retry would only repeat

@@ -48,7 +48,7 @@ from elastic_core.shards import (
     write_json,
     write_shards,
 )
-from elastic_core.slicing import _indices, name_in_full_model
+from elastic_core.slicing import kept_indices, name_in_full_model
 from elastic_core.subnet import Subnet, check_subnet, full_subnet, sliced_config
 
 SHELL_FILE = "shell.json"
@@ -122,7 +122,7 @@ def _added(config: ModelConfig, below: Subnet | None) -> dict[str, dict[str, Ind
 
 def _kept(config: ModelConfig, below: Subnet, place: Place, shape: Sequence[int]) -> Indices:
     """Where a tensor of the slice `below` lies in that of a slice of this geometry."""
-    kept = _indices(place, below, config)
+    kept = kept_indices(place, below, config)
     return tuple(every if index is None else index for every, index in zip(_every(shape), kept, strict=True))
 
 

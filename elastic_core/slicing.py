@@ -41,7 +41,7 @@ def slice_weights(
     sliced = {}
     for name, shape in tensor_shapes(target_config(config, subnet, pad_ffn=pad_ffn)).items():
         old = name_in_full_model(name, subnet)
-        kept = select(weights[old], _indices(places[old], subnet, config))
+        kept = select(weights[old], kept_indices(places[old], subnet, config))
         sliced[name] = torch.cat([*_padded([kept], TensorInfo(dtype=kept.dtype, shape=shape))])
     return sliced
 
@@ -70,7 +70,7 @@ def slice_checkpoint(
     }
 
     def blocks(name: str) -> Iterator[Tensor]:
-        indices = _indices(places[name_in_full_model(name, subnet)], subnet, config)
+        indices = kept_indices(places[name_in_full_model(name, subnet)], subnet, config)
         return _padded(stored[name].blocks(*indices), plan[name])
 
     return write_checkpoint(target, new_config, plan, blocks, source=source, beside=beside, progress=progress)
@@ -84,7 +84,7 @@ def name_in_full_model(name: str, subnet: Subnet) -> str:
     return f"layers.{subnet.layers[int(layer)]}.{rest}"
 
 
-def _indices(place: Place, subnet: Subnet, config: ModelConfig) -> tuple[Index, ...]:
+def kept_indices(place: Place, subnet: Subnet, config: ModelConfig) -> tuple[Index, ...]:
     """What `subnet` keeps along each dimension of a tensor; None where it keeps all."""
     kept: dict[Axis, Tensor] = {"hidden": torch.arange(subnet.hidden)}
     if place.layer is not None:

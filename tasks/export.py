@@ -6,6 +6,7 @@ from elastic_core import checkpoint, job, resolve, router, slicing
 from elastic_core.config import Budget
 from elastic_core.cost import subnet_params
 from tasks import artifacts, tracking
+from tasks.progress import progress_bar
 from tasks.records import Artifact
 from tasks.settings import Settings
 from tasks.steps import artifact, fingerprint, new_directory, step
@@ -30,7 +31,8 @@ def slice_size(family: Artifact, budget: Budget, pad_ffn: bool, workspace: str) 
     described = checkpoint.read_family(source)
     routed = job.load_router(source, checkpoint.read_config(source), described)
     subnet = resolve.resolve_target(routed, [trained.subnet for trained in described.budgets], budget)
-    slicing.slice_checkpoint(source, subnet, directory, pad_ffn=pad_ffn)
+    with progress_bar(f"slicing {budget.name}") as report:
+        slicing.slice_checkpoint(source, subnet, directory, pad_ffn=pad_ffn, progress=report)
     return artifact(directory)
 
 

@@ -69,5 +69,6 @@ def reorder_teacher(
         shards.write_tensors(staging / checkpoint.ROUTER_FILE, fresh.state_dict())
         checkpoint.write_family(staging, job.resolved_family(family, fresh, budgets))
 
-    reorder.reorder_checkpoint(source, order, directory, beside=beside)
+    with progress_bar("reordering") as report:
+        reorder.reorder_checkpoint(source, order, directory, beside=beside, progress=report)
     return artifact(directory)
