@@ -1,0 +1,123 @@
+"""A stage of distillation as a step of the pipeline, beside the library's loop alone: what Prefect and MLflow cost.
+
+pytest -m benchmark -s tests/benchmarks/bench_overhead.py
+
+The step runs in a flow, on embedded services: its cache key, its supervised process under torchrun, its progress
+artifact, its curves on their way to MLflow. The loop is `python -m elastic_core.job` on the same job. Both begin with
+a new process and end with the written checkpoint. Two times ten minutes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from bench import record
+from prefect import flow
+from trainee import STAGE, train_job, write_family, write_tokens
+
+from elastic_core.config import Stage, build, to_dict
+from elastic_core.job import TrainJob
+from elastic_core.shards import read_tensors
+from flows.services import embedded_services
+from tasks import tracking
+from tasks.data import TRAIN_FILE
+from tasks.distill import distill
+from tasks.records import Artifact, StageRecord
+from tasks.settings import Settings
+from tasks.steps import artifact
+
+SECONDS = 600.0
+TRIAL_STEPS = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    family: Artifact
+    corpus: Artifact
+    job: TrainJob
+
+
+def loop(family: Artifact, corpus: Artifact, stage: Stage, work: Path) -> Path:
+    """The library alone, in a process of its own; the family that it wrote."""
+    job: TrainJob = train_job(Path(family.path), Path(corpus.path) / TRAIN_FILE, work, stage=stage)
+    (work / "job.json").write_text(json.dumps(to_dict(job)))
+    subprocess.run([sys.executable, "-m", "elastic_core.job", str(work / "job.json")], check=True)
+    return Path(job.output)
+
+
+@flow
+def one_stage(family: Artifact, corpus: Artifact, job: TrainJob, run_id: str, workspace: str) -> StageRecord:
+    return distill(
+        family,
+        family,
+        corpus,
+        job.stage,
+        job.distillation,
+        job.dtype,
+        job.seed,
+        first_step=0,
+        run_id=run_id,
+        workspace=workspace,
+    )
+
+
+def pipeline(family: Artifact, corpus: Artifact, stage: Stage, work: Path) -> tuple[float, Path]:
+    """The same as a step, in a process that finds its servers running; its seconds and the family that it wrote."""
+    job: TrainJob = train_job(Path(family.path), Path(corpus.path) / TRAIN_FILE, work, stage=stage)
+    (work / "inputs.json").write_text(json.dumps(to_dict(Inputs(family=family, corpus=corpus, job=job))))
+    with embedded_services(work / "home", prefect=True):
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        subprocess.run([sys.executable, __file__, str(work)], check=True, env=environment)
+    taken, output = json.loads((work / "done.json").read_text())
+    return taken, Path(output)
+
+
+def main(work: Path) -> None:
+    inputs = build(Inputs, json.loads((work / "inputs.json").read_text()))
+    uri = Settings.from_environment().tracking_uri
+    run_id = tracking.open_run(uri, experiment="overhead", run_key="1", run_name="overhead")
+    start = time.perf_counter()
+    done = one_stage(inputs.family, inputs.corpus, inputs.job, run_id, str(work / "workspace"))
+    (work / "done.json").write_text(json.dumps([time.perf_counter() - start, done.family.path]))
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+@pytest.mark.benchmark
+def test_prefect_and_mlflow_cost_a_distillation_little(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    write_tokens(tmp_path / "corpus" / TRAIN_FILE)
+    corpus, family = artifact(tmp_path / "corpus"), artifact(write_family(tmp_path / "untrained"))
+    trial = replace(STAGE, batch_size=96, micro_batch_size=16, steps=TRIAL_STEPS, checkpoint_every=TRIAL_STEPS)
+    taken = seconds(lambda: loop(family, corpus, trial, tmp_path / "trial"))
+    steps = int(SECONDS / taken * TRIAL_STEPS)
+    stage = replace(trial, steps=steps, checkpoint_every=steps // 10)
+
+    ours, written = pipeline(family, corpus, stage, tmp_path / "pipeline")
+    theirs = seconds(lambda: loop(family, corpus, stage, tmp_path / "loop"))
+
+    same = [read_tensors(directory / "model.safetensors") for directory in (written, tmp_path / "loop" / "family")]
+    assert all(same[0][name].equal(tensor) for name, tensor in same[1].items())
+    record(
+        benchmark="distillation as a step",
+        shape=f"{steps} steps",
+        unit="s",
+        ours=ours,
+        theirs=theirs,
+        alternative="python -m elastic_core.job",
+        target="at most 1.03",
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
