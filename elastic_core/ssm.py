@@ -25,6 +25,9 @@ from torch import Tensor
 # 1 MiB of float32: what a core's cache holds while an expression of a few operations runs over it.
 _SEGMENT_VALUES = 2**18
 
+# The scan does least work per token where a chunk is about as long as a head has channels; a GPU prefers longer ones.
+_CPU_CHUNK = 64
+
 
 def ssd_scan(
     x_BTHP: Tensor,
@@ -40,8 +43,8 @@ def ssd_scan(
     """Run the recurrence over a sequence; return y_BTHP and the state after the last token.
 
     `dt_BTH` comes softplus-ed and clamped. The result does not depend on `chunk_size`, the largest number of tokens
-    computed at once: time and memory per token are least near 64 on a CPU. T may be any length from 1. The state that
-    is returned is never of lower precision than float32.
+    computed at once; a CPU takes no more than 64. T may be any length from 1. The state that is returned is never of
+    lower precision than float32.
     """
     dtype = torch.promote_types(x_BTHP.dtype, torch.float32)
     A_H, D_H = A_H.to(dtype), D_H.to(dtype)
@@ -50,7 +53,7 @@ def ssd_scan(
         state_BHPN = x_BTHP.new_zeros(batch, heads, head_dim, B_BTGN.shape[-1], dtype=dtype)
     else:
         state_BHPN = initial_state_BHPN.to(dtype)
-    chunk = min(chunk_size, tokens)
+    chunk = min(chunk_size, tokens, _CPU_CHUNK if x_BTHP.device.type == "cpu" else tokens)
     mask_SL = torch.full((chunk, chunk), -math.inf, dtype=dtype, device=x_BTHP.device).tril()
 
     outputs = []
@@ -157,9 +160,9 @@ def causal_conv(
         tokens = segment_BTC.shape[1]
         inputs_BTC = torch.cat([recent_BKC.to(x_BTC.dtype), segment_BTC], dim=1)
         recent_BKC = inputs_BTC[:, tokens:]
-        y_BTC = bias
+        y_BTC = bias.expand(segment_BTC.shape).clone()
         for offset, tap_C in enumerate(taps):
-            y_BTC = torch.addcmul(y_BTC, inputs_BTC[:, offset : offset + tokens].to(dtype), tap_C)
+            y_BTC.addcmul_(inputs_BTC[:, offset : offset + tokens].to(dtype), tap_C)
         outputs.append(F.silu(y_BTC).to(x_BTC.dtype))
     # A copy, for a cache that keeps the view would keep its whole segment.
     return torch.cat(outputs, dim=1), recent_BKC.clone()

@@ -1,0 +1,188 @@
+"""A Mamba-2 layer and a whole model, forward and backward on a CPU, beside stock transformers without its kernels.
+
+pytest -m benchmark -s tests/benchmarks/bench_layer.py [-k 32-heads]
+
+Both have the same weights and see the same input. Outputs and every gradient are checked to be equal first.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from bench import interleaved, record
+from torch import Tensor, nn
+from transformers import NemotronHConfig, NemotronHForCausalLM
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
+
+from elastic_core.config import ModelConfig
+from elastic_core.curriculum import generator
+from elastic_core.kernels import TORCH
+from elastic_core.losses import distillation_loss
+from elastic_core.model import ElasticNemotronH, MambaMixer
+from elastic_core.subnet import full_subnet
+
+SAME = 1e-4  # float32: a gradient of a weight sums thousands of products in another order
+
+TINY = {
+    "hybrid_override_pattern": "M-M*-M-M*-M-",
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 32,
+    "ssm_state_size": 32,
+    "n_groups": 2,
+    "vocab_size": 1024,
+    "chunk_size": 64,
+}
+# Nano's proportions at a width that two CPU cores can train.
+SMALL = {
+    "hybrid_override_pattern": "M-M-M*-M-",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "mamba_num_heads": 32,
+    "mamba_head_dim": 64,
+    "ssm_state_size": 128,
+    "n_groups": 8,
+    "vocab_size": 16384,
+    "chunk_size": 128,
+}
+# Geometry, batch, tokens. The tiny recipe's micro-batch; Mamba layers narrow, usual and wide for their hidden size.
+LAYERS = {
+    "tiny": (TINY, 16, 128),
+    "16-heads": ({**SMALL, "mamba_num_heads": 16}, 1, 2048),
+    "32-heads": (SMALL, 1, 2048),
+    "64-heads": ({**SMALL, "mamba_num_heads": 64}, 1, 2048),
+}
+MODELS = {"tiny": (TINY, 16, 128), "small": (SMALL, 1, 2048)}
+
+
+def fill(module: nn.Module) -> None:
+    """Weights of a trained model's size, also where a fresh one has constants."""
+    random = generator("weights")
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            if weight.ndim == 2:
+                weight.normal_(0.0, weight.shape[1] ** -0.5, generator=random)
+            elif "conv1d" in name:
+                weight.normal_(0.0, 0.5, generator=random)
+            elif name.endswith("dt_bias"):
+                weight.uniform_(-5.0, -2.0, generator=random)
+
+
+def with_gradients(module: nn.Module, run: Callable[[], Tensor], *others: Tensor) -> dict[str, Tensor]:
+    """What `run` returns, and the gradients of its sum with respect to every weight of `module` and to `others`."""
+    module.zero_grad()
+    result = run()
+    result.sum().backward()
+    return {
+        "result": result.detach(),
+        **{name: weight.grad for name, weight in module.named_parameters()},
+        **{f"input {i}": other.grad for i, other in enumerate(others)},
+    }
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    off = {name: ((ours[name] - t).abs().max() / t.abs().max()).item() for name, t in theirs.items()}
+    assert {name: value for name, value in off.items() if not value <= SAME} == {}
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_beside_transformers(name: str) -> None:
+    geometry, batch, tokens = LAYERS[name]
+    config = ModelConfig(**geometry)
+    subnet = full_subnet(config)
+    ours, theirs = MambaMixer(config, 0), NemotronHMamba2Mixer(NemotronHConfig(**geometry), 0).train()
+    fill(theirs)
+    ours.load_state_dict(theirs.state_dict())
+    x_BTD, weight_BTD = (torch.randn(batch, tokens, config.hidden_size, generator=generator(i)) for i in "xw")
+
+    def our_layer(x_BTD: Tensor) -> Tensor:
+        return ours(x_BTD, subnet, None, None, TORCH) * weight_BTD
+
+    def stock_layer(x_BTD: Tensor) -> Tensor:
+        return theirs(x_BTD) * weight_BTD
+
+    def projections(x_BTD: Tensor) -> Tensor:
+        """The least that any form of the layer does: its two linear layers."""
+        return theirs.out_proj(theirs.in_proj(x_BTD)[..., : config.mamba_size]) * weight_BTD
+
+    def step(module: nn.Module, layer: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        given = x_BTD.clone().requires_grad_()
+        return with_gradients(module, lambda: layer(given), given)
+
+    assert_same(step(ours, our_layer), step(theirs, stock_layer))
+    seconds = interleaved(
+        {
+            "ours": lambda: step(ours, our_layer),
+            "transformers": lambda: step(theirs, stock_layer),
+            "projections": lambda: step(theirs, projections),
+        }
+    )
+    shape = (
+        f"{batch} x {tokens} tokens, hidden {config.hidden_size}, {config.mamba_num_heads} heads x "
+        f"{config.mamba_head_dim}, {config.n_groups} groups, state {config.ssm_state_size}"
+    )
+    for alternative, title, target in (
+        ("transformers", "transformers without kernels", "at most 0.5"),
+        ("projections", "its two linear layers alone", "1 is the bound"),
+    ):
+        record(
+            benchmark="Mamba-2 layer, forward and backward",
+            shape=shape,
+            unit="s",
+            ours=seconds["ours"],
+            theirs=seconds[alternative],
+            alternative=title,
+            target=target,
+        )
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("name", MODELS)
+def test_model_step_beside_transformers(name: str) -> None:
+    geometry, batch, tokens = MODELS[name]
+    config = ModelConfig(**geometry)
+    subnet = full_subnet(config)
+    ours, theirs = ElasticNemotronH(config, "torch"), NemotronHForCausalLM(NemotronHConfig(**geometry)).train()
+    fill(theirs)
+    ours.load_state_dict({key.removeprefix("model."): weight for key, weight in theirs.state_dict().items()})
+    tokens_BT = torch.randint(config.vocab_size, (batch, tokens), generator=generator("tokens"))
+    # transformers shifts the labels itself.
+    targets_BT = torch.cat([tokens_BT[:, 1:], torch.full((batch, 1), -100)], dim=1)
+
+    def our_loss() -> Tensor:
+        hidden_TD = ours(tokens_BT, subnet).flatten(0, 1)
+        head_VD = ours.head_weight(subnet.hidden)
+        return distillation_loss(
+            hidden_TD, head_VD, None, None, targets_BT.flatten(), kl_weight=0.0, ce_weight=1.0
+        ).total
+
+    def stock_loss() -> Tensor:
+        return theirs(tokens_BT, labels=tokens_BT, use_cache=False).loss
+
+    expected = {key.removeprefix("model."): t for key, t in with_gradients(theirs, stock_loss).items()}
+    assert_same(with_gradients(ours, our_loss), expected)
+    seconds = interleaved(
+        {
+            "ours": lambda: with_gradients(ours, our_loss),
+            "transformers": lambda: with_gradients(theirs, stock_loss),
+        }
+    )
+    parameters = sum(weight.numel() for weight in ours.parameters())
+    record(
+        benchmark="model, forward, loss and backward",
+        shape=f"{batch} x {tokens} tokens, {parameters / 1e6:.1f}M parameters, {config.hybrid_override_pattern}",
+        unit="s",
+        ours=seconds["ours"],
+        theirs=seconds["transformers"],
+        alternative="transformers without kernels",
+        target="at most 0.5",
+    )
