@@ -80,8 +80,8 @@ def slices(inputs: Inputs, start: int, stop: int) -> Inputs:
     return [x[:, start:stop], dt[:, start:stop], A, B[:, start:stop], C[:, start:stop], D, state]
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2, 7, 16, 64])
-@pytest.mark.parametrize("tokens", [1, 5, 16, 33])
+@pytest.mark.parametrize("chunk_size", [1, 2, 7, 16, 64, 256])
+@pytest.mark.parametrize("tokens", [1, 5, 16, 33, 70])
 def test_chunked_scan_equals_recurrence(tokens: int, chunk_size: int) -> None:
     inputs = scan_inputs(tokens)
     for actual, expected in zip(scan(inputs, chunk_size), recurrence(inputs), strict=True):
