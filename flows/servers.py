@@ -66,9 +66,7 @@ class ObjectStore:
 
     def stop(self) -> None:
         self.process.stop()
-        for port in self._last_ports():
-            for socket_file in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):  # its own choice of place
-                socket_file.unlink(missing_ok=True)
+        self._remove_sockets()
 
     def credentials(self) -> tuple[str, str]:
         """The access key and the secret key, made at random the first time and kept in a file for our eyes only."""
@@ -95,9 +93,16 @@ class ObjectStore:
     def _last_ports(self) -> list[int]:
         return list(json.loads(self._ports.read_text())) if self._ports.exists() else []
 
+    def _remove_sockets(self) -> None:
+        """Remove what a server that was killed leaves in /tmp, a place of its own choice; others may have its ports."""
+        for port in filter(is_free, self._last_ports()):
+            for socket_file in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                socket_file.unlink(missing_ok=True)
+
     def _launch(self, data: Path) -> None:
         ports, count = self._last_ports(), 2 * len(self.KINDS)
         if len(ports) != count or not all(map(is_free, ports)) or self._port not in (None, ports[0]):
+            self._remove_sockets()
             ports = free_ports(count)
             ports[0] = choose_port(self._port, "s3", ports[0])
             write_private(self._ports, json.dumps(ports))

@@ -8,7 +8,7 @@ from elastic_core.cost import subnet_params
 from tasks import artifacts, tracking
 from tasks.progress import progress_bar
 from tasks.records import Artifact
-from tasks.settings import Settings
+from tasks.settings import ServiceError, Settings
 from tasks.steps import artifact, fingerprint, new_directory, step
 
 ELASTIC_PART = "family"  # the part of a version that holds the elastic checkpoint
@@ -44,8 +44,9 @@ def register_size(model: str, slice_: Artifact, budget: Budget, destination: str
     family = origin.tags[tracking.FAMILY]
     version = f"{origin.tags[tracking.VERSION]}-{slice_.digest[:12]}"
     params = subnet_params(config := checkpoint.read_config(Path(slice_.path)), job.full_subnet(config))
-    artifacts.publish(
-        artifacts.open_store(settings),
+    store = artifacts.open_store(settings)
+    manifest = artifacts.publish(
+        store,
         family=family,
         version=version,
         directories={budget.name: Path(slice_.path)},
@@ -67,4 +68,6 @@ def register_size(model: str, slice_: Artifact, budget: Budget, destination: str
             )
         ],
     )
+    if not artifacts.is_published(store, manifest):  # until now nothing pointed to it
+        raise ServiceError(f"{version} of {family} was removed by elastic gc; try again", transient=True)
     return f"{made[budget.name].name}:{made[budget.name].version}"

@@ -17,7 +17,7 @@ from tasks.progress import progress_bar
 from tasks.records import Artifact, EvaluationRecord, Release, StageRecord
 from tasks.settings import ServiceError, Settings, redact
 from tasks.staging import scratch
-from tasks.steps import fingerprint, new_directory, step
+from tasks.steps import fingerprint, step
 from tasks.summary import summary_lines
 
 HELDOUT_DIGEST = "elastic.heldout_sha256"
@@ -60,7 +60,7 @@ def register(
     heldout_digest = read_record(Path(corpus.path)).heldout.sha256
     metadata = {"lineage": described.lineage, "recipe": to_dict(recipe), "heldout_sha256": heldout_digest}
     version = fingerprint(family, slices, metadata)[:12]
-    report_directory = new_directory(workspace, "report")
+    report_directory = Path(workspace) / f"report-{version}"  # the same at each attempt
     report.write_report(
         report_directory,
         recipe=recipe,

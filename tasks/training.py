@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -10,12 +11,13 @@ from typing import Any
 
 import torch
 
-from elastic_core.config import Stage, to_dict
+from elastic_core.config import Stage, bytes_text, to_dict
 from elastic_core.job import ERROR, METRICS, TrainJob
 from tasks.processes import ChildProcess
 from tasks.settings import ServiceError
 
 POLL_SECONDS = 0.5
+FULL_DISK_BYTES = 1 << 20  # a full file system may keep some blocks back
 RESTARTS = 3  # torchrun starts all processes again so often when one of them is lost
 
 OnStep = Callable[[dict[str, Any]], None]
@@ -59,6 +61,12 @@ def train(job: TrainJob, *, processes: int | None = None, on_step: OnStep | None
         raise ValueError((work / ERROR).read_text())
     if exit_code == 0:
         return
+    if (free := shutil.disk_usage(work).free) < FULL_DISK_BYTES:
+        raise ServiceError(
+            f"training of stage {job.stage.name} ended, and the disk of {work} is full: {bytes_text(free)} left; make "
+            "room and run again, it goes on from its last checkpoint",
+            transient=True,
+        )
     raise TrainerDied(
         f"training of stage {job.stage.name} ended with exit code {exit_code}; run again, it goes on from its last "
         f"checkpoint. Its log: {log_file}"

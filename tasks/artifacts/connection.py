@@ -31,6 +31,7 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 FAMILIES = "families/"
 REPORTS = "mlflow/"  # of runs, where MLflow is a database of ours
+CHECKS = 3  # an unreachable server is told within half a minute
 PROBE = f"{FAMILIES}.probe-"  # a version's family has a name, which begins with no dot
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
@@ -125,6 +126,16 @@ def open_store(settings: Settings, *, attempts: int = 5) -> Store:
 
 def check_bucket(settings: Settings) -> None:
     """Raise a ServiceError unless the bucket stores and gives back, under the rule that nothing is overwritten."""
+    for _ in range(CHECKS - 1):
+        try:
+            return _check_once(settings)
+        except ServiceError as error:
+            if not error.transient:
+                raise
+    _check_once(settings)
+
+
+def _check_once(settings: Settings) -> None:
     store = open_store(settings, attempts=2)
     where = f"s3://{store.bucket} at {store.endpoint}"
     probe = {"Bucket": store.bucket, "Key": f"{PROBE}{uuid.uuid4().hex}"}

@@ -5,7 +5,8 @@ import os
 import random
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -85,14 +86,15 @@ MICRO = {
 
 @dataclass(frozen=True)
 class Command:
-    """The `elastic` command on a state directory of its own, with nothing configured in the environment."""
+    """The `elastic` command on a state directory of its own, with nothing configured in the environment but `extra`."""
 
     recipe: Path
     home: Path
+    extra: Mapping[str, str] = field(default_factory=dict)
 
     def environment(self) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_", "ELASTIC_", "PREFECT_"))}
-        return kept | {"ELASTIC_HOME": str(self.home), "OMP_NUM_THREADS": "1"}
+        return kept | {"ELASTIC_HOME": str(self.home), "OMP_NUM_THREADS": "1"} | dict(self.extra)
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(

@@ -1,0 +1,175 @@
+"""Whatever dies or fails on the way, a run ends with the same weights, every metric once, and nothing half made."""
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import requests
+from laws import Outcome, Place, watching
+from micro import Command, Run, completed
+from proxy import FAULTS, fault_proxy
+from served import Served, eventually, kill
+from served import served as serving
+
+from flows.servers import MlflowServer, ObjectStore, free_ports
+from flows.services import embedded_services
+from tasks.artifacts import Store, open_store
+from tasks.settings import BUCKET, ENDPOINT_S3, TRACKING_URI, Settings
+
+pytestmark = pytest.mark.slow
+
+SHARE = 0.2
+STEP = re.compile(r"^\w+ +(?:cached|([\d.]+) s)$", re.MULTILINE)
+
+
+@pytest.fixture(scope="session")
+def clean(finished: Run, command: Command) -> Outcome:
+    """What a run makes to which nothing happens."""
+    with embedded_services(command.home):
+        settings = Settings.from_environment()
+        with closing((store := open_store(settings)).client):
+            return Place(settings.tracking_uri, store).outcome("micro")
+
+
+@pytest.fixture(scope="module")
+def up(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """An `elastic up` of our own, since others need theirs whole."""
+    with serving(replace(command, home=tmp_path_factory.mktemp("killed") / "home")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def place(up: Served) -> Iterator[Place]:
+    server = ObjectStore(up.home / "s3", up.home / "logs")
+    settings = Settings(tracking_uri=up.services()["MLflow"].where, bucket="elastic", endpoint_url=server.url)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        store = open_store(settings)
+    with closing(store.client):
+        yield Place(settings.tracking_uri, store)
+
+
+def test_a_run_killed_in_every_step_ends_the_same(clean: Outcome, finished: Run, up: Served, place: Place) -> None:
+    took = [float(seconds) for seconds in STEP.findall(finished.stderr)]
+    with watching(place):
+        for done, seconds in enumerate(took):
+            kill_after(up.command, done, seconds / 2)
+        assert not up.trainers()
+        completed(up.command)
+    assert place.outcome("micro") == clean
+    assert_gc_leaves_nothing(up.command, place)
+
+
+def kill_after(command: Command, steps: int, seconds: float) -> None:
+    """Start the run, and kill -9 it so many seconds after it is done with so many steps."""
+    process = command.start("run", str(command.recipe))
+    said = []
+    for _ in range(steps):
+        line = next(line for line in process.stderr if said.append(line) or STEP.match(line))
+    eventually((command.home / "workspace").exists)
+    time.sleep(seconds)
+    assert process.poll() is None, process.stderr.read()
+    process.kill()
+    process.communicate(timeout=60)
+
+
+def assert_gc_leaves_nothing(command: Command, place: Place) -> None:
+    """`elastic gc` finds all that is in the bucket for nothing; what it leaves belongs to a version."""
+    lost = place.unreferenced()
+    listed = command("gc", "--older-than", "0")
+    assert listed.returncode == 0, listed.stderr
+    assert all(key in listed.stdout or key.split("/")[2] in listed.stdout for key in lost), (lost, listed.stdout)
+    removed = command("gc", "--older-than", "0", "--delete")
+    assert removed.returncode == 0, removed.stderr
+    assert not place.unreferenced()
+
+
+# A step of the pipeline, and what shows that it is under way.
+SIGNS = {
+    "train_tokenizer": "workspace",
+    "prepare_data": "workspace/tokenizer-*",
+    "pretrain_teacher": "workspace/pretrain-*/metrics.jsonl",
+    "rank_importance": "workspace/pretrain-*/checkpoint",
+    "reorder_teacher": "workspace/importance-*",
+    "distill stage1": "workspace/stage1-*/metrics.jsonl",
+    "distill stage2": "workspace/stage2-*/metrics.jsonl",
+    "slice_budget": "workspace/stage2-*/family",
+    "evaluate": "workspace/slice-s-*",
+    "register": "workspace/report-*",
+    "promote": "workspace/curves-*",
+}
+VICTIMS = ("S3", "cpu worker", "MLflow", "gpu worker", "Prefect", "trainer")
+
+
+def test_a_run_whose_servers_and_workers_die_ends_the_same(clean: Outcome, up: Served, place: Place) -> None:
+    for known in ("workspace", "prefect/storage"):
+        shutil.rmtree(up.home / known, ignore_errors=True)
+    up.start("elastify/micro", recipe=up.recipe("family=served"))
+    with watching(place):
+        for number, (step, sign) in enumerate(SIGNS.items()):
+            eventually(lambda sign=sign: list(up.home.glob(sign)), 600, f"{step} never began")
+            strike(up, VICTIMS[number % len(VICTIMS)])
+        eventually(lambda: answered(lambda: "champion" in up.aliases("served-l")), 600)
+    last = up.ended(up.runs("elastify")[-1].id)
+    assert last.state.is_completed(), last.state
+    ended = place.outcome("served")
+    assert (ended.weights, ended.curves) == (clean.weights, clean.curves)
+    assert_gc_leaves_nothing(up.command, place)
+
+
+def answered(question: Callable[[], Any]) -> Any:
+    """The answer, or None of a server that is away."""
+    try:
+        return question()
+    except (httpx.HTTPError, requests.RequestException):
+        return None
+
+
+def strike(up: Served, victim: str) -> None:
+    print("kill", victim, time.strftime("%X"))
+    if victim == "trainer":
+        for process in up.trainers():
+            process.kill()
+    else:
+        kill(up.services()[victim].pid)
+
+
+def test_a_run_whose_network_spoils_one_request_in_five_ends_the_same(
+    clean: Outcome, command: Command, settings: Settings, store: Store, tmp_path: Path
+) -> None:
+    database, port = f"sqlite:///{tmp_path}/mlflow.db", free_ports(1)[0]
+    server = MlflowServer(tmp_path, tmp_path / "logs", port, database=database, bucket=settings.bucket)
+    with ExitStack() as stack:
+        stack.callback(server.stop)
+        server.start()
+        server.wait()
+        s3 = stack.enter_context(fault_proxy(settings.endpoint_url, SHARE))
+        mlflow = stack.enter_context(fault_proxy(server.url, SHARE))
+        spoilt = Command(
+            recipe=command.recipe,
+            home=tmp_path / "home",
+            extra={
+                **{name: value for name, value in os.environ.items() if name.startswith("AWS_")},
+                ENDPOINT_S3: s3.url,
+                "MLFLOW_S3_ENDPOINT_URL": s3.url,
+                TRACKING_URI: mlflow.url,
+                BUCKET: settings.bucket,
+            },
+        )
+        place = Place(server.url, store)
+        with watching(place):
+            completed(spoilt)
+            pulled = spoilt("pull", "micro-s", "-o", str(tmp_path / "pulled"))
+        assert pulled.returncode == 0, pulled.stderr
+        assert place.outcome("micro") == clean
+        assert_gc_leaves_nothing(spoilt, place)
+        assert all((s3.seen + mlflow.seen)[fault] for fault in FAULTS), (s3.seen, mlflow.seen)
