@@ -373,6 +373,10 @@ def _complain(message: str) -> None:
 
 
 def _explain(error: Exception) -> str:
+    from tasks.settings import DISK_FULL, home_directory
+
+    if isinstance(error, OSError) and error.filename is None and error.errno in DISK_FULL:
+        return f"{error.strerror}; make room where this command writes (its state is in {home_directory()})"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; check the path, its permissions and the room on its disk"
     return str(error) or type(error).__name__

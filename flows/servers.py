@@ -195,6 +195,7 @@ class MlflowServer:
             "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
             "_MLFLOW_SERVER_ARTIFACT_DESTINATION": f"s3://{self._bucket}/mlflow",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_LOGGING_LEVEL": "WARNING",
         }
         environment = {**os.environ, **QUIET, **settings}
         command = _uvicorn("mlflow.server.fastapi_app:app", self._port)

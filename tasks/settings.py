@@ -21,6 +21,7 @@ KMS_KEY = "ELASTIC_S3_SSE_KMS_KEY_ID"
 SIGNING_KEY = "ELASTIC_SIGNING_KEY_FILE"
 VERIFICATION_KEY = "ELASTIC_VERIFICATION_KEY_FILE"
 
+LEAST_ROOM = 1 << 20  # bytes; with less nothing of ours can work
 ENCRYPTIONS = ("none", "AES256", "aws:kms", "aws:kms:dsse")
 
 _BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -30,7 +31,7 @@ _USERINFO_WITH_SLASH = re.compile(r"(?<=://)[^\s/@:?#]*:(?!\d+(?:/|$))[^\s@]*@")
 _SECRET_PARAMETER = re.compile(
     r"(?i)([?&][^=&\s]*(?:signature|credential|token|password|passwd|secret|key|sig)[^=&\s]*=)[^&\s\"']*"
 )
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class ServiceError(RuntimeError):
@@ -52,7 +53,7 @@ def is_transient(error: BaseException) -> bool:
             return seen.transient
         if isinstance(seen, ConnectionError | TimeoutError):
             return True
-        if isinstance(seen, OSError) and seen.errno in _DISK_FULL:
+        if isinstance(seen, OSError) and seen.errno in DISK_FULL:
             return True
         seen = seen.__cause__
     return False
@@ -140,10 +141,11 @@ def make_home(environ: Mapping[str, str] = os.environ) -> Path:
     home = home_directory(environ)
     try:
         home.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=home).close()
+        with tempfile.TemporaryFile(dir=home) as probe:
+            probe.write(bytes(LEAST_ROOM))
     except OSError as error:
         raise ValueError(
-            f"{HOME}={home} cannot be written ({error.strerror}); set it to a directory that can"
+            f"{HOME}={home} cannot be written ({error.strerror}); make room, or set it to a directory that can"
         ) from error
     return home
 

@@ -32,7 +32,7 @@ CLIENT_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # what fails is raised as well; tracebacks are not for the terminal
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 CHECK_SECONDS = 5.0
@@ -648,7 +648,8 @@ def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 
 def _first_line(error: BaseException) -> str:
-    return redact(" ".join(str(error).split())[:300])
+    said = str(error).partition("[SQL:")[0]  # SQLAlchemy goes on with the statement
+    return redact(" ".join(said.split())[:300])
 
 
 def _unreachable(uri: str) -> ServiceError:

@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,9 @@ import torch
 from elastic_core.config import Stage, bytes_text, to_dict
 from elastic_core.job import ERROR, METRICS, TrainJob
 from tasks.processes import ChildProcess
-from tasks.settings import ServiceError
+from tasks.settings import LEAST_ROOM, ServiceError
 
 POLL_SECONDS = 0.5
-FULL_DISK_BYTES = 1 << 20  # a full file system may keep some blocks back
 RESTARTS = 3  # torchrun starts all processes again so often when one of them is lost
 
 OnStep = Callable[[dict[str, Any]], None]
@@ -61,7 +61,7 @@ def train(job: TrainJob, *, processes: int | None = None, on_step: OnStep | None
         raise ValueError((work / ERROR).read_text())
     if exit_code == 0:
         return
-    if (free := shutil.disk_usage(work).free) < FULL_DISK_BYTES:
+    if (free := shutil.disk_usage(work).free) < LEAST_ROOM:
         raise ServiceError(
             f"training of stage {job.stage.name} ended, and the disk of {work} is full: {bytes_text(free)} left; make "
             "room and run again, it goes on from its last checkpoint",
@@ -80,7 +80,7 @@ def processes_for(stage: Stage, devices: int) -> int:
 
 
 class Tail:
-    """The whole lines that are added to a file of JSON lines."""
+    """The whole lines that are added to a file of JSON lines; what a kill or a full disk tore is passed over."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._position = path, 0
@@ -99,7 +99,7 @@ class Tail:
                 if not line.endswith(b"\n"):
                     return
                 self._position += len(line)
-                if line.strip():
+                with suppress(json.JSONDecodeError):
                     yield json.loads(line)
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import subprocess
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -84,3 +86,18 @@ def settings(
 def store(s3_connection: Store, settings: Settings) -> Store:
     """The bucket of `settings`, in parts of the smallest size that S3 takes, so that small files have several."""
     return replace(s3_connection, bucket=settings.bucket, part_bytes=5 << 20)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, which a test may fill."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    if shutil.which("mount") is None:
+        pytest.skip("a file system of its own needs `mount`")
+    options = ["-t", "tmpfs", "-o", "size=64m", "tmpfs", str(directory)]
+    mounted = subprocess.run(["mount", *options], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a file system of its own needs the right to mount it: {mounted.stderr.strip()}")
+    yield directory
+    subprocess.run(["umount", "--lazy", str(directory)], check=True)

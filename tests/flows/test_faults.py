@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import requests
+from disk import fill
 from laws import Outcome, Place, watching
 from micro import Command, Run, completed
 from proxy import FAULTS, fault_proxy
@@ -33,7 +34,12 @@ STEP = re.compile(r"^\w+ +(?:cached|([\d.]+) s)$", re.MULTILINE)
 @pytest.fixture(scope="session")
 def clean(finished: Run, command: Command) -> Outcome:
     """What a run makes to which nothing happens."""
-    with embedded_services(command.home):
+    return outcome_in(command.home)
+
+
+def outcome_in(home: Path) -> Outcome:
+    """What was registered in a state directory."""
+    with embedded_services(home):
         settings = Settings.from_environment()
         with closing((store := open_store(settings)).client):
             return Place(settings.tracking_uri, store).outcome("micro")
@@ -72,9 +78,8 @@ def test_a_run_killed_in_every_step_ends_the_same(clean: Outcome, finished: Run,
 def kill_after(command: Command, steps: int, seconds: float) -> None:
     """Start the run, and kill -9 it so many seconds after it is done with so many steps."""
     process = command.start("run", str(command.recipe))
-    said = []
     for _ in range(steps):
-        line = next(line for line in process.stderr if said.append(line) or STEP.match(line))
+        next(filter(STEP.match, process.stderr))
     eventually((command.home / "workspace").exists)
     time.sleep(seconds)
     assert process.poll() is None, process.stderr.read()
@@ -135,12 +140,30 @@ def answered(question: Callable[[], Any]) -> Any:
 
 
 def strike(up: Served, victim: str) -> None:
-    print("kill", victim, time.strftime("%X"))
     if victim == "trainer":
         for process in up.trainers():
             process.kill()
     else:
         kill(up.services()[victim].pid)
+
+
+def test_a_disk_that_fills_up_stops_a_run_which_goes_on_when_it_has_room(
+    clean: Outcome, command: Command, small_disk: Path
+) -> None:
+    cramped = replace(command, home=small_disk / "home")
+    process = cramped.start("run", str(command.recipe))
+    eventually(lambda: list(cramped.home.glob("workspace/stage1-*/checkpoints/step-*")), 300)
+    filler = fill(small_disk / "filler")
+    (first,) = cramped.processes("elastic_core.job")
+    eventually(lambda: set(cramped.processes("elastic_core.job")) - {first}, 120, "training went on without room")
+    process.kill()
+    process.communicate(timeout=60)
+    told = cramped.run()
+    assert told.returncode == 1
+    assert re.fullmatch(r"elastic: ELASTIC_HOME=.* cannot be written \(No space left on device\); .*\n", told.stderr)
+    filler.unlink()
+    completed(cramped)
+    assert outcome_in(cramped.home) == clean
 
 
 def test_a_run_whose_network_spoils_one_request_in_five_ends_the_same(

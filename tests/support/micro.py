@@ -6,9 +6,11 @@ import random
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import yaml
 
 ELASTIC = [sys.executable, "-m", "flows.cli"]
@@ -113,6 +115,16 @@ class Command:
 
     def run(self, *overrides: str) -> subprocess.CompletedProcess[str]:
         return self("run", str(self.recipe), *overrides)
+
+    def processes(self, module: str) -> list[psutil.Process]:
+        """Those that run a Python module on a file in this state directory."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                line = process.cmdline()
+                if "-m" in line and line[line.index("-m") + 1] == module and line[-1].startswith(str(self.home)):
+                    found.append(process)
+        return found
 
     def written(self) -> set[Path]:
         """The directories that steps have written."""

@@ -108,15 +108,7 @@ class Served:
 
     def trainers(self) -> list[psutil.Process]:
         """The launchers of training that work in this state directory."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                line = process.cmdline()
-            except psutil.Error:
-                continue
-            if "torch.distributed.run" in line and line[-1].startswith(str(self.home)):
-                found.append(process)
-        return found
+        return self.command.processes("torch.distributed.run")
 
 
 @contextmanager

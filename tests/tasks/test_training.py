@@ -8,10 +8,14 @@ from typing import Any
 
 import psutil
 import pytest
+from disk import fill
 from trainee import STAGE, metrics_of, train_job, write_family, write_tokens
 
 from elastic_core.config import Optimizer
-from tasks.training import processes_for, train
+from elastic_core.job import METRICS
+from tasks.plots import read_metrics
+from tasks.settings import ServiceError
+from tasks.training import Tail, processes_for, train
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +68,28 @@ def test_a_fault_of_the_job_ends_every_process_at_once_and_for_good(processes, s
     steps = (tmp_path / "work/metrics.jsonl").read_text().splitlines()
     assert len(steps) == len(set(steps)), "a step was tried again"
     assert not (tmp_path / "work/family").exists()
+
+
+def test_a_torn_line_of_metrics_is_passed_over(tmp_path):
+    file = tmp_path / METRICS
+    file.write_text('{"step": 1}\n{"step": 2, "lo')
+    tail = Tail(file)
+    assert list(tail.rows()) == [{"step": 1}]
+    with file.open("a") as more:
+        more.write('\n{"step": 2}\n')
+    assert list(tail.rows()) == [{"step": 2}]
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_is_told_and_training_goes_on_when_it_has_room(start, tmp_path, small_disk):
+    stage = replace(STAGE, steps=60)
+    whole, cramped = train_job(*start, tmp_path / "whole", stage=stage), train_job(*start, small_disk, stage=stage)
+    train(whole)
+    filler = small_disk / "filler"
+    with pytest.raises(ServiceError, match=r"stage stage1 ended, and the disk of .* is full: \d.* left; make"):
+        train(cramped, on_step=lambda row: fill(filler) if row["step"] > 3 and not filler.exists() else None)
+    assert not Path(cramped.output).exists()
+    filler.unlink()
+    train(cramped)
+    assert weights(cramped.output) == weights(whole.output)
+    assert [row.step for row in read_metrics(small_disk / METRICS)] == [*range(stage.steps)]
