@@ -154,6 +154,16 @@ class Fleet:
             while not any([watched.revive() for watched in self._watched]):
                 time.sleep(WATCH_SECONDS)
 
+    def end(self) -> None:
+        """Stop it all: first the workers, who tell Prefect how their runs end, then the servers; each kind at once."""
+        servers = [watched.server for watched in self._watched]
+        workers = [server for server in servers if isinstance(server, Worker)]
+        for together in (workers, servers):
+            for server in together:
+                server.process.terminate()
+            for server in together:
+                server.stop()
+
     def services(self) -> tuple[Service, ...]:
         return (*self._named, *(watched.service() for watched in self._watched))
 
@@ -218,6 +228,7 @@ def up(home: Path, recipe: Path, schedule: str, ports: Ports) -> None:
         deploy(home, recipe, schedule, fresh=PREFECT_API in fleet.environment)
         for pool in POOLS:
             fleet.begin(f"{pool} worker", Worker(pool, home))
+        stack.callback(fleet.end)
         print_services(fleet.services())
         wide_console().print(f"state and logs are in {home}; Ctrl-C or `elastic down` stops it", soft_wrap=True)
         fleet.watch()

@@ -64,10 +64,15 @@ class ChildProcess:
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    def terminate(self) -> None:
+        """Ask it to end, and do not wait for that."""
+        if self._process is not None:
+            self._process.terminate()
+
     def stop(self) -> None:
         if self._process is None:
             return
-        self._process.terminate()
+        self.terminate()
         try:
             self._process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
