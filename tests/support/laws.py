@@ -88,7 +88,7 @@ def watching(place: Place) -> Iterator[Watch]:
     watch, ended = Watch(), threading.Event()
 
     def look() -> None:
-        while not ended.wait(0.05):
+        while not ended.wait(0.2):
             try:
                 watch.partial += partial_versions(place)
                 watch.looks += 1
