@@ -26,6 +26,7 @@ from prefect.states import Crashed
 
 from elastic_core.config import Recipe, to_dict
 from flows.recipes import load_recipe
+from flows.retrain import UNCHANGED
 from flows.services import HEARTBEAT
 from tasks.gpu import DEPLOYMENT_VARIABLE
 
@@ -36,7 +37,7 @@ NIGHTLY = "0 3 * * *"
 SILENCE = timedelta(seconds=90)  # three heartbeats
 
 FLOWS = ["elastify", "retrain", "export", "evaluate", "gpu-step"]
-FINAL_EVENTS = {f"prefect.flow-run.{name}" for name in ("Completed", "Failed", "Cancelled", "Crashed")}
+FINAL_EVENTS = {f"prefect.flow-run.{name}" for name in ("Completed", UNCHANGED, "Failed", "Cancelled", "Crashed")}
 BEAT, CRASHED = "prefect.flow-run.heartbeat", "prefect.flow-run.Crashed"
 
 

@@ -1,11 +1,13 @@
 """What a flow sees to before anything else where a worker runs it."""
 
+import logging
 import os
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId, FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.context import FlowRunContext
+from prefect.settings import get_current_settings
 
 from elastic_core.job import die_with_parent
 from tasks.settings import ServiceError
@@ -17,7 +19,15 @@ def guard_run() -> None:
     """End with the worker, so that nobody believes a run dead that goes on; and begin no run that only crashes."""
     if "PREFECT__FLOW_RUN_ID" in os.environ:  # Prefect's own, for the process of a run
         die_with_parent()
+        _show_our_lines()
     _refuse_crash_loop()
+
+
+def _show_our_lines() -> None:
+    """Give our loggers Prefect's level; it gives those that it is told of its handler alone, and they stay silent."""
+    settings = get_current_settings().logging
+    for name in settings.extra_loggers or ():
+        logging.getLogger(name).setLevel(settings.level)
 
 
 def _refuse_crash_loop() -> None:

@@ -13,6 +13,8 @@ from flows.recipes import checked
 from tasks.runs import is_made
 from tasks.settings import Settings
 
+UNCHANGED = "Unchanged"
+
 
 @flow(name="retrain", on_failure=[explain_failure])
 def retrain(recipe: Annotated[Recipe, checked(Recipe)], force: bool = False) -> State:
@@ -27,6 +29,6 @@ def retrain(recipe: Annotated[Recipe, checked(Recipe)], force: bool = False) -> 
     """
     guard_run()
     if not force and is_made(recipe, Settings.from_environment()):
-        return Completed(name="Unchanged", message="neither the teacher, nor the data, nor the recipe changed")
+        return Completed(name=UNCHANGED, message="neither the teacher, nor the data, nor the recipe changed")
     _, release, verdict = elastify(recipe)
     return Completed(message=f"{release.family} {release.version}: {verdict.reason}")

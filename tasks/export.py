@@ -5,6 +5,7 @@ from pathlib import Path
 from elastic_core import checkpoint, job, resolve, router, slicing
 from elastic_core.config import Budget
 from elastic_core.cost import subnet_params
+from elastic_core.subnet import full_subnet
 from tasks import artifacts, tracking
 from tasks.progress import progress_bar
 from tasks.records import Artifact
@@ -43,7 +44,7 @@ def register_size(model: str, slice_: Artifact, budget: Budget, destination: str
     origin = tracking.resolve(settings.tracking_uri, model)
     family = origin.tags[tracking.FAMILY]
     version = f"{origin.tags[tracking.VERSION]}-{slice_.digest[:12]}"
-    params = subnet_params(config := checkpoint.read_config(Path(slice_.path)), job.full_subnet(config))
+    params = subnet_params(config := checkpoint.read_config(Path(slice_.path)), full_subnet(config))
     store = artifacts.open_store(settings)
     manifest = artifacts.publish(
         store,

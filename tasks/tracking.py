@@ -199,14 +199,19 @@ def run_url(uri: str, run_id: str) -> str | None:
         return None
     with _explained(uri, f"looking for run {run_id}"):
         experiment = _client(uri).get_run(run_id).info.experiment_id
-    return f"{redact(uri).rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+    return _page(uri, f"experiments/{experiment}/runs/{run_id}")
 
 
 def model_url(uri: str, model: str) -> str | None:
     """The page of a registered version, NAME:VERSION; None where MLflow is a database with no server."""
     if not is_server(uri):
         return None
-    return f"{redact(uri).rstrip('/')}/#/models/{model.replace(':', '/versions/')}"
+    return _page(uri, f"models/{model.replace(':', '/versions/')}")
+
+
+def _page(uri: str, path: str) -> str:
+    """A page of MLflow's in its view for training; the other, for agents, has no way to the registry."""
+    return f"{redact(uri).rstrip('/')}/#/{path}?workflowType=machine_learning"
 
 
 def _experiment(client: "MlflowClient", name: str, artifact_root: str | None) -> str:

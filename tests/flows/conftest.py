@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 from micro import Command, Run, completed, write_micro
-from served import Served
+from served import SCHEDULE, Elastified, Served, elastify
 from served import served as serving
 
 
@@ -25,5 +25,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """One `elastic up`, for all that look at what it serves."""
     directory = tmp_path_factory.mktemp("served")
     command = Command(recipe=write_micro(directory), home=directory / "home")
-    with serving(command) as up:
+    with serving(command, "--schedule", SCHEDULE) as up:
         yield up
+
+
+@pytest.fixture(scope="session")
+def elastified(served: Served) -> Elastified:
+    """The first family of `served`, made by its workers."""
+    return elastify(served)

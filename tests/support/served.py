@@ -12,9 +12,9 @@ from uuid import UUID
 
 import psutil
 import requests
-from micro import ELASTIC, Command
+from micro import ELASTIC, Command, Run
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, LogFilter, LogFilterFlowRunId
 from prefect.client.schemas.objects import Artifact, FlowRun
 
 from elastic_core.config import to_dict
@@ -22,6 +22,7 @@ from flows.recipes import load_recipe
 from flows.running import Service, read_running
 
 START_SECONDS = 240.0
+SCHEDULE = "30 2 * * *"  # not the default
 RUN_SECONDS = 900.0  # far beyond what a run takes; a test that hangs should end
 
 
@@ -98,6 +99,26 @@ class Served:
                 key=lambda run: run.start_time,
             )
 
+    def step(self, name: str) -> FlowRun | None:
+        """The step that a worker of the gpu pool is doing now, by the name of its run."""
+        return next((run for run in self.runs("gpu-step") if run.name == name and run.state.is_running()), None)
+
+    def waiting(self, pool: str) -> list[FlowRun]:
+        """The runs that no worker of the pool has taken yet, but for those of a schedule."""
+        with self.prefect() as client:
+            return [
+                run
+                for run in client.read_flow_runs()
+                if run.work_pool_name == pool and run.state.is_scheduled() and not run.auto_scheduled
+            ]
+
+    def flow_process(self, run: UUID) -> psutil.Process:
+        """The process of a flow run, a child of its worker."""
+        for child in descendants(psutil.Process(self.process.pid)):
+            if "prefect.engine" in child.cmdline() and child.environ().get("PREFECT__FLOW_RUN_ID") == str(run):
+                return child
+        raise AssertionError(f"run {run} has no process")
+
     def artifacts(self, run: UUID) -> dict[str, Artifact]:
         """What a run's page shows, by key."""
         with self.prefect() as client:
@@ -106,9 +127,57 @@ class Served:
             )
         return {artifact.key: artifact for artifact in found if artifact.key}
 
+    def log(self, run: UUID) -> list[str]:
+        """What a run's page shows of its log."""
+        with self.prefect() as client:
+            return [line.message for line in client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run])))]
+
     def trainers(self) -> list[psutil.Process]:
         """The launchers of training that work in this state directory."""
         return self.command.processes("torch.distributed.run")
+
+
+@dataclass(frozen=True)
+class Elastified:
+    """A run of `elastify` killed in distillation, the one that went on for it, and the progress seen, in percent."""
+
+    killed: UUID
+    run: UUID
+    progress: list[float]
+
+
+def elastify(served: Served) -> Elastified:
+    """Start a run as the form does, watch it, kill its process in distillation, and wait for what comes of it."""
+    killed = served.start("elastify/micro")
+    eventually(lambda: served.step("distill stage1"), RUN_SECONDS, "distillation does not begin")
+    progress: list[float] = []
+
+    def moved() -> bool:
+        shown = served.artifacts(killed).get("stage1")
+        if shown is not None and shown.data not in progress:
+            progress.append(float(shown.data))
+        return len(progress) > 1
+
+    eventually(moved, RUN_SECONDS, "progress does not move")
+    kill(served.flow_process(killed).pid)
+    assert served.ended(killed).state.is_crashed()
+    began = served.run(killed).start_time
+    later = eventually(lambda: [run for run in served.runs("elastify") if run.start_time > began], what="none goes on")
+    served.ended(later[0].id)
+    return Elastified(killed=killed, run=later[0].id, progress=progress)
+
+
+def assert_made(served: Served, run: UUID, finished: Run) -> None:
+    """A run of the micro recipe ended in the weights of `finished`, registered under aliases."""
+    assert served.run(run).state.is_completed(), served.run(run).state.message
+    (family,) = (served.home / "workspace").glob("stage2-*/family")
+    assert weights(family) == weights(finished.family)
+    for budget in ("l", "m", "s"):
+        assert served.aliases(f"micro-{budget}") == {"candidate": 1, "champion": 1}
+
+
+def weights(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.glob("*.safetensors")}
 
 
 @contextmanager

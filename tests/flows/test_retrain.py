@@ -1,0 +1,79 @@
+"""The schedule retrains by itself: not without need, when new data come, and only what is no worse is promoted."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from prefect.client.schemas.actions import DeploymentScheduleUpdate, DeploymentUpdate
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.schedules import CronSchedule
+from served import RUN_SECONDS, SCHEDULE, Elastified, Served, eventually
+
+pytestmark = pytest.mark.slow
+
+OFTEN = CronSchedule(cron="* * * * * */15")
+
+
+def change(served: Served, **changes: Any) -> None:
+    """Edit the deployment, as on its page; runs that were scheduled before are scheduled anew."""
+    with served.prefect() as client:
+        client.update_deployment(client.read_deployment_by_name("retrain/micro").id, DeploymentUpdate(**changes))
+
+
+def ticks(served: Served) -> list[FlowRun]:
+    """The runs that the schedule began and that ended, oldest first; one that finds another going on is cancelled."""
+    ended = [run for run in served.runs("retrain") if run.state.is_final() and not run.state.is_cancelled()]
+    assert all(run.auto_scheduled for run in ended)
+    return ended
+
+
+def retrained(served: Served) -> list[FlowRun]:
+    """Those ticks that found something to do."""
+    return [run for run in ticks(served) if run.state.name != "Unchanged"]
+
+
+def next_retrained(served: Served) -> FlowRun:
+    before = len(retrained(served))
+    eventually(lambda: len(retrained(served)) > before, RUN_SECONDS, "the schedule does not retrain")
+    return retrained(served)[before]
+
+
+@pytest.fixture(scope="module")
+def made(served: Served, elastified: Elastified) -> Iterator[Served]:
+    """The family is there, made from the data as they are, and the schedule ticks four times a minute."""
+    with served.prefect() as client:
+        deployment = client.read_deployment_by_name("retrain/micro")
+        assert [held.schedule.cron for held in deployment.schedules] == [SCHEDULE]
+        change(served, schedules=[DeploymentScheduleUpdate(schedule=OFTEN, active=True)])
+        yield served
+        client.pause_deployment(deployment.id)
+
+
+def test_the_schedule_fires_and_does_nothing_where_nothing_changed(made: Served):
+    before = made.aliases("micro-s")
+    (run, *_) = eventually(lambda: ticks(made), what="the schedule does not fire")
+    assert run.state.name == "Unchanged", run.state.message
+    assert made.aliases("micro-s") == before
+
+
+def test_new_data_are_retrained_on_once_and_promoted_by_the_schedule(made: Served):
+    before = made.aliases("micro-s")["champion"]
+    with made.command.recipe.with_name("stories.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "the red cat saw the blue bird and then it ran under the mat"}) + "\n")
+    run = next_retrained(made)
+    assert run.state.is_completed(), run.state.message
+    after = {"candidate": before + 1, "champion": before + 1}
+    assert made.aliases("micro-s") == after, run.state.message
+    eventually(lambda: ticks(made)[-1].state.name == "Unchanged", what="the schedule does not go on")
+    assert made.aliases("micro-s") == after
+
+
+def test_a_worse_candidate_is_registered_and_not_promoted(made: Served):
+    champion = made.aliases("micro-s")["champion"]
+    worse = made.recipe("stages.1.optimizer.learning_rate=0.05", "stages.1.steps=6")
+    change(made, parameters={"recipe": worse, "force": False})
+    run = next_retrained(made)
+    assert run.state.is_completed(), run.state.message
+    assert "stays candidate" in run.state.message
+    assert made.aliases("micro-s") == {"candidate": champion + 1, "champion": champion}
