@@ -58,12 +58,12 @@ def test_the_schedule_fires_and_does_nothing_where_nothing_changed(made: Served)
 
 
 def test_new_data_are_retrained_on_once_and_promoted_by_the_schedule(made: Served):
-    before = made.aliases("micro-s")["champion"]
+    new = made.aliases("micro-s")["candidate"] + 1
     with made.command.recipe.with_name("stories.jsonl").open("a") as file:
         file.write(json.dumps({"text": "the red cat saw the blue bird and then it ran under the mat"}) + "\n")
     run = next_retrained(made)
     assert run.state.is_completed(), run.state.message
-    after = {"candidate": before + 1, "champion": before + 1}
+    after = {"candidate": new, "champion": new}
     assert made.aliases("micro-s") == after, run.state.message
     eventually(lambda: ticks(made)[-1].state.name == "Unchanged", what="the schedule does not go on")
     assert made.aliases("micro-s") == after
