@@ -13,8 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from elastic_core.config import ATTENTION, FFN, MAMBA, Axes, Budget, ModelConfig, build, to_dict
+from elastic_core.budget import Budget
+from elastic_core.config import ATTENTION, FFN, MAMBA, Axes, ModelConfig
 from elastic_core.cost import LatencyTable, budget_cost, subnet_params
+from elastic_core.schema import build, to_dict
 from elastic_core.shards import CheckpointError as CheckpointError
 from elastic_core.shards import (
     Progress,

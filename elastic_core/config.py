@@ -5,175 +5,20 @@ made from the same classes, so a default lives here or nowhere.
 """
 
 import dataclasses
-import difflib
-import math
-import re
-import types
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from decimal import Decimal
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
-T = TypeVar("T")
+from elastic_core.budget import Budget, Dtype, check_order
+from elastic_core.schema import Strict, multiple_of, not_negative, positive
 
-Dtype = Literal["float32", "bfloat16"]
 Storage = Literal["materialised", "nested"]
 
 MAMBA, ATTENTION, FFN = "M", "*", "-"
 
 
-def build(cls: type[T], data: object, where: str = "") -> T:
-    """Build the dataclass `cls` from plain YAML or JSON data, strictly.
-
-    Raises ValueError with the dotted path of the field for an unknown key (with the nearest known one), a missing
-    required field, a value of the wrong type, or a value that the class itself refuses.
-    """
-    return typing.cast(T, _convert(cls, data, where))
-
-
-def _build_dataclass(cls: Any, data: object, where: str) -> Any:
-    if isinstance(data, cls):
-        return data
-    if isinstance(data, str) and hasattr(cls, "from_text"):
-        data = cls.from_text(data, where or cls.__name__)
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{where or cls.__name__} is {data!r}; expected a mapping")
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    prefix = f"{where}." if where else ""
-    for key in data:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
-            raise ValueError(f"{prefix}{key} is not a known setting; {hint}")
-    for name, f in fields.items():
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if required and name not in data:
-            raise ValueError(f"{prefix}{name} is missing; it has no default")
-    values = {str(key): _convert(hints[str(key)], value, f"{prefix}{key}") for key, value in data.items()}
-    try:
-        return cls(**values)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}" if where else str(error)) from None
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the annotated type `hint`; only conversions that lose nothing are made (YAML reads 1e9 as text)."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _build_dataclass(hint, value, where)
-    if origin in (typing.Union, types.UnionType):
-        return _convert_union(args, value, where)
-    if origin is Literal:
-        if value not in args:
-            raise ValueError(f"{where} is {value!r}; expected one of: {', '.join(map(str, args))}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"{where} is {value!r}; expected a list")
-        inner = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
-        if len(inner) != len(value):
-            raise ValueError(f"{where} has {len(value)} entries; expected {len(inner)}")
-        return tuple(_convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True)))
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{where} is {value!r}; expected a mapping")
-        return {_convert(args[0], k, where): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
-    return _convert_scalar(hint, value, where)
-
-
-def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and type(None) in args:
-        return None
-    problems = []
-    for arg in args:
-        if arg is type(None):
-            continue
-        try:
-            return _convert(arg, value, where)
-        except ValueError as error:
-            problems.append(str(error))
-    raise ValueError(problems[-1] if isinstance(value, Mapping | list | tuple) else problems[0])
-
-
-def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
-    if hint in (int, float) and isinstance(value, str | float | int) and not isinstance(value, bool):
-        return _convert_number(hint, value, where)
-    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool) == isinstance(value, bool):
-        return value
-    raise ValueError(f"{where} is {value!r}; expected {getattr(hint, '__name__', hint)}")
-
-
-def _convert_number(hint: Any, value: str | float, where: str) -> float:
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        raise ValueError(f"{where} is {value!r}; expected a number") from None
-    if not math.isfinite(number):
-        raise ValueError(f"{where} is {value!r}; expected a finite number")
-    if hint is float:
-        return number
-    if not number.is_integer():
-        raise ValueError(f"{where} is {value!r}; expected a whole number")
-    return value if isinstance(value, int) else int(Decimal(value))
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The plain data that `build` turns back into `config`; tuples become lists, as in JSON."""
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        if isinstance(value, list | tuple):
-            return [plain(v) for v in value]
-        if isinstance(value, Mapping):
-            return {k: plain(v) for k, v in value.items()}
-        return value
-
-    return typing.cast(dict[str, Any], plain(config))
-
-
-def _positive(owner: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        if not value > 0:
-            raise ValueError(f"{name}={value} must be greater than 0")
-
-
-def _multiple(name: str, value: int, of: str, divisor: int) -> None:
-    if value % divisor:
-        below = value // divisor * divisor
-        nearest = f"{below} or {below + divisor}" if below else f"{divisor}"
-        raise ValueError(f"{name}={value} is not a multiple of {of}={divisor}; nearest valid: {nearest}")
-
-
-def _not_negative(owner: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        if not value >= 0:
-            raise ValueError(f"{name}={value} must be at least 0")
-
-
-class _Strict:
-    """Makes pydantic, which builds Prefect's forms, refuse unknown keys and infinite numbers as `build` does.
-
-    In the form the fields keep their order, which it would lose, and the names that they have in a recipe.
-    """
-
-    __slots__ = ()
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> Any:
-        schema = handler(core_schema)
-        for position, (name, shown) in enumerate(handler.resolve_ref_schema(schema)["properties"].items()):
-            shown |= {"title": name, "position": position}
-        return schema
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig(_Strict):
+class ModelConfig(Strict):
     """Geometry of a Nemotron-H model; names are those of its `config.json`.
 
     `hybrid_override_pattern` has one letter a residual layer: M Mamba-2, * attention, - FFN (relu squared, not gated).
@@ -211,13 +56,13 @@ class ModelConfig(_Strict):
                 f"hybrid_override_pattern={self.hybrid_override_pattern!r} must be made of M (Mamba-2), * (attention) "
                 f"and - (FFN); found {', '.join(sorted(unknown)) or 'nothing'}"
             )
-        _positive(self, "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "mamba_num_heads")
-        _positive(self, "mamba_head_dim", "ssm_state_size", "n_groups", "vocab_size", "conv_kernel", "chunk_size")
-        _positive(self, "layer_norm_epsilon", "time_step_min", "time_step_floor", "initializer_range")
+        positive(self, "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "mamba_num_heads")
+        positive(self, "mamba_head_dim", "ssm_state_size", "n_groups", "vocab_size", "conv_kernel", "chunk_size")
+        positive(self, "layer_norm_epsilon", "time_step_min", "time_step_floor", "initializer_range")
         if self.time_step_max < self.time_step_min:
             raise ValueError(f"time_step_max={self.time_step_max} is below time_step_min={self.time_step_min}")
-        _multiple("mamba_num_heads", self.mamba_num_heads, "n_groups", self.n_groups)
-        _multiple("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
+        multiple_of("mamba_num_heads", self.mamba_num_heads, "n_groups", self.n_groups)
+        multiple_of("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
         if isinstance(self.intermediate_size, tuple) and len(self.intermediate_size) != len(self.layers_of(FFN)):
             raise ValueError(
                 f"intermediate_size lists {len(self.intermediate_size)} widths; "
@@ -257,7 +102,7 @@ class ModelConfig(_Strict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Axes(_Strict):
+class Axes(Strict):
     """The sizes that each elastic axis may take, largest first; an empty axis is not elastic.
 
     `ffn`, `mamba_heads` and `attention_heads` are chosen once for the model, or per layer where the layer's kind is
@@ -307,181 +152,16 @@ class Axes(_Strict):
             if axis in self.per_layer and not model.layers_of(kind):
                 raise ValueError(f"axes.per_layer names {axis}, but the teacher has no such layers")
         for heads in bound.mamba_heads:
-            _multiple("axes.mamba_heads", heads, "n_groups", model.n_groups)
+            multiple_of("axes.mamba_heads", heads, "n_groups", model.n_groups)
         for heads in bound.attention_heads:
-            _multiple("axes.attention_heads", heads, "num_key_value_heads", model.num_key_value_heads)
+            multiple_of("axes.attention_heads", heads, "num_key_value_heads", model.num_key_value_heads)
         if len(set(model.ffn_sizes)) > 1:
             raise ValueError("the teacher's FFN widths differ by layer; an elastic model starts from a uniform one")
         return bound
 
 
-BYTE_UNITS = {
-    **{"B": Decimal(1), "kB": Decimal(10**3), "MB": Decimal(10**6), "GB": Decimal(10**9), "TB": Decimal(10**12)},
-    **{"KiB": Decimal(2**10), "MiB": Decimal(2**20), "GiB": Decimal(2**30), "TiB": Decimal(2**40)},
-}
-SECOND_UNITS = {"us": Decimal("1e-6"), "ms": Decimal("1e-3"), "s": Decimal(1)}
-SERVING_KEYS = {"ctx": "context", "batch": "batch", "dtype": "dtype"}
-
-_AMOUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]+)(?:@(.*))?")
-
-
-def bytes_text(amount: int) -> str:
-    """An amount of bytes in its largest binary unit."""
-    power = min(max(amount, 1).bit_length() - 1, 40) // 10
-    return f"{amount / 2 ** (10 * power):.5g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
-
-
-def _amount(text: str, where: str, units: Mapping[str, Decimal], example: str) -> tuple[Decimal, str]:
-    """The amount that a text such as 16GiB@ctx=131072 gives, in the unit that counts 1, and what follows its @."""
-    found = _AMOUNT.fullmatch(text.strip())
-    if not found or found[2] not in units:
-        raise ValueError(f"{where} is {text!r}; expected an amount in {', '.join(units)}, such as {example}")
-    return Decimal(found[1]) * units[found[2]], found[3] or ""
-
-
-def parse_bytes(text: str, where: str) -> int:
-    """The bytes that a text such as 80GB or 16GiB gives; ValueError, naming `where`, for anything else."""
-    amount, rest = _amount(text, where, BYTE_UNITS, "80GB")
-    if rest:
-        raise ValueError(f"{where} is {text!r}; expected an amount alone, such as 80GB")
-    return int(amount)
-
-
-def _settings(text: str, where: str, keys: Mapping[str, str]) -> dict[str, str]:
-    """`ctx=131072,batch=8` as values by field name."""
-    settings: dict[str, str] = {}
-    for part in text.split(",") if text else ():
-        key, equals, value = part.strip().partition("=")
-        if key not in keys or not equals or keys[key] in settings:
-            known = ", ".join(f"{key}=..." for key in keys)
-            raise ValueError(f"{where}: {part.strip()!r} is not one of {known}, each once")
-        settings[keys[key]] = value
-    return settings
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Serving(_Strict):
-    """How a submodel is served: `batch` sequences at once of at most `context` tokens each, computed in `dtype`."""
-
-    context: int
-    batch: int = 1
-    dtype: Dtype = "bfloat16"
-
-    def __post_init__(self) -> None:
-        _positive(self, "context", "batch")
-
-    def __str__(self) -> str:
-        return f"ctx={self.context},batch={self.batch},dtype={self.dtype}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryTarget(_Strict):
-    """At most `bytes` of memory when serving, reading a prompt `prefill` tokens at a time.
-
-    As text: 16GiB@ctx=131072 or, with everything said, 16GiB@ctx=131072,batch=8,dtype=bfloat16,prefill=2048.
-    """
-
-    bytes: int
-    serving: Serving
-    prefill: int = 2048
-
-    def __post_init__(self) -> None:
-        _positive(self, "bytes", "prefill")
-
-    @staticmethod
-    def from_text(text: str, where: str) -> dict[str, Any]:
-        """The fields that `text` gives."""
-        amount, rest = _amount(text, where, BYTE_UNITS, "16GiB@ctx=131072")
-        fields: dict[str, Any] = dict(_settings(rest, where, {**SERVING_KEYS, "prefill": "prefill"}))
-        if "context" not in fields:
-            raise ValueError(f"{where} is {text!r}, without a context; write {text.partition('@')[0]}@ctx=131072")
-        serving = {name: fields.pop(name) for name in SERVING_KEYS.values() if name in fields}
-        return {"bytes": int(amount), "serving": serving, **fields}
-
-    def __str__(self) -> str:
-        return f"{bytes_text(self.bytes)} at {self.serving},prefill={self.prefill}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LatencyTarget(_Strict):
-    """At most `seconds` for a decoding step, by a latency table; a `serving` that is given must be the table's.
-
-    As text: 12ms, or 12ms@ctx=32768,batch=1.
-    """
-
-    seconds: float
-    serving: Serving | None = None
-
-    def __post_init__(self) -> None:
-        if self.nanoseconds < 1:
-            raise ValueError(f"seconds={self.seconds} must be at least a nanosecond")
-
-    @property
-    def nanoseconds(self) -> int:
-        return round(self.seconds * 1e9)
-
-    @staticmethod
-    def from_text(text: str, where: str) -> dict[str, Any]:
-        """The fields that `text` gives."""
-        amount, rest = _amount(text, where, SECOND_UNITS, "12ms or 12ms@ctx=32768")
-        serving = _settings(rest, where, SERVING_KEYS)
-        if serving and "context" not in serving:
-            raise ValueError(f"{where} is {text!r}, without a context; write {text.replace('@', '@ctx=32768,')}")
-        return {"seconds": float(amount), "serving": serving or None}
-
-    def __str__(self) -> str:
-        return f"{1e3 * self.seconds:.4g} ms" + (f" at {self.serving}" if self.serving else "")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Budget(_Strict):
-    """A named target for a subnet: at most so many `params`, so much `memory` or `latency`; none is the full model."""
-
-    name: str
-    params: int | None = None
-    memory: MemoryTarget | None = None
-    latency: LatencyTarget | None = None
-
-    def __post_init__(self) -> None:
-        if not self.name or not all(c.isalnum() or c in "-_." for c in self.name):
-            raise ValueError(f"budget name {self.name!r} may hold letters, digits, '-', '_' and '.' only")
-        if self.params is not None:
-            _positive(self, "params")
-        given = [name for name in ("params", "memory", "latency") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"budget {self.name} has {' and '.join(given)}; give it one target, or none")
-
-    @property
-    def target(self) -> int | None:
-        """The target in whole parameters, bytes or nanoseconds."""
-        if self.memory is not None:
-            return self.memory.bytes
-        return self.latency.nanoseconds if self.latency is not None else self.params
-
-    def __str__(self) -> str:
-        return str(self.memory or self.latency or ("full" if self.params is None else f"{self.params:,}"))
-
-
-def _check_order(budgets: tuple[Budget, ...]) -> None:
-    """Of targets that can be compared without a model, each must be below the ones before, and the full model first."""
-    names = [b.name for b in budgets]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"budgets {names} must be at least one, each name once")
-    least: dict[object, int] = {}
-    for index, budget in enumerate(budgets):
-        comparable = None
-        if budget.memory is not None:
-            comparable = (budget.memory.serving, budget.memory.prefill)
-        kind = ("latency" if budget.latency is not None else "params", comparable)
-        rises = budget.target is not None and budget.target >= least.get(kind, budget.target + 1)
-        if rises or (budget.target is None and index):
-            raise ValueError(f"budgets {names} must fall from the largest to the smallest, each size once")
-        if budget.target is not None:
-            least[kind] = budget.target
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataSource(_Strict):
+class DataSource(Strict):
     """Documents to train on: a file, glob or directory, `s3://bucket/prefix`, `hf://org/name`, or `stdlib://`.
 
     A row that holds `messages_field` goes through the tokenizer's chat template; any other row is its `field`.
@@ -498,11 +178,11 @@ class DataSource(_Strict):
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("path is empty; name a file, a glob, a directory, s3://, hf:// or stdlib://")
-        _positive(self, *(name for name in ("max_documents", "max_tokens") if getattr(self, name) is not None))
+        positive(self, *(name for name in ("max_documents", "max_tokens") if getattr(self, name) is not None))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DataConfig(_Strict):
+class DataConfig(Strict):
     """What the family is trained and measured on."""
 
     sources: tuple[DataSource, ...]
@@ -517,7 +197,7 @@ class DataConfig(_Strict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Optimizer(_Strict):
+class Optimizer(Strict):
     """AdamW, with a linear warm-up and then a constant or cosine rate down to `final_fraction` of the peak."""
 
     learning_rate: float
@@ -530,8 +210,8 @@ class Optimizer(_Strict):
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        _positive(self, "learning_rate", "max_grad_norm")
-        _not_negative(self, "warmup_steps", "weight_decay")
+        positive(self, "learning_rate", "max_grad_norm")
+        not_negative(self, "warmup_steps", "weight_decay")
         if not 0 <= self.final_fraction <= 1:
             raise ValueError(f"final_fraction={self.final_fraction} must lie between 0 and 1")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
@@ -539,7 +219,7 @@ class Optimizer(_Strict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RouterSchedule(_Strict):
+class RouterSchedule(Strict):
     """How the router takes part in a stage (arXiv 2511.16664, section on the router).
 
     `mode` soft: the student runs under probability-weighted masks. hard: under the sampled choice, which carries the
@@ -554,14 +234,14 @@ class RouterSchedule(_Strict):
     loss_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        _positive(self, "learning_rate")
-        _not_negative(self, "loss_weight")
+        positive(self, "learning_rate")
+        not_negative(self, "loss_weight")
         if min(*self.temperature, *self.scale) <= 0:
             raise ValueError(f"temperature={self.temperature} and scale={self.scale} must be greater than 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stage(_Strict):
+class Stage(Strict):
     """One stage of distillation: `batch_size` sequences of `sequence_length` tokens a step, for `steps` steps.
 
     `budgets` gives each budget's share of every global batch; shares are exact over the batch (C6). Every process
@@ -581,10 +261,10 @@ class Stage(_Strict):
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
-        _positive(self, "sequence_length", "batch_size", "steps", "micro_batch_size", "checkpoint_every")
+        positive(self, "sequence_length", "batch_size", "steps", "micro_batch_size", "checkpoint_every")
         if not self.name or not all(c.isalnum() or c in "-_" for c in self.name):
             raise ValueError(f"stage name {self.name!r} may hold letters, digits, '-' and '_' only")
-        _multiple("batch_size", self.batch_size, "micro_batch_size", self.micro_batch_size)
+        multiple_of("batch_size", self.batch_size, "micro_batch_size", self.micro_batch_size)
         if not self.budgets or min(self.budgets.values()) < 0 or sum(self.budgets.values()) <= 0:
             raise ValueError(f"budgets={self.budgets} must give each budget a share of at least 0, and some more")
 
@@ -595,12 +275,12 @@ class Stage(_Strict):
     def micro_steps(self, processes: int) -> int:
         """Micro-batches that each of so many processes runs in a step; ValueError where the batch does not divide."""
         together = self.micro_batch_size * processes
-        _multiple("batch_size", self.batch_size, "micro_batch_size x processes", together)
+        multiple_of("batch_size", self.batch_size, "micro_batch_size x processes", together)
         return self.batch_size // together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Distillation(_Strict):
+class Distillation(Strict):
     """The task loss: kl_weight x forward KL(teacher || student) at `temperature` + ce_weight x cross-entropy.
 
     `teacher` frozen: a copy of the checkpoint teaches every budget. trainable: the full budget teaches the smaller
@@ -613,7 +293,7 @@ class Distillation(_Strict):
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        _positive(self, "temperature")
+        positive(self, "temperature")
         if self.kl_weight < 0 or self.ce_weight < 0 or self.kl_weight + self.ce_weight == 0:
             raise ValueError(f"kl_weight={self.kl_weight}, ce_weight={self.ce_weight}: one must be greater than 0")
         if self.teacher == "trainable" and self.ce_weight == 0:
@@ -621,7 +301,7 @@ class Distillation(_Strict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pretraining(_Strict):
+class Pretraining(Strict):
     """Train a teacher from nothing, for recipes without one: a tokenizer, then cross-entropy on the data.
 
     A micro-batch is the whole batch unless `micro_batch_size` says otherwise.
@@ -636,10 +316,10 @@ class Pretraining(_Strict):
     tokenizer_bytes: int = 2_000_000
 
     def __post_init__(self) -> None:
-        _positive(self, "sequence_length", "batch_size", "steps", "tokenizer_bytes")
+        positive(self, "sequence_length", "batch_size", "steps", "tokenizer_bytes")
         if self.micro_batch_size is not None:
-            _positive(self, "micro_batch_size")
-            _multiple("batch_size", self.batch_size, "micro_batch_size", self.micro_batch_size)
+            positive(self, "micro_batch_size")
+            multiple_of("batch_size", self.batch_size, "micro_batch_size", self.micro_batch_size)
 
     def stage(self) -> Stage:
         """The same run as a stage at the full budget, so that one training loop serves both."""
@@ -656,7 +336,7 @@ class Pretraining(_Strict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Teacher(_Strict):
+class Teacher(Strict):
     """The checkpoint to start from: `path` (directory, `s3://...` or Hub name) or `pretrain`, one of them.
 
     `model` is the geometry expected at `path`: it lets `elastic plan` work without a download, and is checked against
@@ -675,7 +355,7 @@ class Teacher(_Strict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Importance(_Strict):
+class Importance(Strict):
     """Calibration of the rankings: sequences for the width scores, and (fewer, being run often) for depth."""
 
     samples: int = 1024
@@ -684,21 +364,21 @@ class Importance(_Strict):
     depth_samples: int = 64
 
     def __post_init__(self) -> None:
-        _positive(self, "samples", "sequence_length", "batch_size", "depth_samples")
+        positive(self, "samples", "sequence_length", "batch_size", "depth_samples")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Router(_Strict):
+class Router(Strict):
     """The router's size; its schedule belongs to each stage."""
 
     hidden_size: int = 256
 
     def __post_init__(self) -> None:
-        _positive(self, "hidden_size")
+        positive(self, "hidden_size")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation(_Strict):
+class Evaluation(Strict):
     """What is measured of every budget: held-out tokens, and problems answered by generation (exact match)."""
 
     heldout_tokens: int = 1_000_000
@@ -709,21 +389,21 @@ class Evaluation(_Strict):
     max_new_tokens: int = 512
 
     def __post_init__(self) -> None:
-        _positive(self, "heldout_tokens", "sequence_length", "batch_size", "max_problems", "max_new_tokens")
+        positive(self, "heldout_tokens", "sequence_length", "batch_size", "max_problems", "max_new_tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Promotion(_Strict):
+class Promotion(Strict):
     """The gate to `champion`: held-out cross-entropy at most `margin` (relative) above the present champion's."""
 
     margin: float = 0.01
 
     def __post_init__(self) -> None:
-        _not_negative(self, "margin")
+        not_negative(self, "margin")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe(_Strict):
+class Recipe(Strict):
     """A whole run: from a teacher and a dataset to a registered family.
 
     `latency_table` is the file of `elastic profile` that latency budgets are counted by. `storage` is how slices are
@@ -751,7 +431,7 @@ class Recipe(_Strict):
     def __post_init__(self) -> None:
         if not self.family or not all(c.isalnum() or c in "-_" for c in self.family):
             raise ValueError(f"family {self.family!r} may hold letters, digits, '-' and '_' only")
-        _check_order(self.budgets)
+        check_order(self.budgets)
         timed = [b.name for b in self.budgets if b.latency is not None]
         if timed and self.latency_table is None:
             raise ValueError(

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from itertools import product
 from math import ceil
 
-from elastic_core.config import ATTENTION, FFN, MAMBA, Axes, Budget, Dtype, ModelConfig, Serving, bytes_text
+from elastic_core.budget import Budget, Dtype, Serving, bytes_text
+from elastic_core.config import ATTENTION, FFN, MAMBA, Axes, ModelConfig
 from elastic_core.subnet import Subnet
 
 WIDTH_AXIS = {FFN: "ffn", MAMBA: "mamba_heads", ATTENTION: "attention_heads"}
@@ -144,8 +145,9 @@ class ParamsCost(Cost):
 
 # Memory
 
-# On a CPU ssm.py walks over runs of at most so many values, in float32.
+# On a CPU ssm.py walks over runs of at most so many values, in float32, and scans chunks of at most so many tokens.
 SEGMENT_VALUES = 2**18
+CPU_CHUNK = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,7 +236,7 @@ class MemoryCost(Cost):
 
     def _plain_scan(self, heads: int, channels: int) -> int:
         """The output so far, and of one chunk: decays of each pair of tokens, seven copies of x, the states around."""
-        model, tokens = self.model, min(self._tokens, self.model.chunk_size)
+        model, tokens = self.model, min(self._tokens, self.model.chunk_size, CPU_CHUNK)
         pairs = tokens * tokens * (2 * heads + model.n_groups)
         chunk = pairs + tokens * (7 * channels + 2 * model.state_rows + 8 * heads) + 3 * channels * model.ssm_state_size
         return self._rows * channels * self._bytes + self.serving.batch * chunk * FLOAT32_BYTES

@@ -24,13 +24,15 @@ from typing import Any
 import torch
 
 from elastic_core import checkpoint, parallel, shards
-from elastic_core.config import Budget, Distillation, Dtype, ModelConfig, Stage, build
+from elastic_core.budget import Budget, Dtype
+from elastic_core.config import Distillation, ModelConfig, Stage
 from elastic_core.cost import subnet_params
 from elastic_core.model import ElasticNemotronH
 from elastic_core.parallel import World
 from elastic_core.resolve import resolve_budgets
 from elastic_core.resume import resume, save_checkpoint, stored_pieces
 from elastic_core.router import ElasticModel, Router
+from elastic_core.schema import build
 from elastic_core.train import (
     StageRun,
     TokenRows,

@@ -10,7 +10,8 @@ from collections import Counter
 from dataclasses import dataclass
 from math import ceil
 
-from elastic_core.config import ATTENTION, FFN, MAMBA, Distillation, Dtype, ModelConfig
+from elastic_core.budget import Dtype
+from elastic_core.config import ATTENTION, FFN, MAMBA, Distillation, ModelConfig
 from elastic_core.cost import DTYPE_BYTES, FLOAT32_BYTES, ParamsCost, Shape, embedding_params, shapes
 from elastic_core.losses import default_chunk_tokens
 from elastic_core.subnet import Subnet, full_subnet

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from elastic_core.config import Budget, Distillation, Dtype, ModelConfig, Recipe, Stage
+from elastic_core.budget import Budget, Dtype
+from elastic_core.config import Distillation, ModelConfig, Recipe, Stage
 from elastic_core.cost import DTYPE_BYTES, Cost, LatencyCost, LatencyTable, budget_cost, subnet_params
 from elastic_core.curriculum import generator
 from elastic_core.flops import backward_flops, forward_flops, recomputed_flops

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic_core.config import ATTENTION, FFN, MAMBA, Axes, ModelConfig, Recipe, Serving, build, to_dict
+from elastic_core.budget import Serving
+from elastic_core.config import ATTENTION, FFN, MAMBA, Axes, ModelConfig, Recipe
 from elastic_core.cost import WIDTH_AXIS, LatencyTable, ParamsCost, Shape, TimedLayer, choices
 from elastic_core.kernels import select_backend
 from elastic_core.model import Cache, ElasticNemotronH, Layer
+from elastic_core.schema import build, to_dict
 from elastic_core.shards import CheckpointError, Progress, read_json, write_json
 from elastic_core.subnet import full_subnet
 

@@ -16,7 +16,7 @@ from scipy.linalg import block_diag
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
-from elastic_core.config import Budget
+from elastic_core.budget import Budget
 from elastic_core.cost import Cost, shape_of
 from elastic_core.router import KIND_OF_AXIS, ElasticModel, Router
 from elastic_core.subnet import Subnet, full_subnet, is_nested, keep_layers, smallest_subnet

@@ -36,7 +36,8 @@ from elastic_core.checkpoint import (
     tensor_places,
     tensor_shapes,
 )
-from elastic_core.config import ModelConfig, build, to_dict
+from elastic_core.config import ModelConfig
+from elastic_core.schema import build, to_dict
 from elastic_core.shards import (
     Progress,
     StoredTensor,

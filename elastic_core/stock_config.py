@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from elastic_core.config import ATTENTION, FFN, MAMBA, ModelConfig, build, to_dict
+from elastic_core.config import ATTENTION, FFN, MAMBA, ModelConfig
+from elastic_core.schema import build, to_dict
 from elastic_core.shards import CheckpointError, read_json, regular_file, write_json
 
 # The only values that we compute with; a config that says otherwise is another model.

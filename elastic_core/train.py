@@ -19,7 +19,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from elastic_core import curriculum
-from elastic_core.config import Axes, Budget, Distillation, ModelConfig, Stage
+from elastic_core.budget import Budget
+from elastic_core.config import Axes, Distillation, ModelConfig, Stage
 from elastic_core.losses import LossParts, distillation_loss
 from elastic_core.model import ElasticNemotronH
 from elastic_core.parallel import World, clip_gradients

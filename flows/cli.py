@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from elastic_core.config import Dtype
+from elastic_core.budget import Dtype
 
 if TYPE_CHECKING:
     from elastic_core.model import ElasticNemotronH
@@ -77,7 +77,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Say before spending what a recipe takes: sizes, tokens, FLOPs, memory, hours, dollars, and where it fits."""
-    from elastic_core.config import parse_bytes
+    from elastic_core.budget import parse_bytes
     from elastic_core.plan import Accelerator, plan_recipe
     from elastic_core.profile import recipe_table
     from flows.plan import parse_gpus, plan_json, print_plan, teacher_geometry
@@ -147,7 +147,7 @@ def profile(
     """Measure on this device how long a decoding step takes at every choice of the axes, for latency budgets."""
     import torch
 
-    from elastic_core.config import Serving
+    from elastic_core.budget import Serving
     from elastic_core.profile import measure, write_table
     from flows.profile import print_table, profiled
     from tasks.bars import bar
@@ -318,11 +318,12 @@ def _any_size(checkpoint: Path, option: str, size: float | str, profile: Path | 
 
     The option is the name of its budget, for messages about it.
     """
+    from elastic_core.budget import Budget
     from elastic_core.checkpoint import read_config, read_family
-    from elastic_core.config import Budget, build
     from elastic_core.job import load_router
     from elastic_core.profile import read_table
     from elastic_core.resolve import resolve_target
+    from elastic_core.schema import build
 
     if isinstance(size, float):
         if not math.isfinite(size):

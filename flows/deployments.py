@@ -24,7 +24,8 @@ from prefect.exceptions import ObjectNotFound
 from prefect.flows import load_flow_from_entrypoint
 from prefect.states import Crashed
 
-from elastic_core.config import Recipe, to_dict
+from elastic_core.config import Recipe
+from elastic_core.schema import to_dict
 from flows.recipes import load_recipe
 from flows.retrain import UNCHANGED
 from flows.services import HEARTBEAT

@@ -5,7 +5,7 @@ from typing import Annotated
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from elastic_core.config import Budget
+from elastic_core.budget import Budget
 from flows.failures import explain_failure
 from flows.guard import guard_run
 from flows.page import model_link

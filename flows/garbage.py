@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from elastic_core.config import bytes_text
+from elastic_core.budget import bytes_text
 from tasks import artifacts, tracking
 from tasks.settings import Settings
 from tasks.staging import left_overs

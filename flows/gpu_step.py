@@ -6,7 +6,7 @@ from uuid import UUID
 
 from prefect import flow
 
-from elastic_core.config import build
+from elastic_core.schema import build
 from flows.failures import explain_failure
 from flows.guard import guard_run
 from tasks import distill, evaluate, rank, teacher  # noqa: F401 - each adds its steps to those that need a GPU

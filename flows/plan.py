@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from elastic_core.checkpoint import read_config
-from elastic_core.config import ModelConfig, Recipe, to_dict
+from elastic_core.config import ModelConfig, Recipe
 from elastic_core.cost import LatencyTable, budget_cost
 from elastic_core.memory import Memory
 from elastic_core.plan import USABLE_SHARE, BudgetPlan, Change, MeshPlan, RecipePlan, StagePlan
+from elastic_core.schema import to_dict
 from elastic_core.subnet import Subnet
 from flows.terminal import text_table, wide_console
 from tasks.summary import human_bytes, human_count, percent

@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 from pydantic import BeforeValidator
 
-from elastic_core.config import Recipe, build
+from elastic_core.config import Recipe
+from elastic_core.schema import build
 
 
 def checked(cls: type) -> BeforeValidator:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from elastic_core.config import build
+from elastic_core.schema import build
 from flows.servers import write_private
 
 STATE_FILE = "up.json"

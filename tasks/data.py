@@ -17,7 +17,8 @@ from typing import Self
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from elastic_core.config import DataConfig, DataSource, build, to_dict
+from elastic_core.config import DataConfig, DataSource
+from elastic_core.schema import build, to_dict
 from elastic_core.shards import staged_directory, write_json
 from tasks.documents import Document, Fetch, digest_files, first_line, iter_documents
 from tasks.tokenizer import load_tokenizer, tokenizer_files

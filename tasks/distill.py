@@ -18,7 +18,8 @@ from elastic_core import (
     subnet,
     train,
 )
-from elastic_core.config import Distillation, Dtype, Stage
+from elastic_core.budget import Dtype
+from elastic_core.config import Distillation, Stage
 from elastic_core.job import METRICS, TrainJob
 from tasks import tracking
 from tasks.data import TRAIN_FILE

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from elastic_core import checkpoint, generate, job, losses, model, reorder, ssm
-from elastic_core.config import Dtype, Evaluation, ModelConfig
+from elastic_core.budget import Dtype
+from elastic_core.config import Evaluation, ModelConfig
 from elastic_core.cost import subnet_params
 from elastic_core.curriculum import generator
 from elastic_core.generate import complete, decode

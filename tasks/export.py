@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from elastic_core import checkpoint, job, resolve, router, slicing
-from elastic_core.config import Budget
+from elastic_core.budget import Budget
 from elastic_core.cost import subnet_params
 from elastic_core.subnet import full_subnet
 from tasks import artifacts, tracking

@@ -20,7 +20,7 @@ from prefect.context import FlowRunContext
 from prefect.deployments import run_deployment
 from prefect.exceptions import PrefectException
 
-from elastic_core.config import to_dict
+from elastic_core.schema import to_dict
 from tasks.settings import ServiceError
 
 DEPLOYMENT_VARIABLE = "ELASTIC_GPU_DEPLOYMENT"

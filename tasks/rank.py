@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from elastic_core import checkpoint, cost, importance, job, reorder, resolve, router, shards
-from elastic_core.config import Axes, Budget, Dtype, Importance, Router
+from elastic_core.budget import Budget, Dtype
+from elastic_core.config import Axes, Importance, Router
 from elastic_core.cost import LatencyTable
 from elastic_core.curriculum import generator
 from elastic_core.router import ElasticModel

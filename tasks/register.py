@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from elastic_core import checkpoint
-from elastic_core.config import Recipe, Stage, to_dict
+from elastic_core.config import Recipe, Stage
+from elastic_core.schema import to_dict
 from elastic_core.subnet import full_subnet
 from tasks import artifacts, nested, plots, report, tracking
 from tasks.data import read_record

@@ -13,7 +13,8 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from elastic_core.config import ATTENTION, FFN, MAMBA, ModelConfig, Recipe, to_dict
+from elastic_core.config import ATTENTION, FFN, MAMBA, ModelConfig, Recipe
+from elastic_core.schema import to_dict
 from elastic_core.subnet import Subnet
 from tasks.plots import KIND_TITLES, THEME, Plot, Run, draw_all, read_stages, span
 from tasks.records import EvaluationRecord

@@ -8,7 +8,8 @@ from pathlib import Path
 from prefect.context import FlowRunContext
 from prefect.utilities.urls import url_for
 
-from elastic_core.config import Recipe, to_dict
+from elastic_core.config import Recipe
+from elastic_core.schema import to_dict
 from tasks import tracking
 from tasks.records import Release
 from tasks.settings import ServiceError, Settings

@@ -7,7 +7,8 @@ import torch
 from huggingface_hub import snapshot_download
 
 from elastic_core import checkpoint, curriculum, job, losses, model, parallel, resume, train
-from elastic_core.config import DataConfig, Distillation, Dtype, ModelConfig, Pretraining
+from elastic_core.budget import Dtype
+from elastic_core.config import DataConfig, Distillation, ModelConfig, Pretraining
 from elastic_core.job import TrainJob
 from elastic_core.model import ElasticNemotronH
 from elastic_core.shards import staged_directory

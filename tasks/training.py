@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
-from elastic_core.config import Stage, bytes_text, to_dict
+from elastic_core.budget import bytes_text
+from elastic_core.config import Stage
 from elastic_core.job import ERROR, METRICS, TrainJob
+from elastic_core.schema import to_dict
 from tasks.processes import ChildProcess
 from tasks.settings import LEAST_ROOM, ServiceError
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from elastic_core import kernels, ssm
-from elastic_core.config import Budget, Distillation, ModelConfig, Optimizer, Stage
+from elastic_core.budget import Budget
+from elastic_core.config import Distillation, ModelConfig, Optimizer, Stage
 from elastic_core.flops import backward_flops, forward_flops
 from elastic_core.generate import decode
 from elastic_core.memory import MicroStep, training_memory

@@ -11,7 +11,8 @@ import pytest
 import torch
 from bench import interleaved, record
 
-from elastic_core.config import Axes, ModelConfig, Serving
+from elastic_core.budget import Serving
+from elastic_core.config import Axes, ModelConfig
 from elastic_core.cost import LatencyCost
 from elastic_core.model import Cache, ElasticNemotronH
 from elastic_core.profile import measure

@@ -21,8 +21,9 @@ from bench import record
 from prefect import flow
 from trainee import STAGE, train_job, write_family, write_tokens
 
-from elastic_core.config import Stage, build, to_dict
+from elastic_core.config import Stage
 from elastic_core.job import TrainJob
+from elastic_core.schema import build, to_dict
 from elastic_core.shards import read_tensors
 from flows.services import embedded_services
 from tasks import tracking

@@ -14,6 +14,7 @@ from nano import NANO_9B, NANO_12B
 from torch import Tensor
 from transformers import NemotronHForCausalLM
 
+from elastic_core.budget import Budget, LatencyTarget, MemoryTarget, Serving
 from elastic_core.checkpoint import (
     FAMILY_FILE,
     ORDER_FILE,
@@ -31,7 +32,7 @@ from elastic_core.checkpoint import (
     write_family,
     write_weights,
 )
-from elastic_core.config import Axes, Budget, LatencyTarget, MemoryTarget, ModelConfig, Serving
+from elastic_core.config import Axes, ModelConfig
 from elastic_core.cost import subnet_params
 from elastic_core.shards import read_header, staged_directory, write_tensors
 from elastic_core.subnet import Subnet, full_subnet, keep_layers

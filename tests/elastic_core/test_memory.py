@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from elastic_core import model as model_module
 from elastic_core import ssm
-from elastic_core.config import ATTENTION, MAMBA, Axes, Distillation, Dtype, ModelConfig, Optimizer, Stage
+from elastic_core.budget import Dtype
+from elastic_core.config import ATTENTION, MAMBA, Axes, Distillation, ModelConfig, Optimizer, Stage
 from elastic_core.cost import ParamsCost, shapes
 from elastic_core.kernels import TORCH, Backend
 from elastic_core.losses import distillation_loss

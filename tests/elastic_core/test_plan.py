@@ -9,24 +9,14 @@ import pytest
 from latency import random_table
 from nano import NANO_12B
 
-from elastic_core.config import (
-    Axes,
-    Budget,
-    DataConfig,
-    DataSource,
-    Distillation,
-    LatencyTarget,
-    Pretraining,
-    Recipe,
-    Stage,
-    Teacher,
-    build,
-)
+from elastic_core.budget import Budget, LatencyTarget
+from elastic_core.config import Axes, DataConfig, DataSource, Distillation, Pretraining, Recipe, Stage, Teacher
 from elastic_core.cost import budget_cost, subnet_params
 from elastic_core.curriculum import micro_step_budgets
 from elastic_core.flops import backward_flops, forward_flops, recomputed_flops
 from elastic_core.plan import USABLE_SHARE, Accelerator, BudgetPlan, MeshPlan, RecipePlan, plan_recipe
 from elastic_core.resolve import USED_SHARE
+from elastic_core.schema import build
 from elastic_core.subnet import full_subnet, is_nested
 
 H100 = Accelerator(memory=80 * 10**9, flops_per_second=989e12, utilisation=0.4, dollars_per_hour=2.5)

@@ -12,7 +12,8 @@ from latency import random_table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from elastic_core.config import ATTENTION, FFN, MAMBA, Axes, Budget, Dtype, LatencyTarget, ModelConfig, Serving
+from elastic_core.budget import Budget, Dtype, LatencyTarget, Serving
+from elastic_core.config import ATTENTION, FFN, MAMBA, Axes, ModelConfig
 from elastic_core.cost import WIDTH_AXIS, Shape, budget_cost, choices
 from elastic_core.profile import _Bench, measure, read_table, write_table
 from elastic_core.shards import CheckpointError

@@ -12,7 +12,8 @@ import torch
 from latency import random_table
 from nano import NANO_12B
 
-from elastic_core.config import Axes, Budget, LatencyTarget, MemoryTarget, ModelConfig, Serving
+from elastic_core.budget import Budget, LatencyTarget, MemoryTarget, Serving
+from elastic_core.config import Axes, ModelConfig
 from elastic_core.cost import Cost, subnet_params
 from elastic_core.resolve import USED_SHARE, resolve_budgets, resolve_target
 from elastic_core.router import ElasticModel, Router

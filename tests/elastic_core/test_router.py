@@ -9,7 +9,8 @@ import torch
 from latency import random_table
 from torch import Tensor
 
-from elastic_core.config import Axes, Budget, LatencyTarget, MemoryTarget, ModelConfig, Serving
+from elastic_core.budget import Budget, LatencyTarget, MemoryTarget, Serving
+from elastic_core.config import Axes, ModelConfig
 from elastic_core.router import (
     NEGLIGIBLE,
     ElasticModel,

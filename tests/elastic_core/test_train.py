@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from trainee import ALONE, BUDGETS, CONFIG, STAGE, train_job, write_family, write_tokens
 
 from elastic_core import checkpoint, job
-from elastic_core.config import Distillation, Optimizer, RouterSchedule, Stage, build, to_dict
+from elastic_core.config import Distillation, Optimizer, RouterSchedule, Stage
 from elastic_core.job import TrainJob
+from elastic_core.schema import build, to_dict
 from elastic_core.train import StageRun, TokenRows, make_optimizer, resolved_subnets, train_stage
 
 

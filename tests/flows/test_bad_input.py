@@ -30,8 +30,10 @@ from prefect.testing.utilities import prefect_test_harness
 from safetensors.torch import load_file, save_file
 
 from elastic_core import reorder
-from elastic_core.config import Axes, Budget, ModelConfig, Router, build
+from elastic_core.budget import Budget
+from elastic_core.config import Axes, ModelConfig, Router
 from elastic_core.curriculum import generator
+from elastic_core.schema import build
 from flows.cli import PREFECT_LOGGING, main
 from tasks.artifacts import Store
 from tasks.rank import reorder_teacher

@@ -10,12 +10,14 @@ from trainee import ALONE, AXES, CONFIG, metrics_of, train_job, write_tokens
 from typer.testing import CliRunner
 
 from elastic_core import checkpoint, reorder
-from elastic_core.config import Budget, Router, Serving, build
+from elastic_core.budget import Budget, Serving
+from elastic_core.config import Router
 from elastic_core.cost import LatencyCost, LatencyTable, MemoryCost, budget_cost, subnet_params
 from elastic_core.curriculum import generator
 from elastic_core.job import run_job
 from elastic_core.model import ElasticNemotronH
 from elastic_core.profile import read_table, write_table
+from elastic_core.schema import build
 from elastic_core.subnet import full_subnet, is_nested
 from flows.cli import app
 from tasks.rank import reorder_teacher

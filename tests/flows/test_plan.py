@@ -12,7 +12,7 @@ from micro import write_micro
 from nano import NANO_12B
 from typer.testing import CliRunner
 
-from elastic_core.config import to_dict
+from elastic_core.schema import to_dict
 from elastic_core.stock_config import write_config
 from flows.cli import app
 from flows.recipes import load_recipe

@@ -18,7 +18,7 @@ from prefect.utilities.schema_tools.validation import validate as validate_value
 from prefect.utilities.templating import apply_values
 from trainee import STAGE, launch, train_job, write_family, write_tokens
 
-from elastic_core.config import to_dict
+from elastic_core.schema import to_dict
 from flows.servers import free_ports
 
 DIRECTORY = Path(__file__).parents[2] / "infra/kubernetes"

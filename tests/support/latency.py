@@ -2,7 +2,8 @@
 
 import random
 
-from elastic_core.config import Axes, ModelConfig, Serving
+from elastic_core.budget import Serving
+from elastic_core.config import Axes, ModelConfig
 from elastic_core.cost import WIDTH_AXIS, LatencyTable, TimedLayer, choices
 
 

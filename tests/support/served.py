@@ -17,7 +17,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, LogFilter, LogFilterFlowRunId
 from prefect.client.schemas.objects import Artifact, FlowRun
 
-from elastic_core.config import to_dict
+from elastic_core.schema import to_dict
 from flows.recipes import load_recipe
 from flows.running import Service, read_running
 

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 from micro import MICRO
 
-from elastic_core.config import ModelConfig, Recipe, build
+from elastic_core.config import ModelConfig, Recipe
+from elastic_core.schema import build
 from tasks.preflight import check_model
 
 FOUND = build(ModelConfig, MICRO["teacher"]["pretrain"]["model"])

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from elastic_core import cost
-from elastic_core.config import Axes, Budget, DataConfig, DataSource, ModelConfig, Optimizer, Recipe, Stage, Teacher
+from elastic_core.budget import Budget
+from elastic_core.config import Axes, DataConfig, DataSource, ModelConfig, Optimizer, Recipe, Stage, Teacher
 from elastic_core.subnet import Subnet, full_subnet, keep_layers
 from elastic_core.train import BudgetMetrics, StepMetrics
 from tasks import plots, report, summary

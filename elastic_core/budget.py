@@ -1,0 +1,175 @@
+"""What a budget allows: parameters, memory when serving, or the time of a decoding step; as fields or as text."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, Literal
+
+from elastic_core.schema import Strict, positive
+
+Dtype = Literal["float32", "bfloat16"]
+
+BYTE_UNITS = {
+    **{"B": Decimal(1), "kB": Decimal(10**3), "MB": Decimal(10**6), "GB": Decimal(10**9), "TB": Decimal(10**12)},
+    **{"KiB": Decimal(2**10), "MiB": Decimal(2**20), "GiB": Decimal(2**30), "TiB": Decimal(2**40)},
+}
+SECOND_UNITS = {"us": Decimal("1e-6"), "ms": Decimal("1e-3"), "s": Decimal(1)}
+SERVING_KEYS = {"ctx": "context", "batch": "batch", "dtype": "dtype"}
+
+_AMOUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]+)(?:@(.*))?")
+
+
+def bytes_text(amount: int) -> str:
+    """An amount of bytes in its largest binary unit."""
+    power = min(max(amount, 1).bit_length() - 1, 40) // 10
+    return f"{amount / 2 ** (10 * power):.5g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def _amount(text: str, where: str, units: Mapping[str, Decimal], example: str) -> tuple[Decimal, str]:
+    """The amount that a text such as 16GiB@ctx=131072 gives, in the unit that counts 1, and what follows its @."""
+    found = _AMOUNT.fullmatch(text.strip())
+    if not found or found[2] not in units:
+        raise ValueError(f"{where} is {text!r}; expected an amount in {', '.join(units)}, such as {example}")
+    return Decimal(found[1]) * units[found[2]], found[3] or ""
+
+
+def parse_bytes(text: str, where: str) -> int:
+    """The bytes that a text such as 80GB or 16GiB gives; ValueError, naming `where`, for anything else."""
+    amount, rest = _amount(text, where, BYTE_UNITS, "80GB")
+    if rest:
+        raise ValueError(f"{where} is {text!r}; expected an amount alone, such as 80GB")
+    return int(amount)
+
+
+def _settings(text: str, where: str, keys: Mapping[str, str]) -> dict[str, str]:
+    """`ctx=131072,batch=8` as values by field name."""
+    settings: dict[str, str] = {}
+    for part in text.split(",") if text else ():
+        key, equals, value = part.strip().partition("=")
+        if key not in keys or not equals or keys[key] in settings:
+            known = ", ".join(f"{key}=..." for key in keys)
+            raise ValueError(f"{where}: {part.strip()!r} is not one of {known}, each once")
+        settings[keys[key]] = value
+    return settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving(Strict):
+    """How a submodel is served: `batch` sequences at once of at most `context` tokens each, computed in `dtype`."""
+
+    context: int
+    batch: int = 1
+    dtype: Dtype = "bfloat16"
+
+    def __post_init__(self) -> None:
+        positive(self, "context", "batch")
+
+    def __str__(self) -> str:
+        return f"ctx={self.context},batch={self.batch},dtype={self.dtype}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryTarget(Strict):
+    """At most `bytes` of memory when serving, reading a prompt `prefill` tokens at a time.
+
+    As text: 16GiB@ctx=131072 or, with everything said, 16GiB@ctx=131072,batch=8,dtype=bfloat16,prefill=2048.
+    """
+
+    bytes: int
+    serving: Serving
+    prefill: int = 2048
+
+    def __post_init__(self) -> None:
+        positive(self, "bytes", "prefill")
+
+    @staticmethod
+    def from_text(text: str, where: str) -> dict[str, Any]:
+        """The fields that `text` gives."""
+        amount, rest = _amount(text, where, BYTE_UNITS, "16GiB@ctx=131072")
+        fields: dict[str, Any] = dict(_settings(rest, where, {**SERVING_KEYS, "prefill": "prefill"}))
+        if "context" not in fields:
+            raise ValueError(f"{where} is {text!r}, without a context; write {text.partition('@')[0]}@ctx=131072")
+        serving = {name: fields.pop(name) for name in SERVING_KEYS.values() if name in fields}
+        return {"bytes": int(amount), "serving": serving, **fields}
+
+    def __str__(self) -> str:
+        return f"{bytes_text(self.bytes)} at {self.serving},prefill={self.prefill}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatencyTarget(Strict):
+    """At most `seconds` for a decoding step, by a latency table; a `serving` that is given must be the table's.
+
+    As text: 12ms, or 12ms@ctx=32768,batch=1.
+    """
+
+    seconds: float
+    serving: Serving | None = None
+
+    def __post_init__(self) -> None:
+        if self.nanoseconds < 1:
+            raise ValueError(f"seconds={self.seconds} must be at least a nanosecond")
+
+    @property
+    def nanoseconds(self) -> int:
+        return round(self.seconds * 1e9)
+
+    @staticmethod
+    def from_text(text: str, where: str) -> dict[str, Any]:
+        """The fields that `text` gives."""
+        amount, rest = _amount(text, where, SECOND_UNITS, "12ms or 12ms@ctx=32768")
+        serving = _settings(rest, where, SERVING_KEYS)
+        if serving and "context" not in serving:
+            raise ValueError(f"{where} is {text!r}, without a context; write {text.replace('@', '@ctx=32768,')}")
+        return {"seconds": float(amount), "serving": serving or None}
+
+    def __str__(self) -> str:
+        return f"{1e3 * self.seconds:.4g} ms" + (f" at {self.serving}" if self.serving else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget(Strict):
+    """A named target for a subnet: at most so many `params`, so much `memory` or `latency`; none is the full model."""
+
+    name: str
+    params: int | None = None
+    memory: MemoryTarget | None = None
+    latency: LatencyTarget | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name or not all(c.isalnum() or c in "-_." for c in self.name):
+            raise ValueError(f"budget name {self.name!r} may hold letters, digits, '-', '_' and '.' only")
+        if self.params is not None:
+            positive(self, "params")
+        given = [name for name in ("params", "memory", "latency") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"budget {self.name} has {' and '.join(given)}; give it one target, or none")
+
+    @property
+    def target(self) -> int | None:
+        """The target in whole parameters, bytes or nanoseconds."""
+        if self.memory is not None:
+            return self.memory.bytes
+        return self.latency.nanoseconds if self.latency is not None else self.params
+
+    def __str__(self) -> str:
+        return str(self.memory or self.latency or ("full" if self.params is None else f"{self.params:,}"))
+
+
+def check_order(budgets: tuple[Budget, ...]) -> None:
+    """Of targets that can be compared without a model, each must be below the ones before, and the full model first."""
+    names = [b.name for b in budgets]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"budgets {names} must be at least one, each name once")
+    least: dict[object, int] = {}
+    for index, budget in enumerate(budgets):
+        comparable = None
+        if budget.memory is not None:
+            comparable = (budget.memory.serving, budget.memory.prefill)
+        kind = ("latency" if budget.latency is not None else "params", comparable)
+        rises = budget.target is not None and budget.target >= least.get(kind, budget.target + 1)
+        if rises or (budget.target is None and index):
+            raise ValueError(f"budgets {names} must fall from the largest to the smallest, each size once")
+        if budget.target is not None:
+            least[kind] = budget.target

@@ -1,0 +1,161 @@
+"""Frozen dataclasses from plain data, strictly: from YAML, the command line and the Prefect form alike."""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any, ClassVar, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], data: object, where: str = "") -> T:
+    """Build the dataclass `cls` from plain YAML or JSON data, strictly.
+
+    Raises ValueError with the dotted path of the field for an unknown key (with the nearest known one), a missing
+    required field, a value of the wrong type, or a value that the class itself refuses.
+    """
+    return typing.cast(T, _convert(cls, data, where))
+
+
+def _build_dataclass(cls: Any, data: object, where: str) -> Any:
+    if isinstance(data, cls):
+        return data
+    if isinstance(data, str) and hasattr(cls, "from_text"):
+        data = cls.from_text(data, where or cls.__name__)
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{where or cls.__name__} is {data!r}; expected a mapping")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    prefix = f"{where}." if where else ""
+    for key in data:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
+            raise ValueError(f"{prefix}{key} is not a known setting; {hint}")
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in data:
+            raise ValueError(f"{prefix}{name} is missing; it has no default")
+    values = {str(key): _convert(hints[str(key)], value, f"{prefix}{key}") for key, value in data.items()}
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}" if where else str(error)) from None
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the annotated type `hint`; only conversions that lose nothing are made (YAML reads 1e9 as text)."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build_dataclass(hint, value, where)
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(args, value, where)
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{where} is {value!r}; expected one of: {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where} is {value!r}; expected a list")
+        inner = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(inner) != len(value):
+            raise ValueError(f"{where} has {len(value)} entries; expected {len(inner)}")
+        return tuple(_convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True)))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} is {value!r}; expected a mapping")
+        return {_convert(args[0], k, where): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    return _convert_scalar(hint, value, where)
+
+
+def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in args:
+        return None
+    problems = []
+    for arg in args:
+        if arg is type(None):
+            continue
+        try:
+            return _convert(arg, value, where)
+        except ValueError as error:
+            problems.append(str(error))
+    raise ValueError(problems[-1] if isinstance(value, Mapping | list | tuple) else problems[0])
+
+
+def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
+    if hint in (int, float) and isinstance(value, str | float | int) and not isinstance(value, bool):
+        return _convert_number(hint, value, where)
+    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool) == isinstance(value, bool):
+        return value
+    raise ValueError(f"{where} is {value!r}; expected {getattr(hint, '__name__', hint)}")
+
+
+def _convert_number(hint: Any, value: str | float, where: str) -> float:
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{where} is {value!r}; expected a number") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{where} is {value!r}; expected a finite number")
+    if hint is float:
+        return number
+    if not number.is_integer():
+        raise ValueError(f"{where} is {value!r}; expected a whole number")
+    return value if isinstance(value, int) else int(Decimal(value))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The plain data that `build` turns back into `config`; tuples become lists, as in JSON."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
+        if isinstance(value, Mapping):
+            return {k: plain(v) for k, v in value.items()}
+        return value
+
+    return typing.cast(dict[str, Any], plain(config))
+
+
+def positive(owner: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not value > 0:
+            raise ValueError(f"{name}={value} must be greater than 0")
+
+
+def multiple_of(name: str, value: int, of: str, divisor: int) -> None:
+    if value % divisor:
+        below = value // divisor * divisor
+        nearest = f"{below} or {below + divisor}" if below else f"{divisor}"
+        raise ValueError(f"{name}={value} is not a multiple of {of}={divisor}; nearest valid: {nearest}")
+
+
+def not_negative(owner: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not value >= 0:
+            raise ValueError(f"{name}={value} must be at least 0")
+
+
+class Strict:
+    """Makes pydantic, which builds Prefect's forms, refuse unknown keys and infinite numbers as `build` does.
+
+    In the form the fields keep their order, which it would lose, and the names that they have in a recipe.
+    """
+
+    __slots__ = ()
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> Any:
+        schema = handler(core_schema)
+        for position, (name, shown) in enumerate(handler.resolve_ref_schema(schema)["properties"].items()):
+            shown |= {"title": name, "position": position}
+        return schema
