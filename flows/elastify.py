@@ -114,6 +114,7 @@ def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationReco
             promote,
             release=release,
             evaluation=evaluation,
+            teacher=teacher,
             corpus=corpus,
             measured_by=recipe.evaluation,
             gate=recipe.promotion,

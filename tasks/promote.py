@@ -4,18 +4,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
-from elastic_core import job
+from elastic_core import checkpoint, job
 from elastic_core.config import Evaluation, Promotion
 from elastic_core.subnet import full_subnet
 from tasks import artifacts, tracking
 from tasks.data import HELDOUT_FILE, read_record
+from tasks.documents import digest_files
 from tasks.evaluate import heldout_batches, heldout_loss
 from tasks.records import Artifact, EvaluationRecord, Release
 from tasks.register import HELDOUT_DIGEST
 from tasks.settings import Settings
 from tasks.staging import scratch
 from tasks.steps import step
+from tasks.tokenizer import load_tokenizer, tokenizer_files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +33,7 @@ class Verdict:
 def promote(
     release: Release,
     evaluation: EvaluationRecord,
+    teacher: Artifact,
     corpus: Artifact,
     measured_by: Evaluation,
     gate: Promotion,
@@ -39,25 +43,29 @@ def promote(
     settings = Settings.from_environment()
     heldout_digest = read_record(Path(corpus.path)).heldout.sha256
     worse = []
-    versions = {}
+    versions, replaced = {}, False
     for measured in evaluation.budgets:
         name, version = release.models[measured.budget].rsplit(":", 1)
         versions[name] = int(version)
         present = tracking.champion(settings.tracking_uri, name)
         if present is None or present.version == int(version):
             continue
-        loss = champion_loss(settings, present, corpus, measured_by, heldout_digest)
+        replaced = True
+        loss = champion_loss(settings, present, teacher, corpus, measured_by, heldout_digest)
         if measured.cross_entropy > loss * (1 + gate.margin):
             worse.append(f"{name}: cross-entropy {measured.cross_entropy:.4f} against the champion's {loss:.4f}")
     if worse:
         return Verdict(promoted=False, reason=f"stays candidate; {'; '.join(worse)}")
     tracking.set_alias(settings.tracking_uri, tracking.CHAMPION, versions)
+    if not replaced:
+        return Verdict(promoted=True, reason="there was no champion yet")
     return Verdict(promoted=True, reason=f"no budget is worse than its champion by more than {gate.margin:.1%}")
 
 
 def champion_loss(
     settings: Settings,
     champion: tracking.ModelVersion,
+    teacher: Artifact,
     corpus: Artifact,
     measured_by: Evaluation,
     heldout_digest: str,
@@ -69,7 +77,33 @@ def champion_loss(
     with scratch(settings.home, "champion") as room:
         directory = room / "model"
         artifacts.fetch(store, champion.tags[tracking.MANIFEST], champion.tags[tracking.BUDGET], directory)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = job.load_model(directory, device, torch.float32)
-    batches = heldout_batches(Path(corpus.path) / HELDOUT_FILE, measured_by, model.config.vocab_size)
-    return heldout_loss(model, full_subnet(model.config), batches)[0]
+        return loss_on(directory, Path(teacher.path), Path(corpus.path), measured_by)
+
+
+def loss_on(directory: Path, teacher: Path, corpus: Path, measured_by: Evaluation) -> float:
+    """Cross-entropy of a stock checkpoint on the held-out part of a corpus, in nats a token of the teacher's.
+
+    A model with another tokenizer reads the same text in its own tokens: what it loses is divided by the teacher's.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = job.load_model(directory, device, torch.float32)
+    batches = heldout_batches(corpus / HELDOUT_FILE, measured_by, checkpoint.read_config(teacher).vocab_size)
+    own = batches
+    if digest_files(tokenizer_files(directory)) != read_record(corpus).tokenizer_sha256:
+        theirs, its = load_tokenizer(teacher), load_tokenizer(directory)
+        own = [retokenised(row, theirs, its) for batch in batches for row in batch]
+    loss, _ = heldout_loss(model, full_subnet(model.config), own)
+    return loss * predicted(own) / predicted(batches)
+
+
+def retokenised(
+    tokens_T: torch.Tensor, written_by: PreTrainedTokenizerFast, read_by: PreTrainedTokenizerFast
+) -> torch.Tensor:
+    """The text of one tokenizer's tokens in another's, as a batch of one."""
+    text = written_by.decode(tokens_T, clean_up_tokenization_spaces=False)
+    return torch.tensor([read_by(text, add_special_tokens=False)["input_ids"]])
+
+
+def predicted(batches: list[torch.Tensor]) -> int:
+    """The tokens whose loss counts: all but the first of each sequence."""
+    return sum(batch[:, 1:].numel() for batch in batches)

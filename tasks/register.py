@@ -165,7 +165,8 @@ def members(
         }
         if measured.accuracy is not None:
             metrics["accuracy"] = measured.accuracy
-        command = f"elastic pull {tracking.model_name(recipe.family, measured.budget)}:VERSION -o DIRECTORY"
+        model = tracking.model_name(recipe.family, measured.budget)
+        command = f"elastic pull {model}:{tracking.NUMBER} -o {model}"
         how = f"`{command}` or any MLflow client"
         if manifest.stored(measured.budget) != manifest.part(measured.budget):
             how = f"`{command}`: its objects are only what it adds to the smaller sizes, which no other client joins"

@@ -39,6 +39,7 @@ CHECK_SECONDS = 5.0
 ANSWER_ATTEMPTS = 5
 
 RUN_KEY = "elastic.run_key"
+NUMBER = "{number}"
 FAMILY, VERSION, BUDGET, MANIFEST = "elastic.family", "elastic.version", "elastic.budget", "elastic.manifest"
 METRIC_PREFIX = "metric."
 NOTE = "mlflow.note.content"  # MLflow's own: what the run's page shows as its description
@@ -405,7 +406,10 @@ def _metrics_of(line: bytes, path: Path) -> list["Metric"]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """One budget to register: the s3:// directory of its checkpoint, and what is known of it."""
+    """One budget to register: the s3:// directory of its checkpoint, and what is known of it.
+
+    In its tags and its description NUMBER stands for the version that MLflow gives it.
+    """
 
     budget: str
     source: str
@@ -552,12 +556,23 @@ def _register(
             await_creation_for=0,
         )
         found = _tagged(client, name, version)
+    _fill_in_number(client, found[0])
     for twin in found[1:]:  # a create whose answer was lost is sent again
         _delete_version(client, name, str(twin.version))
-    entry = _model_version(found[0])
+    entry = _model_version(client.get_model_version(name, str(found[0].version)))
     if (entry.source, entry.tags[MANIFEST]) != (member.source, manifest_uri):
         raise ServiceError(f"{name} has a version {version!r} with other files, {entry.source}: use a new version")
     return entry
+
+
+def _fill_in_number(client: "MlflowClient", entry: Any) -> None:
+    """Write its number into the texts of a new version; where that is done already, nothing changes."""
+    number = str(entry.version)
+    for key, value in entry.tags.items():
+        if NUMBER in value:
+            client.set_model_version_tag(entry.name, number, key, value.replace(NUMBER, number))
+    if NUMBER in (entry.description or ""):
+        client.update_model_version(entry.name, number, entry.description.replace(NUMBER, number))
 
 
 def _unregister(client: "MlflowClient", version: str, before: Mapping[str, set[int]]) -> None:

@@ -436,8 +436,8 @@ def members(family: str, version: str = "1", bucket: str = "b", **metrics: float
             budget=budget,
             source=f"{version_uri(bucket, family, version)}/{budget}",
             metrics={"cross_entropy": 1 / 3 + n, **metrics},
-            tags={"elastic.params": str(1000 - n), "elastic.digest": f"{n}" * 64},
-            description=f"Budget {budget}",
+            tags={"elastic.params": str(1000 - n), "elastic.digest": f"{n}" * 64, "pull": f"x:{tracking.NUMBER}"},
+            description=f"Budget {budget}, {tracking.NUMBER}",
         )
         for n, budget in enumerate(BUDGETS)
     ]
@@ -497,7 +497,7 @@ def test_a_registered_family_carries_what_is_known_of_it(
     assert entry.metrics == {"cross_entropy": 1 / 3 + 1, "accuracy": 0.1 + 0.2}
     assert entry.tags["elastic.params"] == "999"
     assert (entry.tags[MANIFEST], entry.tags[BUDGET]) == (f"s3://b/families/{family}/1/manifest.json", "m")
-    assert entry.description == "Budget m"
+    assert entry.description == "Budget m, 1"
     assert champion(tracking_uri, f"{family}-m") is None
     assert champion(tracking_uri, f"{family}-none") is None
     assert client.get_model_version(f"{family}-m", "1").status == "READY"
@@ -508,7 +508,8 @@ def test_what_every_registered_version_points_to_is_known_over_pages(
 ) -> None:
     monkeypatch.setattr(tracking, "VERSIONS_A_PAGE", 2)
     for version in ("1", "2"):
-        register(tracking_uri, family, version)
+        made = register(tracking_uri, family, version)
+        assert {entry.tags["pull"] for entry in made.values()} == {f"x:{version}"}
     mine = {uri for uri in tracking.pointed_to(tracking_uri) if f"/{family}/" in uri}
     roots = [f"s3://b/families/{family}/{version}" for version in ("1", "2")]
     assert mine == {f"{root}/{name}" for root in roots for name in (*BUDGETS, "manifest.json")}
