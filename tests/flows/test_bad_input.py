@@ -110,7 +110,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # What may stand before the complaint: steps that are done, none of which trains, and what they told.
 STEP = "(fetch_teacher|prepare_data|rank_importance|reorder_teacher)"
-PROGRESS = re.compile(rf"{STEP} +(cached|[\d.]+ s)|teacher .*: \d+ layers, hidden size \d+|backend 'auto' on .*")
+PROGRESS = re.compile(
+    rf"{STEP} +(cached|[\d.]+ s)|teacher .*: \d+ layers, hidden size \d+|backend 'auto' on .*|.+: \d+ %, \d+ s left"
+)
 # The step that a directory of the workspace is of; a stage's own is not here, since it is what a next attempt needs.
 MADE_BY = {"corpus": "prepare_data", "importance": "rank_importance", "reordered": "reorder_teacher"}
 
