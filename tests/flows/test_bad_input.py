@@ -529,7 +529,10 @@ def test_ctrl_c_ends_the_run_and_its_training_with_one_line(machine: Settings, i
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    out, err = process.communicate(timeout=60)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert (process.returncode, out) == (130, ""), err
     *progress, line = err.splitlines()
     assert line == "elastic: interrupted; run the same command again to go on"
