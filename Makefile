@@ -1,4 +1,5 @@
 # make demo: the whole pipeline on this machine.   make test: the tests.   make check: lint, types, contracts, tests.
+# make test-faults: kill -9 of everything at every step, a spoilt network, a full disk.
 # make bench: every benchmark that runs on a CPU, into infra/benchmarks.md.   make bench-gpu: those for one CUDA device.
 PYTHON ?= python3.11
 VENV := .venv
@@ -9,13 +10,16 @@ INSTALLED := $(VENV)/installed
 KERNELS := $(VENV)/kernels
 ROWS := infra/benchmarks.jsonl
 
-.PHONY: demo test test-kernels lint check bench bench-gpu clean
+.PHONY: demo test test-faults test-kernels lint check bench bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/elastic run infra/recipes/tiny.yaml
 
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not gpu and not benchmark"
+	$(BIN)/pytest -m "not gpu and not benchmark and not faults"
+
+test-faults: $(INSTALLED)
+	$(BIN)/pytest -m faults
 
 test-kernels: $(KERNELS)/installed
 	TRITON_KERNELS=$(abspath $(KERNELS)) $(BIN)/pytest tests/elastic_core/test_kernels.py -m "not gpu"
