@@ -32,10 +32,22 @@ SPARED = 3  # short steps at the end, which a server that is warm does sooner th
 STEP = re.compile(r"^\w+ +(?:cached|([\d.]+) s)$", re.MULTILINE)
 
 
-@pytest.fixture(scope="session")
-def clean(finished: Run, command: Command) -> Outcome:
-    """What a run makes to which nothing happens."""
-    return outcome_in(command.home)
+@pytest.fixture(scope="module")
+def alone(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Command:
+    """In a state directory that holds nothing else."""
+    return replace(command, home=tmp_path_factory.mktemp("clean") / "home")
+
+
+@pytest.fixture(scope="module")
+def finished(alone: Command) -> Run:
+    """A run to which nothing happens."""
+    return completed(alone)
+
+
+@pytest.fixture(scope="module")
+def clean(finished: Run, alone: Command) -> Outcome:
+    """What it made."""
+    return outcome_in(alone.home)
 
 
 def outcome_in(home: Path) -> Outcome:
