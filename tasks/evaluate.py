@@ -107,7 +107,7 @@ def evaluate(
         teacher_params=subnet_params(teaching.config, full),
         teacher_cross_entropy=teacher_loss,
         teacher_accuracy=teacher_answers.accuracy if teacher_answers else None,
-        heldout_tokens=sum(batch[:, 1:].numel() for batch in batches),
+        heldout_tokens=predicted(batches),
         problems=len(problems),
         budgets=tuple(measured),
     )
@@ -137,6 +137,11 @@ def heldout_batches(path: Path, settings: Evaluation, vocab_size: int) -> list[t
             "use tokens of the model's own tokenizer"
         )
     return batches
+
+
+def predicted(batches: list[torch.Tensor]) -> int:
+    """The tokens whose loss counts: all but the first of each sequence."""
+    return sum(batch[:, 1:].numel() for batch in batches)
 
 
 @torch.inference_mode()

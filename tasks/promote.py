@@ -12,7 +12,7 @@ from elastic_core.subnet import full_subnet
 from tasks import artifacts, tracking
 from tasks.data import HELDOUT_FILE, read_record
 from tasks.documents import digest_files
-from tasks.evaluate import heldout_batches, heldout_loss
+from tasks.evaluate import heldout_batches, heldout_loss, predicted
 from tasks.records import Artifact, EvaluationRecord, Release
 from tasks.register import HELDOUT_DIGEST
 from tasks.settings import Settings
@@ -102,8 +102,3 @@ def retokenised(
     """The text of one tokenizer's tokens in another's, as a batch of one."""
     text = written_by.decode(tokens_T, clean_up_tokenization_spaces=False)
     return torch.tensor([read_by(text, add_special_tokens=False)["input_ids"]])
-
-
-def predicted(batches: list[torch.Tensor]) -> int:
-    """The tokens whose loss counts: all but the first of each sequence."""
-    return sum(batch[:, 1:].numel() for batch in batches)
