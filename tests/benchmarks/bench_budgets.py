@@ -12,30 +12,15 @@ from itertools import islice
 import pytest
 import torch
 from bench import interleaved, record
+from nano import NANO_97M
 from torch.utils.flop_counter import FlopCounterMode
 
-from elastic_core.config import ModelConfig
 from elastic_core.curriculum import generator
 from elastic_core.generate import decode
 from elastic_core.losses import distillation_loss
 from elastic_core.model import ElasticNemotronH
 from elastic_core.subnet import Masks, Subnet, full_subnet
 
-# Nano's proportions, and those of its 6B, at a hidden size that two CPU cores can train: 93M parameters.
-MODEL = ModelConfig(
-    hybrid_override_pattern="M-M-M*-M-",
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_attention_heads=16,
-    num_key_value_heads=4,
-    head_dim=64,
-    mamba_num_heads=32,
-    mamba_head_dim=64,
-    ssm_state_size=64,
-    n_groups=4,
-    vocab_size=16384,
-    chunk_size=64,
-)
 TOKENS = 1024
 NEW_TOKENS = 16
 OVERHEAD = 0.08  # what the issue allows above the ratio of FLOPs
@@ -44,18 +29,19 @@ SAME_FUNCTION = 1e-3  # float32, summed in another order over 16 layers
 
 @pytest.fixture(scope="module")
 def model() -> ElasticNemotronH:
-    fresh = ElasticNemotronH(MODEL)
+    fresh = ElasticNemotronH(NANO_97M)
     fresh.initialise(generator(0))
     return fresh
 
 
 @pytest.fixture(scope="module")
 def tokens_BT() -> torch.Tensor:
-    return torch.randint(MODEL.vocab_size, (1, TOKENS + 1), generator=generator(1))
+    return torch.randint(NANO_97M.vocab_size, (1, TOKENS + 1), generator=generator(1))
 
 
 def small_subnet() -> Subnet:
-    full = full_subnet(MODEL)
+    """In the proportions of Nano's 6B."""
+    full = full_subnet(NANO_97M)
     return dataclasses.replace(
         full,
         hidden=768,
@@ -71,16 +57,16 @@ def one_hot_masks(subnet: Subnet) -> Masks:
     def prefix(kept: int, width: int) -> torch.Tensor:
         return (torch.arange(width) < kept).float()
 
-    groups, kv_heads = MODEL.n_groups, MODEL.num_key_value_heads
+    groups, kv_heads = NANO_97M.n_groups, NANO_97M.num_key_value_heads
     return Masks(
-        hidden_D=prefix(subnet.hidden, MODEL.hidden_size),
-        ffn_F=tuple(prefix(kept, full) for kept, full in zip(subnet.ffn, MODEL.ffn_sizes, strict=True)),
-        mamba_heads_R=tuple(prefix(h // groups, MODEL.mamba_num_heads // groups) for h in subnet.mamba_heads),
-        mamba_head_dim_P=prefix(subnet.mamba_head_dim, MODEL.mamba_head_dim),
+        hidden_D=prefix(subnet.hidden, NANO_97M.hidden_size),
+        ffn_F=tuple(prefix(kept, full) for kept, full in zip(subnet.ffn, NANO_97M.ffn_sizes, strict=True)),
+        mamba_heads_R=tuple(prefix(h // groups, NANO_97M.mamba_num_heads // groups) for h in subnet.mamba_heads),
+        mamba_head_dim_P=prefix(subnet.mamba_head_dim, NANO_97M.mamba_head_dim),
         query_heads_R=tuple(
-            prefix(h // kv_heads, MODEL.num_attention_heads // kv_heads) for h in subnet.attention_heads
+            prefix(h // kv_heads, NANO_97M.num_attention_heads // kv_heads) for h in subnet.attention_heads
         ),
-        layers_L=torch.ones(MODEL.num_layers),
+        layers_L=torch.ones(NANO_97M.num_layers),
     )
 
 
@@ -97,7 +83,7 @@ def loss_of(
 
 @pytest.mark.benchmark
 def test_a_training_step_costs_what_its_budget_costs(model: ElasticNemotronH, tokens_BT: torch.Tensor) -> None:
-    full, small = full_subnet(MODEL), small_subnet()
+    full, small = full_subnet(NANO_97M), small_subnet()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
 
     def step(subnet: Subnet, masks: Masks | None = None) -> None:
@@ -146,7 +132,7 @@ def test_decoding_costs_what_its_budget_costs(batch: int, model: ElasticNemotron
     prompt_BT = tokens_BT[:, :64].repeat(batch, 1)
     texts = {
         name: decode(model, prompt_BT, subnet, max_new_tokens=10**6)
-        for name, subnet in {"l": full_subnet(MODEL), "s": small_subnet()}.items()
+        for name, subnet in {"l": full_subnet(NANO_97M), "s": small_subnet()}.items()
     }
 
     def write(name: str) -> None:

@@ -10,28 +10,15 @@ import dataclasses
 import pytest
 import torch
 from bench import interleaved, record
+from nano import NANO_97M
 
 from elastic_core.budget import Serving
-from elastic_core.config import Axes, ModelConfig
+from elastic_core.config import Axes
 from elastic_core.cost import LatencyCost
 from elastic_core.model import Cache, ElasticNemotronH
 from elastic_core.profile import measure
 from elastic_core.subnet import Subnet, full_subnet, sliced_config, smallest_subnet
 
-MODEL = ModelConfig(
-    hybrid_override_pattern="M-M-M*-M-",
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_attention_heads=16,
-    num_key_value_heads=4,
-    head_dim=64,
-    mamba_num_heads=32,
-    mamba_head_dim=64,
-    ssm_state_size=64,
-    n_groups=4,
-    vocab_size=16384,
-    chunk_size=64,
-)
 AXES = Axes(hidden=(1024, 768), ffn=(4096, 2048), mamba_heads=(32, 20), attention_heads=(16, 12), depth=(9, 7))
 RANKING = tuple(range(9))
 CONTEXT, STEPS = 512, 8
@@ -41,7 +28,7 @@ class Decoding:
     """Steps of a slice that has read the context."""
 
     def __init__(self, subnet: Subnet, device: torch.device) -> None:
-        self.model = ElasticNemotronH(sliced_config(MODEL, subnet)).to(device).requires_grad_(False)
+        self.model = ElasticNemotronH(sliced_config(NANO_97M, subnet)).to(device).requires_grad_(False)
         self.subnet, self.cache = full_subnet(self.model.config), Cache()
         tokens_BT = torch.zeros(1, CONTEXT, dtype=torch.long, device=device)
         self.next_BT = tokens_BT[:, :1]
@@ -58,13 +45,13 @@ class Decoding:
 @pytest.mark.benchmark
 def test_a_table_tells_how_long_a_step_takes() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    axes, full = AXES.bind(MODEL), full_subnet(MODEL)
-    table = measure(MODEL, axes, Serving(context=CONTEXT, dtype="float32"), device)
-    counted = LatencyCost(model=MODEL, fixed_times=table.fixed, times=table.times)
+    axes, full = AXES.bind(NANO_97M), full_subnet(NANO_97M)
+    table = measure(NANO_97M, axes, Serving(context=CONTEXT, dtype="float32"), device)
+    counted = LatencyCost(model=NANO_97M, fixed_times=table.fixed, times=table.times)
     subnets = {
         "largest": full,
         "mixed": dataclasses.replace(full, hidden=768, mamba_heads=(20,) * 4),
-        "smallest": smallest_subnet(MODEL, axes, RANKING),
+        "smallest": smallest_subnet(NANO_97M, axes, RANKING),
     }
     seconds = interleaved({name: Decoding(subnet, device) for name, subnet in subnets.items()})
     for name, subnet in subnets.items():

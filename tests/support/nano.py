@@ -1,4 +1,4 @@
-"""The exact geometries of NVIDIA's Nemotron-Nano 12B and 9B, version 2."""
+"""The exact geometries of NVIDIA's Nemotron-Nano 12B and 9B, version 2, and a small one in their proportions."""
 
 import dataclasses
 
@@ -22,4 +22,20 @@ NANO_9B = dataclasses.replace(
     hybrid_override_pattern="M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
     hidden_size=4480,
     intermediate_size=15680,
+)
+
+# Nano's proportions at a hidden size that two CPU cores can train.
+NANO_97M = ModelConfig(
+    hybrid_override_pattern="M-M-M*-M-",
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    head_dim=64,
+    mamba_num_heads=32,
+    mamba_head_dim=64,
+    ssm_state_size=64,
+    n_groups=4,
+    vocab_size=16384,
+    chunk_size=64,
 )
