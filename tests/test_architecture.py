@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for package in ("elastic_core", "tasks", "flows")
-    for path in (ROOT / package).glob("*.py")
+    for path in (ROOT / package).rglob("*.py")
     if path.stem not in ("__init__", "prefect_server")  # uvicorn's: imports Prefect's server, which runs a command
 )
 CORE = [module for module in MODULES if module.startswith("elastic_core")]

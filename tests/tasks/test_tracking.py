@@ -33,13 +33,16 @@ from tasks.tracking import (
     by_alias,
     champion,
     check_server,
+    connection,
     finish_run,
     flatten,
     log_files,
     log_params,
     open_run,
     register_family,
+    registry,
     resolve,
+    runs,
     set_alias,
     set_tags,
 )
@@ -75,7 +78,7 @@ class Faulty:
 @contextmanager
 def faulty(client: MlflowClient, method: str, instead: Callable[..., Any]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tracking, "_client", lambda _uri: Faulty(client, method, instead))
+        patch.setattr(mlflow, "MlflowClient", lambda **_: Faulty(client, method, instead))
         yield
 
 
@@ -111,7 +114,7 @@ def test_a_server_that_is_down_is_one_line_without_the_password(scheme: str) -> 
 
 
 def test_a_server_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "CHECK_SECONDS", 0.2)
+    monkeypatch.setattr(connection, "CHECK_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(ServiceError, match="does not answer"):
         check_server(f"http://127.0.0.1:{silent.getsockname()[1]}")
 
@@ -179,7 +182,7 @@ def test_a_recipe_is_flat_cut_and_without_secrets() -> None:
     flat = flatten(recipe)
     assert flat["stage1.steps"] == "100" and flat["stage1.lr"] == "0.001" and flat["stage1.budgets"] == '["l", "s"]'
     assert (flat["name"], flat["none"], flat["eos_token"]) == ("tiny", "null", "</s>")
-    assert len(flat["long"]) == tracking.MAX_PARAM_LENGTH and flat["long"].endswith("...")
+    assert len(flat["long"]) == runs.MAX_PARAM_LENGTH and flat["long"].endswith("...")
     assert "hunter2" not in repr(flat)
 
 
@@ -390,7 +393,7 @@ def test_an_outage_is_logged_once_and_does_not_reach_the_training(
         spool.record(1, {"loss": 1.0})
         while calls["log_batch"] < 3:
             time.sleep(0.01)
-    messages = [record.message for record in caplog.records if record.name == "tasks.tracking"]
+    messages = [record.message for record in caplog.records if record.name == "tasks.tracking.curves"]
     assert len([message for message in messages if "metrics wait in" in message]) == 1
     assert len([message for message in messages if "is back" in message]) == 1
     assert history(client, spool.run_id, "loss") == [(1, 1.0)]
@@ -506,7 +509,7 @@ def test_a_registered_family_carries_what_is_known_of_it(
 def test_what_every_registered_version_points_to_is_known_over_pages(
     tracking_uri: str, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "VERSIONS_A_PAGE", 2)
+    monkeypatch.setattr(registry, "VERSIONS_A_PAGE", 2)
     for version in ("1", "2"):
         made = register(tracking_uri, family, version)
         assert {entry.tags["pull"] for entry in made.values()} == {f"x:{version}"}

@@ -1,0 +1,39 @@
+"""Runs, curves and registered families in MLflow. Nobody else imports mlflow, and this only where a function needs it.
+
+A tracking URI goes into every function: an http(s) server, or a database such as sqlite:///... with no server at all.
+Failures are `ServiceError`s of one line that name the redacted URI. Every function may be repeated after a failure.
+"""
+
+from tasks.tracking.connection import CHECK_SECONDS as CHECK_SECONDS
+from tasks.tracking.connection import CLIENT_ENVIRONMENT as CLIENT_ENVIRONMENT
+from tasks.tracking.connection import check_server as check_server
+from tasks.tracking.connection import is_server as is_server
+from tasks.tracking.curves import MetricSpool as MetricSpool
+from tasks.tracking.registry import BUDGET as BUDGET
+from tasks.tracking.registry import CANDIDATE as CANDIDATE
+from tasks.tracking.registry import CHAMPION as CHAMPION
+from tasks.tracking.registry import FAMILY as FAMILY
+from tasks.tracking.registry import MANIFEST as MANIFEST
+from tasks.tracking.registry import NUMBER as NUMBER
+from tasks.tracking.registry import VERSION as VERSION
+from tasks.tracking.registry import Member as Member
+from tasks.tracking.registry import ModelVersion as ModelVersion
+from tasks.tracking.registry import by_alias as by_alias
+from tasks.tracking.registry import champion as champion
+from tasks.tracking.registry import model_name as model_name
+from tasks.tracking.registry import model_url as model_url
+from tasks.tracking.registry import pointed_to as pointed_to
+from tasks.tracking.registry import register_family as register_family
+from tasks.tracking.registry import resolve as resolve
+from tasks.tracking.registry import set_alias as set_alias
+from tasks.tracking.registry import tag_versions as tag_versions
+from tasks.tracking.runs import NOTE as NOTE
+from tasks.tracking.runs import finish_run as finish_run
+from tasks.tracking.runs import flatten as flatten
+from tasks.tracking.runs import is_finished as is_finished
+from tasks.tracking.runs import log_files as log_files
+from tasks.tracking.runs import log_metrics as log_metrics
+from tasks.tracking.runs import log_params as log_params
+from tasks.tracking.runs import open_run as open_run
+from tasks.tracking.runs import run_url as run_url
+from tasks.tracking.runs import set_tags as set_tags
