@@ -10,7 +10,8 @@ Letters beyond the package's legend: L and S, the tokens of one chunk as targets
 of one group (head h belongs to group h // R); M = R P, the channels of one group; I = H P, all channels of the mixer.
 In `causal_conv`, C is its channels and K its taps.
 
-Everything is computed in float32, or in float64 where the input is float64, and returned in the input's dtype.
+Everything is computed in float32, or in float64 where the input is float64, whatever autocast says of matrix products,
+and returned in the input's dtype.
 
 On a CPU these functions are bound by memory, not by arithmetic. They therefore walk over short runs of tokens, whose
 intermediate tensors stay in the cache from one operation to the next, forward and backward.
@@ -58,9 +59,10 @@ def ssd_scan(
 
     outputs = []
     sequences = (x_BTHP, dt_BTH, B_BTGN, C_BTGN)
-    for x_BLHP, dt_BLH, B_BLGN, C_BLGN in zip(*(torch.split(t, chunk, dim=1) for t in sequences), strict=True):
-        y_BLHP, state_BHPN = _scan_chunk(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, state_BHPN, mask_SL)
-        outputs.append(y_BLHP)
+    with torch.autocast(x_BTHP.device.type, enabled=False):
+        for x_BLHP, dt_BLH, B_BLGN, C_BLGN in zip(*(torch.split(t, chunk, dim=1) for t in sequences), strict=True):
+            y_BLHP, state_BHPN = _scan_chunk(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, state_BHPN, mask_SL)
+            outputs.append(y_BLHP)
     return torch.cat(outputs, dim=1), state_BHPN
 
 
@@ -136,7 +138,8 @@ def ssd_step(
 
     added_BGMN = _by_group(x * dt.unsqueeze(-1), groups).unsqueeze(-1) * B.unsqueeze(2)
     new_state_BHPN = torch.addcmul(added_BGMN.view_as(state), state, torch.exp(dt * A)[..., None, None])
-    read_BGM1 = _by_group(new_state_BHPN, groups) @ C.unsqueeze(-1)
+    with torch.autocast(x_BHP.device.type, enabled=False):
+        read_BGM1 = _by_group(new_state_BHPN, groups) @ C.unsqueeze(-1)
     y_BHP = torch.addcmul(read_BGM1.view_as(x), x, D[:, None])
     return y_BHP.to(x_BHP.dtype), new_state_BHPN
 

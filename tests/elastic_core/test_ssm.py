@@ -204,6 +204,20 @@ def test_bfloat16_is_float32_rounded_once() -> None:
         assert_close(one.float(), other, BFLOAT16)
 
 
+def test_autocast_narrows_neither_scan_nor_step() -> None:
+    inputs = scan_inputs(tokens=9, dtype=torch.float32)
+    x, dt, A, B, C, D, state = inputs
+
+    def outputs() -> tuple[Tensor, ...]:
+        return *scan(inputs, 4), *ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, state)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = outputs()
+    wide = outputs()
+    for one, other in zip((*cast, *gradients(cast, inputs)), (*wide, *gradients(wide, inputs)), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_bfloat16_step_is_float32_rounded_once() -> None:
     x, dt, A, B, C, D, state = (t.detach() for t in scan_inputs(tokens=1, dtype=torch.bfloat16))
     narrow = [x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, state]
