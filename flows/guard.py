@@ -2,6 +2,7 @@
 
 import logging
 import os
+from datetime import UTC, datetime, timedelta
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId, FlowRunFilter, FlowRunFilterId
@@ -12,7 +13,8 @@ from prefect.settings import get_current_settings
 from elastic_core.job import die_with_parent
 from tasks.settings import ServiceError
 
-MOST_CRASHES = 5
+# So many, one after the other, are a crash loop; over a longer time they may be machines that were taken away.
+MOST_CRASHES, WITHIN = 5, timedelta(days=1)
 
 
 def guard_run() -> None:
@@ -43,8 +45,10 @@ def _refuse_crash_loop() -> None:
             sort=FlowRunSort.START_TIME_DESC,
             limit=MOST_CRASHES,
         )
-    if len(last) == MOST_CRASHES and all(run.state is not None and run.state.is_crashed() for run in last):
+    since = datetime.now(UTC) - WITHIN
+    crashed = [run for run in last if run.state and run.state.is_crashed() and run.state.timestamp > since]
+    if len(crashed) == MOST_CRASHES:
         raise ServiceError(
-            f"the last {MOST_CRASHES} runs crashed, so this one is not begun; see their logs and the machine's memory, "
-            "then start a run to go on"
+            f"the last {MOST_CRASHES} runs crashed within a day, so this one is not begun; see their logs and the "
+            "machine's memory, then start a run to go on"
         )
