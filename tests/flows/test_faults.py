@@ -152,9 +152,8 @@ def test_a_run_around_which_all_dies_at_every_step_ends_the_same(
     with watching(place):
         for step, sign in SIGNS.items():
             eventually(lambda sign=sign: reached(sign), 600, f"{step} never began")
-            for process in [found for victim in VICTIMS[victims] for found in dying(up, victim)]:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
+            for victim in VICTIMS[victims]:
+                strike(up, victim)
         eventually(ended, 600, "no run completed")
     eventually(lambda: up.command("status").returncode == 0, 120)
     outcome = place.outcome(victims)
@@ -187,7 +186,14 @@ def answered(question: Callable[[], Any]) -> Any:
         return None
 
 
-def dying(up: Served, victim: str) -> list[psutil.Process]:
+def strike(up: Served, victim: str) -> None:
+    """Kill -9; nothing where the victim has just ended by itself, or of another's death."""
+    with suppress(psutil.NoSuchProcess):
+        for process in processes_of(up, victim):
+            process.kill()
+
+
+def processes_of(up: Served, victim: str) -> list[psutil.Process]:
     """The processes of a victim, of which there may be none just now."""
     if victim == "trainer":
         return up.trainers()
