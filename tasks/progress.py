@@ -4,12 +4,12 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from uuid import UUID
 
 import httpx
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.context import TaskRunContext
 from prefect.exceptions import PrefectException
@@ -70,37 +70,39 @@ class ProgressArtifact:
         self._thread.join(LAST_UPDATE_SECONDS)
 
     def _send(self) -> None:
+        client: SyncPrefectClient | None = None
         artifact: UUID | None = None
         sent: tuple[int, int] | None = None
         last = False
-        while not last:
-            last = self._ended.wait(SECONDS_BETWEEN_UPDATES)
-            latest = self._latest
-            if latest is None or latest == sent or (last and artifact is None):
-                continue  # what ends at once needs no artifact
-            try:
-                artifact = self._put(artifact, *latest)
-                sent = latest
-            except (httpx.HTTPError, PrefectException) as error:
-                logger.debug("progress is not shown: %s", error)
+        with ExitStack() as stack:
+            while not last:
+                last = self._ended.wait(SECONDS_BETWEEN_UPDATES)
+                latest = self._latest
+                if latest is None or latest == sent or (last and artifact is None):
+                    continue  # what ends at once needs no artifact
+                try:
+                    client = client or stack.enter_context(get_client(sync_client=True))
+                    artifact = self._put(client, artifact, *latest)
+                    sent = latest
+                except (httpx.HTTPError, PrefectException) as error:
+                    logger.debug("progress is not shown: %s", error)
 
-    def _put(self, artifact: UUID | None, done: int, total: int) -> UUID:
+    def _put(self, client: SyncPrefectClient, artifact: UUID | None, done: int, total: int) -> UUID:
         left = self._pace.seconds_left(done, total)
         text = f"{self._description}: {done:,} of {total:,}" + (f", {human_seconds(left)} left" if left else "")
         share = 100.0 * done / max(total, 1)
-        with get_client(sync_client=True) as client:
-            if artifact is not None:
-                client.update_artifact(artifact, ArtifactUpdate(data=share, description=text))
-                return artifact
-            wanted = ArtifactCreate(
-                type="progress",
-                key=re.sub("[^a-z0-9]+", "-", self._description.partition(":")[0].lower()).strip("-"),
-                description=text,
-                data=share,
-                flow_run_id=self._flow_run,
-                task_run_id=self._task_run,
-            )
-            return client.create_artifact(wanted).id
+        if artifact is not None:
+            client.update_artifact(artifact, ArtifactUpdate(data=share, description=text))
+            return artifact
+        wanted = ArtifactCreate(
+            type="progress",
+            key=re.sub("[^a-z0-9]+", "-", self._description.partition(":")[0].lower()).strip("-"),
+            description=text,
+            data=share,
+            flow_run_id=self._flow_run,
+            task_run_id=self._task_run,
+        )
+        return client.create_artifact(wanted).id
 
 
 @contextmanager
