@@ -4,7 +4,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,9 @@ class Served:
     def flow_process(self, run: UUID) -> psutil.Process:
         """The process of a flow run, a child of its worker."""
         for child in descendants(psutil.Process(self.process.pid)):
-            if "prefect.engine" in child.cmdline() and child.environ().get("PREFECT__FLOW_RUN_ID") == str(run):
-                return child
+            with suppress(psutil.Error):  # others end while one looks at them
+                if "prefect.engine" in child.cmdline() and child.environ().get("PREFECT__FLOW_RUN_ID") == str(run):
+                    return child
         raise AssertionError(f"run {run} has no process")
 
     def artifacts(self, run: UUID) -> dict[str, Artifact]:

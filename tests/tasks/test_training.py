@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,9 @@ def kill_each_once() -> Callable[[dict[str, Any]], None]:
         if due:
             rank = waiting.pop(due[0])
             for child in psutil.Process().children(recursive=True):
-                if child.is_running() and child.environ().get("RANK") == rank:
-                    child.send_signal(signal.SIGKILL)
+                with suppress(psutil.Error):  # others end while one looks at them
+                    if child.environ().get("RANK") == rank:
+                        child.send_signal(signal.SIGKILL)
 
     return on_step
 
