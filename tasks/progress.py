@@ -21,7 +21,7 @@ from tasks.summary import human_seconds
 
 logger = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_UPDATES = 2.0
+SECONDS_BETWEEN_UPDATES = 5.0
 LAST_UPDATE_SECONDS = 5.0
 
 

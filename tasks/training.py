@@ -50,7 +50,7 @@ def train(job: TrainJob, *, processes: int | None = None, on_step: OnStep | None
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={processes}", f"--max-restarts={RESTARTS}", "-m", "elastic_core.job", str(job_file)]
     process = ChildProcess(log_file)
-    process.start(command, environment=_environment(processes), directory=Path.cwd())
+    process.start(command, environment=trainer_environment(processes), directory=Path.cwd())
     try:
         while process.running() and not (work / ERROR).exists():
             _report(tail, on_step)
@@ -81,6 +81,21 @@ def processes_for(stage: Stage, devices: int) -> int:
     return max(count for count in range(1, max(devices, 1) + 1) if micro_batches % count == 0)
 
 
+def trainer_environment(processes: int) -> dict[str, str]:
+    """The parent's, with all its cores shared out (torchrun would give one each) and threads that soon stop spinning.
+
+    On a machine that is busy with something else, OpenMP's default spin made the mean step 3.5 times its usual length;
+    this one costs nothing on an idle machine. A rendezvous store that outlives a restart gives the new processes the
+    addresses of the old ones, and they wait for those (pytorch/pytorch#135712): each start gets a store of its own.
+    """
+    ours = {
+        "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes)),  # of the cores it may run on
+        "GOMP_SPINCOUNT": "20000",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+    return ours | os.environ
+
+
 class Tail:
     """The whole lines that are added to a file of JSON lines; what a kill or a full disk tore is passed over."""
 
@@ -109,18 +124,3 @@ def _report(tail: Tail, on_step: OnStep | None) -> None:
     for row in tail.rows():
         if on_step is not None:
             on_step(row)
-
-
-def _environment(processes: int) -> dict[str, str]:
-    """The parent's, with all cores shared out (torchrun would give one each) and threads that soon stop spinning.
-
-    On a machine that is busy with something else, OpenMP's default spin made the mean step 3.5 times its usual length;
-    this one costs nothing on an idle machine. A rendezvous store that outlives a restart gives the new processes the
-    addresses of the old ones, and they wait for those (pytorch/pytorch#135712): each start gets a store of its own.
-    """
-    ours = {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)),
-        "GOMP_SPINCOUNT": "20000",
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    }
-    return ours | os.environ

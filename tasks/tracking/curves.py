@@ -54,7 +54,7 @@ class MetricSpool:
         return sent
 
     @contextmanager
-    def delivering(self, every_s: float = 5.0) -> Iterator[None]:
+    def delivering(self, every_s: float = 10.0) -> Iterator[None]:
         """Deliver in the background while the block runs, and once more at its end; an outage is logged once."""
         stop = threading.Event()
         thread = threading.Thread(target=self._deliver_until, args=(stop, every_s), name="metric-spool", daemon=True)

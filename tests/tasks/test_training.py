@@ -1,6 +1,8 @@
 """Laws of supervised training: what is lost is started again, what is wrong is not."""
 
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -28,6 +30,18 @@ def start(tmp_path_factory) -> tuple[Path, Path]:
 @pytest.mark.parametrize(("devices", "processes"), [(0, 1), (1, 1), (2, 2), (4, 4), (5, 4), (8, 6), (64, 12)])
 def test_there_is_a_process_for_every_device_that_the_batch_can_be_divided_for(devices, processes):
     assert processes_for(replace(STAGE, batch_size=24, micro_batch_size=2), devices) == processes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="binds a process to a core")
+def test_trainers_share_the_cores_that_their_parent_may_run_on():
+    code = """if True:
+        import os
+        os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+        os.environ.pop("OMP_NUM_THREADS", None)
+        from tasks.training import trainer_environment
+        print([trainer_environment(processes)["OMP_NUM_THREADS"] for processes in (1, 4)])
+    """
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "['1', '1']\n"
 
 
 def weights(directory: str) -> dict[str, bytes]:
