@@ -1,6 +1,6 @@
 """A Mamba-2 layer and a whole model, forward and backward on a CPU, beside stock transformers without its kernels.
 
-pytest -m benchmark -s tests/benchmarks/bench_layer.py [-k "32-heads and bfloat16"]
+pytest -m benchmark -s tests/benchmarks/bench_layer.py [-k "8192 and bfloat16"]
 
 In float32, and with products in bfloat16 under autocast, as a recipe's `dtype: bfloat16` trains. Both have the same
 weights and see the same input. Outputs and every gradient are checked to be equal first. A second row compares with the
@@ -56,14 +56,17 @@ SMALL = {
     "vocab_size": 16384,
     "chunk_size": 128,
 }
-# Geometry, batch, tokens. The tiny recipe's micro-batch; Mamba layers narrow, usual and wide for their hidden size.
+# Geometry, batch, tokens. The tiny recipe's micro-batch; Mamba layers narrow, usual and wide for their hidden size; and
+# the length of a sequence in the first stage of the small and the 12B recipe.
 LAYERS = {
     "tiny": (TINY, 16, 128),
     "16-heads": ({**SMALL, "mamba_num_heads": 16}, 1, 2048),
     "32-heads": (SMALL, 1, 2048),
     "64-heads": ({**SMALL, "mamba_num_heads": 64}, 1, 2048),
+    "16-heads-8192": ({**SMALL, "mamba_num_heads": 16}, 1, 8192),
+    "32-heads-8192": (SMALL, 1, 8192),
 }
-MODELS = {"tiny": (TINY, 16, 128), "small": (SMALL, 1, 1024)}
+MODELS = {"tiny": (TINY, 16, 128), "small": (SMALL, 1, 1024), "small-8192": (SMALL, 1, 8192)}
 
 
 def fill(module: nn.Module) -> None:
