@@ -33,9 +33,8 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceRecord:
-    """What was taken from one source. `sha256` is over the digests of its documents, in order."""
+    """What was taken from one source, wherever it lay. `sha256` is over the digests of its documents, in order."""
 
-    path: str
     documents: int
     tokens: int
     sha256: str
@@ -156,7 +155,7 @@ def _write_source(
             break
     if not taken:
         raise ValueError(f"{source.path}: the dataset is empty; add documents or take it out of data.sources")
-    return SourceRecord(path=source.path, documents=taken, tokens=tokens, sha256=content.hexdigest())
+    return SourceRecord(documents=taken, tokens=tokens, sha256=content.hexdigest())
 
 
 def _encoded(found: Iterable[Document], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Document, list[int]]]:

@@ -5,7 +5,6 @@ that one drawing serves light and dark.
 """
 
 import io
-import json
 import logging
 import math
 import re
@@ -13,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, product
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +21,13 @@ from markupsafe import Markup
 
 from elastic_core.config import ATTENTION, FFN, MAMBA, Axes, ModelConfig, Recipe
 from elastic_core.subnet import Subnet, full_subnet
-from elastic_core.train import BudgetMetrics, StepMetrics
+from tasks.history import Pick, StageHistory
 from tasks.records import BudgetEvaluation, EvaluationRecord
 from tasks.summary import above_teacher, human_bytes, human_count, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Panel
     from matplotlib.figure import Figure
-
-_log = logging.getLogger(__name__)
 
 AXIS_TITLES = {
     "hidden": "hidden channels",
@@ -67,60 +64,6 @@ SMOOTHING = 0.03  # a smoothed line averages this share of its stage's steps
 
 
 # The run
-
-
-def read_metrics(path: Path) -> list[StepMetrics]:
-    """The steps of a stage in order, from JSON lines.
-
-    A run that was killed and resumed writes some steps twice, of which the last counts, and may leave a line
-    unfinished, which is passed over.
-    """
-    steps: dict[int, StepMetrics] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            _log.info("%s: passed over an unfinished line", path)
-            continue
-        budgets = {name: BudgetMetrics(**budget) for name, budget in record.pop("budgets").items()}
-        steps[record["step"]] = StepMetrics(budgets=budgets, **record)
-    return [steps[step] for step in sorted(steps)]
-
-
-Pick = Callable[[BudgetMetrics], float | None]
-
-
-@dataclass(frozen=True, slots=True)
-class StageHistory:
-    """A stage's steps, and how many steps came before it."""
-
-    name: str
-    first: int
-    metrics: Sequence[StepMetrics]
-
-    @property
-    def end(self) -> int:
-        return self.first + self.metrics[-1].step + 1
-
-    @property
-    def tokens(self) -> int:
-        return sum(m.tokens for m in self.metrics)
-
-    @property
-    def seconds(self) -> float:
-        return sum(m.seconds for m in self.metrics)
-
-    def curve(self, budget: str, pick: Pick) -> tuple[np.ndarray, np.ndarray]:
-        """Steps, counted over all stages, and the finite values that `pick` finds of a budget."""
-        values = [(self.first + m.step, pick(m.budgets[budget])) for m in self.metrics if budget in m.budgets]
-        points = [(step, value) for step, value in values if value is not None and math.isfinite(value)]
-        return np.array([x for x, _ in points]), np.array([y for _, y in points])
-
-
-def read_stages(metrics: Sequence[tuple[str, Path]]) -> list[StageHistory]:
-    read = [(name, steps) for name, path in metrics if (steps := read_metrics(path))]
-    firsts = accumulate((steps[-1].step + 1 for _, steps in read), initial=0)
-    return [StageHistory(name, first, steps) for (name, steps), first in zip(read, firsts, strict=False)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ from elastic_core import checkpoint
 from elastic_core.config import Recipe, Stage
 from elastic_core.schema import to_dict
 from elastic_core.subnet import full_subnet
-from tasks import artifacts, nested, plots, report, tracking
+from tasks import artifacts, history, nested, plots, report, tracking
 from tasks.data import read_record
+from tasks.history import read_metrics
 from tasks.manifest import Manifest, NestedPart
-from tasks.plots import read_metrics
 from tasks.progress import progress_bar
 from tasks.records import Artifact, EvaluationRecord, Release, StageRecord
 from tasks.settings import ServiceError, Settings, redact
@@ -42,7 +42,7 @@ def curves(row: Mapping[str, Any]) -> dict[str, float]:
     return named
 
 
-@step(plots, report)
+@step(history, plots, report)
 def register(
     recipe: Recipe,
     family: Artifact,

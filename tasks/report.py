@@ -16,7 +16,8 @@ from markupsafe import Markup
 from elastic_core.config import ATTENTION, FFN, MAMBA, ModelConfig, Recipe
 from elastic_core.schema import to_dict
 from elastic_core.subnet import Subnet
-from tasks.plots import KIND_TITLES, THEME, Plot, Run, draw_all, read_stages, span
+from tasks.history import read_stages
+from tasks.plots import KIND_TITLES, THEME, Plot, Run, draw_all, span
 from tasks.records import EvaluationRecord
 from tasks.settings import redact
 from tasks.summary import (

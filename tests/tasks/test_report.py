@@ -19,7 +19,7 @@ from elastic_core.budget import Budget
 from elastic_core.config import Axes, DataConfig, DataSource, ModelConfig, Optimizer, Recipe, Stage, Teacher
 from elastic_core.subnet import Subnet, full_subnet, keep_layers
 from elastic_core.train import BudgetMetrics, StepMetrics
-from tasks import plots, report, summary
+from tasks import history, plots, report, summary
 from tasks.records import BudgetEvaluation, EvaluationRecord
 
 MODEL = ModelConfig(
@@ -293,7 +293,7 @@ def test_the_last_record_of_a_step_counts_and_an_unfinished_line_is_passed_over(
     path = tmp_path / "metrics.jsonl"
     killed = line(2, 7.0)[:60]
     path.write_text("\n".join([line(0, 1.0), line(1, 2.0), line(2, 3.0), killed + line(1, 9.0), line(1, 4.0), killed]))
-    steps = plots.read_metrics(path)
+    steps = history.read_metrics(path)
     assert [(m.step, m.loss) for m in steps] == [(0, 1.0), (1, 4.0), (2, 3.0)]
     assert steps[1] == step_metrics("short", 1, routed=True, loss=4.0)
 
@@ -302,7 +302,7 @@ def test_a_number_that_is_not_finite_is_left_out_of_the_curves(tmp_path: Path) -
     path = tmp_path / "short.jsonl"
     records = [step_metrics("short", step, routed=True, loss=loss) for step, loss in enumerate([1.0, math.nan, 3.0])]
     path.write_text("\n".join(json.dumps(dataclasses.asdict(record)) for record in records))
-    (stage,) = plots.read_stages([("short", path)])
+    (stage,) = history.read_stages([("short", path)])
     steps, values = stage.curve("s", lambda b: b.loss)
     assert steps.tolist() == [0, 2]
     assert values.tolist() == [1.0, 3.0]

@@ -16,7 +16,7 @@ from trainee import STAGE, metrics_of, train_job, write_family, write_tokens
 
 from elastic_core.config import Optimizer
 from elastic_core.job import METRICS
-from tasks.plots import read_metrics
+from tasks.history import read_metrics
 from tasks.settings import ServiceError
 from tasks.training import Tail, processes_for, train
 
