@@ -208,8 +208,8 @@ class MemoryCost(Cost):
         return self.serving.batch * self._tokens
 
     def _ffn(self, shape: Shape) -> int:
-        """The neurons before and after their activation, or after it and the output."""
-        return self._rows * (shape.width + max(shape.width, shape.hidden)) * self._bytes
+        """The neurons, and the output."""
+        return self._rows * (shape.width + shape.hidden) * self._bytes
 
     def _attention(self, shape: Shape) -> int:
         """Queries, with the layer's cache while it is copied to grow, or the mask, or the heads' and layer's output."""

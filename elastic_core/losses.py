@@ -235,7 +235,9 @@ def _chunk_loss_(
         kl = teacher_TV.sub_(student_TV).mul_(probs_TV).sum() * task.temperature**2
 
     if with_grad:
-        student_TV.exp_().mul_(kl_slope if hard_TV is not None else kl_slope + ce_slope)
+        student_TV.exp_()
+        if (slope := kl_slope if hard_TV is not None else kl_slope + ce_slope) != 1.0:
+            student_TV.mul_(slope)
         if probs_TV is not None:
             student_TV.sub_(probs_TV, alpha=kl_slope)
         if hard_TV is not None:

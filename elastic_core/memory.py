@@ -183,8 +183,8 @@ def layer_at_work(model: ModelConfig, step: MicroStep) -> int:
 def _backward_bytes(model: ModelConfig, shape: Shape, step: MicroStep) -> int:
     """The gradients that a layer's backward pass holds at once, in its norm or in its mixer, from above."""
     norm = 2 * (step.width + FLOAT32_BYTES) * shape.hidden
-    if shape.kind == FFN:  # of the squares, of the ReLU, and a factor of it
-        mixer = step.width * 3 * shape.width
+    if shape.kind == FFN:  # of the squares, and of what the ReLU takes
+        mixer = step.width * 2 * shape.width
     elif shape.kind == ATTENTION:  # the output's and the projections', each also laid out anew; queries' in float32
         queries, keys = shape.width * model.head_dim, model.num_key_value_heads * model.head_dim
         mixer = step.width * 4 * (queries + keys) + FLOAT32_BYTES * queries

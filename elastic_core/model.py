@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from elastic_core.config import ATTENTION, FFN, MAMBA, ModelConfig
 from elastic_core.kernels import Backend, BackendName, select_backend
+from elastic_core.ssm import segment_tokens
 from elastic_core.subnet import Masks, Subnet
 
 # The views of a weight that a subnet keeps. Given the weight's gradient, the same views of that.
@@ -170,12 +171,19 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_BTD: Tensor, mask_D: Tensor | None = None) -> Tensor:
         """Under a mask, which `x_BTD` already carries, the mean is over the channels that the mask keeps."""
-        wide = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
-        weight = prefix(self.weight, x_BTD.shape[-1]).to(wide.dtype)
-        if mask_D is None:
-            return F.rms_norm(wide, weight.shape, weight, self.eps).to(x_BTD.dtype)
-        variance = wide.square().sum(-1, keepdim=True) / mask_D.to(wide.dtype).sum()
-        return (wide * torch.rsqrt(variance + self.eps) * weight).to(x_BTD.dtype)
+        dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+        weight = prefix(self.weight, x_BTD.shape[-1]).to(dtype)
+        kept = None if mask_D is None else mask_D.to(dtype).sum()
+
+        outputs = []
+        for segment_BTD in x_BTD.split(segment_tokens(x_BTD), dim=1):
+            wide = segment_BTD.to(dtype)
+            if kept is None:
+                normed = F.rms_norm(wide, weight.shape, weight, self.eps)
+            else:
+                normed = wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) / kept + self.eps) * weight
+            outputs.append(normed.to(x_BTD.dtype))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 class MambaMixer(nn.Module):
@@ -320,6 +328,31 @@ class Attention(nn.Module):
         )
 
 
+class _SquaredReLU(torch.autograd.Function):
+    """relu(x)^2, whose slope is 2 relu(x): autograd's own backward would take the square and the ReLU one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = F.relu(x)
+        ctx.save_for_backward(positive)
+        return positive.square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        slope: Tensor = grad * positive
+        return slope.mul_(2)
+
+
+def _squared_relu_(x: Tensor) -> Tensor:
+    """relu(x)^2, in place where no gradient is wanted."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        squared: Tensor = _SquaredReLU.apply(x)  # type: ignore[no-untyped-call]
+        return squared
+    return x.relu_().square_()
+
+
 class FeedForward(nn.Module):
     """Two projections around a squared ReLU, not gated."""
 
@@ -333,7 +366,7 @@ class FeedForward(nn.Module):
         self, x_BTD: Tensor, subnet: Subnet, masks: Masks | None, cache: Cache | None, backend: Backend
     ) -> Tensor:
         weights = weights_at(subnet, self.layer, cache, self.weights)
-        h_BTF = F.relu(F.linear(x_BTD, weights.up_proj)).square()
+        h_BTF = _squared_relu_(F.linear(x_BTD, weights.up_proj))
         if masks is not None:
             h_BTF = h_BTF * masks.ffn_F[self.ordinal].to(h_BTF.dtype)
         return F.linear(h_BTF, weights.down_proj)

@@ -159,7 +159,7 @@ def causal_conv(
     recent_BKC = x_BTC.new_zeros(batch, len(taps) - 1, channels) if initial_BKC is None else initial_BKC
 
     outputs = []
-    for segment_BTC in torch.split(x_BTC, _segment_tokens(x_BTC), dim=1):
+    for segment_BTC in torch.split(x_BTC, segment_tokens(x_BTC), dim=1):
         tokens = segment_BTC.shape[1]
         inputs_BTC = torch.cat([recent_BKC.to(x_BTC.dtype), segment_BTC], dim=1)
         recent_BKC = inputs_BTC[:, tokens:]
@@ -187,7 +187,7 @@ def gated_rms_norm(
     kept = groups[1] if mask_GM is None else mask_GM.sum(-1, keepdim=True)
 
     outputs = []
-    segments = (torch.split(t, _segment_tokens(y_BTI), dim=1) for t in (y_BTI, gate_BTI))
+    segments = (torch.split(t, segment_tokens(y_BTI), dim=1) for t in (y_BTI, gate_BTI))
     for y_segment_BTI, gate_segment_BTI in zip(*segments, strict=True):
         gated_BTGM = torch.unflatten(y_segment_BTI.to(dtype) * F.silu(gate_segment_BTI.to(dtype)), -1, groups)
         if mask_GM is not None:
@@ -198,12 +198,12 @@ def gated_rms_norm(
     return torch.cat(outputs, dim=1)
 
 
+def segment_tokens(t_BTC: Tensor) -> int:
+    """How many tokens an elementwise expression should cover at once: all of them except on a CPU."""
+    batch, tokens, channels = t_BTC.shape
+    return max(1, _SEGMENT_VALUES // (batch * channels)) if t_BTC.device.type == "cpu" else tokens
+
+
 def _by_group(t_BHP: Tensor, groups: int) -> Tensor:
     """Gather the channels of a group: (B, H, P, ...) to (B, G, M, ...)."""
     return torch.unflatten(t_BHP, 1, (groups, -1)).flatten(2, 3)
-
-
-def _segment_tokens(t_BTC: Tensor) -> int:
-    """Choose how many tokens an elementwise expression covers at once: all of them except on a CPU."""
-    batch, tokens, channels = t_BTC.shape
-    return max(1, _SEGMENT_VALUES // (batch * channels)) if t_BTC.device.type == "cpu" else tokens

@@ -10,11 +10,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import NemotronHForCausalLM
 
+from elastic_core import ssm
 from elastic_core.checkpoint import load_weights, read_config
 from elastic_core.config import ATTENTION, MAMBA, Axes, ModelConfig
 from elastic_core.curriculum import generator
 from elastic_core.generate import decode
-from elastic_core.model import Cache, ElasticNemotronH
+from elastic_core.kernels import TORCH
+from elastic_core.model import Cache, ElasticNemotronH, FeedForward, RMSNorm
 from elastic_core.reorder import random_order, reorder_weights
 from elastic_core.router import ElasticModel, soft_subnet
 from elastic_core.slicing import slice_checkpoint, slice_weights
@@ -58,7 +60,7 @@ def uniform(config: ModelConfig, hidden: int, ffn: int, heads: int, head_dim: in
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
+    return float(((a - b).abs().max() / b.abs().max()).detach())
 
 
 def tokens(config: ModelConfig, batch: int = 2, length: int = 19) -> torch.Tensor:
@@ -307,6 +309,38 @@ def test_under_autocast_the_residual_stream_is_in_its_dtype(model):
     model.double()
     assert hidden_BTD.dtype == torch.bfloat16
     assert difference(hidden_BTD, expected) < BFLOAT16
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_norm_does_not_depend_on_how_many_tokens_it_takes_at_once(masked, monkeypatch):
+    x_BTD, grad_BTD = (torch.randn(2, 7, 24, dtype=torch.float64, generator=generator(i)) for i in (0, 1))
+    mask_D = torch.linspace(0.1, 1, 24, dtype=torch.float64) if masked else None
+    norm = RMSNorm(24, 1e-5).double()
+
+    def results() -> list[torch.Tensor]:
+        given = x_BTD.clone().requires_grad_()
+        y_BTD = norm(given, mask_D)
+        return [y_BTD, *torch.autograd.grad(y_BTD, [given, norm.weight], grad_BTD)]
+
+    at_once = results()
+    monkeypatch.setattr(ssm, "_SEGMENT_VALUES", 2 * 24 * 2)
+    assert max(map(difference, results(), at_once)) < FLOAT64_OWN_FORMS
+
+
+def test_the_activation_is_the_square_of_a_relu(tiny_config):
+    layer = FeedForward(tiny_config, tiny_config.layers_of("-")[0]).double()
+    x_BTD = torch.randn(2, 3, tiny_config.hidden_size, dtype=torch.float64, requires_grad=True)
+    expected = layer.down_proj(torch.relu(layer.up_proj(x_BTD)).square())
+    y_BTD = layer(x_BTD, full_subnet(tiny_config), None, None, TORCH)
+    wanted = [x_BTD, *layer.parameters()]
+    for ours, theirs in zip(
+        (y_BTD, *torch.autograd.grad(y_BTD.sin().sum(), wanted)),
+        (expected, *torch.autograd.grad(expected.sin().sum(), wanted)),
+        strict=True,
+    ):
+        assert difference(ours, theirs) < FLOAT64_OWN_FORMS
+    with torch.no_grad():
+        assert difference(layer(x_BTD, full_subnet(tiny_config), None, None, TORCH), expected) < FLOAT64_OWN_FORMS
 
 
 def test_reordering_leaves_the_function_unchanged(model):
