@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from elastic_core.config import ATTENTION, FFN, MAMBA, ModelConfig
 from elastic_core.kernels import Backend, BackendName, select_backend
-from elastic_core.ssm import segment_tokens
+from elastic_core.ssm import joined, segments
 from elastic_core.subnet import Masks, Subnet
 
 # The views of a weight that a subnet keeps. Given the weight's gradient, the same views of that.
@@ -176,14 +176,14 @@ class RMSNorm(nn.Module):
         kept = None if mask_D is None else mask_D.to(dtype).sum()
 
         outputs = []
-        for segment_BTD in x_BTD.split(segment_tokens(x_BTD), dim=1):
+        for segment_BTD in segments(x_BTD):
             wide = segment_BTD.to(dtype)
             if kept is None:
                 normed = F.rms_norm(wide, weight.shape, weight, self.eps)
             else:
                 normed = wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) / kept + self.eps) * weight
             outputs.append(normed.to(x_BTD.dtype))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return joined(outputs)
 
 
 class MambaMixer(nn.Module):

@@ -18,6 +18,7 @@ intermediate tensors stay in the cache from one operation to the next, forward a
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,7 @@ def ssd_scan(
         for x_BLHP, dt_BLH, B_BLGN, C_BLGN in zip(*(torch.split(t, chunk, dim=1) for t in sequences), strict=True):
             y_BLHP, state_BHPN = _scan_chunk(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, state_BHPN, mask_SL)
             outputs.append(y_BLHP)
-    return torch.cat(outputs, dim=1), state_BHPN
+    return joined(outputs), state_BHPN
 
 
 def _scan_chunk(
@@ -159,7 +160,7 @@ def causal_conv(
     recent_BKC = x_BTC.new_zeros(batch, len(taps) - 1, channels) if initial_BKC is None else initial_BKC
 
     outputs = []
-    for segment_BTC in torch.split(x_BTC, segment_tokens(x_BTC), dim=1):
+    for segment_BTC in segments(x_BTC):
         tokens = segment_BTC.shape[1]
         inputs_BTC = torch.cat([recent_BKC.to(x_BTC.dtype), segment_BTC], dim=1)
         recent_BKC = inputs_BTC[:, tokens:]
@@ -168,7 +169,7 @@ def causal_conv(
             y_BTC.addcmul_(inputs_BTC[:, offset : offset + tokens].to(dtype), tap_C)
         outputs.append(F.silu(y_BTC).to(x_BTC.dtype))
     # A copy, for a cache that keeps the view would keep its whole segment.
-    return torch.cat(outputs, dim=1), recent_BKC.clone()
+    return joined(outputs), recent_BKC.clone()
 
 
 def gated_rms_norm(
@@ -187,21 +188,26 @@ def gated_rms_norm(
     kept = groups[1] if mask_GM is None else mask_GM.sum(-1, keepdim=True)
 
     outputs = []
-    segments = (torch.split(t, segment_tokens(y_BTI), dim=1) for t in (y_BTI, gate_BTI))
-    for y_segment_BTI, gate_segment_BTI in zip(*segments, strict=True):
+    for y_segment_BTI, gate_segment_BTI in zip(segments(y_BTI), segments(gate_BTI), strict=True):
         gated_BTGM = torch.unflatten(y_segment_BTI.to(dtype) * F.silu(gate_segment_BTI.to(dtype)), -1, groups)
         if mask_GM is not None:
             gated_BTGM = gated_BTGM * mask_GM
         mean_square_BTG1 = gated_BTGM.square().sum(-1, keepdim=True) / kept
         normed_BTGM = gated_BTGM * torch.rsqrt(mean_square_BTG1 + eps) * weight_GM
         outputs.append(normed_BTGM.flatten(-2).to(y_BTI.dtype))
-    return torch.cat(outputs, dim=1)
+    return joined(outputs)
 
 
-def segment_tokens(t_BTC: Tensor) -> int:
-    """How many tokens an elementwise expression should cover at once: all of them except on a CPU."""
+def segments(t_BTC: Tensor) -> Sequence[Tensor]:
+    """The runs of tokens that elementwise expressions should walk over, one after another: all at once but on a CPU."""
     batch, tokens, channels = t_BTC.shape
-    return max(1, _SEGMENT_VALUES // (batch * channels)) if t_BTC.device.type == "cpu" else tokens
+    at_once = max(1, _SEGMENT_VALUES // (batch * channels)) if t_BTC.device.type == "cpu" else tokens
+    return (t_BTC,) if tokens <= at_once else t_BTC.split(at_once, dim=1)
+
+
+def joined(outputs: list[Tensor]) -> Tensor:
+    """What was computed run by run, in one piece again."""
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 def _by_group(t_BHP: Tensor, groups: int) -> Tensor:
