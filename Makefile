@@ -27,7 +27,7 @@ test-kernels: $(KERNELS)/installed
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict elastic_core
+	$(BIN)/mypy --strict elastic_core tasks flows
 	$(BIN)/lint-imports
 
 check: lint test

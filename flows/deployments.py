@@ -17,12 +17,13 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, StateType
 from prefect.client.schemas.schedules import CronSchedule
-from prefect.deployments.runner import EntrypointType, RunnerDeployment
+from prefect.deployments.runner import RunnerDeployment
 from prefect.events import DeploymentEventTrigger
 from prefect.events.actions import ChangeFlowRunState
 from prefect.exceptions import ObjectNotFound
-from prefect.flows import load_flow_from_entrypoint
+from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.states import Crashed
+from prefect.types.entrypoint import EntrypointType
 
 from elastic_core.config import Recipe
 from elastic_core.schema import to_dict
@@ -56,7 +57,7 @@ class Deployment:
 
     def apply(self) -> None:
         """Create it on the server, or bring it up to date."""
-        flow = load_flow_from_entrypoint(self.entrypoint, use_placeholder_flow=False)
+        flow: Flow[..., Any] = load_flow_from_entrypoint(self.entrypoint, use_placeholder_flow=False)
         one_at_a_time = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
         RunnerDeployment.from_flow(
             flow,
@@ -164,7 +165,11 @@ def lost_runs() -> AutomationCore:
             threshold=1,
             within=SILENCE,
         ),
-        actions=[ChangeFlowRunState(state=StateType.CRASHED, message="no sign of life from its process")],
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.CRASHED, name=None, message="no sign of life from its process", force=False
+            )
+        ],
     )
 
 

@@ -3,7 +3,8 @@
 from typing import Annotated
 
 from prefect import flow
-from prefect.states import Completed, State
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
 
 from elastic_core.config import Recipe
 from flows.elastify import elastify

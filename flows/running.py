@@ -70,6 +70,6 @@ def _lives(pid: int, started: float | None = None) -> bool:
     try:
         process = psutil.Process(pid)
         same = started is None or process.create_time() == started
-        return same and process.status() != psutil.STATUS_ZOMBIE
+        return same and bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False

@@ -15,7 +15,7 @@ from uuid import UUID
 import httpx
 import torch
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.context import FlowRunContext
 from prefect.deployments import run_deployment
 from prefect.exceptions import PrefectException
@@ -72,13 +72,15 @@ def run_on_workers(deployment: str, step: str, inputs: Mapping[str, Any]) -> Non
     parameters = {"step": step, "inputs": to_dict(inputs), "show_on": str(caller) if caller else None}
     for attempt in range(1, ATTEMPTS + 1):
         started = run_deployment(deployment, parameters=parameters, flow_run_name=_label(step, inputs), timeout=0)
+        assert isinstance(started, FlowRun), "run_deployment is awaited where it is called from a coroutine alone"
         logger.info("%s waits for a worker, as run %s", step, started.name)
         state = _final_state(started.id, caller)
         if state.is_completed():
             return
         if not state.is_crashed():
-            reason = (state.message or state.name).removeprefix("Flow run encountered an exception: ")
-            raise ServiceError(f"{step} {state.name.lower()} on the worker: {reason}")
+            name = state.name or state.type.value
+            reason = (state.message or name).removeprefix("Flow run encountered an exception: ")
+            raise ServiceError(f"{step} {name.lower()} on the worker: {reason}")
         logger.warning("%s crashed on the worker (attempt %d of %d): %s", step, attempt, ATTEMPTS, state.message)
     raise ServiceError(f"{step} crashed {ATTEMPTS} times on the workers of {deployment}; see their logs")
 

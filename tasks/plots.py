@@ -219,11 +219,13 @@ def _draw_curves(panel: "Panel", run: Run, stages: Sequence[StageHistory], pick:
     for stage in stages:
         if stage is not stages[0]:
             panel.axvline(stage.first - 0.5, color=MUTED, linewidth=0.9, linestyle=DASHES)
-        above = {"xycoords": panel.get_xaxis_transform(), "xytext": (2, 3), "textcoords": "offset points"}
         if (stage.end - stage.first) / (end - start) > 0.023 * len(stage.name):  # there is room for the name
-            panel.annotate(stage.name, (stage.first - 0.5, 1), color=MUTED, fontsize=8, **above)
+            where, above = (stage.first - 0.5, 1), panel.get_xaxis_transform()
+            panel.annotate(
+                stage.name, where, (2, 3), xycoords=above, textcoords="offset points", color=MUTED, fontsize=8
+            )
     panel.set_xlim(start - 0.5, end - 0.5)
-    panel.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    panel.locator_params(axis="x", integer=True, min_n_ticks=1)
     panel.xaxis.set_major_formatter(_count_tick)
 
 
@@ -251,8 +253,8 @@ def _draw_quality(run: Run) -> "Figure":
     whole.set_title("held-out cross-entropy, trained and cut with no training")
     for budget in run.budgets:
         text = f"{budget.budget} {above_teacher(run.evaluation, budget):+.3f}"
-        beside = {"xytext": (8, 6), "textcoords": "offset points", "color": run.style(budget.budget)["color"]}
-        close.annotate(text, (budget.params, budget.cross_entropy), **beside)
+        where, colour = (budget.params, budget.cross_entropy), run.style(budget.budget)["color"]
+        close.annotate(text, where, (8, 6), textcoords="offset points", color=colour)
     close.margins(y=0.3)
     close.set_title("close up: the family against its teacher")
     close.set_xlim(min(sizes) - 0.12 * teacher, 1.25 * teacher)
@@ -389,8 +391,15 @@ def _draw_anatomy(run: Run) -> "Figure":
         panel.bar(dropped, 0.8, bottom=-row, color="none", edgecolor=LINE)
         panel.bar(subnet.layers, 0.8, bottom=-row, color=PALE)
         panel.bar(subnet.layers, shares, bottom=-row, color=run.style(name)["color"])
-        beside = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
-        panel.annotate(_widths(run, subnet), (len(pattern) - 0.5, 0.4 - row), annotation_clip=False, **beside)
+        panel.annotate(
+            _widths(run, subnet),
+            (len(pattern) - 0.5, 0.4 - row),
+            (8, 0),
+            textcoords="offset points",
+            annotation_clip=False,
+            va="center",
+            fontsize=8,
+        )
     panel.set_yticks([0.4 - row for row in range(len(names) + 1)], ["layer importance", *names], color=INK)
     panel.set_xticks(layers, list(pattern), fontsize=min(9, 480 / len(pattern)), color=INK)
     panel.tick_params(length=0, labeltop=True, labelbottom=False)

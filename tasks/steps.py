@@ -20,7 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from prefect import Task
 from prefect.cache_policies import CacheKeyFnPolicy
-from prefect.results import get_result_store
+from prefect.results import ResultStore, get_result_store
 from prefect.tasks import exponential_backoff
 
 from tasks.gpu import DEPLOYMENT_VARIABLE, device_to_oneself, run_on_workers
@@ -116,6 +116,7 @@ def _turn(step: Task[Any, Any], inputs: Mapping[str, Any]) -> Iterator[bool]:
 def _is_known(step: Task[Any, Any], inputs: Mapping[str, Any]) -> bool:
     """Whether the cache has the step's result, with its files."""
     store, key = get_result_store().update_for_task(step), KEYS[step.name](inputs)
+    assert isinstance(store, ResultStore), "it is awaited where it is called from a coroutine alone"
     return bool(store.exists(key)) and not _is_gone(store.read(key).result)
 
 

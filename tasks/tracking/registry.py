@@ -140,7 +140,7 @@ def pointed_to(uri: str) -> set[str]:
         while True:
             page = client.search_model_versions(max_results=VERSIONS_A_PAGE, page_token=token)
             for entry in page:
-                found |= {entry.source, entry.tags.get(MANIFEST)} - {None}
+                found |= {where for where in (entry.source, entry.tags.get(MANIFEST)) if where}
             token = page.token
             if not token:
                 return found
