@@ -35,11 +35,11 @@ check: lint test
 bench: $(KERNELS)/installed
 	BENCH_ROWS=$(abspath $(ROWS)) OPTIONAL_PACKAGES=$(abspath $(KERNELS)) \
 		$(BIN)/pytest -m "benchmark and not gpu" -s tests/benchmarks
-	$(BIN)/python tests/benchmarks/table.py $(ROWS) infra/benchmarks.md
+	$(BIN)/python tests/support/table.py $(ROWS) infra/benchmarks.md
 
 bench-gpu: $(INSTALLED)
 	BENCH_ROWS=$(abspath $(ROWS)) $(BIN)/pytest -m "benchmark and gpu" -s tests/benchmarks
-	$(BIN)/python tests/benchmarks/table.py $(ROWS) infra/benchmarks.md
+	$(BIN)/python tests/support/table.py $(ROWS) infra/benchmarks.md
 
 clean:
 	rm -rf $(VENV) .elastic build *.egg-info

@@ -165,11 +165,7 @@ def lost_runs() -> AutomationCore:
             threshold=1,
             within=SILENCE,
         ),
-        actions=[
-            ChangeFlowRunState(
-                state=StateType.CRASHED, name=None, message="no sign of life from its process", force=False
-            )
-        ],
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message="no sign of life from its process")],
     )
 
 

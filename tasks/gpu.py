@@ -72,7 +72,7 @@ def run_on_workers(deployment: str, step: str, inputs: Mapping[str, Any]) -> Non
     parameters = {"step": step, "inputs": to_dict(inputs), "show_on": str(caller) if caller else None}
     for attempt in range(1, ATTEMPTS + 1):
         started = run_deployment(deployment, parameters=parameters, flow_run_name=_label(step, inputs), timeout=0)
-        assert isinstance(started, FlowRun), "run_deployment is awaited where it is called from a coroutine alone"
+        assert isinstance(started, FlowRun), "a coroutine only inside another"
         logger.info("%s waits for a worker, as run %s", step, started.name)
         state = _final_state(started.id, caller)
         if state.is_completed():

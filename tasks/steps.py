@@ -116,7 +116,7 @@ def _turn(step: Task[Any, Any], inputs: Mapping[str, Any]) -> Iterator[bool]:
 def _is_known(step: Task[Any, Any], inputs: Mapping[str, Any]) -> bool:
     """Whether the cache has the step's result, with its files."""
     store, key = get_result_store().update_for_task(step), KEYS[step.name](inputs)
-    assert isinstance(store, ResultStore), "it is awaited where it is called from a coroutine alone"
+    assert isinstance(store, ResultStore), "a coroutine only inside another"
     return bool(store.exists(key)) and not _is_gone(store.read(key).result)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from bench import interleaved, record
+from bench import BOUND, interleaved, record
 from nano import NANO_12B
 from safetensors.torch import save_file
 from torch import Tensor
@@ -252,7 +252,7 @@ def test_utilisation_of_the_distillation_step(tokens: int, sequences: int, tmp_p
             ours=reached / 1e12,
             theirs=flops / 1e12,
             alternative=alternative,
-            target="1 is the bound",
+            target=BOUND,
         )
 
 

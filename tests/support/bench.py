@@ -18,6 +18,7 @@ import torch
 ROWS = "BENCH_ROWS"  # the file that rows are appended to, one JSON object a line
 OPTIONAL_PACKAGES = "OPTIONAL_PACKAGES"  # a directory of packages that only some measurements may see
 RUNS = 5
+BOUND = "1 is the bound"  # the target of a row whose alternative is a part of ours, and not another's
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The table and the picture of all benchmark rows: python tests/benchmarks/table.py ROWS.jsonl TABLE.md
+"""The table and the picture of all benchmark rows: python tests/support/table.py ROWS.jsonl TABLE.md
 
 Of rows that measure the same on the same device the latest counts.
 """
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from bench import BOUND
 from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 
-BOUND = "1 is the bound"
 TICKS = (0.1, 0.2, 0.5, 1)
 
 
