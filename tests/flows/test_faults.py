@@ -20,7 +20,7 @@ from micro import Command, Run, completed
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 from proxy import FAULTS, fault_proxy
-from served import Served, descendants, eventually
+from served import Served, eventually
 from served import served as serving
 
 from flows.servers import MlflowServer, ObjectStore, free_ports
@@ -198,14 +198,8 @@ def processes_of(up: Served, victim: str) -> list[psutil.Process]:
     if victim == "trainer":
         return up.trainers()
     if victim == "run":
-        return [process for process in descendants(psutil.Process(up.process.pid)) if runs_a_flow(process)]
+        return [*up.flow_processes().values()]
     return [psutil.Process(up.services()[victim].pid)]
-
-
-def runs_a_flow(process: psutil.Process) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return "prefect.engine" in process.cmdline()
-    return False
 
 
 def test_a_disk_that_fills_up_stops_a_run_which_goes_on_when_it_has_room(

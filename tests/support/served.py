@@ -112,13 +112,14 @@ class Served:
                 if run.work_pool_name == pool and run.state.is_scheduled() and not run.auto_scheduled
             ]
 
-    def flow_process(self, run: UUID) -> psutil.Process:
-        """The process of a flow run, a child of its worker."""
+    def flow_processes(self) -> dict[str, psutil.Process]:
+        """The processes of the flow runs that the workers do now, by the id of the run."""
+        found = {}
         for child in descendants(psutil.Process(self.process.pid)):
             with suppress(psutil.Error):  # others end while one looks at them
-                if "prefect.engine" in child.cmdline() and child.environ().get("PREFECT__FLOW_RUN_ID") == str(run):
-                    return child
-        raise AssertionError(f"run {run} has no process")
+                if "prefect.engine" in child.cmdline():
+                    found[child.environ()["PREFECT__FLOW_RUN_ID"]] = child
+        return found
 
     def artifacts(self, run: UUID) -> dict[str, Artifact]:
         """What a run's page shows, by key."""
@@ -160,7 +161,7 @@ def elastify(served: Served) -> Elastified:
         return len(progress) > 1
 
     eventually(moved, RUN_SECONDS, "progress does not move")
-    kill(served.flow_process(killed).pid)
+    kill(served.flow_processes()[str(killed)].pid)
     assert served.ended(killed).state.is_crashed()
     began = served.run(killed).start_time
     later = eventually(lambda: [run for run in served.runs("elastify") if run.start_time > began], what="none goes on")
