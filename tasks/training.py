@@ -48,7 +48,8 @@ def train(job: TrainJob, *, processes: int | None = None, on_step: OnStep | None
     tail = Tail(metrics)
     tail.skip_to_end()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", f"--max-restarts={RESTARTS}", "-m", "elastic_core.job", str(job_file)]
+    command += [f"--nproc-per-node={processes}", f"--max-restarts={RESTARTS}", f"--monitor-interval={POLL_SECONDS}"]
+    command += ["-m", "elastic_core.job", str(job_file)]
     process = ChildProcess(log_file)
     process.start(command, environment=trainer_environment(processes), directory=Path.cwd())
     try:
