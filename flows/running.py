@@ -1,6 +1,7 @@
 """What `elastic up` has running, in a file that other commands read: where it is, and whether it still is."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ class Running:
 
 def this_process(environment: Mapping[str, str], services: tuple[Service, ...]) -> Running:
     me = psutil.Process()
-    return Running(pid=me.pid, started=me.create_time(), environment=dict(environment), services=services)
+    return Running(pid=me.pid, started=_started(me), environment=dict(environment), services=services)
 
 
 def write_running(home: Path, running: Running) -> None:
@@ -69,7 +70,12 @@ def last_running(home: Path) -> Running | None:
 def _lives(pid: int, started: float | None = None) -> bool:
     try:
         process = psutil.Process(pid)
-        same = started is None or process.create_time() == started
+        same = started is None or math.isclose(started, _started(process), rel_tol=0.0, abs_tol=1e-3)
         return same and bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+def _started(process: psutil.Process) -> float:
+    """When it began, by a clock that nobody sets; psutil adds Linux's boot time, which moves with the system clock."""
+    return float(process.create_time() - (psutil.boot_time() if psutil.LINUX else 0.0))

@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
 from flows import servers, services
+from flows.running import read_running, this_process, write_running
 from flows.servers import ObjectStore
 from flows.services import embedded_services
 from tasks.artifacts import exists, open_store, put_file
@@ -127,6 +129,17 @@ def test_a_second_command_is_refused_or_shares(tmp_path: Path) -> None:
             reader.stdin.close()
             assert reader.wait(LIMIT_SECONDS) == 0
         assert len(servers_of(owner.pid, tmp_path)) == 1
+
+
+@pytest.mark.skipif(not psutil.LINUX, reason="there psutil counts from the boot time, which a set clock moves")
+def test_a_clock_that_is_set_hides_nothing_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    boot, running = psutil.boot_time(), this_process({}, ())
+    write_running(tmp_path, running)
+    for seconds in (-1.0, 3600.0):
+        monkeypatch.setattr("psutil._pslinux.boot_time", lambda by=seconds: boot + by)
+        assert read_running(tmp_path) is not None
+    write_running(tmp_path, replace(running, started=running.started + 0.01))  # another process with its number
+    assert read_running(tmp_path) is None
 
 
 @pytest.mark.parametrize("system", ["here", "elsewhere"])
