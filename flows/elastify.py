@@ -118,7 +118,6 @@ def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationReco
             corpus=corpus,
             measured_by=recipe.evaluation,
             gate=recipe.promotion,
-            destination=destination(settings),
         )
         link_release(settings, run_id, release)
         show_outcome(settings, evaluation, release, verdict)

@@ -12,7 +12,6 @@ from flows.page import model_link
 from flows.recipes import checked
 from tasks import tracking
 from tasks.export import ELASTIC_PART, fetch_part, register_size, slice_size
-from tasks.register import destination
 from tasks.settings import Settings
 from tasks.steps import run
 
@@ -34,13 +33,7 @@ def export(model: str, budget: Annotated[Budget, checked(Budget)], pad_ffn: bool
     manifest = origin.tags[tracking.MANIFEST]
     family = run(fetch_part, manifest=manifest, part=ELASTIC_PART, workspace=workspace)
     cut = run(slice_size, family=family, budget=budget, pad_ffn=pad_ffn, workspace=workspace)
-    registered = run(
-        register_size,
-        model=source,
-        slice_=cut,
-        budget=budget,
-        destination=destination(settings),
-    )
+    registered = run(register_size, model=source, slice_=cut, budget=budget)
     create_markdown_artifact(
         key="export",
         description=registered,

@@ -112,12 +112,14 @@ class Watched:
 
     def revive(self) -> bool:
         """Start it again where it has ended, after a pause that grows when it keeps ending; whether it was started."""
-        now = time.monotonic()
-        if self.server.process.running() or now < self.started + self.pause:
+        now, process = time.monotonic(), self.server.process
+        if process.running() or now < self.started + self.pause:
             return False
         steady = now - self.started > STEADY_SECONDS
         self.pause = 0.0 if steady else min(max(1.0, 2 * self.pause), LONGEST_PAUSE_SECONDS)
-        _log.warning("%s ended with exit code %s; started again", self.name, self.server.process.exit_code())
+        _log.warning(
+            "%s ended with exit code %s; started again, its log is %s", self.name, process.exit_code(), process.log
+        )
         self.server.start()
         self.started = now
         return True

@@ -37,8 +37,8 @@ def slice_size(family: Artifact, budget: Budget, pad_ffn: bool, workspace: str) 
     return artifact(directory)
 
 
-@step()
-def register_size(model: str, slice_: Artifact, budget: Budget, destination: str) -> str:
+@step(cached=False)
+def register_size(model: str, slice_: Artifact, budget: Budget) -> str:
     """Publish a slice as a version of its own and register it as a candidate; NAME:VERSION."""
     settings = Settings.from_environment()
     origin = tracking.resolve(settings.tracking_uri, model)

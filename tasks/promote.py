@@ -1,5 +1,6 @@
 """The gate to `champion`: the family moves as a whole when no budget is worse than the champion it replaces."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class Verdict:
     reason: str
 
 
-@step()
+@step(cached=False)
 def promote(
     release: Release,
     evaluation: EvaluationRecord,
@@ -37,27 +38,29 @@ def promote(
     corpus: Artifact,
     measured_by: Evaluation,
     gate: Promotion,
-    destination: str,
 ) -> Verdict:
     """Move `champion` of all budgets to this release, or of none."""
     settings = Settings.from_environment()
     heldout_digest = read_record(Path(corpus.path)).heldout.sha256
+    models = {budget: model.rsplit(":", 1) for budget, model in release.models.items()}
+    versions = {name: int(version) for name, version in models.values()}
+    champions = {name: tracking.champion(settings.tracking_uri, name) for name in versions}
+    if versions == {name: present and present.version for name, present in champions.items()}:
+        return Verdict(promoted=True, reason="it is the champion already")
     worse = []
-    versions, replaced = {}, False
     for measured in evaluation.budgets:
-        name, version = release.models[measured.budget].rsplit(":", 1)
-        versions[name] = int(version)
-        present = tracking.champion(settings.tracking_uri, name)
-        if present is None or present.version == int(version):
-            continue
-        replaced = True
-        loss = champion_loss(settings, present, teacher, corpus, measured_by, heldout_digest)
-        if measured.cross_entropy > loss * (1 + gate.margin):
-            worse.append(f"{name}: cross-entropy {measured.cross_entropy:.4f} against the champion's {loss:.4f}")
+        name, _ = models[measured.budget]
+        present = champions[name]
+        if not math.isfinite(measured.cross_entropy):
+            worse.append(f"{name}: cross-entropy {measured.cross_entropy}")
+        elif present is not None and present.version != versions[name]:
+            loss = champion_loss(settings, present, teacher, corpus, measured_by, heldout_digest)
+            if measured.cross_entropy > loss * (1 + gate.margin):
+                worse.append(f"{name}: cross-entropy {measured.cross_entropy:.4f} against the champion's {loss:.4f}")
     if worse:
         return Verdict(promoted=False, reason=f"stays candidate; {'; '.join(worse)}")
     tracking.set_alias(settings.tracking_uri, tracking.CHAMPION, versions)
-    if not replaced:
+    if not any(champions.values()):
         return Verdict(promoted=True, reason="there was no champion yet")
     return Verdict(promoted=True, reason=f"no budget is worse than its champion by more than {gate.margin:.1%}")
 

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tasks import tracking
+from tasks.settings import Settings
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
@@ -81,3 +84,8 @@ class Release:
     models: Mapping[str, str]
     run_id: str
     report: str
+
+    def exists(self) -> bool:
+        """Whether the registry still holds it: a number may have gone to another version of the family since."""
+        uri = Settings.from_environment().tracking_uri
+        return tracking.are_registered(uri, self.models.values(), self.version)

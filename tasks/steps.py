@@ -19,12 +19,12 @@ from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 from prefect import Task
-from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.results import ResultStore, get_result_store
 from prefect.tasks import exponential_backoff
 
 from tasks.gpu import DEPLOYMENT_VARIABLE, device_to_oneself, run_on_workers
-from tasks.records import Artifact, StageRecord
+from tasks.records import Artifact, Release, StageRecord
 from tasks.settings import ServiceError, home_directory, is_transient
 
 logger = logging.getLogger(__name__)
@@ -40,11 +40,12 @@ KEYS: dict[str, Callable[[Mapping[str, Any]], str]] = {}
 ON_GPU: dict[str, Task[Any, Any]] = {}
 
 
-def step(*code: ModuleType, on_gpu: bool = False) -> Callable[[Callable[P, R]], Task[P, R]]:
+def step(*code: ModuleType, on_gpu: bool = False, cached: bool = True) -> Callable[[Callable[P, R]], Task[P, R]]:
     """Make a function a step: persisted, cached by content, retried after transient faults.
 
     `code` names the modules whose source is part of the key, beside the function's own. A step `on_gpu` has the
-    machine's devices to itself, here or on the workers that the environment names.
+    machine's devices to itself, here or on the workers that the environment names. One that is not `cached` depends on
+    what the registry holds, and is done each time.
     """
 
     def decorate(function: Callable[P, R]) -> Task[P, R]:
@@ -57,9 +58,9 @@ def step(*code: ModuleType, on_gpu: bool = False) -> Callable[[Callable[P, R]], 
 
         made = Task(
             function,
-            persist_result=True,
+            persist_result=cached,
             result_serializer="json",
-            cache_policy=CacheKeyFnPolicy(cache_key_fn=lambda _, parameters: key(parameters)),
+            cache_policy=CacheKeyFnPolicy(cache_key_fn=lambda _, parameters: key(parameters)) if cached else NO_CACHE,
             retries=5,
             retry_delay_seconds=exponential_backoff(2.0),
             retry_jitter_factor=0.5,
@@ -74,7 +75,7 @@ def step(*code: ModuleType, on_gpu: bool = False) -> Callable[[Callable[P, R]], 
 
 
 def run(step: Task[P, R], *inputs: P.args, **named: P.kwargs) -> R:
-    """Run a step, or take its result from the cache; a cached result whose files are gone is made again.
+    """Run a step, or take its result from the cache; what a cached result names and is gone is made again.
 
     Where the step fails, its exception carries a note that names it.
     """
@@ -121,7 +122,7 @@ def _is_known(step: Task[Any, Any], inputs: Mapping[str, Any]) -> bool:
 
 
 def _is_gone(record: Any) -> bool:
-    return isinstance(record, Artifact | StageRecord) and not record.exists()
+    return isinstance(record, Artifact | StageRecord | Release) and not record.exists()
 
 
 def _is_worth_retrying(task: Any, run: Any, state: Any) -> bool:

@@ -18,6 +18,7 @@ from tasks.tracking.registry import NUMBER as NUMBER
 from tasks.tracking.registry import VERSION as VERSION
 from tasks.tracking.registry import Member as Member
 from tasks.tracking.registry import ModelVersion as ModelVersion
+from tasks.tracking.registry import are_registered as are_registered
 from tasks.tracking.registry import by_alias as by_alias
 from tasks.tracking.registry import champion as champion
 from tasks.tracking.registry import model_name as model_name

@@ -97,6 +97,14 @@ def register_family(
     return made
 
 
+def are_registered(uri: str, models: Collection[str], version: str) -> bool:
+    """Whether all of these registered versions, each NAME:VERSION, are there and are of this version of the family."""
+    with explained(uri, f"looking up {', '.join(models)}"):
+        client = client_of(uri)
+        named = [model.rsplit(":", 1) for model in models]
+        return all(number in {str(entry.version) for entry in _tagged(client, name, version)} for name, number in named)
+
+
 def champion(uri: str, name: str) -> ModelVersion | None:
     """The version of a model that the alias `champion` points at, with its metrics; None if there is none."""
     return by_alias(uri, name, CHAMPION)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from micro import Command, Run, completed
+from mlflow import MlflowClient
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, NemotronHForCausalLM
 
@@ -91,9 +92,24 @@ def test_elastic_pull_and_a_plain_mlflow_client_give_the_same_slice(finished, co
     assert files(tmp_path / "pulled") == files(tmp_path / "plain") == expected
 
 
-def test_running_again_takes_every_step_from_its_cache(finished, command):
+def test_running_again_takes_every_step_from_its_cache_and_asks_for_promotion_anew(finished, command):
     again = completed(command)
-    assert cached(again) and all(all(steps) for steps in cached(again).values()), again.stderr
+    steps = cached(again)
+    assert steps.pop("promote") == [False]
+    assert steps and all(all(times) for times in steps.values()), again.stderr
+
+
+def test_what_was_deleted_from_the_registry_is_registered_anew(finished, command):
+    with embedded_services(command.home):
+        uri = Settings.from_environment().tracking_uri
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        for budget in "lms":
+            client.delete_registered_model(f"micro-{budget}")
+    again = completed(command)
+    steps = cached(again)
+    assert (steps["evaluate"], steps["register"]) == ([True], [False]) and "micro-s:1" in again.stdout
+    with embedded_services(command.home):
+        assert {tracking.resolve(uri, f"micro-{budget}").version for budget in "lms"} == {1}
 
 
 def test_changing_a_stage_runs_again_from_that_stage_on(finished, command):

@@ -198,7 +198,7 @@ def processes_of(up: Served, victim: str) -> list[psutil.Process]:
     if victim == "trainer":
         return up.trainers()
     if victim == "run":
-        return [*up.flow_processes().values()]
+        return list(up.flow_processes().values())
     return [psutil.Process(up.services()[victim].pid)]
 
 

@@ -1,21 +1,29 @@
-"""The gate to champion: one scale for models of different tokenizers."""
+"""The gate to champion: what passes it, and one scale for models of different tokenizers."""
 
 import json
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from mlflow import MlflowClient
 
 from elastic_core.checkpoint import write_weights
-from elastic_core.config import DataConfig, DataSource, Evaluation, ModelConfig
+from elastic_core.config import DataConfig, DataSource, Evaluation, ModelConfig, Promotion
 from elastic_core.curriculum import generator
 from elastic_core.job import load_model
 from elastic_core.model import ElasticNemotronH
 from elastic_core.subnet import full_subnet
-from tasks.data import HELDOUT_FILE, prepare_data
+from tasks import tracking
+from tasks.data import HELDOUT_FILE, prepare_data, read_record
 from tasks.evaluate import heldout_batches, heldout_loss
-from tasks.promote import loss_on
+from tasks.promote import Verdict, loss_on, promote
+from tasks.records import Artifact, BudgetEvaluation, EvaluationRecord, Release
+from tasks.register import HELDOUT_DIGEST
+from tasks.settings import Settings
 from tasks.tokenizer import load_tokenizer, train_tokenizer
 
 WORDS = ["the", "cat", "dog", "sat", "ran", "on", "under", "mat", "and", "then", "it", "saw", "red", "blue"]
@@ -86,3 +94,123 @@ def test_a_model_of_another_tokenizer_reads_the_same_text(
         nats -= sum(float(F.log_softmax(logits[t], -1)[ids[t + 1]]) for t in range(len(ids) - 1))
         assert len(ids) > len(row)
     assert loss_on(other, teacher, corpus, MEASURED) == pytest.approx(nats / (40 * len(rows)), rel=SAME)
+
+
+# The gate
+
+BUDGETS = ("m", "s")
+Gate = Callable[..., tuple[Release, Verdict]]
+
+
+@pytest.fixture
+def gate(settings: Settings, teacher: Path, corpus: Path) -> Gate:
+    """Register a family whose budgets have these losses, or take one that is registered, and ask for promotion."""
+    family = f"nano{uuid.uuid4().hex[:10]}"
+    run_id = tracking.open_run(settings.tracking_uri, experiment=family, run_key="a", run_name="a")
+    digest = read_record(corpus).heldout.sha256
+    evaluated: dict[str, EvaluationRecord] = {}
+
+    def measured(budget: str, loss: float) -> BudgetEvaluation:
+        return BudgetEvaluation(
+            budget=budget,
+            params=1,
+            weight_bytes=4,
+            memory_bytes=8,
+            cross_entropy=loss,
+            kl=0.0,
+            cut_cross_entropy=loss,
+            random_cut_cross_entropy=loss,
+            tokens_per_second=1.0,
+        )
+
+    def register(losses: tuple[float, ...]) -> Release:
+        version = uuid.uuid4().hex[:12]
+        members = [
+            tracking.Member(
+                budget=budget,
+                source=f"s3://b/{version}/{budget}",
+                metrics={"cross_entropy": loss},
+                tags={HELDOUT_DIGEST: digest},
+            )
+            for budget, loss in zip(BUDGETS, losses, strict=True)
+        ]
+        made = tracking.register_family(
+            settings.tracking_uri,
+            family=family,
+            version=version,
+            manifest_uri=f"s3://b/{version}/manifest.json",
+            run_id=run_id,
+            members=members,
+        )
+        models = {budget: f"{entry.name}:{entry.version}" for budget, entry in made.items()}
+        release = Release(family=family, version=version, uri="s3://b", models=models, run_id=run_id, report="")
+        evaluated[version] = EvaluationRecord(
+            teacher_params=1,
+            teacher_cross_entropy=1.0,
+            teacher_accuracy=None,
+            heldout_tokens=400,
+            problems=0,
+            budgets=tuple(map(measured, BUDGETS, losses)),
+        )
+        return release
+
+    def ask(*losses: float, release: Release | None = None) -> tuple[Release, Verdict]:
+        release = release or register(losses)
+        verdict = promote.fn(
+            release,
+            evaluated[release.version],
+            Artifact(path=str(teacher), digest=""),
+            Artifact(path=str(corpus), digest=""),
+            MEASURED,
+            Promotion(margin=0.01),
+        )
+        return release, verdict
+
+    return ask
+
+
+def champions(settings: Settings, release: Release) -> set[str | None]:
+    """The versions of the family that are champions of its budgets."""
+    names = [model.rsplit(":", 1)[0] for model in release.models.values()]
+    found = [tracking.champion(settings.tracking_uri, name) for name in names]
+    return {entry.tags[tracking.VERSION] if entry else None for entry in found}
+
+
+def test_a_family_becomes_champion_where_no_budget_is_worse_than_its_champion(gate: Gate, settings: Settings) -> None:
+    first, verdict = gate(2.0, 3.0)
+    assert verdict == Verdict(promoted=True, reason="there was no champion yet")
+    second, verdict = gate(2.01, 2.5)  # within the margin, and better
+    assert verdict.promoted and champions(settings, first) == {second.version}
+    third, verdict = gate(1.0, 2.6)
+    assert not verdict.promoted and f"{third.family}-s" in verdict.reason and f"{third.family}-m" not in verdict.reason
+    assert champions(settings, third) == {second.version}
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_what_has_no_finite_loss_never_becomes_champion(loss: float, gate: Gate, settings: Settings) -> None:
+    nobody, verdict = gate(2.0, loss)
+    assert not verdict.promoted and str(loss) in verdict.reason
+    assert champions(settings, nobody) == {None}
+    champion, _ = gate(2.0, 3.0)
+    _, verdict = gate(2.0, loss)
+    assert not verdict.promoted and champions(settings, champion) == {champion.version}
+
+
+def test_a_verdict_is_of_the_champion_that_there_is_now(gate: Gate, settings: Settings) -> None:
+    first, _ = gate(2.0, 3.0)
+    assert gate(release=first)[1] == Verdict(promoted=True, reason="it is the champion already")
+    worse, verdict = gate(2.2, 3.3)
+    assert not verdict.promoted
+    by_hand = {name: int(version) for name, version in (model.rsplit(":", 1) for model in worse.models.values())}
+    tracking.set_alias(settings.tracking_uri, tracking.CHAMPION, by_hand)
+    assert gate(release=first)[1].promoted
+    assert champions(settings, first) == {first.version}
+
+
+def test_a_release_exists_while_the_registry_holds_that_version_of_it(gate: Gate, settings: Settings) -> None:
+    release, _ = gate(2.0, 3.0)
+    assert release.exists()
+    assert not replace(release, version="another").exists()
+    client = MlflowClient(tracking_uri=settings.tracking_uri, registry_uri=settings.tracking_uri)
+    client.delete_registered_model(f"{release.family}-s")
+    assert not release.exists()
