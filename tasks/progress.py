@@ -21,6 +21,7 @@ from tasks.summary import human_seconds
 
 logger = logging.getLogger(__name__)
 
+FIRST_UPDATE_SECONDS = 0.5
 SECONDS_BETWEEN_UPDATES = 5.0
 LAST_UPDATE_SECONDS = 5.0
 
@@ -48,7 +49,7 @@ def stage_progress(stage: Stage) -> Iterator[Callable[[dict[str, Any]], None]]:
 
 
 class ProgressArtifact:
-    """A progress artifact of a run in Prefect, moved from a thread of its own.
+    """A progress artifact of a run in Prefect, moved from a thread of its own: often at first, then at a steady pace.
 
     A server that is away holds every call up for more than a minute, and must not hold up the work.
     """
@@ -73,13 +74,14 @@ class ProgressArtifact:
         client: SyncPrefectClient | None = None
         artifact: UUID | None = None
         sent: tuple[int, int] | None = None
-        last = False
+        last, pause = False, FIRST_UPDATE_SECONDS
         with ExitStack() as stack:
             while not last:
-                last = self._ended.wait(SECONDS_BETWEEN_UPDATES)
+                last = self._ended.wait(pause)
                 latest = self._latest
                 if latest is None or latest == sent or (last and artifact is None):
                     continue  # what ends at once needs no artifact
+                pause = min(2 * pause, SECONDS_BETWEEN_UPDATES)
                 try:
                     client = client or stack.enter_context(get_client(sync_client=True))
                     artifact = self._put(client, artifact, *latest)

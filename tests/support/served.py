@@ -155,6 +155,7 @@ def elastify(served: Served) -> Elastified:
     progress: list[float] = []
 
     def moved() -> bool:
+        assert not served.run(killed).state.is_final(), "the run ended before its progress moved"
         shown = served.artifacts(killed).get("stage1")
         if shown is not None and shown.data not in progress:
             progress.append(float(shown.data))
