@@ -129,8 +129,12 @@ SIGNS = {
     "register": "workspace/report-*",
     "promote": "workspace/curves-*",
 }
-# Each dies at every step, together with the others of its row.
-VICTIMS = {"processes": ("S3", "run", "trainer"), "services": ("MLflow", "Prefect", "cpu worker", "gpu worker")}
+# Each dies at every step, together with the others of its row; in the last the runs live on without Prefect's server.
+VICTIMS = {
+    "processes": ("S3", "run", "trainer"),
+    "services": ("MLflow", "Prefect", "cpu worker", "gpu worker"),
+    "server": ("Prefect",),
+}
 
 
 @pytest.mark.parametrize("victims", VICTIMS)
