@@ -211,7 +211,9 @@ def test_a_disk_that_fills_up_stops_a_run_which_goes_on_when_it_has_room(
 ) -> None:
     cramped = replace(command, home=small_disk / "home")
     process = cramped.start("run", str(command.recipe))
-    eventually(lambda: list(cramped.home.glob("workspace/stage1-*/checkpoints/step-*")), 300)
+    begun = cramped.home / "workspace"
+    eventually(lambda: process.poll() is not None or list(begun.glob("stage1-*/checkpoints/step-*")), 300)
+    assert process.poll() is None, process.stderr.read()
     filler = fill(small_disk / "filler")
     (first,) = cramped.processes("elastic_core.job")
     eventually(lambda: set(cramped.processes("elastic_core.job")) - {first}, 120, "training went on without room")
