@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 
 from tasks.processes import ChildProcess
@@ -23,6 +23,7 @@ START_SECONDS = 60.0
 SLOW_START_SECONDS = 180.0  # Prefect and MLflow take 8 on an idle machine
 ANSWER_SECONDS = 20.0  # MLflow's first answer waits for the tables of its database
 START_ATTEMPTS = 3  # a port found free may be taken before the server binds it
+PORTS = range(10_000, 30_000)
 
 QUIET = {"DO_NOT_TRACK": "true", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", **CLIENT_ENVIRONMENT}
 
@@ -270,11 +271,9 @@ def is_free(port: int) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
+    """Free ports that no system gives to outgoing connections, which would take one before a server binds it."""
+    shuffled = secrets.SystemRandom().sample(PORTS, len(PORTS))
+    return list(islice(filter(is_free, shuffled), count))
 
 
 def write_private(path: Path, text: str) -> None:
