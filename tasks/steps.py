@@ -83,10 +83,9 @@ def run(step: Task[P, R], *inputs: P.args, **named: P.kwargs) -> R:
     try:
         with _turn(step, named) as done_elsewhere:
             state = step(*inputs, **named, return_state=True)
-            record = state.result()
-            if _is_gone(record):
+            if state.name == "Cached" and _is_gone(state.result()):
                 state = step.with_options(refresh_cache=True)(*inputs, **named, return_state=True)
-                record = state.result()
+            record = state.result()
     except Exception as error:
         error.add_note(f"step: {step.name}")
         raise
