@@ -22,7 +22,7 @@ from tasks.summary import human_seconds
 logger = logging.getLogger(__name__)
 
 FIRST_UPDATE_SECONDS = 0.5
-SECONDS_BETWEEN_UPDATES = 5.0
+SECONDS_BETWEEN_UPDATES = 10.0
 LAST_UPDATE_SECONDS = 5.0
 
 

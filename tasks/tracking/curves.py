@@ -90,10 +90,11 @@ class MetricSpool:
             for line in file:
                 if not line.endswith(b"\n"):
                     break  # still being written
-                batch += _metrics_of(line, self.path)
-                if len(batch) >= MAX_METRICS:
-                    yield batch, file.tell()
+                metrics = _metrics_of(line, self.path)
+                if len(batch) + len(metrics) > MAX_METRICS:
+                    yield batch, file.tell() - len(line)
                     batch = []
+                batch += metrics
             else:
                 line = b""
             yield batch, file.tell() - len(line)

@@ -271,6 +271,15 @@ def test_every_metric_arrives_once_in_few_calls(spool: MetricSpool, client: Mlfl
     assert history(client, spool.run_id, "loss/s") == [(step, step / 7) for step in range(1, 501)]
 
 
+def test_no_call_is_made_for_a_few_metrics_of_a_step(spool: MetricSpool, client: MlflowClient) -> None:
+    for step in range(1, 101):
+        spool.record(step, {f"choices/{n}": float(step) for n in range(29)})
+    with batches(client) as sizes:
+        assert spool.flush() == 2900
+    assert again(spool).flush() == 0
+    assert sizes == [34 * 29, 34 * 29, 32 * 29]
+
+
 def test_more_metrics_in_one_step_than_a_call_takes(spool: MetricSpool, client: MlflowClient) -> None:
     spool.record(1, {f"layer{n}": 1.0 for n in range(1001)})
     with batches(client) as sizes:
