@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import httpx
 import torch
@@ -71,8 +71,7 @@ def run_on_workers(deployment: str, step: str, inputs: Mapping[str, Any]) -> Non
     caller = context.flow_run.id if context is not None and context.flow_run is not None else None
     parameters = {"step": step, "inputs": to_dict(inputs), "show_on": str(caller) if caller else None}
     for attempt in range(1, ATTEMPTS + 1):
-        started = run_deployment(deployment, parameters=parameters, flow_run_name=_label(step, inputs), timeout=0)
-        assert isinstance(started, FlowRun), "a coroutine only inside another"
+        started = start_run(deployment, _label(step, inputs), parameters)
         logger.info("%s waits for a worker, as run %s", step, started.name)
         state = _final_state(started.id, caller)
         if state.is_completed():
@@ -83,6 +82,28 @@ def run_on_workers(deployment: str, step: str, inputs: Mapping[str, Any]) -> Non
             raise ServiceError(f"{step} {name.lower()} on the worker: {reason}")
         logger.warning("%s crashed on the worker (attempt %d of %d): %s", step, attempt, ATTEMPTS, state.message)
     raise ServiceError(f"{step} crashed {ATTEMPTS} times on the workers of {deployment}; see their logs")
+
+
+def start_run(deployment: str, name: str, parameters: dict[str, Any]) -> FlowRun:
+    """Start one run of a deployment, as a child of this one; waits for a server that is away.
+
+    A new client of Prefect's, other than one that has reached its server before, gives up at the first refusal.
+    """
+    asked, key = time.monotonic(), str(uuid4())
+    while True:
+        try:
+            run = run_deployment(deployment, parameters=parameters, flow_run_name=name, timeout=0, idempotency_key=key)
+        except httpx.TransportError as error:
+            if time.monotonic() - asked > LONGEST_OUTAGE_SECONDS:
+                raise _stays_away(error) from error
+            time.sleep(POLL_SECONDS)
+        else:
+            assert isinstance(run, FlowRun), "a coroutine only inside another"
+            return run
+
+
+def _stays_away(error: Exception) -> ServiceError:
+    return ServiceError(f"Prefect's server stays away: {error}", transient=True)
 
 
 def _label(step: str, inputs: Mapping[str, Any]) -> str:
@@ -100,7 +121,7 @@ def _final_state(flow_run: UUID, caller: UUID | None) -> State[Any]:
                 heard = time.monotonic()
             except (httpx.HTTPError, PrefectException) as error:
                 if time.monotonic() - heard > LONGEST_OUTAGE_SECONDS:
-                    raise ServiceError(f"Prefect's server stays away: {error}", transient=True) from error
+                    raise _stays_away(error) from error
             else:
                 if state is not None and state.is_final():
                     return state

@@ -1,0 +1,45 @@
+"""What starts while Prefect's server is away waits for it."""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import copy_context
+from pathlib import Path
+
+import pytest
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows.servers import PrefectServer, free_ports
+from tasks.gpu import start_run
+
+
+@contextmanager
+def running(server: PrefectServer) -> Iterator[SyncPrefectClient]:
+    server.start()
+    try:
+        server.wait()
+        with get_client(sync_client=True) as client:
+            yield client
+    finally:
+        server.stop()
+
+
+def test_a_run_that_starts_while_the_server_is_away_is_started_once(tmp_path: Path) -> None:
+    server = PrefectServer(tmp_path / "prefect", tmp_path / "logs", free_ports(1)[0])
+    arguments = ("gpu-step/default", "distill stage1", {"step": "distill"})
+    with temporary_settings({PREFECT_API_URL: f"{server.url}/api"}), ThreadPoolExecutor(1) as pool:
+        with running(server) as client:
+            client.create_deployment(client.create_flow_from_name("gpu-step"), "default")
+        starting = pool.submit(copy_context().run, start_run, *arguments)
+        time.sleep(3.0)
+        assert not starting.done()
+        with running(server) as client:
+            started = starting.result(60.0)
+            assert [(run.id, run.name, run.parameters) for run in client.read_flow_runs()] == [
+                (started.id, *arguments[1:])
+            ]
+            with pytest.raises(ObjectNotFound):
+                start_run("gpu-step/renamed", *arguments[1:])
