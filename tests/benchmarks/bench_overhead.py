@@ -5,9 +5,10 @@ pytest -m benchmark -s tests/benchmarks/bench_overhead.py
 The step runs in a flow, on embedded services: its cache key, its supervised process under torchrun, its progress
 artifact, its curves on their way to MLflow. The loop is `python -m elastic_core.job` on the same job. Both begin with
 a new process and end with the written checkpoint, after ten minutes each. They take turns: one has the whole machine,
-its servers too, while the other is stopped, for a shared machine's speed drifts by more than is measured. A step takes
-half a second, as in the tiny recipe (0.42 and 0.55 s); what a step costs the pipeline, its metrics, is the same for a
-step of a minute. No store runs: a distillation does without.
+its servers too, while the other is stopped, for a shared machine's speed drifts by more than is measured. The servers
+live on what training leaves of two cores; with a single core for all, the ratio was 1.04. A step takes half a second,
+as in the tiny recipe (0.42 and 0.55 s); what a step costs the pipeline, its metrics, is the same for a step of a
+minute. No store runs: a distillation does without.
 """
 
 import json
@@ -54,7 +55,7 @@ class Inputs:
     job: TrainJob
 
 
-def loop(family: Artifact, corpus: Artifact, stage: Stage, work: Path) -> "subprocess.Popen[bytes]":
+def loop(family: Artifact, corpus: Artifact, stage: Stage, work: Path) -> subprocess.Popen[bytes]:
     """The library alone, in a process of its own, which writes the family into `work`."""
     job = train_job(Path(family.path), Path(corpus.path) / TRAIN_FILE, work, stage=stage)
     (work / "job.json").write_text(json.dumps(to_dict(job)))
@@ -77,7 +78,7 @@ def one_stage(family: Artifact, corpus: Artifact, job: TrainJob, run_id: str, wo
     )
 
 
-def pipeline(family: Artifact, corpus: Artifact, stage: Stage, work: Path) -> "subprocess.Popen[bytes]":
+def pipeline(family: Artifact, corpus: Artifact, stage: Stage, work: Path) -> subprocess.Popen[bytes]:
     """The same as a step, in a process that has found its servers, and stopped before it begins."""
     job = train_job(Path(family.path), Path(corpus.path) / TRAIN_FILE, work, stage=stage)
     (work / "inputs.json").write_text(json.dumps(to_dict(Inputs(family=family, corpus=corpus, job=job))))
@@ -102,7 +103,7 @@ def main(work: Path) -> None:
 class Turns:
     """A process that runs in turns, with the servers that it needs; `seconds` is what it had of them until its end."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", servers: Sequence[psutil.Process] = ()) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], servers: Sequence[psutil.Process] = ()) -> None:
         self.process, self.servers, self.seconds = process, servers, 0.0
         self._each(psutil.Process.suspend)
 
