@@ -22,7 +22,7 @@ test-faults: $(INSTALLED)
 	$(BIN)/pytest -m faults
 
 test-kernels: $(KERNELS)/installed
-	TRITON_KERNELS=$(abspath $(KERNELS)) $(BIN)/pytest tests/elastic_core/test_kernels.py -m "not gpu"
+	TRITON_KERNELS=$(abspath $(KERNELS)) $(BIN)/pytest tests/elastic_core/layers/test_kernels.py -m "not gpu"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

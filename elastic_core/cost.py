@@ -12,7 +12,7 @@ from itertools import product
 from math import ceil
 
 from elastic_core.budget import Budget, Dtype, Serving, bytes_text
-from elastic_core.config import ATTENTION, FFN, MAMBA, Axes, ModelConfig
+from elastic_core.geometry import ATTENTION, FFN, MAMBA, Axes, ModelConfig
 from elastic_core.subnet import Subnet
 
 WIDTH_AXIS = {FFN: "ffn", MAMBA: "mamba_heads", ATTENTION: "attention_heads"}

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elastic_core.config import ATTENTION, MAMBA, ModelConfig
-from elastic_core.kernels import select_backend
+from elastic_core.files.reorder import Order
+from elastic_core.geometry import ATTENTION, MAMBA, ModelConfig
+from elastic_core.layers.kernels import select_backend
 from elastic_core.model import Attention, ElasticNemotronH, FeedForward, Layer, MambaMixer
-from elastic_core.reorder import Order
 from elastic_core.subnet import full_subnet
 
 Progress = Callable[[int, int], None]

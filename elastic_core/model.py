@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from elastic_core.config import ATTENTION, FFN, MAMBA, ModelConfig
-from elastic_core.kernels import Backend, BackendName, select_backend
-from elastic_core.ssm import joined, segments
+from elastic_core.geometry import ATTENTION, FFN, MAMBA, ModelConfig
+from elastic_core.layers.kernels import Backend, BackendName, select_backend
+from elastic_core.layers.ssm import joined, segments
 from elastic_core.subnet import Masks, Subnet
 
 # The views of a weight that a subnet keeps. Given the weight's gradient, the same views of that.

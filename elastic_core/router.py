@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from elastic_core import cost
 from elastic_core.budget import Budget
-from elastic_core.config import Axes, ModelConfig
+from elastic_core.geometry import Axes, ModelConfig
 from elastic_core.subnet import Masks, Subnet, keep_layers
 
 KIND_OF_AXIS = {axis: kind for kind, axis in cost.WIDTH_AXIS.items()}

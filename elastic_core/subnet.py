@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elastic_core.config import ATTENTION, FFN, MAMBA, Axes, ModelConfig
+from elastic_core.geometry import ATTENTION, FFN, MAMBA, Axes, ModelConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,8 +42,8 @@ def run(
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: stages.0.steps=100 ...")] = None,
 ) -> None:
     """Run the whole pipeline here: teacher and data in, a registered family out."""
-    from flows.recipes import load_recipe
-    from flows.services import embedded_services
+    from flows.commands.recipes import load_recipe
+    from flows.serving.services import embedded_services
     from tasks.settings import ServiceError, make_home
 
     loaded = load_recipe(recipe, overrides or [])
@@ -53,9 +53,9 @@ def run(
         import httpx
         from prefect.exceptions import PrefectException
 
+        from flows.commands.outcome import print_outcome
         from flows.elastify import elastify
-        from flows.outcome import print_outcome
-        from tasks.preflight import check_services
+        from tasks.running.preflight import check_services
 
         check_services()
         try:
@@ -78,10 +78,10 @@ def plan(
 ) -> None:
     """Say before spending what a recipe takes: sizes, tokens, FLOPs, memory, hours, dollars, and where it fits."""
     from elastic_core.budget import parse_bytes
-    from elastic_core.plan import Accelerator, plan_recipe
-    from elastic_core.profile import recipe_table
-    from flows.plan import parse_gpus, plan_json, print_plan, teacher_geometry
-    from flows.recipes import load_recipe
+    from elastic_core.planning.plan import Accelerator, plan_recipe
+    from elastic_core.planning.profile import recipe_table
+    from flows.commands.plan import parse_gpus, plan_json, print_plan, teacher_geometry
+    from flows.commands.recipes import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     accelerator = Accelerator(
@@ -109,8 +109,8 @@ def up(
     s3_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Else a free one.")] = None,
 ) -> None:
     """Serve: Prefect and MLflow with their UIs, object store, workers, deployments, until Ctrl-C or `elastic down`."""
-    from flows import serve
-    from flows.recipes import load_recipe
+    from flows.commands.recipes import load_recipe
+    from flows.serving import serve
     from tasks.settings import make_home
 
     load_recipe(recipe)
@@ -120,7 +120,7 @@ def up(
 @app.command()
 def status() -> None:
     """Say what `elastic up` has running, and whether it answers; fails unless all of it does."""
-    from flows import serve
+    from flows.serving import serve
     from tasks.settings import home_directory
 
     if not serve.status(home_directory()):
@@ -130,7 +130,7 @@ def status() -> None:
 @app.command()
 def down() -> None:
     """Stop the `elastic up` of this state directory; the state stays."""
-    from flows import serve
+    from flows.serving import serve
     from tasks.settings import home_directory
 
     serve.down(home_directory())
@@ -148,9 +148,9 @@ def profile(
     import torch
 
     from elastic_core.budget import Serving
-    from elastic_core.profile import measure, write_table
-    from flows.profile import print_table, profiled
-    from tasks.bars import bar
+    from elastic_core.planning.profile import measure, write_table
+    from flows.commands.profile import print_table, profiled
+    from tasks.running.bars import bar
 
     model, axes = profiled(source)
     serving = Serving(context=context, batch=batch, dtype=dtype)
@@ -179,9 +179,9 @@ def slice_(
     pad_ffn: Annotated[bool, typer.Option(help="Pad FFN layers to one width, for stock transformers.")] = False,
 ) -> None:
     """Cut a budget, or any size between, out of an elastic checkpoint."""
-    from elastic_core.checkpoint import read_family
-    from elastic_core.slicing import slice_checkpoint
-    from tasks.bars import bar
+    from elastic_core.files.checkpoint import read_family
+    from elastic_core.files.slicing import slice_checkpoint
+    from tasks.running.bars import bar
 
     sizes = {"--params": params, "--memory": memory, "--latency": latency}
     given = {option: size for option, size in sizes.items() if size is not None}
@@ -204,9 +204,9 @@ def pull(
     output: Output,
 ) -> None:
     """Bring a registered model here, every digest verified; a smaller size of it that is there already is grown."""
-    from flows.services import embedded_services
+    from flows.serving.services import embedded_services
     from tasks import artifacts, tracking
-    from tasks.bars import bar
+    from tasks.running.bars import bar
     from tasks.settings import Settings, make_home
 
     with embedded_services(make_home(), share=True):
@@ -229,8 +229,8 @@ def gc(
     delete: Annotated[bool, typer.Option("--delete", help="Remove what is found, instead of only listing it.")] = False,
 ) -> None:
     """List or remove what is of no use: versions that nothing in the registry points to, and interrupted writes."""
-    from flows.garbage import collect
-    from flows.services import embedded_services
+    from flows.commands.garbage import collect
+    from flows.serving.services import embedded_services
     from tasks.settings import Settings, make_home
 
     with embedded_services(make_home(), share=True):
@@ -248,7 +248,7 @@ def evaluate(
     sequence_length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 256,
 ) -> None:
     """Measure a checkpoint's cross-entropy on held-out tokens."""
-    from elastic_core.config import Evaluation
+    from elastic_core.recipe import Evaluation
     from tasks.evaluate import heldout_batches, heldout_loss
 
     settings = Evaluation(heldout_tokens=tokens, sequence_length=sequence_length)
@@ -272,10 +272,10 @@ def generate(
     """Generate text at any budget, or let a small budget begin and a larger one go on."""
     import torch
 
-    from elastic_core.checkpoint import read_family
+    from elastic_core.files.checkpoint import read_family
     from elastic_core.generate import decode
+    from tasks.corpus.tokenizer import load_tokenizer
     from tasks.evaluate import stop_tokens
-    from tasks.tokenizer import load_tokenizer
 
     model, subnet = _load(checkpoint, budget)
     tokenizer = load_tokenizer(checkpoint)
@@ -304,9 +304,9 @@ def _load(checkpoint: Path, budget: str | None) -> "tuple[ElasticNemotronH, Subn
     """The model at the precision of its files, and the subnet of the budget, or the whole of it."""
     import torch
 
-    from elastic_core.checkpoint import read_family
-    from elastic_core.job import load_model
+    from elastic_core.files.checkpoint import read_family
     from elastic_core.subnet import full_subnet
+    from elastic_core.training.job import load_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(checkpoint, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -319,11 +319,11 @@ def _any_size(checkpoint: Path, option: str, size: float | str, profile: Path | 
     The option is the name of its budget, for messages about it.
     """
     from elastic_core.budget import Budget
-    from elastic_core.checkpoint import read_config, read_family
-    from elastic_core.job import load_router
-    from elastic_core.profile import read_table
+    from elastic_core.files.checkpoint import read_config, read_family
+    from elastic_core.planning.profile import read_table
     from elastic_core.resolve import resolve_target
     from elastic_core.schema import build
+    from elastic_core.training.job import load_router
 
     if isinstance(size, float):
         if not math.isfinite(size):
@@ -339,8 +339,8 @@ def _any_size(checkpoint: Path, option: str, size: float | str, profile: Path | 
 
 
 def _describe(directory: Path) -> str:
-    from elastic_core.checkpoint import read_config
     from elastic_core.cost import subnet_params
+    from elastic_core.files.checkpoint import read_config
     from elastic_core.subnet import full_subnet
 
     config = read_config(directory)

@@ -5,27 +5,27 @@ from typing import Annotated
 
 from prefect import flow
 
-from elastic_core.checkpoint import read_config
-from elastic_core.config import Recipe
-from elastic_core.profile import recipe_table
-from flows.failures import explain_failure
-from flows.guard import guard_run
-from flows.page import link_curves, show_outcome
-from flows.recipes import checked
-from tasks.data import read_record
+from elastic_core.files.checkpoint import read_config
+from elastic_core.planning.profile import recipe_table
+from elastic_core.recipe import Recipe
+from flows.commands.recipes import checked
+from flows.serving.failures import explain_failure
+from flows.serving.guard import guard_run
+from flows.serving.page import link_curves, show_outcome
+from tasks.corpus.build import read_record
+from tasks.corpus.sources import source_identity, teacher_identity
+from tasks.data import prepare_data
 from tasks.distill import distill
 from tasks.evaluate import evaluate
-from tasks.preflight import check_corpus, check_model, check_problems
-from tasks.prepare import prepare_data
 from tasks.promote import Verdict, promote
 from tasks.rank import rank_importance, reorder_teacher
 from tasks.records import Artifact, EvaluationRecord, Release
 from tasks.register import destination, register
-from tasks.runs import link_release, tracked
+from tasks.running.preflight import check_corpus, check_model, check_problems
+from tasks.running.recipe_run import link_release, tracked
+from tasks.running.steps import run
 from tasks.settings import Settings
 from tasks.slice import slice_budget
-from tasks.sources import source_identity, teacher_identity
-from tasks.steps import run
 from tasks.teacher import fetch_teacher, pretrain_teacher, train_tokenizer
 
 

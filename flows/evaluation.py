@@ -6,19 +6,19 @@ from typing import Annotated
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from elastic_core.config import DataConfig, Evaluation
-from flows.failures import explain_failure
-from flows.guard import guard_run
-from flows.page import model_link
-from flows.recipes import checked
+from elastic_core.recipe import DataConfig, Evaluation
+from flows.commands.recipes import checked
+from flows.serving.failures import explain_failure
+from flows.serving.guard import guard_run
+from flows.serving.page import model_link
 from tasks import tracking
-from tasks.export import fetch_part
-from tasks.measure import Measurement, log_measurement, measure
-from tasks.prepare import prepare_data
+from tasks.corpus.sources import source_identity
+from tasks.data import prepare_data
+from tasks.evaluate import Measurement, log_measurement, measure
+from tasks.reporting.summary import fixed, markdown_table, percent
+from tasks.running.steps import run
 from tasks.settings import Settings
-from tasks.sources import source_identity
-from tasks.steps import run
-from tasks.summary import fixed, markdown_table, percent
+from tasks.slice import fetch_part
 
 
 @flow(name="evaluate", on_failure=[explain_failure])

@@ -6,14 +6,15 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from elastic_core.budget import Budget
-from flows.failures import explain_failure
-from flows.guard import guard_run
-from flows.page import model_link
-from flows.recipes import checked
+from flows.commands.recipes import checked
+from flows.serving.failures import explain_failure
+from flows.serving.guard import guard_run
+from flows.serving.page import model_link
 from tasks import tracking
-from tasks.export import ELASTIC_PART, fetch_part, register_size, slice_size
+from tasks.register import WHOLE, register_size
+from tasks.running.steps import run
 from tasks.settings import Settings
-from tasks.steps import run
+from tasks.slice import fetch_part, slice_size
 
 
 @flow(name="export", on_failure=[explain_failure])
@@ -31,7 +32,7 @@ def export(model: str, budget: Annotated[Budget, checked(Budget)], pad_ffn: bool
     origin = tracking.resolve(settings.tracking_uri, model)
     source = f"{origin.name}:{origin.version}"
     manifest = origin.tags[tracking.MANIFEST]
-    family = run(fetch_part, manifest=manifest, part=ELASTIC_PART, workspace=workspace)
+    family = run(fetch_part, manifest=manifest, part=WHOLE, workspace=workspace)
     cut = run(slice_size, family=family, budget=budget, pad_ffn=pad_ffn, workspace=workspace)
     registered = run(register_size, model=source, slice_=cut, budget=budget)
     create_markdown_artifact(

@@ -6,12 +6,12 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from elastic_core.config import Recipe
+from elastic_core.recipe import Recipe
+from flows.commands.recipes import checked
 from flows.elastify import elastify
-from flows.failures import explain_failure
-from flows.guard import guard_run
-from flows.recipes import checked
-from tasks.runs import is_made
+from flows.serving.failures import explain_failure
+from flows.serving.guard import guard_run
+from tasks.running.recipe_run import is_made
 from tasks.settings import Settings
 
 UNCHANGED = "Unchanged"

@@ -3,32 +3,21 @@
 from pathlib import Path
 from typing import Any
 
-from elastic_core import (
-    checkpoint,
-    cost,
-    curriculum,
-    job,
-    losses,
-    model,
-    parallel,
-    resolve,
-    resume,
-    router,
-    ssm,
-    subnet,
-    train,
-)
+from elastic_core import cost, model, resolve, router, subnet
 from elastic_core.budget import Dtype
-from elastic_core.config import Distillation, Stage
-from elastic_core.job import METRICS, TrainJob
+from elastic_core.files import checkpoint
+from elastic_core.layers import ssm
+from elastic_core.recipe import Distillation, Stage
+from elastic_core.training import curriculum, job, losses, parallel, resume, train
+from elastic_core.training.job import METRICS, TrainJob
 from tasks import tracking
-from tasks.data import TRAIN_FILE
-from tasks.progress import stage_progress
+from tasks.corpus.build import TRAIN_FILE
 from tasks.records import Artifact, StageRecord
 from tasks.register import curves
+from tasks.running.progress import stage_progress
+from tasks.running.steps import artifact, fingerprint, step
+from tasks.running.training import train as run_training
 from tasks.settings import Settings
-from tasks.steps import artifact, fingerprint, step
-from tasks.training import train as run_training
 
 
 @step(

@@ -13,21 +13,27 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from elastic_core import checkpoint, generate, job, losses, model, reorder, ssm
+from elastic_core import generate, model
 from elastic_core.budget import Dtype
-from elastic_core.config import Evaluation, ModelConfig
 from elastic_core.cost import subnet_params
-from elastic_core.curriculum import generator
+from elastic_core.files import checkpoint, reorder
 from elastic_core.generate import complete, decode
-from elastic_core.losses import distillation_loss
+from elastic_core.geometry import ModelConfig
+from elastic_core.layers import ssm
 from elastic_core.model import Cache, ElasticNemotronH
+from elastic_core.recipe import Evaluation
 from elastic_core.subnet import Subnet, full_subnet, keep_layers
-from elastic_core.train import TokenRows
-from tasks.data import HELDOUT_FILE
-from tasks.documents import first_line
-from tasks.progress import progress_bar
+from elastic_core.training import job, losses
+from elastic_core.training.curriculum import generator
+from elastic_core.training.losses import distillation_loss
+from elastic_core.training.train import TokenRows
+from tasks import tracking
+from tasks.corpus.build import HELDOUT_FILE, read_record
+from tasks.corpus.documents import first_line
 from tasks.records import Artifact, BudgetEvaluation, EvaluationRecord
-from tasks.steps import step
+from tasks.running.progress import progress_bar
+from tasks.running.steps import fingerprint, step
+from tasks.settings import Settings
 
 DECODED_TOKENS = 64
 DECODE_REPEATS = 3
@@ -256,3 +262,45 @@ def _synchronised(tokens: Iterator[torch.Tensor]) -> Iterator[int]:
     """Each token once it has really been computed."""
     for token_B in tokens:
         yield int(token_B[0])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """Cross-entropy in nats a token, and the share of problems answered exactly, where there were any."""
+
+    cross_entropy: float
+    accuracy: float | None
+
+
+@step(generate, job, losses, model, ssm, on_gpu=True)
+def measure(model: Artifact, corpus: Artifact, settings: Evaluation) -> Measurement:
+    """Measure a stock checkpoint on a corpus's held-out part."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    directory = Path(model.path)
+    loaded = job.load_model(directory, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    batches = heldout_batches(Path(corpus.path) / HELDOUT_FILE, settings, loaded.config.vocab_size)
+    loss, _ = heldout_loss(loaded, full_subnet(loaded.config), batches)
+    problems = read_problems(Path(settings.problems), settings.max_problems) if settings.problems else []
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    answers = answer(loaded, tokenizer, problems, settings)
+    return Measurement(cross_entropy=loss, accuracy=answers.accuracy if answers else None)
+
+
+def log_measurement(
+    settings: Settings, version: tracking.ModelVersion, corpus: Artifact, measured: Measurement
+) -> None:
+    """Keep a measurement in MLflow: a run of its own in the family's experiment, named after the model."""
+    heldout = read_record(Path(corpus.path)).heldout.sha256
+    key = fingerprint(version.name, version.version, heldout)[:32]
+    run_id = tracking.open_run(
+        settings.tracking_uri,
+        experiment=version.tags[tracking.FAMILY],
+        run_key=key,
+        run_name=f"evaluate-{version.name}-{version.version}",
+        tags={"elastic.model": f"{version.name}:{version.version}", tracking.HELDOUT_DIGEST: heldout},
+    )
+    metrics = {"cross_entropy": measured.cross_entropy}
+    if measured.accuracy is not None:
+        metrics["accuracy"] = measured.accuracy
+    tracking.log_metrics(settings.tracking_uri, run_id, metrics)
+    tracking.finish_run(settings.tracking_uri, run_id)

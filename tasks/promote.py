@@ -7,19 +7,19 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from elastic_core import checkpoint, job
-from elastic_core.config import Evaluation, Promotion
+from elastic_core.files import checkpoint
+from elastic_core.recipe import Evaluation, Promotion
 from elastic_core.subnet import full_subnet
+from elastic_core.training import job
 from tasks import artifacts, tracking
-from tasks.data import HELDOUT_FILE, read_record
-from tasks.documents import digest_files
+from tasks.artifacts.staging import scratch
+from tasks.corpus.build import HELDOUT_FILE, read_record
+from tasks.corpus.documents import digest_files
+from tasks.corpus.tokenizer import load_tokenizer, tokenizer_files
 from tasks.evaluate import heldout_batches, heldout_loss, predicted
 from tasks.records import Artifact, EvaluationRecord, Release
-from tasks.register import HELDOUT_DIGEST
+from tasks.running.steps import step
 from tasks.settings import Settings
-from tasks.staging import scratch
-from tasks.steps import step
-from tasks.tokenizer import load_tokenizer, tokenizer_files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +74,7 @@ def champion_loss(
     heldout_digest: str,
 ) -> float:
     """The champion's cross-entropy on this held-out set: as registered, or measured anew where the set has changed."""
-    if champion.tags.get(HELDOUT_DIGEST) == heldout_digest:
+    if champion.tags.get(tracking.HELDOUT_DIGEST) == heldout_digest:
         return champion.metrics["cross_entropy"]
     store = artifacts.open_store(settings)
     with scratch(settings.home, "champion") as room:

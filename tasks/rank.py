@@ -4,17 +4,20 @@ from pathlib import Path
 
 import torch
 
-from elastic_core import checkpoint, cost, importance, job, reorder, resolve, router, shards
+from elastic_core import cost, importance, resolve, router
 from elastic_core.budget import Budget, Dtype
-from elastic_core.config import Axes, Importance, Router
 from elastic_core.cost import LatencyTable
-from elastic_core.curriculum import generator
+from elastic_core.files import checkpoint, reorder, shards
+from elastic_core.geometry import Axes
+from elastic_core.recipe import Importance, Router
 from elastic_core.router import ElasticModel
-from elastic_core.train import TokenRows
-from tasks.data import TRAIN_FILE
-from tasks.progress import progress_bar
+from elastic_core.training import job
+from elastic_core.training.curriculum import generator
+from elastic_core.training.train import TokenRows
+from tasks.corpus.build import TRAIN_FILE
 from tasks.records import Artifact
-from tasks.steps import artifact, new_directory, step
+from tasks.running.progress import progress_bar
+from tasks.running.steps import artifact, new_directory, step
 
 
 @step(importance, reorder, on_gpu=True)

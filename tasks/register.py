@@ -6,22 +6,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from elastic_core import checkpoint
-from elastic_core.config import Recipe, Stage
+from elastic_core.budget import Budget
+from elastic_core.cost import subnet_params
+from elastic_core.files import checkpoint
+from elastic_core.recipe import Recipe, Stage
 from elastic_core.schema import to_dict
 from elastic_core.subnet import full_subnet
-from tasks import artifacts, history, nested, plots, report, tracking
-from tasks.data import read_record
-from tasks.history import read_metrics
-from tasks.manifest import Manifest, NestedPart
-from tasks.progress import progress_bar
+from tasks import artifacts, tracking
+from tasks.artifacts import nested
+from tasks.artifacts.manifest import Manifest, NestedPart
+from tasks.artifacts.staging import scratch
+from tasks.corpus.build import read_record
 from tasks.records import Artifact, EvaluationRecord, Release, StageRecord
+from tasks.reporting import history, plots, report
+from tasks.reporting.history import read_metrics
+from tasks.reporting.summary import summary_lines
+from tasks.running.progress import progress_bar
+from tasks.running.steps import fingerprint, step
 from tasks.settings import ServiceError, Settings, redact
-from tasks.staging import scratch
-from tasks.steps import fingerprint, step
-from tasks.summary import summary_lines
 
-HELDOUT_DIGEST = "elastic.heldout_sha256"
 STORAGE, PULL = "elastic.storage", "elastic.pull"
 WHOLE = "family"  # the part that is the elastic checkpoint
 
@@ -175,7 +178,7 @@ def members(
             source=f"{artifacts.version_uri(settings.bucket, recipe.family, manifest.version)}/{measured.budget}",
             metrics=metrics,
             tags={
-                HELDOUT_DIGEST: heldout_digest,
+                tracking.HELDOUT_DIGEST: heldout_digest,
                 STORAGE: recipe.storage,
                 PULL: command,
                 "elastic.params": str(measured.params),
@@ -184,3 +187,40 @@ def members(
             },
             description=f"{recipe.family}, budget {measured.budget}: {lines[measured.budget]}. Get it with {how}.",
         )
+
+
+@step(cached=False)
+def register_size(model: str, slice_: Artifact, budget: Budget) -> str:
+    """Publish a slice as a version of its own and register it as a candidate; NAME:VERSION."""
+    settings = Settings.from_environment()
+    origin = tracking.resolve(settings.tracking_uri, model)
+    family = origin.tags[tracking.FAMILY]
+    version = f"{origin.tags[tracking.VERSION]}-{slice_.digest[:12]}"
+    params = subnet_params(config := checkpoint.read_config(Path(slice_.path)), full_subnet(config))
+    store = artifacts.open_store(settings)
+    manifest = artifacts.publish(
+        store,
+        family=family,
+        version=version,
+        directories={budget.name: Path(slice_.path)},
+        metadata={"cut_from": origin.tags[tracking.MANIFEST], "budget": str(budget)},
+    )
+    made = tracking.register_family(
+        settings.tracking_uri,
+        family=family,
+        version=version,
+        manifest_uri=artifacts.manifest_uri(settings.bucket, family, version),
+        run_id=origin.run_id,
+        members=[
+            tracking.Member(
+                budget=budget.name,
+                source=f"{artifacts.version_uri(settings.bucket, family, version)}/{budget.name}",
+                metrics={"params": params},
+                tags={"elastic.params": str(params), "elastic.cut_from": f"{origin.name}:{origin.version}"},
+                description=f"{family} cut to {budget}: {params:,} parameters, from {origin.tags[tracking.VERSION]}.",
+            )
+        ],
+    )
+    if not artifacts.is_published(store, manifest):  # until now nothing pointed to it
+        raise ServiceError(f"{version} of {family} was removed by elastic gc; try again", transient=True)
+    return f"{made[budget.name].name}:{made[budget.name].version}"

@@ -6,19 +6,24 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 
-from elastic_core import checkpoint, curriculum, job, losses, model, parallel, resume, train
+from elastic_core import model
 from elastic_core.budget import Dtype
-from elastic_core.config import DataConfig, Distillation, ModelConfig, Pretraining
-from elastic_core.job import TrainJob
+from elastic_core.files import checkpoint
+from elastic_core.files.shards import staged_directory
+from elastic_core.geometry import ModelConfig
 from elastic_core.model import ElasticNemotronH
-from elastic_core.shards import staged_directory
-from tasks import artifacts, data, documents, tokenizer
-from tasks.progress import stage_progress
+from elastic_core.recipe import DataConfig, Distillation, Pretraining
+from elastic_core.training import curriculum, job, losses, parallel, resume, train
+from elastic_core.training.job import TrainJob
+from tasks import artifacts
+from tasks.corpus import build as data
+from tasks.corpus import documents, tokenizer
+from tasks.corpus.sources import fetch_data
 from tasks.records import Artifact
+from tasks.running.progress import stage_progress
+from tasks.running.steps import artifact, fingerprint, new_directory, step
+from tasks.running.training import train as run_training
 from tasks.settings import Settings
-from tasks.sources import fetch_data
-from tasks.steps import artifact, fingerprint, new_directory, step
-from tasks.training import train as run_training
 
 logger = logging.getLogger(__name__)
 

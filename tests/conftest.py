@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.servers import QUIET, ObjectStore
+from flows.serving.servers import QUIET, ObjectStore
 from tasks.artifacts import Store, open_store
 from tasks.settings import BUCKET, HOME, TRACKING_URI, Settings
 

@@ -14,12 +14,12 @@ from typing import BinaryIO
 
 from botocore.exceptions import FlexibleChecksumError, HTTPClientError, IncompleteReadError
 
-from tasks import nested
+from tasks.artifacts import nested
 from tasks.artifacts.connection import Meter, Progress, Store, explained, head, manifest_bytes, objects_below, parse_uri
-from tasks.manifest import MANIFEST_NAME, TOMBSTONE, FileRecord, Manifest, check_paths, parse_manifest
+from tasks.artifacts.manifest import MANIFEST_NAME, TOMBSTONE, FileRecord, Manifest, check_paths, parse_manifest
+from tasks.artifacts.signing import verify
+from tasks.artifacts.staging import beside, holds_exactly, inside, occupied, staged
 from tasks.settings import ServiceError
-from tasks.signing import verify
-from tasks.staging import beside, holds_exactly, inside, occupied, staged
 
 READ_BYTES = 1 << 20
 STREAM_ATTEMPTS = 5  # botocore retries requests, not bodies that break off

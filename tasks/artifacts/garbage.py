@@ -25,7 +25,7 @@ from tasks.artifacts.connection import (
     status_of,
     uploads_below,
 )
-from tasks.manifest import MANIFEST_NAME, NAME, TOMBSTONE
+from tasks.artifacts.manifest import MANIFEST_NAME, NAME, TOMBSTONE
 from tasks.settings import ServiceError
 
 MAX_DELETED = 1000  # S3's own limit for one call

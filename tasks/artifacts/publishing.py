@@ -31,7 +31,7 @@ from tasks.artifacts.connection import (
     status_of,
     uploads_below,
 )
-from tasks.manifest import (
+from tasks.artifacts.manifest import (
     MANIFEST_NAME,
     MAX_OBJECT_BYTES,
     TOMBSTONE,
@@ -41,9 +41,9 @@ from tasks.manifest import (
     check_paths,
     manifest_json,
 )
+from tasks.artifacts.signing import sign
+from tasks.artifacts.staging import sha256_of
 from tasks.settings import ServiceError
-from tasks.signing import sign
-from tasks.staging import sha256_of
 
 MAX_PARTS = 10_000  # S3's own limit
 READ_BYTES = 1 << 20

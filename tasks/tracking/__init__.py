@@ -13,6 +13,7 @@ from tasks.tracking.registry import BUDGET as BUDGET
 from tasks.tracking.registry import CANDIDATE as CANDIDATE
 from tasks.tracking.registry import CHAMPION as CHAMPION
 from tasks.tracking.registry import FAMILY as FAMILY
+from tasks.tracking.registry import HELDOUT_DIGEST as HELDOUT_DIGEST
 from tasks.tracking.registry import MANIFEST as MANIFEST
 from tasks.tracking.registry import NUMBER as NUMBER
 from tasks.tracking.registry import VERSION as VERSION

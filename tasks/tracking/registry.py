@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tasks.manifest import NAME
+from tasks.artifacts.manifest import NAME
 from tasks.settings import ServiceError, redact
 from tasks.tracking.connection import client_of, explained, first_line, is_server, page_of
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 NUMBER = "{number}"
+HELDOUT_DIGEST = "elastic.heldout_sha256"
 FAMILY, VERSION, BUDGET, MANIFEST = "elastic.family", "elastic.version", "elastic.budget", "elastic.manifest"
 METRIC_PREFIX = "metric."
 CANDIDATE, CHAMPION = "candidate", "champion"

@@ -17,12 +17,12 @@ from nano import NANO_97M
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from elastic_core.curriculum import generator
+from elastic_core.files.slicing import slice_weights, target_config
 from elastic_core.generate import decode
-from elastic_core.losses import distillation_loss
 from elastic_core.model import ElasticNemotronH
-from elastic_core.slicing import slice_weights, target_config
 from elastic_core.subnet import Masks, Subnet, full_subnet
+from elastic_core.training.curriculum import generator
+from elastic_core.training.losses import distillation_loss
 
 TOKENS = 1024
 NEW_TOKENS = 16

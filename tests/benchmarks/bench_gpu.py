@@ -20,17 +20,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from elastic_core import kernels, ssm
 from elastic_core.budget import Budget
-from elastic_core.config import Distillation, ModelConfig, Optimizer, Stage
-from elastic_core.flops import backward_flops, forward_flops
 from elastic_core.generate import decode
-from elastic_core.memory import MicroStep, training_memory
+from elastic_core.geometry import ModelConfig
+from elastic_core.layers import kernels, ssm
 from elastic_core.model import ElasticNemotronH
-from elastic_core.parallel import World, recompute_layers
-from elastic_core.plan import USABLE_SHARE
+from elastic_core.planning.flops import backward_flops, forward_flops
+from elastic_core.planning.memory import MicroStep, training_memory
+from elastic_core.planning.plan import USABLE_SHARE
+from elastic_core.recipe import Distillation, Optimizer, Stage
 from elastic_core.subnet import Subnet, full_subnet
-from elastic_core.train import StageRun, StepMetrics, TokenRows, make_optimizer, train_stage
+from elastic_core.training.parallel import World, recompute_layers
+from elastic_core.training.train import StageRun, StepMetrics, TokenRows, make_optimizer, train_stage
 
 pytestmark = [
     pytest.mark.benchmark,

@@ -13,10 +13,10 @@ from bench import interleaved, record
 from nano import NANO_97M
 
 from elastic_core.budget import Serving
-from elastic_core.config import Axes
 from elastic_core.cost import LatencyCost
+from elastic_core.geometry import Axes
 from elastic_core.model import Cache, ElasticNemotronH
-from elastic_core.profile import measure
+from elastic_core.planning.profile import measure
 from elastic_core.subnet import Subnet, full_subnet, sliced_config, smallest_subnet
 
 AXES = Axes(hidden=(1024, 768), ffn=(4096, 2048), mamba_heads=(32, 20), attention_heads=(16, 12), depth=(9, 7))

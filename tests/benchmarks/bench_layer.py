@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from transformers import NemotronHConfig, NemotronHForCausalLM
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
-from elastic_core.config import ModelConfig
-from elastic_core.curriculum import generator
-from elastic_core.kernels import TORCH
-from elastic_core.losses import distillation_loss
+from elastic_core.geometry import ModelConfig
+from elastic_core.layers.kernels import TORCH
 from elastic_core.model import ElasticNemotronH, MambaMixer
 from elastic_core.subnet import full_subnet
+from elastic_core.training.curriculum import generator
+from elastic_core.training.losses import distillation_loss
 
 # Of the largest value: a gradient of a weight sums thousands of products in another order; transformers narrows more of
 # them than we do.

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from bench import OPTIONAL_PACKAGES, RUNS, record
 from torch import Tensor
 
-from elastic_core.losses import distillation_loss
+from elastic_core.training.losses import distillation_loss
 
 KL_WEIGHT, CE_WEIGHT = 0.9, 0.1
 SAME_LOSS = 1e-4  # float32 sums of 131072 terms in another order

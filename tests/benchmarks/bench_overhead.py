@@ -3,12 +3,12 @@
 pytest -m benchmark -s tests/benchmarks/bench_overhead.py
 
 The step runs in a flow, on embedded services: its cache key, its supervised process under torchrun, its progress
-artifact, its curves on their way to MLflow. The loop is `python -m elastic_core.job` on the same job. Both begin with
-a new process and end with the written checkpoint, after ten minutes each. They take turns: one has the whole machine,
-its servers too, while the other is stopped, for a shared machine's speed drifts by more than is measured. The servers
-live on what training leaves of two cores; with a single core for all, the ratio was 1.04. A step takes half a second,
-as in the tiny recipe (0.42 and 0.55 s); what a step costs the pipeline, its metrics, is the same for a step of a
-minute. No store runs: a distillation does without.
+artifact, its curves on their way to MLflow. The loop is `python -m elastic_core.training.job` on the same job. Both
+begin with a new process and end with the written checkpoint, after ten minutes each. They take turns: one has the
+whole machine, its servers too, while the other is stopped, for a shared machine's speed drifts by more than is
+measured. The servers live on what training leaves of two cores; with a single core for all, the ratio was 1.04. A
+step takes half a second, as in the tiny recipe (0.42 and 0.55 s); what a step costs the pipeline, its metrics, is the
+same for a step of a minute. No store runs: a distillation does without.
 """
 
 import json
@@ -29,17 +29,17 @@ from bench import record
 from prefect import flow
 from trainee import STAGE, train_job, write_family, write_tokens
 
-from elastic_core.config import Stage
-from elastic_core.job import METRICS, TrainJob
+from elastic_core.files.shards import read_tensors
+from elastic_core.recipe import Stage
 from elastic_core.schema import build, to_dict
-from elastic_core.shards import read_tensors
-from flows.services import embedded_services
+from elastic_core.training.job import METRICS, TrainJob
+from flows.serving.services import embedded_services
 from tasks import tracking
-from tasks.data import TRAIN_FILE
+from tasks.corpus.build import TRAIN_FILE
 from tasks.distill import distill
 from tasks.records import Artifact, StageRecord
+from tasks.running.steps import artifact
 from tasks.settings import BUCKET, Settings
-from tasks.steps import artifact
 
 SECONDS = 600.0
 STEP_SECONDS = 0.5
@@ -59,7 +59,7 @@ def loop(family: Artifact, corpus: Artifact, stage: Stage, work: Path) -> subpro
     """The library alone, in a process of its own, which writes the family into `work`."""
     job = train_job(Path(family.path), Path(corpus.path) / TRAIN_FILE, work, stage=stage)
     (work / "job.json").write_text(json.dumps(to_dict(job)))
-    return subprocess.Popen([sys.executable, "-m", "elastic_core.job", str(work / "job.json")])
+    return subprocess.Popen([sys.executable, "-m", "elastic_core.training.job", str(work / "job.json")])
 
 
 @flow
@@ -166,7 +166,7 @@ def test_prefect_and_mlflow_cost_a_distillation_little(tmp_path: Path, monkeypat
         unit="s",
         ours=ours.seconds,
         theirs=theirs.seconds,
-        alternative="python -m elastic_core.job",
+        alternative="python -m elastic_core.training.job",
         target="at most 1.03",
     )
 

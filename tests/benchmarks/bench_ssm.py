@@ -14,8 +14,8 @@ from bench import interleaved, record
 from torch import Tensor
 from transformers.models.nemotron_h.modeling_nemotron_h import mamba2_chunk_scan
 
-from elastic_core.curriculum import generator
-from elastic_core.ssm import ssd_scan
+from elastic_core.layers.ssm import ssd_scan
+from elastic_core.training.curriculum import generator
 
 SAME = 1e-4  # float32: sums over a sequence in another order
 # B, T, H, P, G, N and the chunk size of the model: the tiny recipe's training step; small models; Nano's heads.

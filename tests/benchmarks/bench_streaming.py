@@ -28,12 +28,12 @@ from nano import NANO_12B
 from safetensors import safe_open
 from torch import Tensor
 
-from elastic_core.checkpoint import CheckpointError, open_checkpoint, read_config, tensor_shapes, write_checkpoint
-from elastic_core.config import FFN, MAMBA, ModelConfig
 from elastic_core.cost import subnet_params
-from elastic_core.reorder import Order, random_order, reorder_checkpoint
-from elastic_core.shards import TensorInfo
-from elastic_core.slicing import slice_checkpoint
+from elastic_core.files.checkpoint import CheckpointError, open_checkpoint, read_config, tensor_shapes, write_checkpoint
+from elastic_core.files.reorder import Order, random_order, reorder_checkpoint
+from elastic_core.files.shards import TensorInfo
+from elastic_core.files.slicing import slice_checkpoint
+from elastic_core.geometry import FFN, MAMBA, ModelConfig
 from elastic_core.subnet import Subnet, full_subnet
 
 MAX_RESIDENT_BYTES = 2**30  # C7

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from elastic_core.config import ModelConfig
+from elastic_core.geometry import ModelConfig
 
 GEOMETRY = {
     "hybrid_override_pattern": "M-M*-M*-",

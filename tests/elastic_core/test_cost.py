@@ -15,14 +15,15 @@ from live_bytes import LiveBytes
 from nano import NANO_9B, NANO_12B
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from elastic_core import cost, ssm
+from elastic_core import cost
 from elastic_core.budget import Budget, Dtype, LatencyTarget, Serving
-from elastic_core.checkpoint import open_checkpoint, write_weights
-from elastic_core.config import ATTENTION, FFN, MAMBA, Axes, ModelConfig
 from elastic_core.cost import Cost, LatencyCost, MemoryCost, ParamsCost, budget_cost, shapes, subnet_params
+from elastic_core.files.checkpoint import open_checkpoint, write_weights
+from elastic_core.files.slicing import slice_checkpoint, slice_weights
+from elastic_core.geometry import ATTENTION, FFN, MAMBA, Axes, ModelConfig
+from elastic_core.layers import ssm
 from elastic_core.model import Cache, ElasticNemotronH
 from elastic_core.router import ElasticModel, expected_cost
-from elastic_core.slicing import slice_checkpoint, slice_weights
 from elastic_core.subnet import Subnet, full_subnet, keep_layers, sliced_config
 
 SMALL = ModelConfig(

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import NemotronHForCausalLM
 
-from elastic_core.config import ModelConfig
+from elastic_core.files.reorder import check_order
+from elastic_core.geometry import ModelConfig
 from elastic_core.importance import WidthScores, importance_order, rank_layers, width_scores
 from elastic_core.model import ElasticNemotronH
-from elastic_core.reorder import check_order
 
 StockModel = Callable[..., NemotronHForCausalLM]
 

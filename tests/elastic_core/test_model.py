@@ -10,17 +10,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import NemotronHForCausalLM
 
-from elastic_core import ssm
-from elastic_core.checkpoint import load_weights, read_config
-from elastic_core.config import ATTENTION, MAMBA, Axes, ModelConfig
-from elastic_core.curriculum import generator
+from elastic_core.files.checkpoint import load_weights, read_config
+from elastic_core.files.reorder import random_order, reorder_weights
+from elastic_core.files.slicing import slice_checkpoint, slice_weights
 from elastic_core.generate import decode
-from elastic_core.kernels import TORCH
+from elastic_core.geometry import ATTENTION, MAMBA, Axes, ModelConfig
+from elastic_core.layers import ssm
+from elastic_core.layers.kernels import TORCH
 from elastic_core.model import Cache, ElasticNemotronH, FeedForward, RMSNorm
-from elastic_core.reorder import random_order, reorder_weights
 from elastic_core.router import ElasticModel, soft_subnet
-from elastic_core.slicing import slice_checkpoint, slice_weights
 from elastic_core.subnet import Masks, Subnet, full_subnet, keep_layers, sliced_config
+from elastic_core.training.curriculum import generator
 
 FLOAT32_AGAINST_STOCK = 1e-5  # transformers computes norms and the scan in float32, whatever the dtype
 BFLOAT16 = 0.1  # 8 bits of mantissa, over 8 layers

@@ -13,8 +13,8 @@ from latency import random_table
 from nano import NANO_12B
 
 from elastic_core.budget import Budget, LatencyTarget, MemoryTarget, Serving
-from elastic_core.config import Axes, ModelConfig
 from elastic_core.cost import Cost, subnet_params
+from elastic_core.geometry import Axes, ModelConfig
 from elastic_core.resolve import USED_SHARE, resolve_budgets, resolve_target
 from elastic_core.router import ElasticModel, Router
 from elastic_core.subnet import Subnet, check_subnet, full_subnet, is_nested, keep_layers, smallest_subnet

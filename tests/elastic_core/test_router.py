@@ -10,7 +10,7 @@ from latency import random_table
 from torch import Tensor
 
 from elastic_core.budget import Budget, LatencyTarget, MemoryTarget, Serving
-from elastic_core.config import Axes, ModelConfig
+from elastic_core.geometry import Axes, ModelConfig
 from elastic_core.router import (
     NEGLIGIBLE,
     ElasticModel,

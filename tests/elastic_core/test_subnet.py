@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from elastic_core.config import ATTENTION, FFN, MAMBA, Axes, ModelConfig
+from elastic_core.geometry import ATTENTION, FFN, MAMBA, Axes, ModelConfig
 from elastic_core.subnet import (
     Masks,
     Subnet,

@@ -29,19 +29,20 @@ from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
 from prefect.testing.utilities import prefect_test_harness
 from safetensors.torch import load_file, save_file
 
-from elastic_core import reorder
 from elastic_core.budget import Budget
-from elastic_core.config import Axes, ModelConfig, Router
-from elastic_core.curriculum import generator
+from elastic_core.files import reorder
+from elastic_core.geometry import Axes, ModelConfig
+from elastic_core.recipe import Router
 from elastic_core.schema import build
+from elastic_core.training.curriculum import generator
 from flows.cli import PREFECT_LOGGING, main
 from tasks.artifacts import Store
+from tasks.corpus.tokenizer import load_tokenizer, train_tokenizer
 from tasks.rank import reorder_teacher
+from tasks.running.steps import artifact
+from tasks.running.training import train
 from tasks.settings import BUCKET, ENDPOINT_S3, HOME, TRACKING_URI, Settings
-from tasks.steps import artifact
 from tasks.teacher import write_fresh_model
-from tasks.tokenizer import load_tokenizer, train_tokenizer
-from tasks.training import train
 
 MODEL = ModelConfig(
     hybrid_override_pattern="M-*-",

@@ -9,19 +9,19 @@ from latency import random_table
 from trainee import ALONE, AXES, CONFIG, metrics_of, train_job, write_tokens
 from typer.testing import CliRunner
 
-from elastic_core import checkpoint, reorder
 from elastic_core.budget import Budget, Serving
-from elastic_core.config import Router
 from elastic_core.cost import LatencyCost, LatencyTable, MemoryCost, budget_cost, subnet_params
-from elastic_core.curriculum import generator
-from elastic_core.job import run_job
+from elastic_core.files import checkpoint, reorder
 from elastic_core.model import ElasticNemotronH
-from elastic_core.profile import read_table, write_table
+from elastic_core.planning.profile import read_table, write_table
+from elastic_core.recipe import Router
 from elastic_core.schema import build
 from elastic_core.subnet import full_subnet, is_nested
+from elastic_core.training.curriculum import generator
+from elastic_core.training.job import run_job
 from flows.cli import app
 from tasks.rank import reorder_teacher
-from tasks.steps import artifact
+from tasks.running.steps import artifact
 
 TABLE = random_table(CONFIG, AXES.bind(CONFIG), Serving(context=64, dtype="float32"), monotonic=True)
 SERVED = "ctx=64,dtype=float32,prefill=8"  # so that weights, caches and activations all weigh

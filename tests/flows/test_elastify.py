@@ -16,11 +16,11 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, NemotronHForCausalLM
 
-from elastic_core.checkpoint import read_family
-from elastic_core.job import load_model
-from elastic_core.slicing import slice_checkpoint
+from elastic_core.files.checkpoint import read_family
+from elastic_core.files.slicing import slice_checkpoint
 from elastic_core.subnet import Subnet
-from flows.services import embedded_services
+from elastic_core.training.job import load_model
+from flows.serving.services import embedded_services
 from tasks import tracking
 from tasks.artifacts import open_store
 from tasks.settings import Settings
@@ -221,7 +221,7 @@ def test_a_run_killed_in_both_stages_and_then_its_trainer_alone_ends_in_the_same
 def wait_for_trainer(home: Path) -> int:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        if found := children(home, "elastic_core.job"):
+        if found := children(home, "elastic_core.training.job"):
             return max(found)
         time.sleep(0.05)
     raise AssertionError("no training process appeared")

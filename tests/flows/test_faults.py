@@ -23,8 +23,8 @@ from proxy import FAULTS, fault_proxy
 from served import Served, eventually
 from served import served as serving
 
-from flows.servers import MlflowServer, ObjectStore, free_ports
-from flows.services import embedded_services
+from flows.serving.servers import MlflowServer, ObjectStore, free_ports
+from flows.serving.services import embedded_services
 from tasks.artifacts import Store, open_store
 from tasks.settings import BUCKET, ENDPOINT_S3, TRACKING_URI, Settings
 
@@ -215,8 +215,10 @@ def test_a_disk_that_fills_up_stops_a_run_which_goes_on_when_it_has_room(
     eventually(lambda: process.poll() is not None or list(begun.glob("stage1-*/checkpoints/step-*")), 300)
     assert process.poll() is None, process.stderr.read()
     filler = fill(small_disk / "filler")
-    (first,) = cramped.processes("elastic_core.job")
-    eventually(lambda: set(cramped.processes("elastic_core.job")) - {first}, 120, "training went on without room")
+    (first,) = cramped.processes("elastic_core.training.job")
+    eventually(
+        lambda: set(cramped.processes("elastic_core.training.job")) - {first}, 120, "training went on without room"
+    )
     process.kill()
     process.communicate(timeout=60)
     told = cramped.run()

@@ -12,8 +12,8 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.servers import PrefectServer, free_ports
-from tasks.gpu import start_run
+from flows.serving.servers import PrefectServer, free_ports
+from tasks.running.gpu import start_run
 
 
 @contextmanager

@@ -18,8 +18,8 @@ import yaml
 from mlflow.server.security_utils import is_allowed_host_header, should_block_cors_request
 from prefect.settings import Settings
 
-from flows.deployments import POOLS
-from flows.servers import QUIET
+from flows.serving.deployments import POOLS
+from flows.serving.servers import QUIET
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "infra/compose.yaml").read_text()

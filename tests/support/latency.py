@@ -3,8 +3,8 @@
 import random
 
 from elastic_core.budget import Serving
-from elastic_core.config import Axes, ModelConfig
 from elastic_core.cost import WIDTH_AXIS, LatencyTable, TimedLayer, choices
+from elastic_core.geometry import Axes, ModelConfig
 
 
 def random_table(

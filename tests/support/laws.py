@@ -16,7 +16,7 @@ from objects import stored
 from tasks import tracking
 from tasks.artifacts import Store, read_manifest
 from tasks.artifacts.connection import FAMILIES, objects_below, uploads_below
-from tasks.manifest import MANIFEST_NAME
+from tasks.artifacts.manifest import MANIFEST_NAME
 from tasks.settings import ServiceError
 
 BUDGETS = tuple(budget["name"] for budget in MICRO["budgets"])

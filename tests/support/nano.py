@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from elastic_core.config import ModelConfig
+from elastic_core.geometry import ModelConfig
 
 NANO_12B = ModelConfig(
     hybrid_override_pattern="M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.artifacts import Store, manifest_uri, publish
-from tasks.manifest import Manifest
+from tasks.artifacts.manifest import Manifest
 
 MIB = 1 << 20
 PART = 5 * MIB  # the fixture's, and the smallest that S3 takes

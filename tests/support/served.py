@@ -18,8 +18,8 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 from prefect.client.schemas.objects import Artifact, FlowRun
 
 from elastic_core.schema import to_dict
-from flows.recipes import load_recipe
-from flows.running import Service, read_running
+from flows.commands.recipes import load_recipe
+from flows.serving.running import Service, read_running
 
 START_SECONDS = 240.0
 SCHEDULE = "30 2 * * *"  # not the default

@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from elastic_core import checkpoint, job, parallel, resume, shards
 from elastic_core.budget import Budget
-from elastic_core.config import Axes, Distillation, ModelConfig, Optimizer, Stage
-from elastic_core.curriculum import generator
-from elastic_core.job import TrainJob
+from elastic_core.files import checkpoint, shards
+from elastic_core.files.reorder import identity_order, write_order
+from elastic_core.geometry import Axes, ModelConfig
 from elastic_core.model import ElasticNemotronH
-from elastic_core.reorder import identity_order, write_order
+from elastic_core.recipe import Distillation, Optimizer, Stage
 from elastic_core.router import ElasticModel, Router
 from elastic_core.schema import build, to_dict
+from elastic_core.training import job, parallel, resume
+from elastic_core.training.curriculum import generator
+from elastic_core.training.job import TrainJob
 
 CONFIG = ModelConfig(
     hybrid_override_pattern="M-*-",

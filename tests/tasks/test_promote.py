@@ -11,20 +11,21 @@ import torch
 import torch.nn.functional as F
 from mlflow import MlflowClient
 
-from elastic_core.checkpoint import write_weights
-from elastic_core.config import DataConfig, DataSource, Evaluation, ModelConfig, Promotion
-from elastic_core.curriculum import generator
-from elastic_core.job import load_model
+from elastic_core.files.checkpoint import write_weights
+from elastic_core.geometry import ModelConfig
 from elastic_core.model import ElasticNemotronH
+from elastic_core.recipe import DataConfig, DataSource, Evaluation, Promotion
 from elastic_core.subnet import full_subnet
+from elastic_core.training.curriculum import generator
+from elastic_core.training.job import load_model
 from tasks import tracking
-from tasks.data import HELDOUT_FILE, prepare_data, read_record
+from tasks.corpus.build import HELDOUT_FILE, prepare_data, read_record
+from tasks.corpus.tokenizer import load_tokenizer, train_tokenizer
 from tasks.evaluate import heldout_batches, heldout_loss
 from tasks.promote import Verdict, loss_on, promote
 from tasks.records import Artifact, BudgetEvaluation, EvaluationRecord, Release
-from tasks.register import HELDOUT_DIGEST
 from tasks.settings import Settings
-from tasks.tokenizer import load_tokenizer, train_tokenizer
+from tasks.tracking import HELDOUT_DIGEST
 
 WORDS = ["the", "cat", "dog", "sat", "ran", "on", "under", "mat", "and", "then", "it", "saw", "red", "blue"]
 TEXTS = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(2, 60)) for i in range(1, 80)]

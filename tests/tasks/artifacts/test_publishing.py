@@ -38,7 +38,7 @@ from tasks.artifacts import (
     upload_directory,
     version_uri,
 )
-from tasks.manifest import manifest_json
+from tasks.artifacts.manifest import manifest_json
 from tasks.settings import ServiceError, Settings, is_transient
 
 # Publishing and fetching

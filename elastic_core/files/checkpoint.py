@@ -1,0 +1,411 @@
+"""Stock Nemotron-H checkpoints and elastic.json: what a directory must hold, read and written with every field checked.
+
+`tensor_places` is the one table of a model's tensors. Expected shapes, the reorder and the slices all derive from it.
+In memory a tensor is called `layers.0.norm.weight`; on disk `backbone.layers.0.norm.weight`, or `model.layers...`.
+"""
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from elastic_core.budget import Budget
+from elastic_core.cost import LatencyTable, budget_cost, subnet_params
+from elastic_core.files.shards import CheckpointError as CheckpointError
+from elastic_core.files.shards import (
+    Progress,
+    StoredTensor,
+    TensorInfo,
+    is_finite,
+    read_header,
+    read_json,
+    regular_file,
+    staged_directory,
+    write_json,
+    write_shards,
+)
+from elastic_core.files.stock_config import read_config as read_config
+from elastic_core.files.stock_config import write_config as write_config
+from elastic_core.geometry import ATTENTION, FFN, MAMBA, Axes, ModelConfig
+from elastic_core.schema import build, to_dict
+from elastic_core.subnet import Subnet, check_subnet, conv_channels, in_proj_rows, is_nested, keep_layers
+
+ORDER_FILE = "order.safetensors"
+ROUTER_FILE = "router.safetensors"
+FAMILY_FILE = "elastic.json"
+
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+)
+
+
+# The table of tensors
+
+
+Axis = Literal[
+    "vocab", "hidden", "ffn", "in_proj", "conv", "mamba_channels", "mamba_heads", "query", "key", "kernel", "one"
+]
+
+_MIXERS: dict[str, dict[str, tuple[Axis, ...]]] = {
+    MAMBA: {
+        "in_proj.weight": ("in_proj", "hidden"),
+        "conv1d.weight": ("conv", "one", "kernel"),
+        "conv1d.bias": ("conv",),
+        "dt_bias": ("mamba_heads",),
+        "A_log": ("mamba_heads",),
+        "D": ("mamba_heads",),
+        "norm.weight": ("mamba_channels",),
+        "out_proj.weight": ("hidden", "mamba_channels"),
+    },
+    ATTENTION: {
+        "q_proj.weight": ("query", "hidden"),
+        "k_proj.weight": ("key", "hidden"),
+        "v_proj.weight": ("key", "hidden"),
+        "o_proj.weight": ("hidden", "query"),
+    },
+    FFN: {
+        "up_proj.weight": ("ffn", "hidden"),
+        "down_proj.weight": ("hidden", "ffn"),
+    },
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a tensor stands in the model: its layer, if it is in one, and what each of its dimensions counts."""
+
+    layer: int | None
+    axes: tuple[Axis, ...]
+
+
+def tensor_places(config: ModelConfig) -> dict[str, Place]:
+    """Every tensor of the model, in model order, by its name in memory."""
+    places = {"embeddings.weight": Place(layer=None, axes=("vocab", "hidden"))}
+    for layer, kind in enumerate(config.hybrid_override_pattern):
+        places[f"layers.{layer}.norm.weight"] = Place(layer=layer, axes=("hidden",))
+        for name, axes in _MIXERS[kind].items():
+            if name != "conv1d.bias" or config.use_conv_bias:
+                places[f"layers.{layer}.mixer.{name}"] = Place(layer=layer, axes=axes)
+    places["norm_f.weight"] = Place(layer=None, axes=("hidden",))
+    places["lm_head.weight"] = Place(layer=None, axes=("vocab", "hidden"))
+    return places
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of the model, in model order, by its name in memory."""
+    conv = config.mamba_size + config.state_rows
+    sizes: dict[Axis, int] = {
+        "vocab": config.vocab_size,
+        "hidden": config.hidden_size,
+        "in_proj": config.mamba_size + conv + config.mamba_num_heads,
+        "conv": conv,
+        "mamba_channels": config.mamba_size,
+        "mamba_heads": config.mamba_num_heads,
+        "query": config.num_attention_heads * config.head_dim,
+        "key": config.num_key_value_heads * config.head_dim,
+        "kernel": config.conv_kernel,
+        "one": 1,
+    }
+
+    def size(axis: Axis, layer: int | None) -> int:
+        return config.ffn_sizes[config.ordinal(layer)] if axis == "ffn" and layer is not None else sizes[axis]
+
+    return {
+        name: tuple(size(axis, place.layer) for axis in place.axes) for name, place in tensor_places(config).items()
+    }
+
+
+def mamba_indices(config: ModelConfig, channels: Tensor, heads: Tensor) -> dict[Axis, Tensor]:
+    """The entries of every axis of a Mamba layer that belong to these channels and heads, with all of B and C."""
+    return {
+        "mamba_heads": heads,
+        "mamba_channels": channels,
+        "in_proj": in_proj_rows(config, channels, heads),
+        "conv": conv_channels(config, channels),
+    }
+
+
+def disk_name(name: str) -> str:
+    """The name on disk of the tensor called `name` in memory."""
+    return name if name == "lm_head.weight" else f"backbone.{name}"
+
+
+def memory_name(key: str) -> str:
+    """The name in memory of the tensor called `key` on disk, in either spelling."""
+    return key.removeprefix("backbone.").removeprefix("model.")
+
+
+# Checkpoints
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """An opened checkpoint: its geometry and where each tensor lies, by name in memory, in model order."""
+
+    directory: Path
+    config: ModelConfig
+    tensors: dict[str, StoredTensor]
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Open a stock checkpoint, reading headers only, all of which are checked against config.json and the files."""
+    config = read_config(directory)
+    return Checkpoint(directory=directory, config=config, tensors=_check_tensors(directory, config, _stored(directory)))
+
+
+def _stored(directory: Path) -> dict[str, StoredTensor]:
+    """The tensors of model.safetensors, or else of the shards in its index, by their names on disk."""
+    index_path = directory / "model.safetensors.index.json"
+    if (directory / "model.safetensors").exists():
+        return read_header(regular_file(directory, "model.safetensors"))
+    if not index_path.exists():
+        raise CheckpointError(f"{directory}: holds no model.safetensors and no index of shards; only safetensors load")
+    regular_file(directory, index_path.name)
+    shard_of = read_json(index_path).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
+        raise CheckpointError(f"{index_path}: weight_map is not an object of file names by tensor")
+    stored = {}
+    for shard in sorted(set(shard_of.values())):
+        for key, tensor in read_header(regular_file(directory, shard)).items():
+            if shard_of.get(key) != shard:
+                raise CheckpointError(f"{tensor.path}: holds {key}, which the index places in {shard_of.get(key)}")
+            stored[key] = tensor
+    for key, shard in shard_of.items():
+        if key not in stored:
+            raise CheckpointError(f"{index_path}: places {key} in {shard}, which does not hold it")
+    return stored
+
+
+def _check_tensors(directory: Path, config: ModelConfig, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """`stored` under the names in memory, in model order, when it is exactly what `config` implies."""
+    shapes = tensor_shapes(config)
+    found: dict[str, StoredTensor] = {}
+    unexpected = {}
+    for key, tensor in stored.items():
+        name = memory_name(key)
+        if name in found:
+            raise CheckpointError(
+                f"{directory}: {found[name].name} and {key} are the same tensor; expected one of them"
+            )
+        if name not in shapes or key not in (disk_name(name), f"model.{name}"):
+            unexpected[key] = tensor.shape
+        else:
+            found[name] = tensor
+    missing = {disk_name(name): shape for name, shape in shapes.items() if name not in found}
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{directory}: config.json contradicts the weights; "
+            f"missing: {_listed(missing)}; unexpected: {_listed(unexpected)}"
+        )
+    for name, shape in shapes.items():
+        tensor = found[name]
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{tensor.path}: {tensor.name}: has shape {list(tensor.shape)}; config.json implies {list(shape)}"
+            )
+        if not tensor.dtype.is_floating_point:
+            raise CheckpointError(f"{tensor.path}: {tensor.name}: has dtype {tensor.dtype}; expected a float type")
+    return {name: found[name] for name in shapes}
+
+
+def _listed(shapes: Mapping[str, tuple[int, ...]], limit: int = 6) -> str:
+    listed = [f"{key} {list(shape)}" for key, shape in shapes.items()]
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return (", ".join(listed[:limit]) or "none") + more
+
+
+def load_weights(directory: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, by name in memory, each as `dtype` (or as stored), all finite."""
+    checkpoint = open_checkpoint(directory)
+    weights = {}
+    for name, stored in checkpoint.tensors.items():
+        weights[name] = stored.read().to(dtype or stored.dtype)
+        if not is_finite(weights[name]):
+            raise CheckpointError(f"{stored.path}: {stored.name}: is too large for {dtype}; load it as {stored.dtype}")
+    return weights
+
+
+def write_weights(
+    directory: Path,
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    *,
+    source: Path | None = None,
+    beside: Callable[[Path], None] | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> dict[str, str]:
+    """Write a model in memory as a stock checkpoint; see `write_checkpoint`. Raises ValueError for NaN or infinity."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if shapes != tensor_shapes(config):
+        different = dict(shapes.items() ^ tensor_shapes(config).items())
+        raise ValueError(f"weights contradict the config: {_listed(different)}")
+    plan = {name: TensorInfo(dtype=dtype or weights[name].dtype, shape=shapes[name]) for name in tensor_shapes(config)}
+
+    def blocks(name: str) -> Iterator[Tensor]:
+        tensor = weights[name].detach().to("cpu", plan[name].dtype)
+        if not is_finite(tensor):
+            raise ValueError(f"{name} holds NaN or infinity as {plan[name].dtype}; it is not written to {directory}")
+        yield tensor
+
+    return write_checkpoint(
+        directory, config, plan, blocks, source=source, beside=beside, max_shard_bytes=max_shard_bytes
+    )
+
+
+def write_checkpoint(
+    directory: Path,
+    config: ModelConfig,
+    plan: Mapping[str, TensorInfo],
+    blocks: Callable[[str], Iterable[Tensor]],
+    *,
+    source: Path | None = None,
+    beside: Callable[[Path], None] | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    progress: Progress | None = None,
+) -> dict[str, str]:
+    """Write a stock checkpoint that appears whole or not at all; returns the SHA-256 of its weight files by name.
+
+    `blocks(name)` gives each planned tensor as consecutive blocks of rows. The tokenizer's files and the other keys
+    of config.json come from `source`. `beside` is called with the unfinished directory, to add files of its own.
+    """
+    with staged_directory(directory) as staging:
+        base = read_json(regular_file(source, "config.json")) if source and (source / "config.json").exists() else None
+        write_config(config, staging, _main_dtype(plan.values()), base)
+        if source:
+            copy_side_files(source, staging)
+        if beside:
+            beside(staging)
+        return write_shards(
+            staging,
+            {disk_name(name): planned for name, planned in plan.items()},
+            lambda key: blocks(memory_name(key)),
+            max_shard_bytes=max_shard_bytes,
+            progress=progress,
+        )
+
+
+def _main_dtype(tensors: Iterable[TensorInfo]) -> torch.dtype:
+    """The type that most of the data has; single tensors may differ, such as A_log in float32."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in tensors:
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files, the generation config, the chat template and the license, those that there are."""
+    for name in SIDE_FILES:
+        if (source / name).exists():
+            shutil.copyfile(regular_file(source, name), target / name)
+
+
+# elastic.json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedBudget:
+    """A budget, the subnet that it was resolved to, and that subnet's exact number of parameters."""
+
+    budget: Budget
+    subnet: Subnet
+    params: int
+
+    @property
+    def name(self) -> str:
+        return self.budget.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """What makes a stock checkpoint elastic. Budgets fall from the largest; lineage says what it was made from.
+
+    `latency_table` is there if a budget is a latency, so that it can be counted again wherever the family goes.
+    """
+
+    axes: Axes
+    budgets: tuple[ResolvedBudget, ...]
+    layer_ranking: tuple[int, ...]
+    lineage: dict[str, object]
+    latency_table: LatencyTable | None = None
+    format_version: Literal[1] = 1
+
+    def budget(self, name: str) -> ResolvedBudget:
+        """The budget called `name`; ValueError that lists the known ones."""
+        for budget in self.budgets:
+            if budget.name == name:
+                return budget
+        raise ValueError(f"there is no budget {name!r}; known: {', '.join(b.name for b in self.budgets)}")
+
+
+def read_family(directory: Path) -> Family:
+    """The elastic.json of an elastic checkpoint, checked against its config.json."""
+    path = regular_file(directory, FAMILY_FILE)
+    try:
+        family = build(Family, read_json(path))
+        _check_family(family, read_config(directory))
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    for name in (ORDER_FILE, ROUTER_FILE):
+        read_header(regular_file(directory, name))
+    return family
+
+
+def write_family(directory: Path, family: Family) -> None:
+    """Write elastic.json into a directory that has its config.json; order and router go beside it."""
+    _check_family(family, read_config(directory))
+    write_json(directory / FAMILY_FILE, to_dict(family))
+
+
+def _check_family(family: Family, config: ModelConfig) -> None:
+    axes = family.axes.bind(config)
+    if family.latency_table is not None:
+        family.latency_table.check(config, axes)
+    if sorted(family.layer_ranking) != list(range(config.num_layers)):
+        raise ValueError(
+            f"layer_ranking {list(family.layer_ranking)} must name each of the {config.num_layers} layers once"
+        )
+    names = [budget.name for budget in family.budgets]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"budgets {names} must be at least one, each name once")
+    for i, budget in enumerate(family.budgets):
+        _check_budget(f"budgets[{i}] ({budget.name})", budget, family, config)
+        if i and not is_nested(budget.subnet, family.budgets[i - 1].subnet):
+            raise ValueError(f"budgets[{i}] ({budget.name}) is not nested in {family.budgets[i - 1].name}")
+
+
+def _check_budget(where: str, budget: ResolvedBudget, family: Family, config: ModelConfig) -> None:
+    try:
+        check_subnet(budget.subnet, config)
+        counted = budget_cost(config, budget.budget, family.latency_table)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if budget.subnet.layers != keep_layers(family.layer_ranking, budget.subnet.depth):
+        raise ValueError(f"{where}: layers {list(budget.subnet.layers)} are not the first of layer_ranking")
+    params = subnet_params(config, budget.subnet)
+    if budget.params != params:
+        raise ValueError(f"{where}: params is {budget.params}; its subnet has {params}")
+    target, takes = budget.budget.target, counted.of(budget.subnet)
+    if target is not None and takes > target:
+        raise ValueError(
+            f"{where}: its subnet takes {counted.text(takes)}, more than its target {counted.text(target)}"
+        )

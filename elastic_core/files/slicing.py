@@ -1,0 +1,113 @@
+"""Cutting a subnet out of an elastic checkpoint: the result is a stock checkpoint that inference engines load."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elastic_core.files.checkpoint import (
+    Axis,
+    Place,
+    mamba_indices,
+    open_checkpoint,
+    tensor_places,
+    tensor_shapes,
+    write_checkpoint,
+)
+from elastic_core.files.shards import CHUNK_BYTES, Index, Progress, TensorInfo, select
+from elastic_core.geometry import ATTENTION, MAMBA, ModelConfig
+from elastic_core.subnet import Subnet, mamba_channels, mamba_heads, query_channels, sliced_config
+
+
+def target_config(config: ModelConfig, subnet: Subnet, *, pad_ffn: bool = False) -> ModelConfig:
+    """Geometry of the checkpoint that `subnet` is cut out to; with `pad_ffn` its FFN layers have one width.
+
+    Raises ValueError for a subnet that is not in the model or that no engine loads.
+    """
+    sliced = sliced_config(config, subnet)
+    if pad_ffn and sliced.ffn_sizes:
+        return dataclasses.replace(sliced, intermediate_size=max(sliced.ffn_sizes))
+    return sliced
+
+
+def slice_weights(
+    weights: Mapping[str, Tensor], subnet: Subnet, config: ModelConfig, *, pad_ffn: bool = False
+) -> dict[str, Tensor]:
+    """The weights of `subnet` as a stock model of its own, by name in memory; see `slice_checkpoint`."""
+    places = tensor_places(config)
+    sliced = {}
+    for name, shape in tensor_shapes(target_config(config, subnet, pad_ffn=pad_ffn)).items():
+        old = name_in_full_model(name, subnet)
+        kept = select(weights[old], kept_indices(places[old], subnet, config))
+        sliced[name] = torch.cat([*_padded([kept], TensorInfo(dtype=kept.dtype, shape=shape))])
+    return sliced
+
+
+def slice_checkpoint(
+    source: Path,
+    subnet: Subnet,
+    target: Path,
+    *,
+    pad_ffn: bool = False,
+    beside: Callable[[Path], None] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, str]:
+    """Cut `subnet` out of the checkpoint `source` into the new directory `target`, in bounded memory (C7).
+
+    FFN widths that differ by layer are written as vLLM's list, or with `pad_ffn` padded with zero neurons to one
+    width, which is the same function, for transformers. Returns the SHA-256 of the weight files by name. Raises
+    ValueError for a subnet that is not in the model or that no engine loads.
+    """
+    checkpoint = open_checkpoint(source)
+    config, places = checkpoint.config, tensor_places(checkpoint.config)
+    new_config = target_config(config, subnet, pad_ffn=pad_ffn)
+    stored = {name: checkpoint.tensors[name_in_full_model(name, subnet)] for name in tensor_places(new_config)}
+    plan = {
+        name: TensorInfo(dtype=stored[name].dtype, shape=shape) for name, shape in tensor_shapes(new_config).items()
+    }
+
+    def blocks(name: str) -> Iterator[Tensor]:
+        indices = kept_indices(places[name_in_full_model(name, subnet)], subnet, config)
+        return _padded(stored[name].blocks(*indices), plan[name])
+
+    return write_checkpoint(target, new_config, plan, blocks, source=source, beside=beside, progress=progress)
+
+
+def name_in_full_model(name: str, subnet: Subnet) -> str:
+    """The tensor of the full model that the slice's tensor `name` is cut from: kept layers are numbered anew."""
+    if not name.startswith("layers."):
+        return name
+    _, layer, rest = name.split(".", 2)
+    return f"layers.{subnet.layers[int(layer)]}.{rest}"
+
+
+def kept_indices(place: Place, subnet: Subnet, config: ModelConfig) -> tuple[Index, ...]:
+    """What `subnet` keeps along each dimension of a tensor; None where it keeps all."""
+    kept: dict[Axis, Tensor] = {"hidden": torch.arange(subnet.hidden)}
+    if place.layer is not None:
+        kind, ordinal = config.hybrid_override_pattern[place.layer], config.ordinal(place.layer)
+        if kind == MAMBA:
+            heads = subnet.mamba_heads[ordinal]
+            channels = mamba_channels(config, heads, subnet.mamba_head_dim)
+            kept |= mamba_indices(config, channels, mamba_heads(config, heads))
+        elif kind == ATTENTION:
+            kept["query"] = query_channels(config, subnet.attention_heads[ordinal])
+        else:
+            kept["ffn"] = torch.arange(subnet.ffn[ordinal])
+    return tuple(kept.get(axis) for axis in place.axes)
+
+
+def _padded(blocks: Iterable[Tensor], planned: TensorInfo) -> Iterator[Tensor]:
+    """Blocks of rows with zero columns and, after the last block, zero rows added up to the planned shape."""
+    missing = planned.shape[0]
+    for block in blocks:
+        missing -= len(block)
+        columns = planned.shape[1] - block.shape[1] if block.ndim == 2 else 0
+        yield F.pad(block, (0, columns)) if columns else block
+    row = torch.zeros(1, *planned.shape[1:], dtype=planned.dtype)
+    step = max(1, CHUNK_BYTES // row.nbytes)
+    for done in range(0, missing, step):
+        yield row.expand(min(step, missing - done), *planned.shape[1:])

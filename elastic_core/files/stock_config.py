@@ -1,0 +1,155 @@
+"""config.json of a stock Nemotron-H checkpoint: read strictly, written so that transformers and vLLM both load it."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elastic_core.files.shards import CheckpointError, read_json, regular_file, write_json
+from elastic_core.geometry import ATTENTION, FFN, MAMBA, ModelConfig
+from elastic_core.schema import build, to_dict
+
+# The only values that we compute with; a config that says otherwise is another model.
+_SUPPORTED = {
+    "model_type": "nemotron_h",
+    "mlp_hidden_act": "relu2",
+    "mamba_hidden_act": "silu",
+    "use_bias": False,
+    "mlp_bias": False,
+    "attention_bias": False,
+    "mamba_proj_bias": False,
+    "tie_word_embeddings": False,
+    "sliding_window": None,
+    "num_nextn_predict_layers": 0,
+    "quantization_config": None,
+}
+
+# Other spellings that NemotronHConfig or NVIDIA's own configs accept.
+_ALIASES = {
+    "mamba_n_groups": "n_groups",
+    "mamba_d_conv": "conv_kernel",
+    "mamba_dt_min": "time_step_min",
+    "mamba_dt_max": "time_step_max",
+    "mamba_dt_init_floor": "time_step_floor",
+    "mamba_conv_bias": "use_conv_bias",
+    "mamba_chunk_size": "chunk_size",
+    "attention_head_dim": "head_dim",
+}
+
+# Keys that are not copied from another config.json: spellings that we do not write, code that we do not copy, and
+# settings of layers that this model lacks, by which an engine could take it for a mixture of experts.
+_NOT_COPIED = {
+    *_ALIASES,
+    *("layers_block_type", "layer_types", "auto_map", "_name_or_path"),
+    *("mtp_layers_block_type", "mtp_hybrid_override_pattern", "n_routed_experts", "n_shared_experts"),
+    *("num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor"),
+    *("moe_intermediate_size", "moe_latent_size", "moe_shared_expert_intermediate_size", "moe_shared_expert_overlap"),
+    *("output_router_logits",),
+}
+
+_LETTERS = {
+    "linear_attention": MAMBA,
+    "mamba": MAMBA,
+    "full_attention": ATTENTION,
+    "attention": ATTENTION,
+    "mlp": FFN,
+    "moe": "E",
+}
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """The geometry in a stock checkpoint's config.json; CheckpointError for a model that is not supported."""
+    path = regular_file(directory, "config.json")
+    found = read_json(path)
+    if "model_type" not in found:
+        raise CheckpointError(f"{path}: model_type is missing; expected 'nemotron_h'")
+    for name, value in _SUPPORTED.items():
+        if found.get(name, value) != value:
+            raise CheckpointError(f"{path}: {name} is {found[name]!r}; only {value!r} is supported")
+    values = _unaliased(path, found)
+    values["hybrid_override_pattern"] = _pattern(path, found)
+    widths = values.get("intermediate_size")
+    if isinstance(widths, list) and widths and all(width == widths[0] for width in widths):
+        values["intermediate_size"] = widths[0]
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    try:
+        config = build(ModelConfig, {name: value for name, value in values.items() if name in names})
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    _check_numbers(path, config)
+    return config
+
+
+def _unaliased(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
+    values = {name: value for name, value in found.items() if name not in _ALIASES}
+    for alias, name in _ALIASES.items():
+        if alias in found and values.setdefault(name, found[alias]) != found[alias]:
+            raise CheckpointError(
+                f"{path}: {alias} is {found[alias]!r} and {name} is {values[name]!r}; expected one value"
+            )
+    if values.get("num_key_value_heads") is None:
+        values["num_key_value_heads"] = values.get("num_attention_heads")
+    return values
+
+
+def _pattern(path: Path, found: Mapping[str, Any]) -> str:
+    patterns = {}
+    if "hybrid_override_pattern" in found:
+        patterns["hybrid_override_pattern"] = found["hybrid_override_pattern"]
+    for name in ("layers_block_type", "layer_types"):
+        if (kinds := found.get(name)) is not None:
+            if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind in _LETTERS for kind in kinds):
+                raise CheckpointError(f"{path}: {name} is {kinds!r}; expected a list of {', '.join(_LETTERS)}")
+            patterns[name] = "".join(_LETTERS[kind] for kind in kinds)
+    if not patterns:
+        raise CheckpointError(
+            f"{path}: hybrid_override_pattern is missing; expected the layers' kinds, such as 'M-M*-'"
+        )
+    if len(set(map(str, patterns.values()))) > 1:
+        raise CheckpointError(f"{path}: {' and '.join(patterns)} name different layers: {patterns}")
+    name, pattern = next(iter(patterns.items()))
+    if not isinstance(pattern, str):
+        raise CheckpointError(f"{path}: {name} is {pattern!r}; expected a text such as 'M-M*-'")
+    if "E" in pattern:
+        raise CheckpointError(f"{path}: {name} has MoE layers ({pattern!r}); only M, * and - are supported")
+    if found.get("num_hidden_layers", len(pattern)) != len(pattern):
+        raise CheckpointError(
+            f"{path}: num_hidden_layers is {found['num_hidden_layers']!r}; {name} has {len(pattern)} layers"
+        )
+    return pattern
+
+
+def _check_numbers(path: Path, config: ModelConfig) -> None:
+    if config.max_position_embeddings < 1:
+        raise CheckpointError(
+            f"{path}: max_position_embeddings is {config.max_position_embeddings}; expected at least 1"
+        )
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = getattr(config, name)
+        for token in value if isinstance(value, tuple) else (value,):
+            if token is not None and not 0 <= token < config.vocab_size:
+                raise CheckpointError(
+                    f"{path}: {name} is {token}; expected a token below vocab_size={config.vocab_size}"
+                )
+
+
+def write_config(
+    config: ModelConfig, directory: Path, dtype: torch.dtype, base: Mapping[str, Any] | None = None
+) -> None:
+    """Write config.json in NVIDIA's original form, which transformers and vLLM both read.
+
+    `base` is the config.json that the model came from; its other keys are kept where they do no harm.
+    """
+    dtype_name = str(dtype).removeprefix("torch.")
+    values = {
+        **{name: value for name, value in (base or {}).items() if name not in _NOT_COPIED},
+        **{name: value for name, value in _SUPPORTED.items() if value is not None},
+        **to_dict(config),
+        "architectures": ["NemotronHForCausalLM"],
+        "num_hidden_layers": config.num_layers,
+        "dtype": dtype_name,
+        "torch_dtype": dtype_name,
+    }
+    write_json(directory / "config.json", dict(sorted(values.items())))

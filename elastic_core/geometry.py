@@ -1,0 +1,153 @@
+"""The geometry of a model, as its config.json says it, and the axes along which it is elastic."""
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from elastic_core.schema import Strict, multiple_of, positive
+
+MAMBA, ATTENTION, FFN = "M", "*", "-"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig(Strict):
+    """Geometry of a Nemotron-H model; names are those of its `config.json`.
+
+    `hybrid_override_pattern` has one letter a residual layer: M Mamba-2, * attention, - FFN (relu squared, not gated).
+    `intermediate_size` is one FFN width, or one per `-` layer.
+    """
+
+    hybrid_override_pattern: str
+    hidden_size: int
+    intermediate_size: int | tuple[int, ...]
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    mamba_num_heads: int
+    mamba_head_dim: int
+    ssm_state_size: int
+    n_groups: int
+    vocab_size: int
+    conv_kernel: int = 4
+    use_conv_bias: bool = True
+    chunk_size: int = 128
+    layer_norm_epsilon: float = 1e-5
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    initializer_range: float = 0.02
+    max_position_embeddings: int = 4096
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+
+    def __post_init__(self) -> None:
+        unknown = set(self.hybrid_override_pattern) - {MAMBA, ATTENTION, FFN}
+        if unknown or not self.hybrid_override_pattern:
+            raise ValueError(
+                f"hybrid_override_pattern={self.hybrid_override_pattern!r} must be made of M (Mamba-2), * (attention) "
+                f"and - (FFN); found {', '.join(sorted(unknown)) or 'nothing'}"
+            )
+        positive(self, "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "mamba_num_heads")
+        positive(self, "mamba_head_dim", "ssm_state_size", "n_groups", "vocab_size", "conv_kernel", "chunk_size")
+        positive(self, "layer_norm_epsilon", "time_step_min", "time_step_floor", "initializer_range")
+        if self.time_step_max < self.time_step_min:
+            raise ValueError(f"time_step_max={self.time_step_max} is below time_step_min={self.time_step_min}")
+        multiple_of("mamba_num_heads", self.mamba_num_heads, "n_groups", self.n_groups)
+        multiple_of("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
+        if isinstance(self.intermediate_size, tuple) and len(self.intermediate_size) != len(self.layers_of(FFN)):
+            raise ValueError(
+                f"intermediate_size lists {len(self.intermediate_size)} widths; "
+                f"the pattern has {len(self.layers_of(FFN))} FFN layers"
+            )
+        if any(width <= 0 for width in self.ffn_sizes):
+            raise ValueError(f"intermediate_size={self.intermediate_size} must be greater than 0")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.hybrid_override_pattern)
+
+    @property
+    def ffn_sizes(self) -> tuple[int, ...]:
+        """The width of each FFN layer, in order."""
+        if isinstance(self.intermediate_size, tuple):
+            return self.intermediate_size
+        return (self.intermediate_size,) * len(self.layers_of(FFN))
+
+    @property
+    def mamba_size(self) -> int:
+        """Channels of a Mamba layer: heads x head_dim."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def state_rows(self) -> int:
+        """Rows of in_proj, and channels of conv1d, that hold B and C; never pruned."""
+        return 2 * self.n_groups * self.ssm_state_size
+
+    def layers_of(self, kind: str) -> tuple[int, ...]:
+        """Indices of the layers of one kind: M, * or -."""
+        return tuple(i for i, k in enumerate(self.hybrid_override_pattern) if k == kind)
+
+    def ordinal(self, layer: int) -> int:
+        """Position of `layer` among the layers of its own kind."""
+        return self.hybrid_override_pattern[:layer].count(self.hybrid_override_pattern[layer])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axes(Strict):
+    """The sizes that each elastic axis may take, largest first; an empty axis is not elastic.
+
+    `ffn`, `mamba_heads` and `attention_heads` are chosen once for the model, or per layer where the layer's kind is
+    named in `per_layer`.
+    """
+
+    hidden: tuple[int, ...] = ()
+    ffn: tuple[int, ...] = ()
+    mamba_heads: tuple[int, ...] = ()
+    mamba_head_dim: tuple[int, ...] = ()
+    attention_heads: tuple[int, ...] = ()
+    depth: tuple[int, ...] = ()
+    per_layer: tuple[Literal["ffn", "mamba_heads", "attention_heads"], ...] = ()
+
+    NAMES: ClassVar[tuple[str, ...]] = ("hidden", "ffn", "mamba_heads", "mamba_head_dim", "attention_heads", "depth")
+
+    def __post_init__(self) -> None:
+        for name in self.NAMES:
+            choices = self.choices(name)
+            if any(c <= 0 for c in choices):
+                raise ValueError(f"{name}={list(choices)} must be greater than 0")
+            if list(choices) != sorted(set(choices), reverse=True):
+                raise ValueError(f"{name}={list(choices)} must fall from the largest, each once")
+
+    def choices(self, name: str) -> tuple[int, ...]:
+        """The choices of the axis called `name`."""
+        return typing.cast(tuple[int, ...], getattr(self, name))
+
+    def bind(self, model: ModelConfig) -> "Axes":
+        """These axes for `model`: empty ones hold the full size alone, and every choice is checked against it."""
+        full = {
+            "hidden": model.hidden_size,
+            "ffn": max(model.ffn_sizes, default=1),
+            "mamba_heads": model.mamba_num_heads,
+            "mamba_head_dim": model.mamba_head_dim,
+            "attention_heads": model.num_attention_heads,
+            "depth": model.num_layers,
+        }
+        sizes: dict[str, Any] = {name: self.choices(name) or (full[name],) for name in self.NAMES}
+        bound = dataclasses.replace(self, **sizes)
+        for name in self.NAMES:
+            if bound.choices(name)[0] != full[name]:
+                raise ValueError(
+                    f"axes.{name} begins with {bound.choices(name)[0]}; it must begin with the teacher's {full[name]}"
+                )
+        for axis, kind in {"ffn": FFN, "mamba_heads": MAMBA, "attention_heads": ATTENTION}.items():
+            if axis in self.per_layer and not model.layers_of(kind):
+                raise ValueError(f"axes.per_layer names {axis}, but the teacher has no such layers")
+        for heads in bound.mamba_heads:
+            multiple_of("axes.mamba_heads", heads, "n_groups", model.n_groups)
+        for heads in bound.attention_heads:
+            multiple_of("axes.attention_heads", heads, "num_key_value_heads", model.num_key_value_heads)
+        if len(set(model.ffn_sizes)) > 1:
+            raise ValueError("the teacher's FFN widths differ by layer; an elastic model starts from a uniform one")
+        return bound

@@ -1,0 +1,281 @@
+"""One stage as a job of processes of its own: load, resume, train, save, export.
+
+A supervisor writes a `TrainJob` as JSON and runs `torchrun -m elastic_core.training.job FILE`, with one process or
+many. Kill it at any moment and run it again: it goes on from its last checkpoint, and the weights it ends with are the
+same to the bit. Where torchrun starts it again itself, as after the loss of a worker, it does so too, but not after a
+fault of the job's own.
+"""
+
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elastic_core.budget import Budget, Dtype
+from elastic_core.cost import subnet_params
+from elastic_core.files import checkpoint, shards
+from elastic_core.geometry import ModelConfig
+from elastic_core.model import ElasticNemotronH
+from elastic_core.recipe import Distillation, Stage
+from elastic_core.resolve import resolve_budgets
+from elastic_core.router import ElasticModel, Router
+from elastic_core.schema import build
+from elastic_core.training import parallel
+from elastic_core.training.parallel import World
+from elastic_core.training.resume import resume, save_checkpoint, stored_pieces
+from elastic_core.training.train import StageRun, TokenRows, make_optimizer, resolved_subnets, train_stage
+
+METRICS = "metrics.jsonl"
+ERROR = "error.txt"
+FAULT = 2  # the exit code of a job that a retry would only repeat
+FULL = Budget(name="full")
+DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainJob:
+    """What to train and where. Paths are directories, but for `tokens`, the flat stream to train on.
+
+    `student` is an elastic checkpoint, or a stock one to pretrain; `work` holds the checkpoints and `metrics.jsonl`;
+    `output` appears when the stage is complete, and not before.
+    """
+
+    stage: Stage
+    distillation: Distillation
+    student: str
+    teacher: str | None
+    tokens: str
+    work: str
+    output: str
+    dtype: Dtype
+    seed: int
+
+
+def run_job(job: TrainJob, world: World) -> None:
+    """Train the stage from its last checkpoint to its end, together with the other processes, and export the result."""
+    if world.from_first(Path(job.output).exists()):
+        return
+    run, family = prepare(job, world)
+    work = Path(job.work)
+    start = resume(work, run)
+    with open_metrics(work / METRICS if world.rank == 0 else Path(os.devnull)) as metrics_file:
+        for metrics in train_stage(run, start):
+            metrics_file.write(json.dumps(asdict(metrics)) + "\n")
+            metrics_file.flush()
+            done = metrics.step + 1
+            if done % job.stage.checkpoint_every == 0 or done == job.stage.steps:
+                save_checkpoint(work, run, done)
+    if world.rank == 0:
+        export(job, run, family)
+        shutil.rmtree(work / "checkpoints", ignore_errors=True)
+    world.barrier()
+
+
+def prepare(job: TrainJob, world: World) -> tuple[StageRun, checkpoint.Family | None]:
+    """Everything loaded, this process's part of it where there are several."""
+    dtype = DTYPES[job.dtype]
+
+    def wrap(model: ElasticNemotronH) -> None:
+        parallel.shard(model, world, dtype)
+
+    def wrap_student(model: ElasticNemotronH) -> None:
+        if job.stage.recompute:
+            parallel.recompute_layers(model)
+        wrap(model)
+
+    student, router, family = load_family(Path(job.student), world.device, wrap_student)
+    teacher = load_model(Path(job.teacher), world.device, dtype, wrap).eval() if job.teacher else None
+    budgets = tuple(b.budget for b in family.budgets) if family else (FULL,)
+    run = StageRun(
+        student=student,
+        teacher=teacher,
+        router=router,
+        optimizer=make_optimizer(student, router, job.stage),
+        stage=job.stage,
+        distillation=job.distillation,
+        budgets=budgets,
+        subnets=resolved_subnets(student.config, router, budgets),
+        data=TokenRows(Path(job.tokens), job.stage.sequence_length),
+        seed=job.seed,
+        world=world,
+        autocast=dtype if dtype != torch.float32 else None,
+    )
+    return run, family
+
+
+Wrap = Callable[[ElasticNemotronH], None]
+
+
+def load_model(
+    directory: Path, device: torch.device, dtype: torch.dtype, wrap: Wrap = lambda model: None
+) -> ElasticNemotronH:
+    """The model of a stock or elastic checkpoint, with every weight checked.
+
+    `wrap` may shard it, while it has no storage yet; then only this process's rows are read.
+    """
+    opened = checkpoint.open_checkpoint(directory)
+    with torch.device("meta"):
+        model = ElasticNemotronH(opened.config).to(dtype).requires_grad_(False)
+    wrap(model)
+    model.to_empty(device=device)
+    for name, weight in model.state_dict(keep_vars=True).items():
+        stored = opened.tensors[name]
+        parallel.read_rows(weight, [stored])
+        if not shards.is_finite(parallel.local_rows(weight)[0]):
+            raise checkpoint.CheckpointError(
+                f"{stored.path}: {stored.name}: is too large for {dtype}; load it as {stored.dtype}"
+            )
+    return model
+
+
+def load_family(
+    directory: Path, device: torch.device, wrap: Wrap = lambda model: None
+) -> tuple[ElasticNemotronH, Router | None, checkpoint.Family | None]:
+    """The model in float32, ready to train, with the router and the description of the family if it has one."""
+    model = load_model(directory, device, torch.float32, wrap).requires_grad_(True)
+    if not (directory / checkpoint.FAMILY_FILE).exists():
+        return model, None, None
+    family = checkpoint.read_family(directory)
+    return model, load_router(directory, model.config, family).to(device), family
+
+
+def load_router(directory: Path, config: ModelConfig, family: checkpoint.Family) -> Router:
+    """The router of an elastic checkpoint; its sizes follow from its weights."""
+    path = directory / checkpoint.ROUTER_FILE
+    weights = shards.read_tensors(path)
+    first = weights.get("heads.hidden.0.weight")
+    if first is None or first.ndim != 2:
+        raise checkpoint.CheckpointError(f"{path}: is not a router; copy the one that was written with this checkpoint")
+    elastic = ElasticModel(config, family.axes.bind(config), family.layer_ranking, family.latency_table)
+    router = Router(elastic, first.shape[1], first.shape[0])
+    expected = {name: tuple(weight.shape) for name, weight in router.state_dict().items()}
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
+    if found != expected:
+        name = sorted(dict(found.items() ^ expected.items()))[0]
+        raise checkpoint.CheckpointError(
+            f"{path}: {name} has shape {found.get(name, 'none')}; the axes in {checkpoint.FAMILY_FILE} need "
+            f"{expected.get(name, 'no such tensor')}"
+        )
+    router.load_state_dict(weights)
+    return router
+
+
+@contextmanager
+def open_metrics(path: Path) -> Iterator[Any]:
+    """The file of metrics, to append to; a line that a kill tore in two is ended first."""
+    torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    with path.open("a") as file:
+        if torn:
+            file.write("\n")
+        yield file
+
+
+def export(job: TrainJob, run: StageRun, family: checkpoint.Family | None) -> None:
+    """Write the trained checkpoint to `job.output`, with the budgets resolved by the router as it now stands.
+
+    The weights stream from the stage's last checkpoint, whose files hold the rows of all processes.
+    """
+    source, dtype, config = Path(job.student), DTYPES[job.dtype], run.student.config
+    pieces = stored_pieces(Path(job.work), job.stage.steps)
+    plan = {
+        name: shards.TensorInfo(dtype=dtype, shape=shape) for name, shape in checkpoint.tensor_shapes(config).items()
+    }
+
+    def blocks(name: str) -> Iterator[torch.Tensor]:
+        for piece in pieces[f"student.{name}"]:
+            for block in piece.blocks(None):
+                rows = block.to(dtype)
+                if not shards.is_finite(rows):
+                    raise ValueError(f"{name} holds NaN or infinity as {dtype}; it is not written to {job.output}")
+                yield rows
+
+    def beside(directory: Path) -> None:
+        if family is not None and run.router is not None:
+            shutil.copyfile(source / checkpoint.ORDER_FILE, directory / checkpoint.ORDER_FILE)
+            shards.write_tensors(directory / checkpoint.ROUTER_FILE, run.router.state_dict())
+            checkpoint.write_family(directory, resolved_family(family, run.router, run.budgets))
+
+    checkpoint.write_checkpoint(Path(job.output), config, plan, blocks, source=source, beside=beside)
+
+
+def resolved_family(family: checkpoint.Family, router: Router, budgets: tuple[Budget, ...]) -> checkpoint.Family:
+    """`family` with the subnets that `router` resolves its budgets to."""
+    config = router.elastic.config
+    resolved = tuple(
+        checkpoint.ResolvedBudget(budget=budget, subnet=subnet, params=subnet_params(config, subnet))
+        for budget, subnet in zip(budgets, resolve_budgets(router, budgets), strict=True)
+    )
+    return dataclasses.replace(family, budgets=resolved)
+
+
+@contextmanager
+def exclusive(work: Path, patience: float = 60.0) -> Iterator[None]:
+    """Hold the work directory; a predecessor that is just dying gets `patience` seconds to let go."""
+    work.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + patience
+    with (work / "lock").open("w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"{work}: another process is training this stage; stop it first") from None
+                time.sleep(0.2)
+        yield
+
+
+def die_with_parent() -> None:
+    """End this process when its parent is gone, so that a killed run leaves no trainer behind."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(arguments: list[str]) -> int:
+    """Run the job in the file named by the one argument; a fault of the job itself goes to `error.txt`, exit code 2."""
+    die_with_parent()
+    job = build(TrainJob, json.loads(Path(arguments[0]).read_text()))
+    work = Path(job.work)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (work / ERROR).exists():
+        return FAULT
+    is_first = int(os.environ.get("RANK", 0)) == 0
+    try:
+        with exclusive(work) if is_first else nullcontext():
+            if is_first:
+                (work / ERROR).unlink(missing_ok=True)
+            with parallel.join() as world:
+                run_job(job, world)
+    except (ValueError, FloatingPointError) as error:
+        report_fault(work, error)
+        return FAULT
+    return 0
+
+
+def report_fault(work: Path, error: Exception) -> None:
+    """Write `error.txt`, at once whole; where several processes fail, one of them writes last."""
+    part = work / f".{ERROR}.{os.getpid()}"
+    part.write_text(str(error))
+    part.replace(work / ERROR)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    sys.exit(main(sys.argv[1:]))

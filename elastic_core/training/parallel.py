@@ -1,0 +1,159 @@
+"""The processes that train one model together: the only module that touches torch.distributed.
+
+The model is wrapped from outside (FSDP2): every process holds its rows of every weight, and a layer is gathered whole
+while it runs, so that a subnet's prefixes are views here as they are in one process. A world of one process needs no
+torch.distributed, and its model stays as it is.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from elastic_core.files.shards import StoredTensor, staged_directory
+from elastic_core.model import ElasticNemotronH
+
+# The longest that processes wait for one of them: it may be writing its part of a checkpoint to a slow disk. One that
+# is gone is no matter of waiting, for torchrun ends the others.
+TIMEOUT = timedelta(minutes=20)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """The processes that train together, and this one's place among them; each has a device of its own."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    mesh: DeviceMesh | None = None
+
+    def mean(self, values: Tensor) -> list[float]:
+        """The mean of every value over the processes."""
+        total = values.double()
+        if self.size > 1:
+            dist.all_reduce(total)
+        means: list[float] = (total / self.size).tolist()
+        return means
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Make the gradients of parameters that every process holds whole their mean over the processes."""
+        for parameter in parameters:
+            if self.size > 1 and parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= self.size
+
+    def from_first(self, value: int) -> int:
+        """What the first process has for `value`, in every process."""
+        if self.size == 1:
+            return value
+        shared = torch.tensor(value, device=self.device)
+        dist.broadcast(shared, src=0)
+        return int(shared)
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def join() -> Iterator[World]:
+    """The world that torchrun describes in the environment: gloo between CPUs, NCCL between CUDA devices."""
+    has_cuda = torch.cuda.is_available()
+    local_rank = dist.get_node_local_rank(fallback_rank=0)
+    device = torch.device("cuda", local_rank) if has_cuda else torch.device("cpu")
+    if has_cuda:
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield World(device=device)
+        return
+    dist.init_process_group("nccl" if has_cuda else "gloo", timeout=TIMEOUT, device_id=device if has_cuda else None)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    yield World(device=device, rank=rank, size=size, mesh=init_device_mesh(device.type, (size,)))
+    dist.destroy_process_group()  # not after an error: others may be waiting for this process, and would go on to
+
+
+def recompute_layers(model: ElasticNemotronH) -> None:
+    """Keep of each layer's forward pass only its input, and run the layer again in the backward pass."""
+    for index, layer in enumerate(model.layers):
+        model.layers[index] = checkpoint_wrapper(layer, preserve_rng_state=False)  # no layer is random
+
+
+def shard(model: ElasticNemotronH, world: World, dtype: torch.dtype) -> None:
+    """Leave each process its rows of every weight; gather each layer in `dtype` while it runs.
+
+    Embeddings, last norm and head are one unit, which stays gathered after the forward pass, because the loss uses the
+    head. Gradients are averaged over the processes in float32, after every micro-step.
+    """
+    if world.mesh is None:
+        return
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in model.layers:
+        fully_shard(layer, mesh=world.mesh, mp_policy=policy)
+    fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    """Scale the gradients so that their common norm, over all processes, is at most `max_norm`; the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """The rows of `tensor` that this process holds, sharing memory with it, and the number of the first."""
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    rows, mesh = tensor.shape[0], tensor.device_mesh
+    in_each = -(-rows // mesh.size())  # as torch.chunk divides: all alike, the last ones short or empty
+    return tensor.to_local(), min(mesh.get_local_rank() * in_each, rows)
+
+
+def own_part(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """What this process adds to a file of these tensors: its rows of each; of what all hold whole, the first all."""
+    return {
+        name: local_rows(tensor)[0]
+        for name, tensor in tensors.items()
+        if world.rank == 0 or isinstance(tensor, DTensor)
+    }
+
+
+def read_rows(tensor: Tensor, pieces: Sequence[StoredTensor]) -> None:
+    """Fill this process's rows of `tensor` from `pieces`, which hold all its rows in order."""
+    local, first = local_rows(tensor)
+    if not local.ndim:
+        local.copy_(pieces[0].read())
+        return
+    position = 0
+    for piece in pieces:
+        start = max(first - position, 0)
+        stop = min(first + len(local) - position, piece.shape[0])
+        filled = max(position - first, 0)
+        for block in piece.blocks(torch.arange(start, stop)) if start < stop else ():
+            local[filled : filled + len(block)] = block
+            filled += len(block)
+        position += piece.shape[0]
+
+
+@contextmanager
+def staged_together(directory: Path, world: World) -> Iterator[Path]:
+    """A new directory that every process fills, which becomes `directory` when all of them are done, whole or never."""
+    if world.rank == 0:
+        with staged_directory(directory) as staging:
+            world.barrier()
+            yield staging
+            world.barrier()
+    else:
+        world.barrier()
+        yield directory.with_name(f".{directory.name}.partial")
+        world.barrier()

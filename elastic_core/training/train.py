@@ -1,0 +1,310 @@
+"""The stage loop: distil every budget of the family into one set of weights, under the router.
+
+`train_stage` is a generator of `StepMetrics`; it knows no logger, no bucket and no scheduler. Everything random in a
+step is a function of its number (curriculum.py), so that a run that starts again from a checkpoint ends in the same
+bits as one that was never stopped. Several processes (parallel.py) run the same budget under the same noise in each
+micro-step, on rows of their own.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from elastic_core.budget import Budget
+from elastic_core.geometry import Axes, ModelConfig
+from elastic_core.model import ElasticNemotronH
+from elastic_core.recipe import Distillation, Stage
+from elastic_core.resolve import resolve_budgets
+from elastic_core.router import (
+    Router,
+    budget_loss,
+    drop_negligible,
+    expected_choices,
+    expected_params,
+    gumbel_softmax,
+    soft_subnet,
+    straight_through,
+)
+from elastic_core.subnet import Masks, Subnet, full_subnet
+from elastic_core.training import curriculum
+from elastic_core.training.losses import LossParts, distillation_loss
+from elastic_core.training.parallel import World, clip_gradients
+
+
+class TokenRows:
+    """Rows of `sequence_length` tokens, each with its next token, cut from a flat stream in a safetensors file.
+
+    The file holds one tensor, `tokens`, int32 (N,); only the rows asked for are read.
+    """
+
+    def __init__(self, path: Path, sequence_length: int) -> None:
+        self._stream = safe_open(str(path), framework="pt").get_slice("tokens")
+        self._length = sequence_length
+        self.num_rows = max(0, (self._stream.get_shape()[0] - 1) // sequence_length)
+
+    def batch(self, rows: list[int]) -> Tensor:
+        """Tokens (B, T + 1) of these rows: inputs and targets overlap."""
+        starts = [row * self._length for row in rows]
+        return torch.stack([self._stream[start : start + self._length + 1].long() for start in starts])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetMetrics:
+    """Means over one step's micro-steps at one budget, and over all processes.
+
+    `choices` are the router's expected sizes by axis.
+    """
+
+    loss: float
+    kl: float
+    cross_entropy: float
+    router_loss: float
+    expected_params: float
+    choices: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepMetrics:
+    """What one optimizer step of all processes did. `loss` is the mean total loss; `seconds` is its wall time."""
+
+    stage: str
+    step: int
+    steps: int
+    loss: float
+    budgets: Mapping[str, BudgetMetrics]
+    learning_rate: float
+    temperature: float
+    gradient_norm: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(slots=True)
+class StageRun:
+    """What a stage trains with. `teacher` and `router` are None where the stage needs none.
+
+    `subnets` are the budgets' resolved subnets, by name; a stage whose router is frozen runs on them.
+    """
+
+    student: ElasticNemotronH
+    teacher: ElasticNemotronH | None
+    router: Router | None
+    optimizer: torch.optim.Optimizer
+    stage: Stage
+    distillation: Distillation
+    budgets: tuple[Budget, ...]
+    subnets: Mapping[str, Subnet]
+    data: TokenRows
+    seed: int
+    world: World
+    autocast: torch.dtype | None = None
+
+
+def make_optimizer(student: ElasticNemotronH, router: Router | None, stage: Stage) -> torch.optim.Optimizer:
+    """AdamW with the student's parameters in one group and the router's, at their own rate, in another."""
+    settings = stage.optimizer
+    groups: list[dict[str, Any]] = [
+        {"params": list(student.parameters()), "peak": settings.learning_rate, "weight_decay": settings.weight_decay}
+    ]
+    if router is not None and stage.router.mode != "frozen":
+        groups.append({"params": list(router.parameters()), "peak": stage.router.learning_rate, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, lr=0.0, betas=(settings.beta1, settings.beta2), fused=True)
+
+
+def resolved_subnets(config: ModelConfig, router: Router | None, budgets: tuple[Budget, ...]) -> dict[str, Subnet]:
+    """The subnet of every budget by name; without a router, every budget is the full model."""
+    if router is None:
+        return {budget.name: full_subnet(config) for budget in budgets}
+    return {b.name: subnet for b, subnet in zip(budgets, resolve_budgets(router, budgets), strict=True)}
+
+
+def train_stage(run: StageRun, start: int = 0) -> Iterator[StepMetrics]:
+    """Train from step `start` to the end of the stage, yielding after each optimizer step.
+
+    Raises FloatingPointError when the loss or the gradient is no longer finite; the weights are then unchanged by
+    that step.
+    """
+    stage, world = run.stage, run.world
+    micro_steps = stage.micro_steps(world.size)
+    order = curriculum.DataOrder(run.data.num_rows, stage, run.seed)
+    for step in range(start, stage.steps):
+        began = time.perf_counter()
+        for group in run.optimizer.param_groups:
+            group["lr"] = curriculum.learning_rate(stage.optimizer, group["peak"], step, stage.steps)
+        rows = order.rows(step)
+        tally = _Tally()
+        for micro_step, name in enumerate(curriculum.micro_step_budgets(stage, run.seed, step, micro_steps)):
+            first = (micro_step * world.size + world.rank) * stage.micro_batch_size
+            tokens = run.data.batch(rows[first : first + stage.micro_batch_size]).to(world.device)
+            loss, report = _micro_step(run, step, micro_step, name, tokens)
+            (loss / micro_steps).backward()
+            tally.add(name, report)
+        gradient_norm = _clip(run)
+        mean_loss, budgets = tally.means(world)
+        metrics = StepMetrics(
+            stage=stage.name,
+            step=step,
+            steps=stage.steps,
+            loss=mean_loss,
+            budgets=budgets,
+            learning_rate=float(run.optimizer.param_groups[0]["lr"]),
+            temperature=curriculum.temperature(stage, step),
+            gradient_norm=gradient_norm,
+            tokens=stage.batch_size * stage.sequence_length,
+            seconds=time.perf_counter() - began,
+        )
+        _check_finite(metrics)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        yield metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Choice:
+    """What a micro-step runs: a subnet, with masks and the router's loss while the router trains."""
+
+    subnet: Subnet
+    masks: Masks | None = None
+    router_loss: Tensor | None = None
+    expected_params: Tensor | None = None
+    choices: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+# What one micro-step reports: scalars by name, still on the device.
+_Report = dict[str, Tensor]
+
+
+def _choose(run: StageRun, step: int, micro_step: int, name: str) -> _Choice:
+    schedule = run.stage.router
+    if run.router is None or schedule.mode == "frozen" or run.subnets[name] == full_subnet(run.student.config):
+        return _Choice(subnet=run.subnets[name])
+    index, budget = next((i, b) for i, b in enumerate(run.budgets) if b.name == name)
+    logits = run.router(run.router.one_hot(index))
+    temperature, scale = curriculum.temperature(run.stage, step), curriculum.scale(run.stage, step)
+    noise = curriculum.noise_generator(run.seed, run.stage, step, micro_step)
+    sampled = gumbel_softmax(logits, temperature=temperature, scale=scale, generator=noise)
+    # The cost of what is sampled, because that is what runs; without noise the gradient dies as the choice sharpens.
+    router_loss = budget_loss(run.router.elastic, sampled, budget)
+    sampled = straight_through(sampled) if schedule.mode == "hard" else drop_negligible(sampled)
+    subnet, masks = soft_subnet(run.router.elastic, sampled)
+    likely = gumbel_softmax(logits, temperature=1.0, scale=scale, generator=None)
+    return _Choice(
+        subnet=subnet,
+        masks=masks,
+        router_loss=router_loss,
+        expected_params=expected_params(run.router.elastic, likely).detach(),
+        choices=expected_choices(run.router.elastic, likely),
+    )
+
+
+def _micro_step(run: StageRun, step: int, micro_step: int, name: str, tokens: Tensor) -> tuple[Tensor, _Report]:
+    """The differentiable loss of one micro-batch (B, T + 1) at one budget, and what to report of it."""
+    inputs_BT, targets = tokens[:, :-1], tokens[:, 1:].flatten()
+    choice = _choose(run, step, micro_step, name)
+    with _autocast(run):
+        hidden_BTD = run.student(inputs_BT, choice.subnet, choice.masks)
+        teacher_hidden = _teacher_hidden(run, inputs_BT, choice)
+        teacher = run.teacher or run.student
+        parts = distillation_loss(
+            hidden_BTD.flatten(0, 1),
+            run.student.head_weight(choice.subnet.hidden),
+            teacher_hidden.flatten(0, 1) if teacher_hidden is not None else None,
+            teacher.lm_head.weight.detach() if teacher_hidden is not None else None,
+            targets,
+            kl_weight=run.distillation.kl_weight if teacher_hidden is not None else 0.0,
+            ce_weight=run.distillation.ce_weight,
+            temperature=run.distillation.temperature,
+        )
+    loss = parts.total
+    if choice.router_loss is not None:
+        loss = loss + run.stage.router.loss_weight * choice.router_loss
+    return loss, _report(loss, parts, choice)
+
+
+def _report(loss: Tensor, parts: LossParts, choice: _Choice) -> _Report:
+    report = {"loss": loss, "kl": parts.kl, "cross_entropy": parts.cross_entropy}
+    if choice.router_loss is not None and choice.expected_params is not None:
+        report |= {"router_loss": choice.router_loss, "expected_params": choice.expected_params}
+    report |= {f"choices.{axis}": size for axis, size in choice.choices.items()}
+    return {name: value.detach() for name, value in report.items()}
+
+
+@torch.no_grad()
+def _teacher_hidden(run: StageRun, inputs_BT: Tensor, choice: _Choice) -> Tensor | None:
+    """The teacher's last hidden states; a trainable teacher teaches every budget but its own."""
+    full = full_subnet(run.student.config)
+    if run.distillation.kl_weight == 0:
+        return None
+    if run.distillation.teacher == "frozen":
+        assert run.teacher is not None, "a frozen teacher is missing"
+        return run.teacher(inputs_BT, full)  # type: ignore[no-any-return]
+    is_teacher = choice.masks is None and choice.subnet == full
+    return None if is_teacher else run.student(inputs_BT, full)
+
+
+def _autocast(run: StageRun) -> AbstractContextManager[Any]:
+    if run.autocast is None:
+        return nullcontext()
+    return torch.autocast(run.world.device.type, run.autocast)
+
+
+def _clip(run: StageRun) -> float:
+    """Clip each group's gradient to the stage's norm; the student's norm before that."""
+    if run.router is not None:
+        run.world.average_gradients(run.router.parameters())
+    norms = [clip_gradients(group["params"], run.stage.optimizer.max_grad_norm) for group in run.optimizer.param_groups]
+    return norms[0]
+
+
+def _check_finite(metrics: StepMetrics) -> None:
+    if math.isfinite(metrics.loss) and math.isfinite(metrics.gradient_norm):
+        return
+    losses = ", ".join(f"{name} {budget.loss:.4g}" for name, budget in metrics.budgets.items())
+    raise FloatingPointError(
+        f"stage {metrics.stage}, step {metrics.step}: loss {metrics.loss} (by budget: {losses}), gradient norm "
+        f"{metrics.gradient_norm}; lower optimizer.learning_rate or max_grad_norm, and look at the data near this step"
+    )
+
+
+class _Tally:
+    """Collects what micro-steps report; at the step's end reads it off the device once, averaged over the processes."""
+
+    def __init__(self) -> None:
+        self._reports: dict[str, list[_Report]] = {}
+
+    def add(self, name: str, report: _Report) -> None:
+        self._reports.setdefault(name, []).append(report)
+
+    def means(self, world: World) -> tuple[float, dict[str, BudgetMetrics]]:
+        """The mean loss, and the means of every budget."""
+        every = [report for reports in self._reports.values() for report in reports]
+        scalars = [_mean(every, "loss")]
+        scalars += [_mean(reports, key) for reports in self._reports.values() for key in reports[0]]
+        loss, *rest = world.mean(torch.stack(scalars))
+        means = iter(rest)
+        return loss, {
+            name: _budget_metrics({key: next(means) for key in reports[0]}) for name, reports in self._reports.items()
+        }
+
+
+def _mean(reports: list[_Report], key: str) -> Tensor:
+    return torch.stack([report[key].float() for report in reports]).mean()
+
+
+def _budget_metrics(means: Mapping[str, float]) -> BudgetMetrics:
+    return BudgetMetrics(
+        loss=means["loss"],
+        kl=means["kl"],
+        cross_entropy=means["cross_entropy"],
+        router_loss=means.get("router_loss", 0.0),
+        expected_params=means.get("expected_params", 0.0),
+        choices={axis: means[f"choices.{axis}"] for axis in Axes.NAMES if f"choices.{axis}" in means},
+    )

@@ -1,0 +1,18 @@
+"""What a run leaves in the terminal: the budget table, the registry names, and where to look."""
+
+from flows.commands.terminal import text_table, wide_console
+from tasks.promote import Verdict
+from tasks.records import EvaluationRecord, Release
+from tasks.reporting.summary import summary_table
+
+
+def print_outcome(evaluation: EvaluationRecord, release: Release, verdict: Verdict) -> None:
+    """Print the outcome of a run to standard output."""
+    console = wide_console()
+    console.print(text_table(summary_table(evaluation), title=f"{release.family} {release.version}"))
+    console.print("registered  " + ", ".join(release.models.values()), highlight=False)
+    console.print(f"promotion   {verdict.reason}", highlight=False)
+    console.print(f"objects     {release.uri}", highlight=False, soft_wrap=True)
+    console.print(f"report      {release.report}", highlight=False, soft_wrap=True)
+    name = list(release.models.values())[-1].split(":")[0]
+    console.print(f"next        elastic pull {name} -o {name}", highlight=False, soft_wrap=True)

@@ -1,0 +1,272 @@
+"""What `elastic plan` prints: a recipe's plan as tables for people, or as JSON for machines."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from elastic_core.cost import LatencyTable, budget_cost
+from elastic_core.files.checkpoint import read_config
+from elastic_core.geometry import ModelConfig
+from elastic_core.planning.memory import Memory
+from elastic_core.planning.plan import USABLE_SHARE, BudgetPlan, Change, MeshPlan, RecipePlan, StagePlan
+from elastic_core.recipe import Recipe
+from elastic_core.schema import to_dict
+from elastic_core.subnet import Subnet
+from flows.commands.terminal import text_table, wide_console
+from tasks.reporting.summary import human_bytes, human_count, percent
+
+MEMORY_TITLES = {"parameters": "weights", "optimizer": "AdamW"}
+
+
+def teacher_geometry(recipe: Recipe) -> ModelConfig:
+    """The teacher's geometry, from the recipe or a directory; ValueError where it would have to be downloaded."""
+    teacher = recipe.teacher
+    if teacher.pretrain is not None:
+        return teacher.pretrain.model
+    assert teacher.path is not None, "config.Teacher has one of path and pretrain"
+    if Path(teacher.path).is_dir():
+        return read_config(Path(teacher.path))
+    if teacher.model is None:
+        raise ValueError(
+            f"teacher.path {teacher.path!r} is not a directory here; put the geometry of its config.json under "
+            "teacher.model, or name a directory"
+        )
+    return teacher.model
+
+
+def parse_gpus(text: str) -> tuple[int, ...]:
+    """Numbers of GPUs, such as 1,8,64."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"--gpus is {text!r}; expected numbers of GPUs, such as 1,8,64")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def plan_json(plan: RecipePlan) -> dict[str, Any]:
+    """The plan as plain data, with the totals that it only computes."""
+    data = to_dict(plan) | {"feasible": plan.feasible, "fits_on": list(plan.fitting)}
+    for stage, stage_data in zip(plan.stages, data["stages"], strict=True):
+        for name in ("flops", "flops_at_most"):
+            stage_data[name]["total"] = getattr(stage, name).total
+        for mesh, mesh_data in zip(stage.meshes, stage_data["meshes"], strict=True):
+            mesh_data["memory"]["total"] = mesh.memory.total
+    return data
+
+
+def print_plan(plan: RecipePlan, table: LatencyTable | None = None) -> None:
+    """Print the plan to standard output: tables, then what they do not show, and what would have to change."""
+    console = wide_console()
+    share = percent(plan.least_params / plan.teacher_params, 1)
+    console.print(
+        f"{plan.family}: a teacher of {plan.teacher_params:,} parameters in {plan.model.num_layers} layers; "
+        f"its axes reach down to {plan.least_params:,} ({share})",
+        highlight=False,
+    )
+    for rows in (_budget_rows(plan, table), _stage_rows(plan), _work_rows(plan), _memory_rows(plan), _time_rows(plan)):
+        console.print(text_table(rows))
+    for line in [*_explanations(plan), *_verdicts(plan, table)]:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+# Tables
+
+
+def _budget_rows(plan: RecipePlan, table: LatencyTable | None) -> list[dict[str, str]]:
+    return [_budget_row(plan, budget, table) for budget in plan.budgets]
+
+
+def _budget_row(plan: RecipePlan, budget: BudgetPlan, table: LatencyTable | None) -> dict[str, str]:
+    return {
+        "budget": budget.budget.name,
+        "target": _target(plan, budget, table),
+        "parameters": f"{budget.params:,}",
+        "share": percent(budget.params / plan.teacher_params, 1),
+        "used": percent(budget.cost / budget.target, 1) if budget.target is not None else "-",
+        "weights": human_bytes(budget.bytes),
+        **_shape(budget.subnet),
+    }
+
+
+def _target(plan: RecipePlan, budget: BudgetPlan, table: LatencyTable | None) -> str:
+    if budget.target is None:
+        return "full"
+    counted = budget_cost(plan.model, budget.budget, table)
+    return counted.text(budget.target).removesuffix(" parameters")
+
+
+def _shape(subnet: Subnet) -> dict[str, str]:
+    def sizes(values: Sequence[int]) -> str:
+        return "-".join(str(value) for value in sorted({min(values), max(values)})) if values else "-"
+
+    return {
+        "hidden": str(subnet.hidden),
+        "ffn": sizes(subnet.ffn),
+        "mamba": f"{sizes(subnet.mamba_heads)} x {subnet.mamba_head_dim}",
+        "heads": sizes(subnet.attention_heads),
+        "layers": str(subnet.depth),
+    }
+
+
+def _stage_rows(plan: RecipePlan) -> list[dict[str, str]]:
+    return [
+        {
+            "stage": planned.stage.name,
+            "steps": f"{planned.stage.steps:,}",
+            "batch": f"{planned.stage.batch_size:,}",
+            "sequence": f"{planned.stage.sequence_length:,}",
+            "sequences": f"{planned.sequences:,}",
+            "tokens": human_count(planned.tokens),
+            "micro-batch": f"{planned.stage.micro_batch_size:,}",
+            "recompute": "yes" if planned.stage.recompute else "no",
+        }
+        for planned in plan.stages
+    ]
+
+
+def _work_rows(plan: RecipePlan) -> list[dict[str, str]]:
+    return [
+        {
+            "stage": planned.stage.name,
+            "student FLOPs": _scientific(planned.flops.student),
+            "teacher": _scientific(planned.flops.teacher),
+            "recomputed": _scientific(planned.flops.recomputed),
+            "together": _scientific(planned.flops.total),
+            "at most": _scientific(planned.flops_at_most.total),
+            "GPU-hours": _number(planned.meshes[0].gpu_hours),
+            "cost": _dollars(planned.meshes[0].dollars),
+        }
+        for planned in plan.stages
+    ]
+
+
+def _memory_rows(plan: RecipePlan) -> list[dict[str, str]]:
+    return [
+        {
+            "stage": planned.stage.name,
+            "GPUs": f"{mesh.gpus:,}",
+            **{
+                MEMORY_TITLES.get(f.name, f.name): _gigabytes(getattr(mesh.memory, f.name))
+                for f in dataclasses.fields(Memory)
+            },
+            "GB": _gigabytes(mesh.memory.total),
+            "fits": _fits(mesh),
+        }
+        for planned in plan.stages
+        for mesh in planned.meshes
+    ]
+
+
+def _time_rows(plan: RecipePlan) -> list[dict[str, str]]:
+    rows = []
+    for index, gpus in enumerate(plan.gpus):
+        meshes = {planned.stage.name: planned.meshes[index] for planned in plan.stages}
+        rows.append(
+            {
+                "GPUs": f"{gpus:,}",
+                **{name: _hours(mesh.hours) for name, mesh in meshes.items()},
+                "together": _hours(sum(mesh.hours for mesh in meshes.values())),
+                "GPU-hours": _number(sum(mesh.gpu_hours for mesh in meshes.values())),
+                "cost": _dollars(sum(mesh.dollars for mesh in meshes.values())),
+                "fits": "yes" if gpus in plan.fitting else "no",
+            }
+        )
+    return rows
+
+
+def _fits(mesh: MeshPlan) -> str:
+    return "yes" if mesh.fits else "no" if mesh.micro_steps is not None else "batch"
+
+
+def _scientific(count: float) -> str:
+    return f"{count:.2e}".replace("e+", "e") if count else "-"
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f}" if count >= 5e7 else f"{count / 1e9:.2g}"
+
+
+def _number(count: float) -> str:
+    return f"{count:,.0f}" if count >= 100 else f"{count:.3g}"
+
+
+def _dollars(dollars: float) -> str:
+    return f"${dollars:,.0f}" if dollars >= 100 else f"${dollars:.2f}"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours / 24:.1f} days" if hours >= 48 else f"{hours:.1f} h" if hours >= 2 else f"{60 * hours:.2g} min"
+
+
+# Sentences
+
+
+def _explanations(plan: RecipePlan) -> Iterator[str]:
+    gpu = plan.accelerator
+    yield (
+        f"Assumed: GPUs of {human_bytes(gpu.memory)}, {percent(USABLE_SHARE)} of it to plan with; "
+        f"{gpu.flops_per_second / 1e12:,.0f} TFLOP/s, {percent(gpu.utilisation)} of it reached; "
+        f"${gpu.dollars_per_hour:.2f} a GPU-hour; the fused kernels. Data, ranking and evaluation are not in it."
+    )
+    yield (
+        "Subnets are examples within their budgets; the router chooses. While it learns, a soft choice runs wider than "
+        "its budget: at most, everything runs at full size."
+    )
+    longest = max(plan.stages, key=lambda planned: planned.stage.sequence_length)
+    saved, recomputed = longest.sequence_bytes
+    yield (
+        f"A sequence is never divided between GPUs. The activations of one of {longest.stage.sequence_length:,} tokens "
+        f"take {human_bytes(saved)}, or with recompute {human_bytes(recomputed)} and one layer's."
+    )
+
+
+def _verdicts(plan: RecipePlan, table: LatencyTable | None) -> Iterator[str]:
+    for budget in plan.budgets:
+        if not budget.feasible:
+            yield _infeasible(plan, budget, table)
+    for planned in plan.stages:
+        for mesh in planned.meshes:
+            if not mesh.fits:
+                yield _unfit(plan, planned, mesh)
+    meshes = _joined([f"{gpus:,}" for gpus in plan.fitting]) if plan.fitting else "none of these numbers of"
+    yield f"It fits on {meshes} GPU{'s' * (plan.fitting != (1,))}."
+    if not plan.feasible:
+        yield "It does not run as it stands: a budget cannot be met."
+
+
+def _infeasible(plan: RecipePlan, budget: BudgetPlan, table: LatencyTable | None) -> str:
+    assert budget.target is not None
+    counted = budget_cost(plan.model, budget.budget, table)
+    ways = [f"{choice} in axes.{axis}" for axis, choice in budget.choices.items()]
+    remedy = f"; {_joined(ways, 'or')} would make room" if ways else ""
+    return (
+        f"budget {budget.budget.name} cannot be met: the smallest subnet has {counted.text(budget.cost)}, "
+        f"{counted.text(budget.cost - budget.target)} above it{remedy}, or raise the budget."
+    )
+
+
+def _unfit(plan: RecipePlan, planned: StagePlan, mesh: MeshPlan) -> str:
+    where = f"{planned.stage.name} on {mesh.gpus:,} GPU{'s' * (mesh.gpus > 1)}"
+    if mesh.micro_steps is None:
+        problem = f"{planned.stage.batch_size:,} sequences do not divide into micro-batches for all"
+    else:
+        problem = f"{human_bytes(mesh.memory.total)} are needed and {human_bytes(plan.accelerator.usable)} are there"
+    ways = [_change(planned, mesh, change) for change in mesh.changes]
+    return f"{where}: {problem}. " + (f"It fits with {_joined(ways, 'or')}." if ways else "Nothing here would help.")
+
+
+def _change(planned: StagePlan, mesh: MeshPlan, change: Change) -> str:
+    stage, parts = planned.stage, []
+    if change.recompute != stage.recompute:
+        parts.append("recompute: true")
+    if change.micro_batch_size != stage.micro_batch_size:
+        parts.append(f"micro_batch_size: {change.micro_batch_size}")
+    if change.sequence_length != stage.sequence_length:
+        parts.append(f"sequence_length: {change.sequence_length}")
+    if change.gpus != mesh.gpus:
+        parts.append(f"{change.gpus:,} GPU{'s' * (change.gpus > 1)}")
+    return f"{_joined(parts)} ({human_bytes(change.memory)})"
+
+
+def _joined(parts: Sequence[str], last: str = "and") -> str:
+    return f" {last} ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))

@@ -1,0 +1,52 @@
+"""What `elastic profile` measures, and how it shows it."""
+
+from pathlib import Path
+
+from elastic_core.cost import LatencyCost, LatencyTable, TimedLayer
+from elastic_core.files.checkpoint import read_config, read_family
+from elastic_core.geometry import ATTENTION, FFN, MAMBA, Axes, ModelConfig
+from elastic_core.subnet import full_subnet, smallest_subnet
+from flows.commands.plan import teacher_geometry
+from flows.commands.recipes import load_recipe
+from flows.commands.terminal import text_table, wide_console
+
+PARTS = {MAMBA: ("Mamba-2", "heads"), ATTENTION: ("attention", "heads"), FFN: ("FFN", "neurons")}
+
+
+def profiled(source: Path) -> tuple[ModelConfig, Axes]:
+    """The geometry and the (bound) axes of a recipe or an elastic checkpoint."""
+    if source.is_dir():
+        model = read_config(source)
+        return model, read_family(source).axes.bind(model)
+    recipe = load_recipe(source)
+    model = teacher_geometry(recipe)
+    return model, recipe.axes.bind(model)
+
+
+def print_table(table: LatencyTable, axes: Axes) -> None:
+    """Print what each part takes at its largest and at its smallest, and a whole step."""
+    rows = []
+    for kind, (name, widths) in PARTS.items():
+        timed = [layer for layer in table.layers if layer.kind == kind]
+        if timed:  # every axis falls from its largest choice
+            rows.append(_row(name, *(f"{_size(t, widths)}: {_time(t.nanoseconds)}" for t in (timed[0], timed[-1]))))
+    ends = (axes.hidden[0], axes.hidden[-1])
+    rows.append(_row("embedding, head", *(f"{hidden}: {_time(table.fixed[hidden])}" for hidden in ends)))
+    counted = LatencyCost(model=table.model, fixed_times=table.fixed, times=table.times)
+    smallest = smallest_subnet(table.model, axes, range(table.model.num_layers))
+    steps = (counted.of(subnet) for subnet in (full_subnet(table.model), smallest))
+    rows.append(_row("decoding step", *map(_time, steps)))
+    wide_console().print(text_table(rows, f"{table.device}, {table.serving}"))
+
+
+def _row(part: str, largest: str, smallest: str) -> dict[str, str]:
+    return {"part": part, "largest": largest, "smallest": smallest}
+
+
+def _size(layer: TimedLayer, widths: str) -> str:
+    head_dim = f" x {layer.mamba_head_dim}" if layer.kind == MAMBA else ""
+    return f"{layer.hidden}, {layer.width} {widths}{head_dim}"
+
+
+def _time(nanoseconds: int) -> str:
+    return f"{nanoseconds / 1e6:.3f} ms"

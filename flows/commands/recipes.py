@@ -1,0 +1,104 @@
+"""A recipe file, with overrides from the command line, as a `Recipe`."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BeforeValidator
+
+from elastic_core.recipe import Recipe
+from elastic_core.schema import build
+
+
+def checked(cls: type) -> BeforeValidator:
+    """An annotation for a flow's parameter: built as strictly as a recipe file; pydantic alone makes 1 of true."""
+    return BeforeValidator(partial(build, cls))
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe; `overrides` are `dotted.key=value`, such as `stages.0.steps=100`.
+
+    Relative paths in a recipe are relative to its file. ValueError, one line, names the file and the setting at fault.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not text in UTF-8; name a recipe such as infra/recipes/tiny.yaml") from error
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}); name a recipe such as infra/recipes/tiny.yaml"
+        ) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{path}{where}: is not YAML ({_problem(error)})") from error
+    if not isinstance(data, dict):
+        raise ValueError(
+            f"{path}: is not a recipe; expected a mapping with family, teacher, data, axes, budgets, stages"
+        )
+    for override in overrides:
+        _apply(data, override)
+    _anchor(data, path.absolute().parent)
+    try:
+        return build(Recipe, data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _apply(data: Any, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ValueError(f"override {override!r} is not key=value, such as stages.0.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: the value is not YAML ({_problem(error)})") from error
+    *parents, last = key.split(".")
+    for part in parents:
+        data = _enter(data, part, key)
+        if not isinstance(data, dict | list):
+            raise ValueError(f"override {key}: {part} is a value and has no settings below it")
+    if isinstance(data, list):
+        data[_index(data, last, key)] = value
+    else:
+        data[last] = value
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    return getattr(error, "problem", None) or "unreadable"
+
+
+def _enter(data: Any, part: str, key: str) -> Any:
+    if isinstance(data, list):
+        return data[_index(data, part, key)]
+    return data.setdefault(part, {})
+
+
+def _index(data: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(data):
+        raise ValueError(f"override {key}: {part!r} is not a position in a list of {len(data)}; they count from 0")
+    return int(part)
+
+
+def _anchor(data: dict[str, Any], directory: Path) -> None:
+    """Make the paths that are relative to the recipe absolute; Hub names and URIs stay."""
+
+    def anchored(path: Any) -> Any:
+        if not isinstance(path, str) or "://" in path or Path(path).is_absolute():
+            return path
+        return str(directory / path)
+
+    sources = data.get("data", {}).get("sources", []) if isinstance(data.get("data"), dict) else []
+    for source in sources if isinstance(sources, list) else []:
+        if isinstance(source, dict) and "path" in source:
+            source["path"] = anchored(source["path"])
+    if "latency_table" in data:
+        data["latency_table"] = anchored(data["latency_table"])
+    evaluation = data.get("evaluation")
+    if isinstance(evaluation, dict) and "problems" in evaluation:
+        evaluation["problems"] = anchored(evaluation["problems"])
+    teacher = data.get("teacher")
+    if isinstance(teacher, dict) and isinstance(teacher.get("path"), str) and (directory / teacher["path"]).exists():
+        teacher["path"] = anchored(teacher["path"])

@@ -1,0 +1,205 @@
+"""What a Prefect server holds of this project: work pools, deployments and automations.
+
+`elastic up` puts them there; infra/prefect.yaml says the same to `prefect deploy` for a server of one's own.
+"""
+
+import argparse
+import inspect
+import sys
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from prefect.automations import AutomationCore, EventTrigger, Posture
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, StateType
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.deployments.runner import RunnerDeployment
+from prefect.events import DeploymentEventTrigger
+from prefect.events.actions import ChangeFlowRunState
+from prefect.exceptions import ObjectNotFound
+from prefect.flows import Flow, load_flow_from_entrypoint
+from prefect.states import Crashed
+from prefect.types.entrypoint import EntrypointType
+
+from elastic_core.recipe import Recipe
+from elastic_core.schema import to_dict
+from flows.commands.recipes import load_recipe
+from flows.retrain import UNCHANGED
+from flows.serving.services import HEARTBEAT
+from tasks.running.gpu import DEPLOYMENT_VARIABLE
+
+# So many runs of a pool at once: a run on the gpu pool has all devices of its worker's machine to itself.
+POOLS = {"cpu": None, "gpu": 1}
+GPU_STEP = "gpu-step/gpu"
+NIGHTLY = "0 3 * * *"
+SILENCE = timedelta(seconds=90)  # three heartbeats
+
+FLOWS = ["elastify", "retrain", "export", "evaluate", "gpu-step"]
+FINAL_EVENTS = {f"prefect.flow-run.{name}" for name in ("Completed", UNCHANGED, "Failed", "Cancelled", "Crashed")}
+BEAT, CRASHED = "prefect.flow-run.heartbeat", "prefect.flow-run.Crashed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """A flow, by its module path, that a pool's workers run; on a `schedule` (cron) there is one such run at a time."""
+
+    entrypoint: str
+    name: str
+    pool: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    schedule: str | None = None
+    rerun: bool = True
+
+    def apply(self) -> None:
+        """Create it on the server, or bring it up to date."""
+        flow: Flow[..., Any] = load_flow_from_entrypoint(self.entrypoint, use_placeholder_flow=False)
+        one_at_a_time = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
+        RunnerDeployment.from_flow(
+            flow,
+            name=self.name,
+            cron=self.schedule,
+            concurrency_limit=one_at_a_time if self.schedule else None,
+            parameters=self.parameters,
+            triggers=[self.rerun_crashed(flow.name, list(inspect.signature(flow.fn).parameters))] if self.rerun else [],
+            description=inspect.getdoc(flow.fn),
+            work_pool_name=self.pool,
+            job_variables={"env": {**HEARTBEAT, **self.environment}},
+            entrypoint_type=EntrypointType.MODULE_PATH,
+        ).apply()
+
+    def rerun_crashed(self, flow: str, parameters: list[str]) -> DeploymentEventTrigger:
+        """The automation that starts a run again, with what it was given, when its process is gone."""
+        return DeploymentEventTrigger(
+            name=f"run a crashed {flow}/{self.name} again",
+            expect={CRASHED},
+            match_related=[
+                {"prefect.resource.role": "flow", "prefect.resource.name": flow},
+                {"prefect.resource.role": "deployment", "prefect.resource.name": self.name},
+            ],
+            parameters={name: f"{{{{ flow_run.parameters['{name}'] }}}}" for name in parameters},
+        )
+
+
+def deployments(recipe: Recipe, schedule: str = NIGHTLY) -> tuple[Deployment, ...]:
+    """All of them; `recipe` is what the forms of `elastify` and `retrain` begin with."""
+    on_gpu_pool = {DEPLOYMENT_VARIABLE: GPU_STEP}
+    given = {"recipe": to_dict(recipe)}
+    return (
+        Deployment(
+            entrypoint="flows.elastify.elastify",
+            name=recipe.family,
+            pool="cpu",
+            parameters=given,
+            environment=on_gpu_pool,
+        ),
+        Deployment(
+            entrypoint="flows.retrain.retrain",
+            name=recipe.family,
+            pool="cpu",
+            parameters={**given, "force": False},
+            environment=on_gpu_pool,
+            schedule=schedule,
+        ),
+        Deployment(
+            entrypoint="flows.export.export",
+            name="any-family",
+            pool="cpu",
+            parameters={"pad_ffn": False},
+        ),
+        Deployment(
+            entrypoint="flows.evaluation.evaluation",
+            name="any-model",
+            pool="gpu",
+            parameters={"settings": {"sequence_length": 1024}},
+        ),
+        # Whoever waits for such a step starts it again.
+        Deployment(entrypoint="flows.serving.gpu_step.gpu_step", name="gpu", pool="gpu", rerun=False),
+    )
+
+
+def recipe_parameter(path: str) -> dict[str, Any]:
+    """A step of prefect.yaml: a recipe as the value of a parameter."""
+    return {"recipe": to_dict(load_recipe(Path(path)))}
+
+
+def apply_all(recipe: Recipe, schedule: str, *, fresh: bool) -> None:
+    """Pools, deployments and automations, new or brought up to date.
+
+    `fresh` says that no worker of this server can be alive: runs that it believes running are crashed, and so begin
+    again.
+    """
+    with get_client(sync_client=True) as client:
+        for pool, limit in POOLS.items():
+            ensure_pool(client, pool, limit)
+        for deployment in deployments(recipe, schedule):
+            deployment.apply()
+        ensure_automation(client, lost_runs())
+        if fresh:
+            crash_orphans(client)
+
+
+def ensure_pool(client: SyncPrefectClient, name: str, limit: int | None) -> None:
+    """A process pool; one that is there keeps the type and the limit that its owner gave it."""
+    try:
+        client.read_work_pool(name)
+    except ObjectNotFound:
+        client.create_work_pool(WorkPoolCreate(name=name, type="process", concurrency_limit=limit))
+
+
+def lost_runs() -> AutomationCore:
+    """A run that was heard of, and then neither beats nor ends, is crashed: that frees its place in the pool."""
+    return AutomationCore(
+        name="elastic: runs that fell silent have crashed",
+        trigger=EventTrigger(
+            match={"prefect.resource.id": "prefect.flow-run.*"},
+            match_related={"prefect.resource.role": "flow", "prefect.resource.name": FLOWS},
+            for_each={"prefect.resource.id"},
+            after={BEAT},
+            expect={BEAT, *FINAL_EVENTS},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=SILENCE,
+        ),
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message="no sign of life from its process")],
+    )
+
+
+def ensure_automation(client: SyncPrefectClient, wanted: AutomationCore) -> None:
+    found = client.read_automations_by_name(wanted.name)
+    if found:
+        client.update_automation(found[0].id, wanted)
+    else:
+        client.create_automation(wanted)
+
+
+def crash_orphans(client: SyncPrefectClient) -> None:
+    """Crash the runs that workers left behind when they and the server ended together."""
+    going_on = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
+    for run in client.read_flow_runs(
+        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=going_on)))
+    ):
+        if run.deployment_id or run.parent_task_run_id:
+            client.set_flow_run_state(run.id, Crashed(message="`elastic up` was stopped while it ran"), force=True)
+
+
+def main() -> None:
+    """Apply everything to the server of PREFECT_API_URL."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--schedule", default=NIGHTLY)
+    parser.add_argument("--fresh", action="store_true")
+    given = parser.parse_args()
+    try:
+        CronSchedule(cron=given.schedule)
+    except ValueError:
+        sys.exit(f"--schedule {given.schedule!r} is not a cron expression, such as '{NIGHTLY}'")
+    apply_all(load_recipe(given.recipe), given.schedule, fresh=given.fresh)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""One step of another run, done by a worker that has a GPU."""
+
+import typing
+from typing import Any
+from uuid import UUID
+
+from prefect import flow
+
+from elastic_core.schema import build
+from flows.serving.failures import explain_failure
+from flows.serving.guard import guard_run
+from tasks import distill, evaluate, rank, teacher  # noqa: F401 - each adds its steps to those that need a GPU
+from tasks.running.gpu import shown_on
+from tasks.running.steps import ON_GPU, run
+
+
+@flow(name="gpu-step", on_failure=[explain_failure])
+def gpu_step(step: str, inputs: dict[str, Any], show_on: UUID | None = None) -> None:
+    """Do a step that the pipeline sends here; its result goes to the cache that both share.
+
+    Args:
+        step: The name of the step.
+        inputs: What the step is given, by name.
+        show_on: The run on whose page the step's progress appears.
+    """
+    guard_run()
+    if step not in ON_GPU:
+        raise ValueError(f"step {step!r} is not one of {', '.join(ON_GPU)}; the worker and the run differ in version")
+    task = ON_GPU[step]
+    hints = typing.get_type_hints(task.fn)
+    shown_on.set(show_on)
+    run(task, **{name: build(hints[name], value, f"{step}.{name}") for name, value in inputs.items()})

@@ -1,0 +1,54 @@
+"""What a flow sees to before anything else where a worker runs it."""
+
+import logging
+import os
+from datetime import UTC, datetime, timedelta
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId, FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.context import FlowRunContext
+from prefect.settings import get_current_settings
+
+from elastic_core.training.job import die_with_parent
+from tasks.settings import ServiceError
+
+# So many, one after the other, are a crash loop; over a longer time they may be machines that were taken away.
+MOST_CRASHES, WITHIN = 5, timedelta(days=1)
+
+
+def guard_run() -> None:
+    """End with the worker, so that nobody believes a run dead that goes on; and begin no run that only crashes."""
+    if "PREFECT__FLOW_RUN_ID" in os.environ:  # Prefect's own, for the process of a run
+        die_with_parent()
+        _show_our_lines()
+    _refuse_crash_loop()
+
+
+def _show_our_lines() -> None:
+    """Give our loggers Prefect's level; it gives those that it is told of its handler alone, and they stay silent."""
+    settings = get_current_settings().logging
+    for name in settings.extra_loggers or ():
+        logging.getLogger(name).setLevel(settings.level)
+
+
+def _refuse_crash_loop() -> None:
+    """ServiceError where the runs of this deployment crash one after the other, so that they are not begun for ever."""
+    context = FlowRunContext.get()
+    this = context.flow_run if context is not None else None
+    if this is None or this.deployment_id is None:
+        return
+    with get_client(sync_client=True) as client:
+        last = client.read_flow_runs(
+            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[this.deployment_id])),
+            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(not_any_=[this.id])),
+            sort=FlowRunSort.START_TIME_DESC,
+            limit=MOST_CRASHES,
+        )
+    since = datetime.now(UTC) - WITHIN
+    crashed = [run for run in last if run.state and run.state.is_crashed() and run.state.timestamp > since]
+    if len(crashed) == MOST_CRASHES:
+        raise ServiceError(
+            f"the last {MOST_CRASHES} runs crashed within a day, so this one is not begun; see their logs and the "
+            "machine's memory, then start a run to go on"
+        )

@@ -1,0 +1,48 @@
+"""What a run leaves on its page in Prefect: links while it goes on; the table, the plots and the names at its end."""
+
+import base64
+from pathlib import Path
+
+from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact
+
+from tasks import tracking
+from tasks.promote import Verdict
+from tasks.records import EvaluationRecord, Release
+from tasks.reporting.summary import markdown_table, summary_table
+from tasks.settings import Settings
+
+
+def link_curves(settings: Settings, run_id: str) -> None:
+    """A link to the run in MLflow, where the curves grow."""
+    if url := tracking.run_url(settings.tracking_uri, run_id):
+        create_link_artifact(key="mlflow-run", link=url, link_text="Curves in MLflow", description="Run in MLflow")
+
+
+def show_outcome(settings: Settings, evaluation: EvaluationRecord, release: Release, verdict: Verdict) -> None:
+    """The budget table with the registered names, and the report's plots."""
+    key = f"family-{release.family.lower().replace('_', '-')}"
+    models = "\n".join(f"- {model_link(settings, model)}" for model in release.models.values())
+    curves = tracking.run_url(settings.tracking_uri, release.run_id)
+    create_markdown_artifact(
+        key=key,
+        description=f"{release.family} {release.version}",
+        markdown="\n\n".join(
+            [
+                markdown_table(summary_table(evaluation)),
+                f"Registered from `{release.uri}`:",
+                models,
+                verdict.reason,
+                f"[Run in MLflow]({curves})" if curves else f"MLflow run `{release.run_id}`",
+            ]
+        ),
+    )
+    for plot in sorted(Path(release.report).parent.glob("*.png")):
+        # In the artifact itself: the bucket is private, and a signed address would end.
+        image = f"data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}"
+        create_image_artifact(image_url=image, key=f"{key}-{plot.stem}", description=f"{release.family}: {plot.stem}")
+
+
+def model_link(settings: Settings, model: str) -> str:
+    """A registered version, NAME:VERSION, in Markdown: with the address of its page where it has one."""
+    url = tracking.model_url(settings.tracking_uri, model)
+    return f"[{model}]({url})" if url else f"`{model}`"

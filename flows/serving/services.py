@@ -1,0 +1,172 @@
+"""The services that `elastic run` brings along: an S3 server, SQLite for MLflow and Prefect, all in one directory.
+
+What the environment already names (an S3 endpoint or bucket, MLFLOW_TRACKING_URI, PREFECT_API_URL) is used instead,
+and so is what `elastic up` has running in the same directory.
+"""
+
+import fcntl
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+from flows.serving.running import Running, read_running
+from flows.serving.servers import QUIET, START_SECONDS, ObjectStore, PrefectServer, answers, free_ports
+from tasks.artifacts import check_bucket, ensure_bucket
+from tasks.settings import BUCKET, ENDPOINT, ENDPOINT_S3, HOME, TRACKING_URI, ServiceError, Settings
+
+PREFECT_API = "PREFECT_API_URL"
+RESULTS = "PREFECT_LOCAL_STORAGE_PATH"
+HEARTBEAT = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}  # seconds; an automation takes a silent run for dead
+
+# Credentials of another place would be sent along with ours, or looked up before them.
+FOREIGN = ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_DEFAULT_PROFILE")
+
+
+@contextmanager
+def embedded_services(home: Path, *, share: bool = False, prefect: bool = False) -> Iterator[dict[str, str]]:
+    """Start what os.environ does not name, set its variables for the duration, and stop it on any way out.
+
+    Prefect's server is started only where it is asked for; readers of the registry do without.
+
+    Yields the variables that were set. One command at a time owns `home`: a second uses the servers of `elastic up`,
+    or with `share` (readers) those of any owner for as long as they run, and is refused with a ServiceError otherwise.
+    """
+    home = home.absolute()
+    with owned(home) as owner, ExitStack() as stack:
+        running = None if owner else read_running(home)
+        if not owner and not share and running is None:
+            raise ServiceError(
+                f"another elastic command is using {home}; wait for it, or set {HOME} to another directory"
+            )
+        defined = basic_environment(home)
+        if not os.environ.get(TRACKING_URI):
+            defined |= tracking_environment(home)
+        server = None
+        if running is not None:
+            defined |= {name: value for name, value in running.environment.items() if not os.environ.get(name)}
+        elif prefect and not os.environ.get(PREFECT_API):
+            server = PrefectServer(home / "prefect", home / "logs", free_ports(1)[0])
+            stack.callback(server.stop)
+            server.start()
+            defined |= server.environment()
+        if names_a_store():
+            stack.enter_context(applied(defined))
+        else:
+            store = ObjectStore(home / "s3", home / "logs")
+            served = start_store(store, stack) if owner else _borrowed(store, running)
+            stack.enter_context(applied(defined | served, removed=FOREIGN))
+            defined |= served
+            make_bucket()
+        if server is not None:
+            server.wait()
+        yield defined
+
+
+def basic_environment(home: Path) -> dict[str, str]:
+    """What every process of ours is to have: the state directory, where results go, a heartbeat, and no telemetry."""
+    wanted = {**QUIET, **HEARTBEAT, RESULTS: str(home / "prefect" / "storage")}
+    return {name: value for name, value in wanted.items() if not os.environ.get(name)} | {HOME: str(home)}
+
+
+def tracking_environment(home: Path) -> dict[str, str]:
+    """MLflow on a SQLite file, with no server process."""
+    return {TRACKING_URI: f"sqlite:///{home}/mlflow.db"}
+
+
+def names_a_store() -> bool:
+    """Whether the environment says which object store to use; on AWS a bucket is enough."""
+    return any(os.environ.get(name) for name in (ENDPOINT_S3, ENDPOINT, BUCKET))
+
+
+def start_store(store: ObjectStore, stack: ExitStack) -> dict[str, str]:
+    """Start it, for as long as the stack lasts, and return what its clients need to know."""
+    stack.callback(store.stop)
+    store.start()
+    return store.environment() | _without_proxy()
+
+
+def make_bucket() -> None:
+    """Make the bucket of the environment; return when it can store and give, a moment after SeaweedFS first answers."""
+    settings = Settings.from_environment()
+    ensure_bucket(settings)
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            return check_bucket(settings)
+        except ServiceError as error:
+            if not error.transient or time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+@contextmanager
+def owned(home: Path) -> Iterator[bool]:
+    """Whether this process got the home directory's lock, which its end frees; SIGTERM leaves as Ctrl-C does."""
+    home.mkdir(parents=True, exist_ok=True)
+    with _terminate_gracefully(), (home / "lock").open("ab") as file:
+        owner = True
+        try:
+            # Not flock: a forked worker that outlives us would keep that one.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = False
+        yield owner
+
+
+@contextmanager
+def _terminate_gracefully() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does, so that what was started is stopped."""
+
+    def terminate(_signum: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def applied(defined: Mapping[str, str], removed: Sequence[str] = ()) -> Iterator[None]:
+    """Set and remove variables of os.environ for the duration."""
+    before = {name: os.environ.get(name) for name in (*defined, *removed)}
+    for name in removed:
+        os.environ.pop(name, None)
+    os.environ.update(defined)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _borrowed(store: ObjectStore, running: Running | None) -> dict[str, str]:
+    """The owner's server, which may be about to come up."""
+    if running is not None and not any(service.where == store.url for service in running.services):
+        raise ServiceError("`elastic up` stores in the S3 of its own environment; set the same variables here")
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        with suppress(FileNotFoundError):
+            if answers(store.url):
+                return store.environment() | _without_proxy()
+        time.sleep(0.1)
+    raise ServiceError(f"the command that uses {store.directory.parent} has no object store up; wait for it to end")
+
+
+def _without_proxy() -> dict[str, str]:
+    """Keep a configured HTTP proxy from taking requests for this machine."""
+    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    hosts = ",".join(filter(None, (known, "127.0.0.1", "localhost")))
+    return {"no_proxy": hosts, "NO_PROXY": hosts}

@@ -1,0 +1,260 @@
+"""Read documents from wherever a recipe's sources are: files, S3, the Hub, or Python's own standard library.
+
+Text, JSONL (also gzipped) and Parquet are read by `datasets`, streaming. A document is text or the messages of a chat.
+"""
+
+import glob
+import hashlib
+import json
+import logging
+import os
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+from datasets import IterableDataset, load_dataset
+
+from elastic_core.recipe import DataSource
+
+STDLIB = "stdlib://"
+SUFFIXES = {
+    "text": (".txt", ".text", ".md", ".rst", ".py"),
+    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "parquet": (".parquet",),
+}
+NOT_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
+ROWS_PER_READ = 1024
+
+# Downloads an s3:// object or prefix to a path inside a directory that does not exist yet, and returns that path.
+Fetch = Callable[[str, Path], Path]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Text, or the messages of a chat, and the place it was read from."""
+
+    content: str | list[Row]
+    where: str
+
+    def digest(self) -> bytes:
+        """SHA-256 of the content, whatever file, format or place it came from."""
+        text = self.content if isinstance(self.content, str) else json.dumps(self.content, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).digest()
+
+
+def iter_documents(source: DataSource, *, fetch: Fetch, directory: Path) -> Iterator[Document]:
+    """The documents of a source, in a fixed order; rows with empty content are passed over.
+
+    `directory` takes what has to be fetched, and the lock files of `datasets`; it can go when the iterator ends.
+    ValueError names the file, the row and the remedy.
+    """
+    cache_dir = str(directory / "cache")
+    if source.path.startswith("hf://"):
+        rows = _hub_rows(source, cache_dir)
+    else:
+        rows = _file_rows(source, source_files(source, fetch=fetch, directory=directory), cache_dir)
+    documents = (Document(_content(row, source, where), where) for where, row in rows)
+    yield from islice((document for document in documents if document.content), source.max_documents)
+
+
+# --- files ---
+
+
+def source_files(source: DataSource, *, fetch: Fetch, directory: Path) -> dict[str, Path]:
+    """The local files of a source that is not on the Hub, in order, by the names that users know them by."""
+    if source.path == STDLIB:
+        return {str(file): file for file in _stdlib_files()}
+    if not source.path.startswith("s3://"):
+        return {str(file): file for file in _local_files(source, Path(source.path).expanduser())}
+    root = fetch(source.path, directory / "fetched")
+    if root.is_file():
+        return {source.path: root}
+    prefix = source.path.rstrip("/")
+    return {f"{prefix}/{file.relative_to(root).as_posix()}": file for file in _local_files(source, root)}
+
+
+def digest_files(files: Iterable[Path]) -> str:
+    """SHA-256 over the SHA-256 of each file, in order: it changes with any content, not with names or places."""
+    total = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def _local_files(source: DataSource, path: Path) -> list[Path]:
+    """A file, the data files below a directory, or what matches a glob."""
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        wanted = SUFFIXES if source.format == "auto" else (source.format,)
+        below = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
+        files = sorted(file for file in below if _format_of(file) in wanted and file.is_file())
+        known = ", ".join(suffix for name in wanted for suffix in SUFFIXES[name])
+        problem = f"the directory holds no data file ({known})"
+    else:
+        files = sorted(Path(found) for found in glob.glob(str(path), recursive=True) if os.path.isfile(found))
+        problem = "no file matches" if glob.has_magic(str(path)) else "no such file or directory"
+    if not files:
+        raise ValueError(f"{source.path}: {problem}; correct the path in data.sources")
+    return files
+
+
+def _stdlib_files() -> list[Path]:
+    """The standard library's own modules, less its tests: real text that every machine has."""
+    found: list[Path] = []
+    for directory, below, names in os.walk(sysconfig.get_path("stdlib")):
+        below[:] = [name for name in below if name not in NOT_LIBRARY]
+        found += [Path(directory, name) for name in names if name.endswith(".py")]
+    return [file for file in sorted(found) if _is_text(file)]
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return True
+
+
+def _format_of(path: Path) -> str | None:
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    return next((name for name, suffixes in SUFFIXES.items() if suffix.lower() in suffixes), None)
+
+
+# --- rows ---
+
+
+def _file_rows(source: DataSource, files: dict[str, Path], cache_dir: str) -> Iterator[tuple[str, Row]]:
+    """Where each row stands, and the row. A text file is one row."""
+    formats = {_format_of(file) for file in files.values()} if source.format == "auto" else {source.format}
+    if len(formats) > 1 or None in formats:
+        found = ", ".join(sorted({file.suffix or file.name for file in files.values()}))
+        raise ValueError(f"{source.path}: cannot tell one format by the names ({found}); set format or name one kind")
+    # The loaders log as errors, on lines of their own, what is raised here as one line.
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)
+    text_reader = partial(IterableDataset.from_text, encoding="utf-8-sig", cache_dir=cache_dir)
+    match formats.pop():
+        case "text":
+            # One reader for all of them: opening a reader takes longer than reading a small file.
+            rows = iter(text_reader([_literal(file) for file in files.values()], sample_by="document"))
+            for name in files:
+                with _naming(name):
+                    text = next(rows)["text"]
+                yield name, {source.field: text}
+        case "jsonl":
+            # Line by line, because the JSON reader holds every row to the columns and types of the first ones.
+            for name, file in files.items():
+                for number, line in _numbered(name, file, partial(text_reader, sample_by="line")):
+                    where = f"{name} line {number}"
+                    if line["text"].strip():
+                        yield where, _parse(line["text"], where)
+        case _:
+            reader = partial(IterableDataset.from_parquet, batch_size=ROWS_PER_READ, cache_dir=cache_dir)
+            for name, file in files.items():
+                for number, row in _numbered(name, file, reader):
+                    yield f"{name} row {number}", row
+
+
+def _numbered(name: str, file: Path, reader: Callable[[str], IterableDataset]) -> Iterator[tuple[int, Row]]:
+    """The rows of one file, from 1."""
+    with _naming(name):
+        if not file.stat().st_size:
+            raise ValueError("the file is empty")
+        rows = iter(reader(_literal(file)))
+    for number in count(1):
+        with _naming(name):
+            row = next(rows, None)
+        if row is None:
+            return
+        yield number, row
+
+
+def _parse(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+        if "\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON ({error.msg}, column {error.colno}); mend or remove it") from error
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} holds half a surrogate pair, which is no character; mend or remove it") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is not a JSON object, of which JSONL holds one a line; mend or remove it")
+    return row
+
+
+def _literal(file: Path) -> str:
+    """A path that `datasets`, which takes every path for a glob, finds whatever characters are in it."""
+    return glob.escape(str(file.absolute()))
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Names the file in whatever is wrong with its content; a fault of the disk, which has a number, stays itself."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(f"{name}: {first_line(error)}; mend or remove it") from error
+
+
+def _hub_rows(source: DataSource, cache_dir: str) -> Iterator[tuple[str, Row]]:
+    """The rows of `hf://org/name[/config][@revision]`, streamed."""
+    name, _, revision = source.path.removeprefix("hf://").partition("@")
+    org, _, rest = name.partition("/")
+    repository, _, subset = rest.partition("/")
+    if not org or not repository:
+        raise ValueError(f"{source.path}: a Hub dataset is hf://org/name or hf://org/name/config; correct the path")
+    try:
+        rows = load_dataset(
+            f"{org}/{repository}",
+            subset or None,
+            split=source.split,
+            revision=revision or None,
+            streaming=True,
+            cache_dir=cache_dir,
+        )
+    except ValueError as error:
+        raise ValueError(f"{source.path}: {first_line(error)}; correct it in data.sources") from error
+    for number, row in enumerate(rows, 1):
+        yield f"{source.path} row {number}", row
+
+
+def _content(row: Row, source: DataSource, where: str) -> str | list[Row]:
+    messages = row.get(source.messages_field)
+    if messages is not None:
+        if not _is_chat(messages):
+            raise ValueError(
+                f"{where}: {source.messages_field!r} is not a list of messages with roles; mend or remove it"
+            )
+        # Readers of columns give every message the keys of all others; those that a message did not have are None.
+        return [{key: value for key, value in message.items() if value is not None} for message in messages]
+    text = row.get(source.field)
+    if isinstance(text, str):
+        return text
+    if text is not None:
+        raise ValueError(f"{where}: {source.field!r} holds {type(text).__name__}, not text; mend it or set field")
+    present = ", ".join(repr(key) for key, value in row.items() if value is not None) or "nothing"
+    raise ValueError(
+        f"{where} has neither {source.field!r} nor {source.messages_field!r}, but {present}; "
+        "mend it, or set the source's field or messages_field"
+    )
+
+
+def _is_chat(messages: Any) -> bool:
+    return isinstance(messages, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, for libraries that write paragraphs."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

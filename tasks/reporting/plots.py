@@ -1,0 +1,511 @@
+"""The plots of a run's report: quality against size, loss, the router's choices, storage, the subnets' anatomy.
+
+A plot is drawn once in the light theme; its PNG keeps that theme, and in the page its colours become CSS variables, so
+that one drawing serves light and dark.
+"""
+
+import io
+import logging
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from markupsafe import Markup
+
+from elastic_core.geometry import ATTENTION, FFN, MAMBA, Axes, ModelConfig
+from elastic_core.recipe import Recipe
+from elastic_core.subnet import Subnet, full_subnet
+from tasks.records import BudgetEvaluation, EvaluationRecord
+from tasks.reporting.history import Pick, StageHistory
+from tasks.reporting.summary import above_teacher, human_bytes, human_count, percent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes as Panel
+    from matplotlib.figure import Figure
+
+AXIS_TITLES = {
+    "hidden": "hidden channels",
+    "ffn": "FFN neurons",
+    "mamba_heads": "Mamba heads",
+    "mamba_head_dim": "Mamba head channels",
+    "attention_heads": "attention heads",
+    "depth": "layers",
+}
+KIND_TITLES = {MAMBA: "Mamba-2", FFN: "FFN", ATTENTION: "attention"}
+
+# Names of CSS variables, each with its colour in the light and in the dark theme. c0, c1, ... are the budgets', from
+# the largest; the first four stay apart under every colour blindness (at least 15 in CIELAB), on both grounds.
+THEME = {
+    "ink": ("#1b2430", "#e6ebf1"),
+    "muted": ("#5b6776", "#9ba8b7"),
+    "line": ("#dce2e9", "#333d49"),
+    "pale": ("#eef1f5", "#222a34"),
+    "ground": ("#ffffff", "#15191f"),
+    "c0": ("#1a6fc4", "#4f9cf9"),
+    "c1": ("#e8590c", "#ff7a1a"),
+    "c2": ("#5a1846", "#f5c2e7"),
+    "c3": ("#00916e", "#2fbf8f"),
+    "c4": ("#d14d9e", "#c24fb0"),
+    "c5": ("#8a6d00", "#d9bb4a"),
+}
+INK, MUTED, LINE, PALE, GROUND = (THEME[name][0] for name in ("ink", "muted", "line", "pale", "ground"))
+MARKERS = "osD^vP"
+DASHES = (0, (4, 3))
+DOT = {"linestyle": "none", "markeredgecolor": GROUND, "clip_on": False, "zorder": 5}
+
+COLUMN, WIDE = 5.2, 11.0  # widths of a plot in inches: half the page, or all of it
+SMOOTHING = 0.03  # a smoothed line averages this share of its stage's steps
+
+
+# The run
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """All that a report tells of; `budgets` are the evaluated ones from the largest to the smallest."""
+
+    recipe: Recipe
+    model: ModelConfig
+    axes: Axes
+    layer_ranking: Sequence[int]
+    evaluation: EvaluationRecord
+    budgets: Sequence[BudgetEvaluation]
+    subnets: Mapping[str, Subnet]
+    stages: Sequence[StageHistory]
+
+    @property
+    def colours(self) -> dict[str, str]:
+        """The theme's name for each budget's colour."""
+        return {budget.budget: f"c{i % len(MARKERS)}" for i, budget in enumerate(self.budgets)}
+
+    def style(self, budget: str) -> dict[str, Any]:
+        """How a budget's lines and markers are drawn; larger budgets bolder, so that they show behind smaller ones."""
+        index = list(self.colours).index(budget) % len(MARKERS)
+        colour = THEME[self.colours[budget]][0]
+        return {
+            "color": colour,
+            "marker": MARKERS[index],
+            "markersize": max(7, 9 - index),
+            "linewidth": 2 - 0.15 * index,
+        }
+
+    def size(self, budget: str, axis: str) -> float:
+        """The size of a budget's subnet on an axis, averaged over its layers, as the router's metrics are."""
+        value = getattr(self.subnets[budget], axis)
+        return sum(value) / max(1, len(value)) if isinstance(value, tuple) else value
+
+    def storage(self) -> dict[str, dict[str, int]]:
+        """Bytes of the family's weights by way of storing them, and in each by what holds them."""
+        sizes = {budget.budget: budget.weight_bytes for budget in self.budgets}
+        largest = self.budgets[0]
+        shells, inner = {}, 0
+        for name, size in reversed(sizes.items()):
+            shells[name], inner = max(0, size - inner), max(size, inner)
+        whole = round(largest.weight_bytes / largest.params * self.evaluation.teacher_params)
+        return {"separate checkpoints": sizes, "one elastic checkpoint": {"all sizes": whole}, "nested storage": shells}
+
+
+# The plots
+
+
+@contextmanager
+def _drawing() -> Iterator[None]:
+    """Matplotlib in this report's style, with nothing of the user's, and silent about its caches and missing glyphs."""
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            import matplotlib.style  # late, to be silenced, and because the tables alone do without
+
+            with matplotlib.style.context(STYLE, after_reset=True):
+                yield
+    finally:
+        logger.setLevel(level)
+
+
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": LINE,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.labelcolor": MUTED,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9.5,
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.08,
+    "figure.facecolor": GROUND,
+    "font.size": 9,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "lines.linewidth": 1.6,
+    "path.simplify_threshold": 0.5,
+    "svg.hashsalt": "report",
+    "text.color": INK,
+    "text.parse_math": False,
+    "xtick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.color": LINE,
+    "ytick.labelcolor": MUTED,
+}
+
+
+def draw_all(run: Run, directory: Path) -> list[tuple["Plot", Markup]]:
+    """Every plot that the run has data for: a PNG in `directory`, and the SVG to put in the page."""
+    drawn = []
+    with _drawing():
+        for plot in PLOTS:
+            figure = plot.draw(run)
+            if figure is not None:
+                figure.savefig(directory / f"{plot.name}.png", dpi=180)
+                figure.set_layout_engine("none")  # it is laid out now, and need not be again
+                drawn.append((plot, _svg(figure)))
+    return drawn
+
+
+def _svg(figure: "Figure") -> Markup:
+    """The figure as an <svg> element in the theme's variables, without comments, name spaces and metadata."""
+    buffer = io.StringIO()
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", facecolor="none", metadata=metadata)
+    svg = re.sub(r"<!--.*?-->|\s+xmlns(:xlink)?=\"[^\"]*\"", "", buffer.getvalue(), flags=re.DOTALL)
+    for name, (light, _) in THEME.items():
+        svg = svg.replace(light, f"var(--{name})")
+    return Markup(svg[svg.index("<svg") :])
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height))
+
+
+def _legend(figure: "Figure", panel: "Panel") -> None:
+    """One legend above the figure, with each label once, in as many columns as fit."""
+    handles, labels = panel.get_legend_handles_labels()
+    entries = dict(zip(labels, handles, strict=True))
+    columns = max(1, int(figure.get_figwidth() / (0.5 + 0.07 * max(map(len, labels)))))
+    figure.legend(entries.values(), entries.keys(), loc="outside upper left", ncols=columns, handlelength=1.6)
+
+
+def _count_tick(value: float, _: float) -> str:
+    return human_count(value)
+
+
+def _draw_curves(panel: "Panel", run: Run, stages: Sequence[StageHistory], pick: Pick) -> None:
+    """Each budget's values over the stages, the raw line faint behind its rolling mean, and the stages' names."""
+    for stage, budget in product(stages, run.colours):
+        steps, values = stage.curve(budget, pick)
+        if not len(steps):
+            continue
+        style, width = run.style(budget), max(1, round(SMOOTHING * len(values)))
+        if width > 1:
+            panel.plot(steps, values, color=style["color"], alpha=0.25, linewidth=0.7)
+        lone = {} if len(steps) == 1 else {"marker": None}
+        panel.plot(steps, _rolling_mean(values, width), label=budget, **style | lone)
+    start, end = stages[0].first, stages[-1].end
+    for stage in stages:
+        if stage is not stages[0]:
+            panel.axvline(stage.first - 0.5, color=MUTED, linewidth=0.9, linestyle=DASHES)
+        if (stage.end - stage.first) / (end - start) > 0.023 * len(stage.name):  # there is room for the name
+            where, above = (stage.first - 0.5, 1), panel.get_xaxis_transform()
+            panel.annotate(
+                stage.name, where, (2, 3), xycoords=above, textcoords="offset points", color=MUTED, fontsize=8
+            )
+    panel.set_xlim(start - 0.5, end - 0.5)
+    panel.locator_params(axis="x", integer=True, min_n_ticks=1)
+    panel.xaxis.set_major_formatter(_count_tick)
+
+
+def _rolling_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """The mean of the `width` values around each, of fewer at the ends."""
+    window = np.ones(width)
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def _draw_quality(run: Run) -> "Figure":
+    teacher, loss = run.evaluation.teacher_params, run.evaluation.teacher_cross_entropy
+    sizes = [budget.params for budget in run.budgets]
+    figure = _figure(COLUMN, 5.4)
+    whole, close = figure.subplots(2, 1, sharex=True, height_ratios=(1.15, 1))
+    for panel in (whole, close):
+        panel.axhline(loss, color=INK, linewidth=1, linestyle=DASHES)
+        panel.plot(teacher, loss, "o", color=INK, markersize=14, markerfacecolor="none", clip_on=False, label="teacher")
+        panel.plot(sizes, [budget.cross_entropy for budget in run.budgets], color=MUTED, linewidth=1)
+        for budget in run.budgets:
+            panel.plot(budget.params, budget.cross_entropy, label=budget.budget, **run.style(budget.budget) | DOT)
+        panel.set_ylabel("nats a token")
+    cut = {"color": MUTED, "linewidth": 1.2, "markersize": 7}
+    whole.plot(sizes, [b.cut_cross_entropy for b in run.budgets], "x-", label="cut by importance", **cut)
+    whole.plot(sizes, [b.random_cut_cross_entropy for b in run.budgets], "+:", label="cut at random", **cut)
+    whole.set_title("held-out cross-entropy, trained and cut with no training")
+    for budget in run.budgets:
+        text = f"{budget.budget} {above_teacher(run.evaluation, budget):+.3f}"
+        where, colour = (budget.params, budget.cross_entropy), run.style(budget.budget)["color"]
+        close.annotate(text, where, (8, 6), textcoords="offset points", color=colour)
+    close.margins(y=0.3)
+    close.set_title("close up: the family against its teacher")
+    close.set_xlim(min(sizes) - 0.12 * teacher, 1.25 * teacher)
+    close.set_xlabel("parameters")
+    close.xaxis.set_major_formatter(_count_tick)
+    _legend(figure, whole)
+    return figure
+
+
+def _draw_loss(run: Run) -> "Figure | None":
+    picks: dict[str, Pick] = {
+        "KL to the teacher": lambda b: b.kl if b.kl > 0 else None,
+        "cross-entropy on the training data": lambda b: b.cross_entropy if b.cross_entropy > 0 else None,
+    }
+    curves = {
+        title: np.concatenate([stage.curve(name, pick)[1] for stage, name in product(run.stages, run.colours)])
+        for title, pick in picks.items()
+        if run.stages
+    }
+    shown = {title: values for title, values in curves.items() if len(values)}
+    if not shown:
+        return None
+    figure = _figure(COLUMN, 0.8 + 2.2 * len(shown))
+    panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    for panel, (title, values) in zip(panels, shown.items(), strict=True):
+        _draw_curves(panel, run, run.stages, picks[title])
+        panel.set_title(title, pad=16)
+        panel.set_ylabel("nats a token")
+        # The first steps after a cut lie far above the rest, and the first KL of a full model next to zero.
+        low, high = np.quantile(values, (0.02, 1))
+        if high > 4 * low:
+            panel.set_yscale("log", subs=[2, 5])
+            panel.yaxis.set_minor_formatter("{x:g}")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.set_ylim(low / 1.1, high * 1.1)
+    panels[-1].set_xlabel("optimizer steps")
+    _legend(figure, panels[0])
+    return figure
+
+
+def _routed(run: Run) -> list[StageHistory]:
+    """The stages in which the router makes choices."""
+    return [s for s in run.stages if any(budget.choices for m in s.metrics for budget in m.budgets.values())]
+
+
+def _share_chosen(axis: str, full: int) -> Pick:
+    """The router's expected size on an axis as a share of the full size."""
+    return lambda budget: budget.choices[axis] / full if budget.choices else None
+
+
+def _draw_router(run: Run) -> "Figure | None":
+    stages = _routed(run)
+    elastic = [axis for axis in run.axes.NAMES if len(run.axes.choices(axis)) > 1]
+    if not stages or not elastic:
+        return None
+    columns = min(3, len(elastic))
+    rows = math.ceil(len(elastic) / columns)
+    figure = _figure(WIDE, 0.6 + 2.3 * rows)
+    panels = figure.subplots(rows, columns, sharex=True, squeeze=False).flatten()
+    for panel in panels[len(elastic) :]:
+        panel.remove()
+    for panel, axis in zip(panels, elastic, strict=False):
+        choices = run.axes.choices(axis)
+        full, span = choices[0], 1 - choices[-1] / choices[0]
+        for name in run.colours:
+            panel.plot(stages[-1].end - 0.5, run.size(name, axis) / full, label=name, **run.style(name) | DOT)
+        _draw_curves(panel, run, stages, _share_chosen(axis, full))
+        panel.set_title(AXIS_TITLES[axis], pad=16)
+        ticks = [c for i, c in enumerate(choices) if i == 0 or (choices[i - 1] - c) / full > 0.08 * span]
+        panel.set_yticks([c / full for c in ticks], [f"{c} ({percent(c / full)})" for c in ticks], fontsize=8)
+        panel.set_ylim(1 - 1.1 * span, 1 + 0.1 * span)
+        panel.tick_params(labelbottom=True)
+    figure.supxlabel("optimizer steps", color=MUTED, fontsize=9)
+    _legend(figure, panels[0])
+    return figure
+
+
+def _draw_params(run: Run) -> "Figure | None":
+    stages = _routed(run)
+    if not stages:
+        return None
+    figure = _figure(COLUMN, 3.4)
+    panel = figure.subplots()
+    targets = {budget.name: budget.params for budget in run.recipe.budgets}
+    for budget in run.budgets:
+        style, target = run.style(budget.budget), targets.get(budget.budget)
+        panel.plot(stages[-1].end - 0.5, budget.params, label=budget.budget, **style | DOT)
+        if target is not None:
+            panel.axhline(target, color=style["color"], linewidth=1, linestyle=DASHES)
+    panel.plot([], [], color=MUTED, linewidth=1, linestyle=DASHES, label="target")
+    _draw_curves(panel, run, stages, lambda b: b.expected_params if b.choices else None)
+    panel.set_ylabel("parameters")
+    panel.yaxis.set_major_formatter(_count_tick)
+    panel.set_xlabel("optimizer steps")
+    _legend(figure, panel)
+    return figure
+
+
+def _draw_storage(run: Run) -> "Figure":
+    ways = run.storage()
+    figure = _figure(COLUMN, 2.6)
+    panel = figure.subplots()
+    most = max(sum(parts.values()) for parts in ways.values())
+    for row, parts in enumerate(ways.values()):
+        left = 0
+        for name, size in parts.items():
+            colour = run.style(name)["color"] if name in run.colours else MUTED
+            panel.barh(row, size, left=left, height=0.62, color=colour, edgecolor=GROUND)
+            if size / most > 0.02 + 0.035 * len(name):  # there is room for the name
+                panel.text(left + size / 2, row, name, color=GROUND, ha="center", va="center", fontweight="bold")
+            left += size
+        panel.text(left + 0.015 * most, row, human_bytes(left), va="center")
+    panel.set_yticks(range(len(ways)), list(ways), color=INK)
+    panel.invert_yaxis()
+    panel.set_xlim(0, 1.2 * most)
+    panel.locator_params(axis="x", nbins=5)
+    panel.set_xlabel("bytes of weights")
+    panel.xaxis.set_major_formatter(lambda value, _: human_bytes(value))
+    panel.grid(visible=False, axis="y")
+    return figure
+
+
+def _draw_anatomy(run: Run) -> "Figure":
+    pattern = run.model.hybrid_override_pattern
+    names = list(run.colours)
+    figure = _figure(WIDE, 1.2 + 0.55 * len(names))
+    panel = figure.subplots()
+    layers = range(len(pattern))
+    panel.bar(run.layer_ranking, [0.8 * (1 - rank / len(pattern)) for rank in layers], color=MUTED)
+    for row, name in enumerate(names, start=1):
+        subnet = run.subnets[name]
+        dropped = [layer for layer in layers if layer not in subnet.layers]
+        shares = [0.8 * _width_share(run.model, subnet, layer) for layer in subnet.layers]
+        panel.bar(dropped, 0.8, bottom=-row, color="none", edgecolor=LINE)
+        panel.bar(subnet.layers, 0.8, bottom=-row, color=PALE)
+        panel.bar(subnet.layers, shares, bottom=-row, color=run.style(name)["color"])
+        panel.annotate(
+            _widths(run, subnet),
+            (len(pattern) - 0.5, 0.4 - row),
+            (8, 0),
+            textcoords="offset points",
+            annotation_clip=False,
+            va="center",
+            fontsize=8,
+        )
+    panel.set_yticks([0.4 - row for row in range(len(names) + 1)], ["layer importance", *names], color=INK)
+    panel.set_xticks(layers, list(pattern), fontsize=min(9, 480 / len(pattern)), color=INK)
+    panel.tick_params(length=0, labeltop=True, labelbottom=False)
+    panel.set_xlim(-0.6, len(pattern) - 0.4)
+    panel.grid(visible=False)
+    panel.spines[:].set_visible(False)
+    panel.set_xlabel(", ".join(f"{kind} {title}" for kind, title in KIND_TITLES.items()))
+    return figure
+
+
+def span(run: Run, subnet: Subnet, kind: str, sizes: Sequence[int]) -> str:
+    """The sizes of the kept layers of a kind: one number, or the smallest and the largest."""
+    kept = {sizes[run.model.ordinal(i)] for i in subnet.layers if run.model.hybrid_override_pattern[i] == kind}
+    return "-".join(str(size) for size in sorted({min(kept), max(kept)})) if kept else "-"
+
+
+def _width_share(model: ModelConfig, subnet: Subnet, layer: int) -> float:
+    """A kept layer's width as a share of the full model's."""
+    kind, ordinal, full = model.hybrid_override_pattern[layer], model.ordinal(layer), full_subnet(model)
+    if kind == FFN:
+        return subnet.ffn[ordinal] / full.ffn[ordinal]
+    if kind == ATTENTION:
+        return subnet.attention_heads[ordinal] / full.attention_heads[ordinal]
+    return subnet.mamba_heads[ordinal] * subnet.mamba_head_dim / model.mamba_size
+
+
+def _widths(run: Run, subnet: Subnet) -> str:
+    """A subnet's shape in a line and a half, for a label."""
+    heads = span(run, subnet, MAMBA, subnet.mamba_heads)
+    return (
+        f"{subnet.depth} layers, hidden {subnet.hidden}, FFN {span(run, subnet, FFN, subnet.ffn)}\n"
+        f"Mamba {heads} x {subnet.mamba_head_dim}, attention {span(run, subnet, ATTENTION, subnet.attention_heads)}"
+    )
+
+
+def _draw_accuracy(run: Run) -> "Figure | None":
+    overall = {"teacher": run.evaluation.teacher_accuracy} | {b.budget: b.accuracy for b in run.budgets}
+    tasks = sorted({task for budget in run.budgets for task in budget.accuracy_by_task})
+    groups = {"all problems": overall} | {
+        task: {b.budget: b.accuracy_by_task.get(task) for b in run.budgets} for task in tasks
+    }
+    bars = {
+        group: {name: 100 * share for name, share in shares.items() if share is not None}
+        for group, shares in groups.items()
+    }
+    bars = {group: shares for group, shares in bars.items() if shares}
+    if not bars:
+        return None
+    figure = _figure(WIDE, 3.2)
+    panel = figure.subplots()
+    width = 0.8 / max(map(len, bars.values()))
+    for column, shares in enumerate(bars.values()):
+        for i, (name, share) in enumerate(shares.items()):
+            x = column + width * (i + 0.5 - len(shares) / 2)
+            colour = run.style(name)["color"] if name in run.colours else MUTED
+            panel.bar(x, share, width=0.86 * width, color=colour, label=name)
+            if sum(map(len, bars.values())) <= 45:  # there is room for the numbers
+                panel.text(x, share + 1, f"{share:.0f}", ha="center", fontsize=8, color=MUTED)
+    panel.set_xticks(range(len(bars)), list(bars), color=INK, rotation=30 if len(bars) > 8 else 0)
+    panel.set_ylim(0, 105)
+    panel.set_ylabel("answered exactly (%)")
+    panel.grid(visible=False, axis="x")
+    _legend(figure, panel)
+    return figure
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A plot of the report; `draw` returns None for a run without the data for it."""
+
+    name: str
+    title: str
+    caption: str
+    draw: Callable[[Run], "Figure | None"]
+    wide: bool = False
+
+
+PLOTS = (
+    Plot(
+        "quality",
+        "Quality against size",
+        "Trained members of the family, and the teacher cut to the same shapes with no training.",
+        _draw_quality,
+    ),
+    Plot("loss", "Loss by budget", "The faint line is every step, the full line its rolling mean.", _draw_loss),
+    Plot(
+        "router",
+        "The router's choices",
+        "Expected size on each elastic axis, by budget. The marker at the end is the size deployed.",
+        _draw_router,
+        wide=True,
+    ),
+    Plot(
+        "params",
+        "Expected parameters",
+        "The router's expected parameters; dashed, the budget's target; the marker at the end, the size deployed.",
+        _draw_params,
+    ),
+    Plot("storage", "Storage", "What the weights of all sizes take, by way of storing them.", _draw_storage),
+    Plot(
+        "anatomy",
+        "Anatomy",
+        "The layers each budget keeps. A bar's height is the layer's width as a share of the full one's.",
+        _draw_anatomy,
+        wide=True,
+    ),
+    Plot("accuracy", "Accuracy by kind of problem", "Held-out problems answered exactly.", _draw_accuracy, wide=True),
+)

@@ -1,0 +1,87 @@
+"""Check at the start what a run will need hours later."""
+
+from pathlib import Path
+
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL
+
+from elastic_core.geometry import ModelConfig
+from elastic_core.planning.plan import check_budgets
+from elastic_core.planning.profile import recipe_table
+from elastic_core.recipe import Evaluation, Recipe
+from tasks.artifacts import check_bucket
+from tasks.corpus.build import check_length, read_record
+from tasks.corpus.documents import first_line
+from tasks.corpus.tokenizer import load_tokenizer
+from tasks.evaluate import encode_questions, read_problems
+from tasks.records import Artifact
+from tasks.settings import ServiceError, Settings, redact
+from tasks.tracking import CHECK_SECONDS, check_server
+
+# What gives a checkpoint's tensors their shapes.
+GEOMETRY = (
+    *("hybrid_override_pattern", "hidden_size", "intermediate_size", "vocab_size"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel", "use_conv_bias"),
+)
+
+
+def check_services() -> None:
+    """ServiceError, one line, unless Prefect and MLflow answer and the bucket takes what we write."""
+    settings = Settings.from_environment()
+    check_prefect(PREFECT_API_URL.value())
+    check_server(settings.tracking_uri)
+    check_bucket(settings)
+
+
+def check_prefect(url: str | None) -> None:
+    """ServiceError unless Prefect's server answers at `url`; without one, the flow starts a temporary server."""
+    if url is None:
+        return
+    with get_client(sync_client=True, httpx_settings={"timeout": CHECK_SECONDS}) as client:
+        fault = client.api_healthcheck()
+    if fault is not None:
+        raise ServiceError(
+            f"Prefect at {redact(url)} does not answer ({first_line(fault)}); check PREFECT_API_URL", transient=True
+        )
+
+
+def check_model(recipe: Recipe, model: ModelConfig) -> None:
+    """ValueError for a teacher of another geometry than the recipe says, axes that it lacks, and a budget above it."""
+    if recipe.teacher.model is not None:
+        _check_geometry(recipe.teacher.model, model, recipe.teacher.path)
+    axes, table = recipe.axes.bind(model), recipe_table(recipe)
+    if table is not None:
+        table.check(model, axes)
+    check_budgets(recipe.budgets, model, table)
+
+
+def _check_geometry(expected: ModelConfig, found: ModelConfig, path: str | None) -> None:
+    for name in GEOMETRY:
+        wanted, there = getattr(expected, name), getattr(found, name)
+        if wanted != there:
+            raise ValueError(
+                f"teacher.model.{name} is {wanted}, but the checkpoint at {path} has {there}; "
+                "correct the recipe, whose plan is for another model"
+            )
+
+
+def check_problems(evaluation: Evaluation, tokenizer: Artifact) -> None:
+    """ValueError for a problem that cannot be read, or that the teacher's chat template refuses."""
+    if evaluation.problems is not None:
+        problems = read_problems(Path(evaluation.problems), evaluation.max_problems)
+        encode_questions(load_tokenizer(Path(tokenizer.path)), problems)
+
+
+def check_corpus(recipe: Recipe, corpus: Artifact) -> None:
+    """ValueError unless everything that cuts sequences from the corpus gets at least one."""
+    record = read_record(Path(corpus.path))
+    stages = [*recipe.stages, *([recipe.teacher.pretrain.stage()] if recipe.teacher.pretrain else [])]
+    wanted = [(f"stage {stage.name}", record.train, stage.sequence_length) for stage in stages]
+    wanted.append(("importance", record.train, recipe.importance.sequence_length))
+    wanted.append(("evaluation", record.heldout, recipe.evaluation.sequence_length))
+    for name, split, sequence_length in wanted:
+        try:
+            check_length(split, sequence_length)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None

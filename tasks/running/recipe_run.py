@@ -1,0 +1,80 @@
+"""The MLflow run of a recipe: opened at the start, ended however the pipeline ends, linked both ways."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from prefect.context import FlowRunContext
+from prefect.utilities.urls import url_for
+
+from elastic_core.recipe import Recipe
+from elastic_core.schema import to_dict
+from tasks import tracking
+from tasks.corpus.sources import file_identity, source_identity, teacher_identity
+from tasks.records import Release
+from tasks.running.steps import fingerprint
+from tasks.settings import ServiceError, Settings
+
+PREFECT_RUN = "elastic.prefect_run"
+
+logger = logging.getLogger(__name__)
+
+
+def run_key(recipe: Recipe) -> str:
+    """The name of a recipe's run: the same for the same recipe on the same teacher, data and problems."""
+    teacher = teacher_identity(recipe.teacher.path) if recipe.teacher.path else None
+    sources = [source_identity(source) for source in recipe.data.sources]
+    problems = file_identity(Path(recipe.evaluation.problems)) if recipe.evaluation.problems else None
+    return fingerprint(recipe, teacher, sources, problems)[:32]
+
+
+def is_made(recipe: Recipe, settings: Settings) -> bool:
+    """Whether the recipe was carried out to its end on the teacher and the data as they are now."""
+    return tracking.is_finished(settings.tracking_uri, recipe.family, run_key(recipe))
+
+
+@contextmanager
+def tracked(recipe: Recipe, settings: Settings) -> Iterator[str]:
+    """The id of the recipe's run, the same one however often the pipeline is started again.
+
+    The run ends with the block: as failed where that raises.
+    """
+    key, uri = run_key(recipe), settings.tracking_uri
+    run_id = tracking.open_run(
+        uri,
+        experiment=recipe.family,
+        run_key=key,
+        run_name=f"{recipe.family}-{key[:8]}",
+        tags={PREFECT_RUN: prefect_url()},
+        artifact_root=f"s3://{settings.bucket}/mlflow/{recipe.family}" if not tracking.is_server(uri) else None,
+    )
+    tracking.log_params(uri, run_id, to_dict(recipe))
+    try:
+        yield run_id
+    except BaseException:
+        try:
+            tracking.finish_run(uri, run_id, failed=True)
+        except ServiceError as error:
+            logger.warning("%s; it stays open there", error)
+        raise
+    tracking.finish_run(uri, run_id)
+
+
+def link_release(settings: Settings, run_id: str, release: Release) -> None:
+    """Say in MLflow, on the run and on the registered versions, where everything is."""
+    uri, page = settings.tracking_uri, prefect_url()
+    models = [f"- [{model}](#/models/{model.replace(':', '/versions/')})" for model in release.models.values()]
+    lines = [f"Family {release.family}, version {release.version}, objects at `{release.uri}`:", "\n".join(models)]
+    if release.run_id != run_id:
+        lines.append(f"Nothing was to be trained anew; the curves are in run `{release.run_id}`.")
+    if page:
+        lines.append(f"[Run in Prefect]({page})")
+    tracking.set_tags(uri, run_id, {tracking.NOTE: "\n\n".join(lines)})
+    tracking.tag_versions(uri, release.models.values(), {PREFECT_RUN: page})
+
+
+def prefect_url() -> str:
+    """The page of this flow run; empty where the server has no UI."""
+    context = FlowRunContext.get()
+    return (url_for(context.flow_run) or "") if context is not None and context.flow_run is not None else ""

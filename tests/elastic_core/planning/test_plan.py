@@ -1,0 +1,264 @@
+"""Laws of the plan: its examples keep to their budgets, its sums are those of the steps, what it advises fits."""
+
+import dataclasses
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from latency import random_table
+from nano import NANO_12B
+
+from elastic_core.budget import Budget, LatencyTarget
+from elastic_core.cost import budget_cost, subnet_params
+from elastic_core.geometry import Axes
+from elastic_core.planning.flops import backward_flops, forward_flops, recomputed_flops
+from elastic_core.planning.plan import USABLE_SHARE, Accelerator, BudgetPlan, MeshPlan, RecipePlan, plan_recipe
+from elastic_core.recipe import DataConfig, DataSource, Distillation, Pretraining, Recipe, Stage, Teacher
+from elastic_core.resolve import USED_SHARE
+from elastic_core.schema import build
+from elastic_core.subnet import full_subnet, is_nested
+from elastic_core.training.curriculum import micro_step_budgets
+
+H100 = Accelerator(memory=80 * 10**9, flops_per_second=989e12, utilisation=0.4, dollars_per_hour=2.5)
+AXES = Axes(
+    hidden=(5120, 4480, 4096, 3840, 3584),
+    ffn=(20480, 17920, 15680, 12288, 10240),
+    mamba_heads=(128, 112, 96),
+    attention_heads=(40, 32),
+    depth=(62, 60, 58, 56, 54),
+)
+SHARES = {"12b": 0.5, "9b": 0.3, "6b": 0.2}
+STAGE: dict[str, Any] = {
+    "name": "long",
+    "sequence_length": 49152,
+    "batch_size": 120,
+    "steps": 7,
+    "optimizer": {"learning_rate": 1e-4},
+}
+TASKS = {
+    "frozen": Distillation(),
+    "trainable": Distillation(teacher="trainable", ce_weight=0.5),
+    "none": Distillation(kl_weight=0.0, ce_weight=1.0),
+}
+BUDGETS = (Budget(name="12b"), Budget(name="9b", params=8_900_000_000), Budget(name="6b", params=6_200_000_000))
+
+
+def recipe(
+    *, budgets: tuple[Budget, ...] = BUDGETS, axes: Axes = AXES, shares: dict[str, float] = SHARES, **stage: Any
+) -> Recipe:
+    return Recipe(
+        family="nano",
+        teacher=Teacher(path="here", model=NANO_12B),
+        data=DataConfig(sources=(DataSource(path="text"),)),
+        axes=axes,
+        budgets=budgets,
+        stages=(build(Stage, STAGE | {"budgets": shares} | stage),),
+    )
+
+
+def plan(*gpus: int, accelerator: Accelerator = H100, **changes: Any) -> RecipePlan:
+    return plan_recipe(recipe(**changes), NANO_12B, accelerator, gpus or (8,))
+
+
+def only_mesh(planned: RecipePlan) -> MeshPlan:
+    ((mesh,),) = [stage.meshes for stage in planned.stages]
+    return mesh
+
+
+# Budgets
+
+
+def test_the_full_budget_is_the_teacher_to_the_last_parameter() -> None:
+    assert plan().teacher_params == plan().budgets[0].params == 12_310_001_152
+
+
+@pytest.mark.parametrize(
+    "budgets",
+    [
+        BUDGETS,
+        (*BUDGETS[:2], build(Budget, {"name": "6b", "memory": "14GiB@ctx=32768"})),
+        (BUDGETS[0], build(Budget, {"name": "9b", "memory": "20GiB@ctx=131072"}), BUDGETS[2]),
+        tuple(
+            Budget(name=name, params=size) for name, size in zip(SHARES, (11_111_111_111, 10**10, 5**14), strict=True)
+        ),
+    ],
+    ids=["params", "one memory", "another memory", "odd"],
+)
+def test_examples_use_their_budgets_and_nest(budgets: tuple[Budget, ...]) -> None:
+    planned = plan(budgets=budgets).budgets
+    for budget in planned:
+        counted = budget_cost(NANO_12B, budget.budget)
+        assert budget.feasible
+        assert budget.cost == counted.of(budget.subnet)
+        assert budget.target is None or USED_SHARE * budget.target <= budget.cost <= budget.target
+        assert budget.params == subnet_params(NANO_12B, budget.subnet) == budget.bytes / 2
+    assert all(is_nested(small.subnet, large.subnet) for large, small in pairwise(planned))
+
+
+@pytest.mark.parametrize("monotonic", [True, False], ids=["more work takes longer", "noise"])
+def test_a_latency_budget_is_planned_by_the_table(monotonic: bool) -> None:
+    table = random_table(NANO_12B, AXES.bind(NANO_12B), monotonic=monotonic)
+
+    def latency_plan(nanoseconds: int) -> BudgetPlan:
+        quick = Budget(name="6b", latency=LatencyTarget(seconds=nanoseconds / 1e9))
+        changed = dataclasses.replace(recipe(), budgets=(*BUDGETS[:2], quick), latency_table="table.json")
+        return plan_recipe(changed, NANO_12B, H100, [8], table).budgets[-1]
+
+    counted = budget_cost(NANO_12B, Budget(name="6b", latency=LatencyTarget(seconds=1.0)), table)
+    target = 9 * min(counted.of(full_subnet(NANO_12B)), counted.of(plan().budgets[1].subnet)) // 10
+    below, never = latency_plan(target), latency_plan(1)
+    assert below.feasible
+    assert USED_SHARE * target <= below.cost <= target
+    assert not never.feasible
+    assert never.choices == {}
+
+
+def test_a_budget_that_cannot_be_met_names_the_largest_choices_that_would_do() -> None:
+    target = 4_500_000_000
+    budgets = (*BUDGETS[:2], Budget(name="6b", params=target))
+    impossible = plan(budgets=budgets).budgets[-1]
+    assert not impossible.feasible
+    assert impossible.cost - target == plan().least_params - target > 0
+    assert set(impossible.choices) == {"hidden", "ffn", "mamba_heads"}  # fewer query heads would save too little
+
+    def feasible(axis: str, choice: int) -> bool:
+        wider = dataclasses.replace(AXES, **{axis: (*AXES.choices(axis), choice)})
+        return plan(budgets=budgets, axes=wider).budgets[-1].feasible
+
+    for axis, choice in impossible.choices.items():
+        step = NANO_12B.n_groups if axis == "mamba_heads" else 64
+        assert feasible(axis, choice)
+        assert choice + step == AXES.choices(axis)[-1] or not feasible(axis, choice + step)
+
+
+# Work
+
+
+@pytest.mark.parametrize("mode", ["soft", "frozen"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("teacher", ["frozen", "trainable", "none"])
+def test_flops_are_the_sum_over_every_micro_step(mode: str, recompute: bool, teacher: str) -> None:
+    changed = dataclasses.replace(recipe(recompute=recompute, router={"mode": mode}), distillation=TASKS[teacher])
+    planned = plan_recipe(changed, NANO_12B, H100, [1])
+    subnets = {budget.budget.name: budget.subnet for budget in planned.budgets}
+    stage, full, length = changed.stages[0], full_subnet(NANO_12B), 49152
+    student = taught = again = 0
+    for step in range(stage.steps):
+        for name in micro_step_budgets(stage, 0, step, stage.batch_size):
+            subnet = subnets[name]
+            student += (forward_flops(NANO_12B, subnet, length) + backward_flops(NANO_12B, subnet, length)).total
+            if teacher == "frozen" or (teacher == "trainable" and subnet != full):
+                taught += forward_flops(NANO_12B, full, length).total
+            if recompute:
+                masked = mode == "soft" and subnet != full
+                again += recomputed_flops(NANO_12B, subnet, length, masked=masked).total
+    found = planned.stages[0].flops
+    # The shares of the budgets, 0.5, 0.3 and 0.2, are not exact in binary.
+    assert (found.student, found.teacher, found.recomputed) == pytest.approx((student, taught, again), rel=1e-12)
+
+
+def test_a_router_that_learns_may_cost_as_much_as_the_full_model_and_a_frozen_one_costs_what_it_does() -> None:
+    soft, frozen = (plan(router={"mode": mode}).stages[0] for mode in ("soft", "frozen"))
+    assert frozen.flops == frozen.flops_at_most
+    assert soft.flops_at_most.student > soft.flops.student == frozen.flops.student
+    full = forward_flops(NANO_12B, full_subnet(NANO_12B), 49152) + backward_flops(
+        NANO_12B, full_subnet(NANO_12B), 49152
+    )
+    assert soft.flops_at_most.student == soft.sequences * full.total
+
+
+def test_time_and_money_follow_from_flops_and_utilisation() -> None:
+    planned = plan(1, 8)
+    one, eight = planned.stages[0].meshes
+    assert one.gpu_hours == eight.gpu_hours == one.hours == 8 * eight.hours
+    assert one.gpu_hours * 3600 * 0.4 * 989e12 == pytest.approx(planned.stages[0].flops.total)
+    assert one.dollars == 2.5 * one.gpu_hours
+    halved = plan(accelerator=dataclasses.replace(H100, utilisation=0.2))
+    assert only_mesh(halved).gpu_hours == pytest.approx(2 * one.gpu_hours)
+
+
+# Memory
+
+
+def test_the_12b_fits_in_stage_2_with_recomputation_on_many_gpus_and_not_on_few() -> None:
+    assert plan(1, 8, 64, batch_size=512, recompute=True).fitting == (64,)
+    assert plan(1, 8, 64, batch_size=512).fitting == ()
+
+
+def test_a_mesh_fits_where_its_memory_is_there_and_its_batch_divides() -> None:
+    mesh = only_mesh(plan(8, sequence_length=8192, recompute=True))
+    for memory, fits in ((mesh.memory.total, True), (mesh.memory.total - 1, False)):
+        gpu = dataclasses.replace(H100, memory=math.ceil(memory / USABLE_SHARE))
+        assert gpu.usable == memory
+        assert only_mesh(plan(8, accelerator=gpu, sequence_length=8192, recompute=True)).fits == fits
+    undivided = only_mesh(plan(7, sequence_length=8192, recompute=True))
+    assert undivided.micro_steps is None
+    assert not undivided.fits
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        {"sequence_length": 8192},
+        {"sequence_length": 8192, "micro_batch_size": 8, "recompute": True},
+        {"sequence_length": 49152},
+        {"sequence_length": 49152, "batch_size": 512, "recompute": True},
+    ],
+    ids=["short", "micro-batch", "long", "recomputed"],
+)
+def test_every_change_that_is_advised_fits_and_is_the_least(gpus: int, stage: dict[str, Any]) -> None:
+    mesh = only_mesh(plan(gpus, **stage))
+    assert not mesh.fits
+    assert mesh.changes
+    for change in mesh.changes:
+        changed = {name: getattr(change, name) for name in ("recompute", "micro_batch_size", "sequence_length")}
+        tried = only_mesh(plan(change.gpus, **stage | changed))
+        assert tried.fits
+        assert tried.memory.total == change.memory
+        if change.gpus != gpus:
+            sequences = stage.get("batch_size", STAGE["batch_size"]) // change.micro_batch_size
+            fewer = [n for n in range(1, change.gpus) if sequences % n == 0]
+            assert not any(only_mesh(plan(n, **stage | changed)).fits for n in fewer)
+
+
+def test_a_stage_that_trains_a_router_is_planned_for_masks_over_the_whole_model() -> None:
+    soft, frozen = (
+        only_mesh(plan(shares={"6b": 1.0}, router={"mode": mode})).memory.activations for mode in ("soft", "frozen")
+    )
+    everything = only_mesh(plan(router={"mode": "soft"})).memory.activations
+    assert soft == everything > only_mesh(plan(router={"mode": "frozen"})).memory.activations > frozen
+
+
+def test_a_teacher_that_is_trained_first_is_the_first_stage_and_has_no_teacher() -> None:
+    pretraining = build(
+        Pretraining,
+        {
+            "model": dataclasses.asdict(NANO_12B),
+            "sequence_length": 8192,
+            "batch_size": 64,
+            "micro_batch_size": 2,
+            "steps": 10,
+            "optimizer": {"learning_rate": 1e-3},
+        },
+    )
+    first = plan_recipe(
+        dataclasses.replace(recipe(), teacher=Teacher(pretrain=pretraining)), NANO_12B, H100, [8]
+    ).stages[0]
+    assert (first.stage.name, first.tokens, first.meshes[0].micro_steps) == ("pretrain", 10 * 64 * 8192, 4)
+    assert first.flops.teacher == first.meshes[0].memory.teacher == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"memory": 0}, "memory=0 must be greater than 0"),
+        ({"flops_per_second": float("nan")}, "flops_per_second=nan must be greater than 0"),
+        ({"utilisation": 40}, "utilisation=40 must be above 0 and at most 1"),
+        ({"dollars_per_hour": -1.0}, "dollars_per_hour=-1.0 must be at least 0"),
+    ],
+)
+def test_a_gpu_that_cannot_be_is_refused(change: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(H100, **change)

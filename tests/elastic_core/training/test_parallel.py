@@ -1,0 +1,163 @@
+"""Laws of training in several processes: it is the training of one process, and so is a pass that runs layers twice."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from trainee import ALONE, AXES, CONFIG, STAGE, launch, metrics_of, train_job, write_family, write_tokens
+
+from elastic_core.files.shards import read_header
+from elastic_core.model import ElasticNemotronH
+from elastic_core.recipe import Distillation, RouterSchedule
+from elastic_core.router import ElasticModel, Router, gumbel_softmax, soft_subnet
+from elastic_core.subnet import full_subnet
+from elastic_core.training import job
+from elastic_core.training.curriculum import generator
+from elastic_core.training.job import TrainJob
+from elastic_core.training.parallel import read_rows, recompute_layers
+
+# The gradient of a batch is a sum over its rows, in another order where they lie in two processes. Adam divides it by
+# its own size, so that float32's rounding, 1e-7, grows over the steps, but by far less than this.
+SUM_ORDER = 1e-5
+# A bfloat16 has 8 bits; the two sides also round at different places, for FSDP2 gathers weights in bfloat16.
+BFLOAT16 = 2e-2
+
+
+@dataclass(frozen=True)
+class Case:
+    mode: str
+    teacher: str
+    recompute: bool = False
+    dtype: str = "float32"
+
+
+CASES = [Case(mode, teacher) for mode in ("soft", "hard", "frozen") for teacher in ("frozen", "trainable")]
+CASES += [Case("soft", "frozen", recompute=True), Case("soft", "trainable", dtype="bfloat16")]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> dict[Case, tuple[TrainJob, TrainJob]]:
+    """The same training by two processes and by one, which runs in a micro-step what the two run together."""
+    directory = tmp_path_factory.mktemp("pairs")
+    family, tokens = write_family(directory / "family"), write_tokens(directory / "tokens.safetensors")
+
+    def distilled(case: Case, processes: int) -> TrainJob:
+        """Cross-entropy beside the distillation, so that every budget has a gradient far from zero."""
+        stage = replace(STAGE, micro_batch_size=2 // processes, router=RouterSchedule(mode=case.mode))
+        return train_job(
+            family,
+            tokens,
+            directory / f"{CASES.index(case)}-{processes}",
+            stage=replace(stage, recompute=case.recompute and processes == 2),
+            distillation=Distillation(teacher=case.teacher, ce_weight=1.0),
+            teacher=str(family) if case.teacher == "frozen" else None,
+            dtype=case.dtype,
+        )
+
+    made = {case: (distilled(case, 2), distilled(case, 1)) for case in CASES}
+    launch(2, *(two for two, _ in made.values()))
+    for _, one in made.values():
+        job.run_job(one, ALONE)
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(case, pairs):
+    near = partial(pytest.approx, abs=SUM_ORDER) if case.dtype == "float32" else partial(pytest.approx, rel=BFLOAT16)
+    two, one = (metrics_of(Path(each.work)) for each in pairs[case])
+    assert two.keys() == one.keys() == set(range(STAGE.steps))
+    for step in one:
+        assert two[step]["loss"] == near(one[step]["loss"]), step
+        assert two[step]["gradient_norm"] == near(one[step]["gradient_norm"]), step
+        for name, budget in one[step]["budgets"].items():
+            assert two[step]["budgets"][name]["loss"] == near(budget["loss"]), (step, name)
+            assert two[step]["budgets"][name]["choices"] == near(budget["choices"]), (step, name)
+
+
+def test_a_batch_that_does_not_divide_among_the_processes_is_refused():
+    with pytest.raises(ValueError, match="batch_size=6 is not a multiple of micro_batch_size x processes=8; nearest"):
+        STAGE.micro_steps(4)
+
+
+def test_rows_are_read_across_the_pieces_that_hold_them(tmp_path):
+    whole = torch.randn(7, 3, generator=generator("rows"))
+    for number, piece in enumerate(torch.split(whole, [3, 0, 4])):
+        save_file({"weight": piece.contiguous()}, tmp_path / f"{number}.safetensors")
+    pieces = [read_header(tmp_path / f"{number}.safetensors")["weight"] for number in range(3)]
+    target = torch.zeros(7, 3)
+    read_rows(target, pieces)
+    assert torch.equal(target, whole)
+
+
+# Recomputation
+
+
+@pytest.fixture
+def model() -> ElasticNemotronH:
+    fresh = ElasticNemotronH(CONFIG)
+    fresh.initialise(generator("model"))
+    return fresh
+
+
+def forward(model: ElasticNemotronH, *, masked: bool, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a batch at soft masks or at the full subnet, and the gradients of the model and the router."""
+    router = Router(ElasticModel(CONFIG, AXES.bind(CONFIG), (0, 2, 1, 3)), 3, 8)
+    router.initialise(generator("router"))
+    probabilities = gumbel_softmax(router(router.one_hot(1)), temperature=1.0, scale=1.0, generator=None)
+    subnet, masks = soft_subnet(router.elastic, probabilities)
+    tokens = torch.randint(CONFIG.vocab_size, (2, 12), generator=generator("batch"))
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        hidden = model(tokens, subnet, masks) if masked else model(tokens, full_subnet(CONFIG))
+        loss = model.logits(hidden).log_softmax(-1)[..., 0].mean()
+    loss.backward()
+    named = [*model.state_dict(keep_vars=True).items(), *router.named_parameters()]
+    return loss.detach(), {name: weight.grad for name, weight in named if weight.grad is not None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [True, False])
+def test_running_layers_again_changes_neither_loss_nor_gradient(masked, dtype, model):
+    loss, gradients = forward(model, masked=masked, dtype=dtype)
+    model.zero_grad()
+    recompute_layers(model)
+    again, again_gradients = forward(model, masked=masked, dtype=dtype)
+    assert torch.equal(loss, again)
+    assert gradients.keys() == again_gradients.keys()
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, again_gradients[name]), name
+
+
+def saved_bytes(model: ElasticNemotronH) -> int:
+    """Bytes that autograd keeps of a forward pass, but for the weights themselves."""
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model(torch.zeros(2, 64, dtype=torch.long), full_subnet(CONFIG))
+    assert hidden.requires_grad  # the graph, and with it what it keeps, lives until here
+    return sum(kept.values())
+
+
+def test_running_layers_again_keeps_only_their_inputs(model):
+    inputs = CONFIG.num_layers * 2 * 64 * CONFIG.hidden_size * torch.float32.itemsize
+    before = saved_bytes(model)
+    recompute_layers(model)
+    assert inputs < before / 4  # else this model would show nothing
+    assert saved_bytes(model) + inputs < before / 4
+
+
+def test_running_layers_again_keeps_the_names_of_the_weights(model):
+    names = list(model.state_dict())
+    recompute_layers(model)
+    assert list(model.state_dict()) == names

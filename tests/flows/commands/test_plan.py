@@ -1,0 +1,174 @@
+"""`elastic plan` says what the issue asks of it, from the recipe alone: no network, no weights."""
+
+import json
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from micro import write_micro
+from nano import NANO_12B
+from typer.testing import CliRunner
+
+from elastic_core.files.stock_config import write_config
+from elastic_core.schema import to_dict
+from flows.cli import app
+from flows.commands.recipes import load_recipe
+
+RECIPES = Path(__file__).parents[3] / "infra/recipes"
+NANO, SMALL = str(RECIPES / "nano-12b.yaml"), str(RECIPES / "small.yaml")
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a plan asks nobody")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def printed(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["plan", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def planned(*arguments: str) -> dict[str, Any]:
+    data = json.loads(printed(*arguments, "--json"))
+    assert isinstance(data, dict)
+    return data
+
+
+def refused(*arguments: str) -> str:
+    with pytest.raises(ValueError) as raised:
+        CliRunner().invoke(app, ["plan", *arguments], catch_exceptions=False)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def row(text: str, *cells: str) -> str:
+    """The line of a table that begins with these cells."""
+    (found,) = [
+        line for line in text.splitlines() if re.match("│ " + r" +│ +".join(map(re.escape, cells)) + r" +│", line)
+    ]
+    return found
+
+
+def test_the_papers_recipe_is_planned_with_the_papers_numbers() -> None:
+    text = printed(NANO)
+    assert "12,310,001,152" in row(text, "12b")
+    assert "5,166" in row(text, "stage1", "5,166")
+    assert "1,788" in row(text, "stage2", "1,788")
+    for stage in ("stage1", "stage2"):
+        assert row(text, stage, "1").endswith(" no │")
+        assert row(text, stage, "64").endswith(" yes │")
+    assert "It fits on 64 GPUs." in text
+    assert "stage2 on 8 GPUs: " in text
+
+
+def test_the_papers_smaller_budgets_are_met() -> None:
+    budgets = {budget["budget"]["name"]: budget for budget in planned(NANO)["budgets"]}
+    for name, target in (("9b", 8_900_000_000), ("6b", 6_200_000_000)):
+        assert budgets[name]["feasible"]
+        assert 0.98 * target <= budgets[name]["params"] <= target
+
+
+def test_the_small_recipe_fits_one_gpu_for_about_an_hour_and_needs_recomputation() -> None:
+    assert "It fits on 1 GPU." in printed(SMALL, "--gpus", "1")
+    plan = planned(SMALL, "--gpus", "1")
+    assert [stage["stage"]["name"] for stage in plan["stages"]] == ["pretrain", "stage1", "stage2"]
+    assert plan["stages"][2]["stage"]["sequence_length"] == 49152
+    assert 50 / 60 < sum(mesh["hours"] for stage in plan["stages"] for mesh in stage["meshes"]) < 70 / 60
+    without = planned(SMALL, "stages.1.recompute=false", "--gpus", "1")
+    assert without["fits_on"] == []
+    assert without["stages"][2]["meshes"][0]["changes"][0]["recompute"]
+
+
+def test_the_small_recipe_has_data_for_what_it_reads_and_shapes_that_the_kernels_take() -> None:
+    recipe = load_recipe(Path(SMALL))
+    pretraining = recipe.teacher.pretrain
+    assert pretraining is not None
+    read = [pretraining.stage(), *recipe.stages]
+    there = sum(source.max_tokens or 0 for source in recipe.data.sources)
+    assert max(stage.tokens for stage in read) < 1.1 * (1 - recipe.data.heldout_fraction) * there
+    model = pretraining.model
+    assert (model.mamba_head_dim, model.head_dim, model.ssm_state_size, model.chunk_size) == (64, 64, 128, 128)
+    assert all(heads % 8 == 0 for heads in recipe.axes.mamba_heads)
+
+
+def test_json_holds_what_the_tables_show() -> None:
+    text, plan = printed(NANO, "--gpus", "8"), planned(NANO, "--gpus", "8")
+    for stage in plan["stages"]:
+        (mesh,) = stage["meshes"]
+        parts = {name: size for name, size in mesh["memory"].items() if name != "total"}
+        assert mesh["memory"]["total"] == sum(parts.values())
+        assert f" {mesh['memory']['total'] / 1e9:.1f} │" in row(text, stage["stage"]["name"], "8")
+        assert stage["flops"]["total"] == sum(size for name, size in stage["flops"].items() if name != "total")
+    assert plan["feasible"]
+    assert plan["fits_on"] == []
+
+
+def test_the_options_are_the_machine_that_is_planned_for() -> None:
+    plain, other = planned(NANO), planned(NANO, "--tflops", "1978", "--mfu", "0.2", "--price", "5", "--gpus", "1,8,64")
+    for ours, theirs in zip(plain["stages"], other["stages"], strict=True):
+        for mesh, twin in zip(ours["meshes"], theirs["meshes"], strict=True):
+            assert mesh["gpu_hours"] == pytest.approx(twin["gpu_hours"])
+            assert 2 * mesh["dollars"] == pytest.approx(twin["dollars"])
+    assert planned(NANO, "--gpu-memory", "141GB", "--gpus", "8")["fits_on"] == [8]
+
+
+def test_a_budget_that_cannot_be_met_is_named_with_what_would_help() -> None:
+    text = printed(NANO, "budgets.2.params=4500000000")
+    (line,) = [line for line in text.splitlines() if line.startswith("budget 6b cannot be met")]
+    assert "5,089,115,392 parameters, 589,115,392 parameters above it" in line
+    assert "in axes.hidden" in line
+    assert "It does not run as it stands" in text
+
+
+def test_memory_budgets_are_shown_in_bytes() -> None:
+    text = printed(NANO, "budgets.2={name: 6b, memory: '14GiB@ctx=32768'}")
+    assert "14 GiB" in row(text, "6b")
+
+
+def test_a_local_teacher_is_read_from_its_config(tmp_path: Path) -> None:
+    recipe = load_recipe(write_micro(tmp_path))
+    assert recipe.teacher.pretrain is not None
+    (tmp_path / "teacher").mkdir()
+    write_config(recipe.teacher.pretrain.model, tmp_path / "teacher", torch.float32)
+    named, trained = ("teacher={path: teacher}", "family=micro")
+    assert (
+        planned(str(tmp_path / "micro.yaml"), named)["teacher_params"]
+        == planned(str(tmp_path / "micro.yaml"), trained)["teacher_params"]
+    )
+
+
+def test_a_teacher_of_unknown_geometry_is_refused() -> None:
+    assert "put the geometry of its config.json under teacher.model" in refused(NANO, "teacher={path: org/model}")
+
+
+def test_a_geometry_beside_a_trained_teacher_is_refused() -> None:
+    model = json.dumps(to_dict(NANO_12B))
+    assert "a teacher that is trained has pretrain.model" in refused(SMALL, f"teacher.model={model}")
+
+
+def test_a_budget_above_the_teacher_is_refused_as_it_is_by_a_run() -> None:
+    assert "is above the teacher's 12,310,001,152" in refused(NANO, "budgets.1.params=13000000000")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "8,none"], "--gpus is '8,none'; expected numbers of GPUs, such as 1,8,64"),
+        (["--gpus", "0"], "--gpus is '0'"),
+        (["--gpu-memory", "80"], "--gpu-memory is '80'; expected an amount in B, kB"),
+        (["--gpu-memory", "80GB@ctx=1"], "expected an amount alone, such as 80GB"),
+        (["--gpu-memory", "0GB"], "memory=0 must be greater than 0"),
+        (["--mfu", "40"], "utilisation=40.0 must be above 0 and at most 1"),
+        (["--tflops", "0"], "must be greater than 0"),
+        (["--price", "-1"], "dollars_per_hour=-1.0 must be at least 0"),
+    ],
+)
+def test_an_option_that_means_nothing_is_refused_in_one_line(arguments: list[str], message: str) -> None:
+    assert message in refused(NANO, *arguments)

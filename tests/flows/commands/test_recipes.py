@@ -1,0 +1,97 @@
+"""Every recipe in the tree builds, fits its teacher, and can be resolved; overrides and mistakes say what they do."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from nano import NANO_12B
+
+from elastic_core.cost import subnet_params
+from elastic_core.resolve import resolve_budgets
+from elastic_core.router import ElasticModel, Router
+from elastic_core.subnet import is_nested
+from elastic_core.training.curriculum import generator
+from flows.commands.plan import teacher_geometry
+from flows.commands.recipes import load_recipe
+
+RECIPES = Path(__file__).parents[3] / "infra/recipes"
+
+
+def test_the_papers_recipe_has_the_papers_numbers():
+    recipe = load_recipe(RECIPES / "nano-12b.yaml")
+    assert [stage.steps for stage in recipe.stages] == [5166, 1788]
+    assert [round(stage.tokens / 1e9) for stage in recipe.stages] == [65, 45]
+    first, second = (stage.router.temperature for stage in recipe.stages)
+    steps = 5166 + 1788
+    assert first[1] == second[0] == pytest.approx(0.05 ** (5166 / steps), rel=2e-3)
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "nano-12b"])
+def test_a_recipes_budgets_resolve_to_nested_subnets_within_them(name):
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    model = teacher_geometry(recipe)
+    elastic = ElasticModel(model, recipe.axes.bind(model), tuple(range(model.num_layers)))
+    router = Router(elastic, len(recipe.budgets), recipe.router.hidden_size)
+    router.initialise(generator(0))
+    subnets = resolve_budgets(router, recipe.budgets)
+    sizes = [subnet_params(model, subnet) for subnet in subnets]
+    assert all(b.params is None or size <= b.params for b, size in zip(recipe.budgets, sizes, strict=True))
+    assert all(is_nested(small, large) for large, small in pairwise(subnets))
+
+
+def test_the_papers_recipe_has_the_papers_teacher():
+    assert load_recipe(RECIPES / "nano-12b.yaml").teacher.model == NANO_12B
+
+
+def test_an_override_changes_one_setting_and_nothing_else():
+    plain = load_recipe(RECIPES / "tiny.yaml")
+    changed = load_recipe(RECIPES / "tiny.yaml", ["stages.0.steps=7"])
+    assert changed.stages[0].steps == 7
+    assert changed.stages[1:] == plain.stages[1:]
+    assert changed.data == plain.data
+
+
+def test_paths_are_relative_to_the_recipe_and_uris_are_left_alone(tmp_path):
+    text = (RECIPES / "tiny.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(text)
+    paths = [source.path for source in load_recipe(tmp_path / "mine.yaml").data.sources]
+    assert set(paths) == {"stdlib://", str(tmp_path / "tiny/problems-train-*.jsonl")}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.0.stepz=7", "stages[0].stepz is not a known setting; did you mean 'steps'?"),
+        ("stages.0.steps=many", "stages[0].steps is 'many'; expected a number"),
+        ("stages.9.steps=1", "'9' is not a position in a list of 2"),
+        ("stages", "is not key=value"),
+        ("dtype.deeper.still=1", "dtype is a value and has no settings below it"),
+        ("axes.hidden=[80, 128]", "must fall from the largest"),
+        ("budgets.1.params=0", "params=0 must be greater than 0"),
+        ("teacher.path=somewhere", "either path or pretrain"),
+        ("stages.0.budgets={xl: 1}", "budget 'xl' is not one of l, m, s"),
+        (
+            "teacher.pretrain.model.mamba_num_heads=9",
+            "mamba_num_heads=9 is not a multiple of n_groups=2; nearest valid: 8 or 10",
+        ),
+        ("data.sources=[]", "sources is empty"),
+        ("family=../other", "may hold letters, digits"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_file_and_the_setting(override, message):
+    with pytest.raises(ValueError) as raised:
+        load_recipe(RECIPES / "tiny.yaml", [override])
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- a\n- b\n", "is not a recipe"), ("family: [\n", "line 2: is not YAML"), (None, "cannot be read")],
+)
+def test_a_file_that_is_no_recipe_is_refused(text, message, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_recipe(path)

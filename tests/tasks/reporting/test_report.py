@@ -1,0 +1,451 @@
+"""The report: its numbers against plain arithmetic, what its page may hold, and the runs it must bear."""
+
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from elastic_core import cost
+from elastic_core.budget import Budget
+from elastic_core.geometry import Axes, ModelConfig
+from elastic_core.recipe import DataConfig, DataSource, Optimizer, Recipe, Stage, Teacher
+from elastic_core.subnet import Subnet, full_subnet, keep_layers
+from elastic_core.training.train import BudgetMetrics, StepMetrics
+from tasks.records import BudgetEvaluation, EvaluationRecord
+from tasks.reporting import history, plots, report, summary
+
+MODEL = ModelConfig(
+    hybrid_override_pattern="M-M*-M-",
+    hidden_size=64,
+    intermediate_size=128,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    mamba_num_heads=8,
+    mamba_head_dim=16,
+    ssm_state_size=16,
+    n_groups=2,
+    vocab_size=256,
+)
+AXES = Axes(hidden=(64, 48, 32), ffn=(128, 96, 64), mamba_heads=(8, 6, 4), attention_heads=(4, 2), depth=(7, 6, 5))
+RANKING = (0, 1, 3, 6, 2, 5, 4)
+HALF = Subnet(
+    hidden=32,
+    ffn=(64,) * 3,
+    mamba_heads=(4,) * 3,
+    mamba_head_dim=16,
+    attention_heads=(2,),
+    layers=keep_layers(RANKING, 5),
+)
+MIDDLE = Subnet(
+    hidden=48,
+    ffn=(96,) * 3,
+    mamba_heads=(6,) * 3,
+    mamba_head_dim=16,
+    attention_heads=(4,),
+    layers=keep_layers(RANKING, 6),
+)
+SUBNETS = {"l": full_subnet(MODEL), "m": MIDDLE, "s": HALF}
+PARAMS = {name: cost.subnet_params(MODEL, subnet) for name, subnet in SUBNETS.items()}
+TEACHER_LOSS = 1.9
+LINKS = {"MLflow run": "http://127.0.0.1:5000/#/runs/1", "objects": "s3://families/tiny/v1/"}
+PLOTS = {"quality", "loss", "router", "params", "storage", "anatomy", "accuracy"}
+
+
+def budget(name: str, **changes: object) -> BudgetEvaluation:
+    missing = 1 - PARAMS[name] / PARAMS["l"]
+    measured = BudgetEvaluation(
+        budget=name,
+        params=PARAMS[name],
+        weight_bytes=4 * PARAMS[name],
+        memory_bytes=5 * PARAMS[name],
+        cross_entropy=TEACHER_LOSS + 0.01 + 0.2 * missing,
+        kl=0.01 + 0.1 * missing,
+        cut_cross_entropy=TEACHER_LOSS + 3 * missing,
+        random_cut_cross_entropy=TEACHER_LOSS + 5 * missing,
+        tokens_per_second=1000.0,
+        accuracy=0.5,
+        accuracy_by_task={"chain_sum": 0.25, "leg_counting": 0.75},
+    )
+    return dataclasses.replace(measured, **changes)
+
+
+def evaluation(*budgets: BudgetEvaluation, **changes: object) -> EvaluationRecord:
+    record = EvaluationRecord(
+        teacher_params=PARAMS["l"],
+        teacher_cross_entropy=TEACHER_LOSS,
+        teacher_accuracy=0.6,
+        heldout_tokens=65_536,
+        problems=128,
+        budgets=budgets or tuple(budget(name) for name in SUBNETS),
+    )
+    return dataclasses.replace(record, **changes)
+
+
+def step_metrics(stage: str, step: int, *, routed: bool, loss: float = 1.0) -> StepMetrics:
+    choices = {axis: float(AXES.bind(MODEL).choices(axis)[0]) for axis in Axes.NAMES} if routed else {}
+    budgets = {
+        name: BudgetMetrics(
+            loss=loss,
+            kl=loss / (step + 1),
+            cross_entropy=2 + loss / (step + 1),
+            router_loss=0.0,
+            expected_params=float(PARAMS[name]) if routed and name != "l" else 0.0,
+            choices=choices if name != "l" else {},
+        )
+        for name in SUBNETS
+    }
+    return StepMetrics(
+        stage=stage,
+        step=step,
+        steps=40,
+        loss=loss,
+        budgets=budgets,
+        learning_rate=1e-3,
+        temperature=1.0,
+        gradient_norm=1.0,
+        tokens=1000,
+        seconds=0.5,
+    )
+
+
+def write_metrics(path: Path, *, routed: bool, steps: int = 40) -> tuple[str, Path]:
+    lines = [json.dumps(dataclasses.asdict(step_metrics(path.stem, step, routed=routed))) for step in range(steps)]
+    path.write_text("\n".join(lines) + "\n")
+    return path.stem, path
+
+
+def recipe(subnets: Mapping[str, Subnet]) -> Recipe:
+    def stage(name: str) -> Stage:
+        shares = dict.fromkeys(subnets, 1.0)
+        return Stage(
+            name=name,
+            sequence_length=64,
+            batch_size=4,
+            steps=40,
+            budgets=shares,
+            optimizer=Optimizer(learning_rate=1e-3),
+        )
+
+    return Recipe(
+        family="tiny",
+        teacher=Teacher(path="s3://teachers/one"),
+        data=DataConfig(sources=(DataSource(path="stdlib://"),)),
+        axes=AXES,
+        budgets=tuple(Budget(name=name, params=None if name == "l" else PARAMS[name] + 99) for name in subnets),
+        stages=(stage("short"), stage("long")),
+    )
+
+
+def write(
+    directory: Path,
+    *,
+    record: EvaluationRecord,
+    routed: bool = True,
+    stages: Sequence[str] = ("short", "long"),
+    links: Mapping[str, str] = LINKS,
+) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    subnets = {name: SUBNETS[name] for name in SUBNETS if name in {b.budget for b in record.budgets}}
+    metrics = [write_metrics(directory / f"{name}.jsonl", routed=routed) for name in stages]
+    return report.write_report(
+        directory / "report",
+        recipe=recipe(subnets),
+        evaluation=record,
+        stages=metrics,
+        subnets=subnets,
+        layer_ranking=RANKING,
+        model=MODEL,
+        links=links,
+    )
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("run"), record=evaluation())
+
+
+BARE = evaluation(
+    budget("l", accuracy=None, accuracy_by_task={}, random_cut_cross_entropy=math.inf, kl=math.nan),
+    teacher_accuracy=None,
+    problems=0,
+)
+
+
+@pytest.fixture(scope="module")
+def bare_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of one budget, without router and problems, and with losses that are not finite."""
+    return write(tmp_path_factory.mktemp("bare"), record=BARE, routed=False)
+
+
+class Elements(HTMLParser):
+    """Every start tag of a page with its attributes, and the text between tags."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+# Numbers
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0"), (95, "95"), (999, "999"), (1000, "1K"), (999_499, "999K"), (999_999, "1M"), (12_310_001_152, "12.3B")],
+)
+def test_a_count_keeps_three_digits_and_never_an_exponent(count: int, text: str) -> None:
+    assert summary.human_count(count) == text
+
+
+def test_human_bytes_are_decimal_and_within_half_a_percent() -> None:
+    units = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "PB": 1e15}
+    for count in np.geomspace(1, 9e17, 500).astype(int):
+        number, unit = summary.human_bytes(int(count)).split()
+        assert float(number) * units[unit] == pytest.approx(count, rel=0.005)
+        assert float(number) < 1000
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0.4 s"), (59.4, "59.4 s"), (60, "1 min 0 s"), (200, "3 min 20 s"), (7260, "2 h 1 min")]
+)
+def test_durations_have_their_two_largest_units(seconds: float, text: str) -> None:
+    assert summary.human_seconds(seconds) == text
+
+
+# The budget table
+
+
+def test_the_table_has_the_teacher_and_then_the_budgets_from_the_largest() -> None:
+    rows = summary.summary_table(evaluation(budget("s"), budget("l"), budget("m")))
+    assert [row["budget"] for row in rows] == ["teacher", "l", "m", "s"]
+    assert [int(row["parameters"].replace(",", "")) for row in rows[1:]] == [PARAMS["l"], PARAMS["m"], PARAMS["s"]]
+
+
+def test_recovered_is_the_won_share_of_what_cutting_lost() -> None:
+    small = budget("s", cut_cross_entropy=TEACHER_LOSS + 2.0, cross_entropy=TEACHER_LOSS + 0.25)
+    rows = summary.summary_table(evaluation(small))
+    assert rows[1]["recovered"] == "87.5 %"
+
+
+def test_the_full_model_recovers_nothing_whatever_the_rounding_of_its_cut() -> None:
+    full = budget("l", cut_cross_entropy=TEACHER_LOSS + 1e-9)
+    assert summary.summary_table(evaluation(full))[1]["recovered"] == "-"
+    assert "recovered" not in summary.summary_lines(evaluation(full))["l"]
+
+
+def test_what_was_not_measured_is_a_dash() -> None:
+    record = evaluation(budget("s", accuracy=None, kl=math.nan), teacher_accuracy=None)
+    rows = summary.summary_table(record)
+    assert [row["accuracy"] for row in rows] == ["-", "-"]
+    assert rows[1]["KL"] == "-"
+
+
+def test_the_summary_says_share_of_parameters_loss_and_recovery() -> None:
+    small = budget(
+        "s", params=PARAMS["l"] // 4, cross_entropy=TEACHER_LOSS + 0.12, cut_cross_entropy=TEACHER_LOSS + 1.2
+    )
+    line = summary.summary_lines(evaluation(small))["s"]
+    assert (
+        line == "25 % of the parameters, +0.120 nats a token over the teacher, 90 % of what cutting lost is recovered"
+    )
+
+
+@pytest.mark.parametrize(
+    ("delta", "words"), [(-0.0001, "+0.000 nats a token over"), (-0.02, "-0.020 nats a token below")]
+)
+def test_a_budget_below_the_teachers_loss_is_said_to_be(delta: float, words: str) -> None:
+    assert words in summary.summary_lines(evaluation(budget("l", cross_entropy=TEACHER_LOSS + delta)))["l"]
+
+
+def test_a_markdown_table_gives_back_its_rows() -> None:
+    table = summary.summary_table(evaluation())
+    rows = [*table, dict.fromkeys(table[0], "a|b\nc")]
+    lines = summary.markdown_table(rows).splitlines()
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    assert cells[0] == list(rows[0])
+    assert cells[2:-1] == [list(row.values()) for row in rows[:-1]]
+    assert cells[-1] == ["a\\|b c"] * len(rows[0])
+
+
+# Metrics
+
+
+def test_the_last_record_of_a_step_counts_and_an_unfinished_line_is_passed_over(tmp_path: Path) -> None:
+    def line(step: int, loss: float) -> str:
+        return json.dumps(dataclasses.asdict(step_metrics("short", step, routed=True, loss=loss)))
+
+    path = tmp_path / "metrics.jsonl"
+    killed = line(2, 7.0)[:60]
+    path.write_text("\n".join([line(0, 1.0), line(1, 2.0), line(2, 3.0), killed + line(1, 9.0), line(1, 4.0), killed]))
+    steps = history.read_metrics(path)
+    assert [(m.step, m.loss) for m in steps] == [(0, 1.0), (1, 4.0), (2, 3.0)]
+    assert steps[1] == step_metrics("short", 1, routed=True, loss=4.0)
+
+
+def test_a_number_that_is_not_finite_is_left_out_of_the_curves(tmp_path: Path) -> None:
+    path = tmp_path / "short.jsonl"
+    records = [step_metrics("short", step, routed=True, loss=loss) for step, loss in enumerate([1.0, math.nan, 3.0])]
+    path.write_text("\n".join(json.dumps(dataclasses.asdict(record)) for record in records))
+    (stage,) = history.read_stages([("short", path)])
+    steps, values = stage.curve("s", lambda b: b.loss)
+    assert steps.tolist() == [0, 2]
+    assert values.tolist() == [1.0, 3.0]
+
+
+@pytest.mark.parametrize("width", [1, 3, 8])
+def test_the_rolling_mean_of_a_constant_is_that_constant(width: int) -> None:
+    np.testing.assert_allclose(plots._rolling_mean(np.full(20, 2.5), width), 2.5, rtol=1e-12)
+
+
+def test_the_rolling_mean_averages_the_neighbours() -> None:
+    values = np.arange(10.0) ** 2
+    middle = plots._rolling_mean(values, 3)[1:-1]
+    np.testing.assert_allclose(middle, [values[i - 1 : i + 2].mean() for i in range(1, 9)], rtol=1e-12)
+
+
+# The files
+
+
+def test_every_plot_is_a_picture_with_something_in_it(page: Path) -> None:
+    assert {path.stem for path in page.parent.glob("*.png")} == PLOTS
+    for path in page.parent.glob("*.png"):
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        assert min(pixels.shape[:2]) > 200, path
+        assert 0.005 < (pixels != 255).any(-1).mean() < 0.9, path
+
+
+def test_the_page_and_the_markdown_hold_every_number_of_the_table(page: Path) -> None:
+    text, markdown = Elements(page).text, (page.parent / "results.md").read_text()
+    for row in summary.summary_table(evaluation()):
+        assert all(cell in text and cell in markdown for cell in row.values())
+    for line in summary.summary_lines(evaluation()).values():
+        assert line in text
+        assert line in markdown
+
+
+def test_results_json_holds_what_was_measured(page: Path) -> None:
+    results = json.loads((page.parent / "results.json").read_text())
+    for measured, written in zip(evaluation().budgets, results["evaluation"]["budgets"], strict=True):
+        fields = dataclasses.asdict(measured)
+        assert {name: written[name] for name in fields} == fields
+        assert written["subnet"]["layers"] == list(SUBNETS[measured.budget].layers)
+    assert [stage["tokens"] for stage in results["stages"]] == [40_000, 40_000]
+    assert results["storage_bytes"] == {
+        "separate checkpoints": 4 * sum(PARAMS.values()),
+        "one elastic checkpoint": 4 * PARAMS["l"],
+        "nested storage": 4 * PARAMS["l"],
+    }
+
+
+def test_results_json_is_strict_json_even_for_a_loss_that_is_not_finite(bare_page: Path) -> None:
+    def refuse(constant: str) -> float:
+        raise AssertionError(constant)
+
+    text = (bare_page.parent / "results.json").read_text()
+    (written,) = json.loads(text, parse_constant=refuse)["evaluation"]["budgets"]
+    assert written["random_cut_cross_entropy"] is None
+    assert written["kl"] is None
+
+
+def test_the_page_fetches_nothing(page: Path) -> None:
+    elements = Elements(page)
+    assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form"} & {
+        tag for tag, _ in elements.tags
+    }
+    for tag, attributes in elements.tags:
+        addresses = [attributes[name] or "" for name in ("src", "href", "xlink:href", "srcset") if name in attributes]
+        assert all(address.startswith("#") or (tag == "a" and address in LINKS.values()) for address in addresses)
+    text = page.read_text()
+    assert "@import" not in text
+    assert set(re.findall(r"url\((.)", text)) <= {"#"}
+    assert set(re.findall(r"https?://[^\"<]*", text)) <= set(LINKS.values())
+    assert (
+        "meta",
+        {"http-equiv": "Content-Security-Policy", "content": "default-src 'none'; style-src 'unsafe-inline'"},
+    ) in (elements.tags)
+
+
+def test_every_colour_of_the_page_belongs_to_both_themes(page: Path) -> None:
+    text = page.read_text()
+    dark = text.index("prefers-color-scheme")
+    defined = [set(re.findall(r"--(\w+):", part)) for part in (text[:dark], text[dark:])]
+    assert defined[0] == defined[1] == set(plots.THEME)
+    assert set(re.findall(r"var\(--(\w+)\)", text)) <= defined[0]
+    body = text[text.index("<body>") :]
+    assert not re.findall(r"(?:fill|stroke|color|background)\s*[:=]\s*\"?(#[0-9a-fA-F]{3,8})", body)
+
+
+def test_hostile_names_are_text(tmp_path: Path) -> None:
+    attack = "<script>alert('$x_{$')</script>--><svg onload=alert(1)>"
+    links = {
+        attack: "javascript:alert(1)",
+        "store": "http://user:secret-word@127.0.0.1/",
+        "quote": 'http://a"onclick="b',
+    }
+    record = evaluation(budget("l", accuracy_by_task={attack: 0.5, "多": 0.5}))
+    page = write(tmp_path, record=record, routed=False, links=links)
+    elements = Elements(page)
+    assert "script" not in {tag for tag, _ in elements.tags}
+    assert not [name for _, attributes in elements.tags for name in attributes if name.startswith("on")]
+    assert not [a for _, a in elements.tags if (a.get("href") or "").startswith("javascript:")]
+    assert attack in elements.text
+    for path in (page, page.parent / "results.json"):
+        assert "secret-word" not in path.read_text()
+
+
+# Runs without this or that
+
+
+def test_one_budget_without_router_and_problems_leaves_their_plots_out(bare_page: Path) -> None:
+    drawn = PLOTS - {"router", "params", "accuracy"}
+    assert {path.stem for path in bare_page.parent.glob("*.png")} == drawn
+    text = Elements(bare_page).text
+    assert {plot.name for plot in plots.PLOTS if plot.title in text} == drawn
+
+
+def test_the_same_run_is_reported_in_the_same_bytes(bare_page: Path, tmp_path: Path) -> None:
+    again = write(tmp_path, record=BARE, routed=False)
+    first, second = ({path.name: path.read_bytes() for path in page.parent.iterdir()} for page in (bare_page, again))
+    assert first == second
+
+
+def test_a_run_without_metrics_is_reported(tmp_path: Path) -> None:
+    page = write(tmp_path, record=BARE, stages=())
+    assert {path.stem for path in page.parent.glob("*.png")} == {"quality", "storage", "anatomy"}
+
+
+def test_drawing_is_silent_from_a_cold_start_and_opens_no_window(tmp_path: Path) -> None:
+    program = (
+        "import runpy, sys, pathlib; t = runpy.run_path(sys.argv[1]); "
+        "t['write'](pathlib.Path(sys.argv[2]), record=t['BARE'], stages=()); "
+        "print('matplotlib.pyplot' in sys.modules)"
+    )
+    unusable = tmp_path / "file"  # where matplotlib finds no cache, it has to build one, and says so
+    unusable.touch()
+    done = subprocess.run(
+        [sys.executable, "-c", program, __file__, str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[3],
+        env={"MPLCONFIGDIR": str(unusable / "matplotlib"), "PYTHONPATH": str(Path(__file__).parents[3])},
+    )
+    assert (done.stdout, done.stderr) == ("False\n", "")

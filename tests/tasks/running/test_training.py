@@ -1,0 +1,111 @@
+"""Laws of supervised training: what is lost is started again, what is wrong is not."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from disk import fill
+from trainee import STAGE, metrics_of, train_job, write_family, write_tokens
+
+from elastic_core.recipe import Optimizer
+from elastic_core.training.job import METRICS
+from tasks.reporting.history import read_metrics
+from tasks.running.training import Tail, processes_for, train
+from tasks.settings import ServiceError
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> tuple[Path, Path]:
+    directory = tmp_path_factory.mktemp("start")
+    return write_family(directory / "family"), write_tokens(directory / "tokens.safetensors")
+
+
+@pytest.mark.parametrize(("devices", "processes"), [(0, 1), (1, 1), (2, 2), (4, 4), (5, 4), (8, 6), (64, 12)])
+def test_there_is_a_process_for_every_device_that_the_batch_can_be_divided_for(devices, processes):
+    assert processes_for(replace(STAGE, batch_size=24, micro_batch_size=2), devices) == processes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="binds a process to a core")
+def test_trainers_share_the_cores_that_their_parent_may_run_on():
+    code = """if True:
+        import os
+        os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+        os.environ.pop("OMP_NUM_THREADS", None)
+        from tasks.training import trainer_environment
+        print([trainer_environment(processes)["OMP_NUM_THREADS"] for processes in (1, 4)])
+    """
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "['1', '1']\n"
+
+
+def weights(directory: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(Path(directory).iterdir())}
+
+
+def kill_each_once() -> Callable[[dict[str, Any]], None]:
+    """As `on_step`: kill -9 the second process once the stage is under way, and the first after a while."""
+    waiting = {3: "1", 8: "0"}
+
+    def on_step(row: dict[str, Any]) -> None:
+        due = [step for step in waiting if step <= row["step"]]
+        if due:
+            rank = waiting.pop(due[0])
+            for child in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):  # others end while one looks at them
+                    if child.environ().get("RANK") == rank:
+                        child.send_signal(signal.SIGKILL)
+
+    return on_step
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_started_again_with_the_others_and_the_weights_are_the_same(start, tmp_path):
+    stage = replace(STAGE, steps=60, micro_batch_size=1)
+    whole, killed = (train_job(*start, tmp_path / name, stage=stage) for name in ("whole", "killed"))
+    train(whole, processes=2)
+    train(killed, processes=2, on_step=kill_each_once())
+    assert (tmp_path / "killed/train.log").read_text().count("goes on after step") == 2 * 2  # processes, kills
+    assert weights(killed.output) == weights(whole.output)
+    assert metrics_of(tmp_path / "killed").keys() == set(range(stage.steps))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_fault_of_the_job_ends_every_process_at_once_and_for_good(processes, start, tmp_path):
+    stage = replace(STAGE, micro_batch_size=1, optimizer=Optimizer(learning_rate=1e30, warmup_steps=0))
+    with pytest.raises(ValueError, match=r"stage stage1, step \d: loss .* lower optimizer.learning_rate"):
+        train(train_job(*start, tmp_path / "work", stage=stage), processes=processes)
+    steps = (tmp_path / "work/metrics.jsonl").read_text().splitlines()
+    assert len(steps) == len(set(steps)), "a step was tried again"
+    assert not (tmp_path / "work/family").exists()
+
+
+def test_a_torn_line_of_metrics_is_passed_over(tmp_path):
+    file = tmp_path / METRICS
+    file.write_text('{"step": 1}\n{"step": 2, "lo')
+    tail = Tail(file)
+    assert list(tail.rows()) == [{"step": 1}]
+    with file.open("a") as more:
+        more.write('\n{"step": 2}\n')
+    assert list(tail.rows()) == [{"step": 2}]
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_is_told_and_training_goes_on_when_it_has_room(start, tmp_path, small_disk):
+    stage = replace(STAGE, steps=60)
+    whole, cramped = train_job(*start, tmp_path / "whole", stage=stage), train_job(*start, small_disk, stage=stage)
+    train(whole)
+    filler = small_disk / "filler"
+    with pytest.raises(ServiceError, match=r"stage stage1 ended, and the disk of .* is full: \d.* left; make"):
+        train(cramped, on_step=lambda row: fill(filler) if row["step"] > 3 and not filler.exists() else None)
+    assert not Path(cramped.output).exists()
+    filler.unlink()
+    train(cramped)
+    assert weights(cramped.output) == weights(whole.output)
+    assert [row.step for row in read_metrics(small_disk / METRICS)] == [*range(stage.steps)]
