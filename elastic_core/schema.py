@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -10,6 +11,9 @@ from decimal import Decimal
 from typing import Any, ClassVar, Literal, TypeVar
 
 T = TypeVar("T")
+
+# What a family, a budget and a version may be called: the registry, S3 and file systems all take it as it is.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def build(cls: type[T], data: object, where: str = "") -> T:

@@ -26,7 +26,7 @@ def test_a_shown_command_has_the_options_shown(name, arguments):
 def test_every_file_named_in_the_file_map_is_there():
     block = README.split("elastic_core/\n", 1)[1].split("```")[0]
     core = re.findall(r"\b(\w+\.py)\b", block.split("tasks/ ")[0])
-    assert {f"{name}" for name in core} == {p.name for p in (ROOT / "elastic_core").glob("*.py")} - {"__init__.py"}
+    assert set(core) == {path.name for path in (ROOT / "elastic_core").rglob("*.py")} - {"__init__.py"}
     for link in re.findall(r"\]\((infra/[^)]+)\)", README):
         assert (ROOT / link).exists(), link
 

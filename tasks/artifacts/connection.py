@@ -24,7 +24,8 @@ from botocore.exceptions import (
 )
 from botocore.exceptions import ConnectionError as BotoConnectionError
 
-from tasks.artifacts.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, NAME
+from elastic_core.schema import NAME
+from tasks.artifacts.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES
 from tasks.settings import BUCKET, ENDPOINT_S3, ServiceError, Settings, redact
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all

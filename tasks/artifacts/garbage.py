@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from botocore.exceptions import ClientError
 
+from elastic_core.schema import NAME
 from tasks.artifacts.connection import (
     FAMILIES,
     PROBE,
@@ -25,7 +26,7 @@ from tasks.artifacts.connection import (
     status_of,
     uploads_below,
 )
-from tasks.artifacts.manifest import MANIFEST_NAME, NAME, TOMBSTONE
+from tasks.artifacts.manifest import MANIFEST_NAME, TOMBSTONE
 from tasks.settings import ServiceError
 
 MAX_DELETED = 1000  # S3's own limit for one call

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from elastic_core.schema import NAME
 from tasks.settings import ServiceError
 
 FORMAT_VERSION = 1
@@ -22,8 +23,6 @@ MAX_DEPTH = 16
 
 # Stands in a manifest's place while `elastic gc` removes the version, so that nobody can publish or read it.
 TOMBSTONE = b'{"removed by": "elastic gc"}\n'
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 _REQUIRED = {"format_version", "family", "version", "files", "metadata"}
 _OPTIONAL = {"nested", "signature"}

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tasks.artifacts.manifest import NAME
+from elastic_core.schema import NAME
 from tasks.settings import ServiceError, redact
 from tasks.tracking.connection import client_of, explained, first_line, is_server, page_of
 

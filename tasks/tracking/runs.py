@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.artifacts.manifest import NAME
+from elastic_core.schema import NAME
 from tasks.settings import ServiceError, redact
 from tasks.tracking.connection import chunks, client_of, explained, is_server, page_of
 

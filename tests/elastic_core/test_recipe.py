@@ -13,7 +13,7 @@ import pytest
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from elastic_core import budget
+from elastic_core import budget, geometry
 from elastic_core import recipe as config
 from elastic_core.budget import Budget, LatencyTarget, MemoryTarget, Serving
 from elastic_core.geometry import Axes, ModelConfig
@@ -95,7 +95,7 @@ def set_at(data: Any, path: tuple[str | int, ...], value: Any) -> Any:
     return changed
 
 
-HERE = (config.__name__, budget.__name__)
+HERE = (config.__name__, budget.__name__, geometry.__name__)
 
 
 def config_classes() -> list[type]:

@@ -431,7 +431,7 @@ def test_a_killed_writer_leaves_no_directory_and_the_next_one_takes_over(tmp_pat
     script = """
 import os, signal, sys, torch
 from pathlib import Path
-from elastic_core.shards import TensorInfo, staged_directory, write_shards
+from elastic_core.files.shards import TensorInfo, staged_directory, write_shards
 
 def blocks(name):
     if name == "t3":

@@ -356,8 +356,8 @@ def test_types_are_kept_tensor_by_tensor(
 SLICE = """
 import dataclasses, sys
 from pathlib import Path
-from elastic_core.checkpoint import read_config
-from elastic_core.slicing import slice_checkpoint
+from elastic_core.files.checkpoint import read_config
+from elastic_core.files.slicing import slice_checkpoint
 from elastic_core.subnet import full_subnet
 
 source, target = map(Path, sys.argv[1:])

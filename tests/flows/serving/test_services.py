@@ -27,8 +27,8 @@ LIMIT_SECONDS = 60.0  # far beyond what any of this takes; a test that hangs sho
 COMMAND = """
 import sys
 from pathlib import Path
-from flows import services
-from tasks import processes
+from flows.serving import services
+from tasks.running import processes
 from tasks.settings import ServiceError
 if "elsewhere" in sys.argv:
     processes._GUARD = processes._GUARD.replace('"linux"', '"none"')

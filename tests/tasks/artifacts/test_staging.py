@@ -64,7 +64,7 @@ def test_a_young_file_deep_inside_keeps_a_left_over(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from tasks.staging import scratch
+from tasks.artifacts.staging import scratch
 with scratch(Path(sys.argv[1]), "room"):
     time.sleep(600)
 """

@@ -38,7 +38,7 @@ def test_trainers_share_the_cores_that_their_parent_may_run_on():
         import os
         os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
         os.environ.pop("OMP_NUM_THREADS", None)
-        from tasks.training import trainer_environment
+        from tasks.running.training import trainer_environment
         print([trainer_environment(processes)["OMP_NUM_THREADS"] for processes in (1, 4)])
     """
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "['1', '1']\n"
