@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal
 
-from elastic_core.schema import Strict, positive
+from elastic_core.schema import Strict, checked_name, positive
 
 Dtype = Literal["float32", "bfloat16"]
+
+WHOLE = "family"  # what the elastic checkpoint itself is called beside its budgets
 
 BYTE_UNITS = {
     **{"B": Decimal(1), "kB": Decimal(10**3), "MB": Decimal(10**6), "GB": Decimal(10**9), "TB": Decimal(10**12)},
@@ -138,8 +140,9 @@ class Budget(Strict):
     latency: LatencyTarget | None = None
 
     def __post_init__(self) -> None:
-        if not self.name or not all(c.isalnum() or c in "-_." for c in self.name):
-            raise ValueError(f"budget name {self.name!r} may hold letters, digits, '-', '_' and '.' only")
+        checked_name("budget", self.name)
+        if self.name.lower() == WHOLE:
+            raise ValueError(f"budget {self.name!r} needs another name: the elastic checkpoint is stored as {WHOLE!r}")
         if self.params is not None:
             positive(self, "params")
         given = [name for name in ("params", "memory", "latency") if getattr(self, name) is not None]
@@ -160,8 +163,8 @@ class Budget(Strict):
 def check_order(budgets: tuple[Budget, ...]) -> None:
     """Of targets that can be compared without a model, each must be below the ones before, and the full model first."""
     names = [b.name for b in budgets]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"budgets {names} must be at least one, each name once")
+    if not names or len({name.lower() for name in names}) < len(names):
+        raise ValueError(f"budgets {names} must be at least one, each name once, whatever its case")
     least: dict[object, int] = {}
     for index, budget in enumerate(budgets):
         comparable = None

@@ -9,7 +9,7 @@ from typing import Literal
 
 from elastic_core.budget import Budget, Dtype, check_order
 from elastic_core.geometry import Axes, ModelConfig
-from elastic_core.schema import Strict, multiple_of, not_negative, positive
+from elastic_core.schema import Strict, checked_name, multiple_of, not_negative, positive
 
 Storage = Literal["materialised", "nested"]
 
@@ -116,8 +116,7 @@ class Stage(Strict):
 
     def __post_init__(self) -> None:
         positive(self, "sequence_length", "batch_size", "steps", "micro_batch_size", "checkpoint_every")
-        if not self.name or not all(c.isalnum() or c in "-_" for c in self.name):
-            raise ValueError(f"stage name {self.name!r} may hold letters, digits, '-' and '_' only")
+        checked_name("stage", self.name)
         multiple_of("batch_size", self.batch_size, "micro_batch_size", self.micro_batch_size)
         if not self.budgets or min(self.budgets.values()) < 0 or sum(self.budgets.values()) <= 0:
             raise ValueError(f"budgets={self.budgets} must give each budget a share of at least 0, and some more")
@@ -283,8 +282,13 @@ class Recipe(Strict):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.family or not all(c.isalnum() or c in "-_" for c in self.family):
-            raise ValueError(f"family {self.family!r} may hold letters, digits, '-' and '_' only")
+        checked_name("family", self.family)
+        if "." in self.family:
+            raise ValueError(
+                f"family {self.family!r} has a '.': CATALOG.SCHEMA.MODEL is a name in Unity Catalog, which registers "
+                "MLflow's own model format alone, copied into its own storage, and no checkpoint in S3; leave out the "
+                "'.' and use an MLflow registry"
+            )
         check_order(self.budgets)
         timed = [b.name for b in self.budgets if b.latency is not None]
         if timed and self.latency_table is None:

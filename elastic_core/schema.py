@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 T = TypeVar("T")
 
-# What a family, a budget and a version may be called: the registry, S3 and file systems all take it as it is.
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+# What a family, a budget, a stage and a version may be called: the registry, S3 and file systems take it as it is.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def build(cls: type[T], data: object, where: str = "") -> T:
@@ -125,6 +125,16 @@ def to_dict(config: Any) -> dict[str, Any]:
         return value
 
     return typing.cast(dict[str, Any], plain(config))
+
+
+def checked_name(what: str, value: str) -> str:
+    """`value`, if it is a NAME; ValueError otherwise. MLflow takes 256 characters for FAMILY-BUDGET."""
+    if not NAME.fullmatch(value):
+        raise ValueError(
+            f"{what} {value!r} is not a name: a letter or digit, then letters, digits, '.', '_' or '-', all ASCII, "
+            "at most 100"
+        )
+    return value
 
 
 def positive(owner: Any, *names: str) -> None:

@@ -204,12 +204,12 @@ def pull(
     output: Output,
 ) -> None:
     """Bring a registered model here, every digest verified; a smaller size of it that is there already is grown."""
-    from flows.serving.services import embedded_services
+    from flows.serving.services import registry_services
     from tasks import artifacts, tracking
     from tasks.running.bars import bar
-    from tasks.settings import Settings, make_home
+    from tasks.settings import Settings, home_directory
 
-    with embedded_services(make_home(), share=True):
+    with registry_services(home_directory()):
         settings = Settings.from_environment(need_bucket=False)
         version = tracking.resolve(settings.tracking_uri, model)
         with bar(f"pulling {version.name}:{version.version}") as report:
@@ -314,10 +314,7 @@ def _load(checkpoint: Path, budget: str | None) -> "tuple[ElasticNemotronH, Subn
 
 
 def _any_size(checkpoint: Path, option: str, size: float | str, profile: Path | None) -> "tuple[Subnet, str]":
-    """The subnet for the size that an option gives, and what it takes, if that is no number of parameters.
-
-    The option is the name of its budget, for messages about it.
-    """
+    """The subnet for the size that an option gives, and what it takes, if that is no number of parameters."""
     from elastic_core.budget import Budget
     from elastic_core.files.checkpoint import read_config, read_family
     from elastic_core.planning.profile import read_table
@@ -329,7 +326,8 @@ def _any_size(checkpoint: Path, option: str, size: float | str, profile: Path | 
         if not math.isfinite(size):
             raise ValueError(f"{option} {size} is not a size; give a number of parameters, such as 7.5e9")
         size = int(size)
-    budget = build(Budget, {"name": option, option.removeprefix("--"): size})
+    kind = option.removeprefix("--")
+    budget = build(Budget, {"name": kind, kind: size})
     family = read_family(checkpoint)
     if profile is not None:
         family = replace(family, latency_table=read_table(profile))

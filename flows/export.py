@@ -5,13 +5,13 @@ from typing import Annotated
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from elastic_core.budget import Budget
+from elastic_core.budget import WHOLE, Budget
 from flows.commands.recipes import checked
 from flows.serving.failures import explain_failure
 from flows.serving.guard import guard_run
 from flows.serving.page import model_link
 from tasks import tracking
-from tasks.register import WHOLE, register_size
+from tasks.register import register_size
 from tasks.running.steps import run
 from tasks.settings import Settings
 from tasks.slice import fetch_part, slice_size

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from elastic_core.budget import Budget
+from elastic_core.budget import WHOLE, Budget
 from elastic_core.cost import subnet_params
 from elastic_core.files import checkpoint
 from elastic_core.recipe import Recipe, Stage
@@ -26,7 +26,6 @@ from tasks.running.steps import fingerprint, step
 from tasks.settings import ServiceError, Settings, redact
 
 STORAGE, PULL = "elastic.storage", "elastic.pull"
-WHOLE = "family"  # the part that is the elastic checkpoint
 
 
 def destination(settings: Settings) -> str:

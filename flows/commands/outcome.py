@@ -14,5 +14,7 @@ def print_outcome(evaluation: EvaluationRecord, release: Release, verdict: Verdi
     console.print(f"promotion   {verdict.reason}", highlight=False)
     console.print(f"objects     {release.uri}", highlight=False, soft_wrap=True)
     console.print(f"report      {release.report}", highlight=False, soft_wrap=True)
-    name = list(release.models.values())[-1].split(":")[0]
-    console.print(f"next        elastic pull {name} -o {name}", highlight=False, soft_wrap=True)
+    smallest = list(release.models.values())[-1]
+    name = smallest.split(":")[0]
+    pulled = name if verdict.promoted else smallest  # the name alone means its champion
+    console.print(f"next        elastic pull {pulled} -o {name}", highlight=False, soft_wrap=True)

@@ -17,7 +17,7 @@ from types import FrameType
 from flows.serving.running import Running, read_running
 from flows.serving.servers import QUIET, START_SECONDS, ObjectStore, PrefectServer, answers, free_ports
 from tasks.artifacts import check_bucket, ensure_bucket
-from tasks.settings import BUCKET, ENDPOINT, ENDPOINT_S3, HOME, TRACKING_URI, ServiceError, Settings
+from tasks.settings import BUCKET, ENDPOINT, ENDPOINT_S3, HOME, TRACKING_URI, ServiceError, Settings, make_home
 
 PREFECT_API = "PREFECT_API_URL"
 RESULTS = "PREFECT_LOCAL_STORAGE_PATH"
@@ -65,6 +65,22 @@ def embedded_services(home: Path, *, share: bool = False, prefect: bool = False)
         if server is not None:
             server.wait()
         yield defined
+
+
+@contextmanager
+def registry_services(home: Path) -> Iterator[None]:
+    """What reading a registry takes: nothing of ours where the environment names one in another place.
+
+    Its objects are then where its s3:// URIs say: at the endpoint of the environment, or on AWS.
+    """
+    named, running = os.environ.get(TRACKING_URI), read_running(home)
+    ours = {service.where for service in running.services} if running is not None else set()
+    if named and named not in ours | set(tracking_environment(home).values()):
+        with applied(basic_environment(home)):
+            yield
+    else:
+        with embedded_services(make_home(), share=True):
+            yield
 
 
 def basic_environment(home: Path) -> dict[str, str]:

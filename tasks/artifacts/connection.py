@@ -24,7 +24,7 @@ from botocore.exceptions import (
 )
 from botocore.exceptions import ConnectionError as BotoConnectionError
 
-from elastic_core.schema import NAME
+from elastic_core.schema import checked_name
 from tasks.artifacts.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES
 from tasks.settings import BUCKET, ENDPOINT_S3, ServiceError, Settings, redact
 
@@ -87,12 +87,6 @@ def version_uri(bucket: str, family: str, version: str) -> str:
 
 def manifest_uri(bucket: str, family: str, version: str) -> str:
     return f"{version_uri(bucket, family, version)}/{MANIFEST_NAME}"
-
-
-def checked_name(what: str, value: str) -> str:
-    if not NAME.fullmatch(value):
-        raise ValueError(f"{what} {value!r} is not a name: a letter or digit, then letters, digits, '.', '_' or '-'")
-    return value
 
 
 # Connection

@@ -67,6 +67,7 @@ def fetch(store: Store, uri: str, part: str, directory: Path, *, progress: Progr
     directory already holds exactly these files. A smaller part of the same nested version is replaced, and only what
     is added to it is fetched. A ServiceError where the directory holds anything else.
     """
+    directory = directory.absolute()
     manifest = read_manifest(store, uri)
     files = manifest.part(part)
     if not files:

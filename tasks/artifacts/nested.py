@@ -97,7 +97,7 @@ class Plan:
 
     `files` are objects to fetch, by their paths in the new directory, and `aside` those to fetch beside it, in one
     directory a shell; `copied` are files that are here already. The `assembled` files come from the shells in `chain`,
-    from the smallest: paths beside the directory, the first may be that of a slice that is here.
+    from the smallest: paths beside the directory; the first may be a slice that is here, by its absolute path.
     """
 
     files: Mapping[str, FileRecord]

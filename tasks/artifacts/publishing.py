@@ -13,13 +13,13 @@ from typing import Any, BinaryIO
 
 from botocore.exceptions import BotoCoreError, ClientError
 
+from elastic_core.schema import checked_name
 from tasks.artifacts.connection import (
     FAMILIES,
     Meter,
     Progress,
     Store,
     abort_upload,
-    checked_name,
     code_of,
     explained,
     head,

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from elastic_core.schema import NAME
+from elastic_core.schema import NAME, checked_name
 from tasks.settings import ServiceError, redact
 from tasks.tracking.connection import client_of, explained, first_line, is_server, page_of
 
@@ -57,10 +57,7 @@ class ModelVersion:
 
 def model_name(family: str, budget: str) -> str:
     """The registered model of a budget; ValueError for names that MLflow or S3 would read differently."""
-    for name in (family, budget):
-        if not NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is not a name: a letter or digit, then letters, digits, '.', '_' or '-'")
-    return f"{family}-{budget}"
+    return f"{checked_name('family', family)}-{checked_name('budget', budget)}"
 
 
 def model_url(uri: str, model: str) -> str | None:

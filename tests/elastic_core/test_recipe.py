@@ -242,6 +242,7 @@ def test_a_float_field_takes_whole_numbers_and_text() -> None:
 MODEL_AT = ("teacher", "pretrain", "model")
 
 # (where, bad value, the one line that the user sees)
+NOT_A_NAME = "is not a name: a letter or digit, then letters, digits, '.', '_' or '-', all ASCII, at most 100"
 BAD_VALUES: list[tuple[tuple[str | int, ...], Any, str]] = [
     # keys
     (("sede",), 1, "sede is not a known setting; did you mean 'seed'?"),
@@ -286,8 +287,17 @@ BAD_VALUES: list[tuple[tuple[str | int, ...], Any, str]] = [
     ),
     (("stages", 0, "router"), {"scale": [1.0]}, "stages[0].router.scale has 1 entries; expected 2"),
     # values
-    (("family",), "a/b", "family 'a/b' may hold letters, digits, '-' and '_' only"),
-    (("family",), "", "family '' may hold letters, digits, '-' and '_' only"),
+    *(
+        (("family",), name, f"family {name!r} {NOT_A_NAME}")
+        for name in ("a/b", "", "família", "_nano", "-nano", "n" * 101)
+    ),
+    (
+        ("family",),
+        "main.models.nano",
+        "family 'main.models.nano' has a '.': CATALOG.SCHEMA.MODEL is a name in Unity Catalog, which registers "
+        "MLflow's own model format alone, copied into its own storage, and no checkpoint in S3; leave out the '.' "
+        "and use an MLflow registry",
+    ),
     (
         (*MODEL_AT, "hybrid_override_pattern"),
         "M-E",
@@ -336,12 +346,20 @@ BAD_VALUES: list[tuple[tuple[str | int, ...], Any, str]] = [
     (("axes", "hidden"), [8, 16], "axes: hidden=[8, 16] must fall from the largest, each once"),
     (("axes", "depth"), [5, 5], "axes: depth=[5, 5] must fall from the largest, each once"),
     (("axes", "ffn"), [32, 0], "axes: ffn=[32, 0] must be greater than 0"),
-    (("budgets",), [], "budgets [] must be at least one, each name once"),
-    (("budgets", 1, "name"), "l", "budgets ['l', 'l', 's'] must be at least one, each name once"),
+    (("budgets",), [], "budgets [] must be at least one, each name once, whatever its case"),
+    *(
+        (
+            ("budgets", 1, "name"),
+            name,
+            f"budgets ['l', {name!r}, 's'] must be at least one, each name once, whatever its case",
+        )
+        for name in ("l", "L")
+    ),
+    *((("budgets", 1, "name"), name, f"budgets[1]: budget {name!r} {NOT_A_NAME}") for name in ("m b", "größe", "-m")),
     (
         ("budgets", 1, "name"),
-        "m b",
-        "budgets[1]: budget name 'm b' may hold letters, digits, '-', '_' and '.' only",
+        "family",
+        "budgets[1]: budget 'family' needs another name: the elastic checkpoint is stored as 'family'",
     ),
     (("budgets", 1, "params"), -5, "budgets[1]: params=-5 must be greater than 0"),
     (
@@ -425,7 +443,7 @@ BAD_VALUES: list[tuple[tuple[str | int, ...], Any, str]] = [
     ),
     (("stages",), [], "stages must be at least one, each name once"),
     (("stages", 1, "name"), "stage1", "stages must be at least one, each name once"),
-    (("stages", 1, "name"), "a.b", "stages[1]: stage name 'a.b' may hold letters, digits, '-' and '_' only"),
+    *((("stages", 1, "name"), name, f"stages[1]: stage {name!r} {NOT_A_NAME}") for name in ("a b", "étape", "../x")),
     (("stages", 1, "steps"), 0, "stages[1]: steps=0 must be greater than 0"),
     (
         ("stages", 1, "batch_size"),

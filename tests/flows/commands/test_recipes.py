@@ -75,7 +75,7 @@ def test_paths_are_relative_to_the_recipe_and_uris_are_left_alone(tmp_path):
             "mamba_num_heads=9 is not a multiple of n_groups=2; nearest valid: 8 or 10",
         ),
         ("data.sources=[]", "sources is empty"),
-        ("family=../other", "may hold letters, digits"),
+        ("family=../other", "is not a name"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_file_and_the_setting(override, message):

@@ -18,7 +18,7 @@ import pytest
 from flows.serving import servers, services
 from flows.serving.running import read_running, this_process, write_running
 from flows.serving.servers import ObjectStore
-from flows.serving.services import embedded_services
+from flows.serving.services import embedded_services, registry_services
 from tasks.artifacts import exists, open_store, put_file
 from tasks.settings import ServiceError, Settings
 
@@ -180,6 +180,26 @@ def test_a_bucket_of_ones_own_means_ones_own_s3(tmp_path: Path, monkeypatch: pyt
     with embedded_services(tmp_path) as defined:
         assert "AWS_ENDPOINT_URL_S3" not in defined
         assert defined["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def test_a_reader_of_a_registry_elsewhere_names_no_bucket_and_starts_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servers, "_weed", lambda: pytest.fail("started a server"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example")
+    with registry_services(tmp_path / "home"):
+        assert Settings.from_environment(need_bucket=False).endpoint_url is None
+        assert os.environ["DO_NOT_TRACK"]
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_reader_of_the_registry_here_shares_the_store_of_its_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ELASTIC_HOME", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    with command(tmp_path) as (_, endpoint), registry_services(tmp_path):
+        assert Settings.from_environment().endpoint_url == endpoint
 
 
 def test_a_free_port_is_none_that_an_outgoing_connection_gets(monkeypatch: pytest.MonkeyPatch) -> None:

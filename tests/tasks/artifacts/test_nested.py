@@ -141,6 +141,16 @@ def test_a_larger_size_over_a_smaller_one_fetches_only_what_it_adds(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_size_grows_in_place_by_a_relative_path_too(
+    store: Store, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for part in ("s", "m", "l"):
+        fetch(store, family.uri, part, Path("out"))
+        assert contents(tmp_path / "out") == family.files(part)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def elements(directory: Path) -> int:
     """The bytes of a slice's weights without those that pad it."""
     tensors = (tensor for path in directory.glob("model*.safetensors") for tensor in read_tensors(path).values())
