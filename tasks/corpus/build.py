@@ -1,7 +1,7 @@
 """Turn documents into one flat stream of tokens to train on, and one that is held out.
 
-A split is one safetensors file with one tensor, `tokens` (int32): its documents joined, each ended by eos. A stage of
-sequence length L cuts row i from it as `tokens[i * L : i * L + L + 1]`, so that one file serves every length.
+A split is one token file (token_file.py): its documents joined, each ended by eos. A stage of sequence length L cuts
+row i from it as `tokens[i * L : i * L + L + 1]`, so that one file serves every length.
 """
 
 import hashlib
@@ -11,22 +11,18 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from elastic_core.files.shards import staged_directory, write_json
 from elastic_core.recipe import DataConfig, DataSource
 from elastic_core.schema import build, to_dict
 from tasks.corpus.documents import Document, Fetch, digest_files, first_line, iter_documents
+from tasks.corpus.token_file import Sample, SplitRecord, TokenFile
 from tasks.corpus.tokenizer import load_tokenizer, tokenizer_files
 
 TRAIN_FILE, HELDOUT_FILE, RECORD_FILE = "train.safetensors", "heldout.safetensors", "data.json"
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 4_000_000
-# Room for the longest header of one tensor, its 8 bytes of length included.
-HEADER_BYTES = 128
 
 Progress = Callable[[int, int], None]
 
@@ -41,18 +37,8 @@ class SourceRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SplitRecord:
-    """One split: the name of its file and the file's SHA-256."""
-
-    file: str
-    documents: int
-    tokens: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class DataRecord:
-    """What `prepare_data` made, and of what; kept beside the tokens as `data.json`."""
+    """What `build_corpus` made, and of what; kept beside the tokens as `data.json`."""
 
     sources: tuple[SourceRecord, ...]
     tokenizer_sha256: str
@@ -60,7 +46,7 @@ class DataRecord:
     heldout: SplitRecord
 
 
-def prepare_data(
+def build_corpus(
     config: DataConfig, tokenizer_dir: Path, output_dir: Path, *, fetch: Fetch, progress: Progress | None = None
 ) -> DataRecord:
     """Tokenise every source of `config` into `output_dir`, split by document, and return the record.
@@ -72,12 +58,12 @@ def prepare_data(
     with (
         staged_directory(output_dir) as staging,
         tempfile.TemporaryDirectory(dir=staging) as work,
-        TokenFile(staging / TRAIN_FILE) as train,
-        TokenFile(staging / HELDOUT_FILE) as heldout,
+        TokenFile(staging / TRAIN_FILE, Path(work)) as train,
+        TokenFile(staging / HELDOUT_FILE, Path(work)) as heldout,
     ):
 
-        def write(digest: bytes, ids: list[int]) -> None:
-            (heldout if is_heldout(digest, config.heldout_fraction, config.seed) else train).append(ids)
+        def write(digest: bytes, sample: Sample) -> None:
+            (heldout if is_heldout(digest, config.heldout_fraction, config.seed) else train).append(sample)
             if progress is not None:
                 progress(train.documents + heldout.documents, train.tokens + heldout.tokens)
 
@@ -102,7 +88,7 @@ def prepare_data(
 
 
 def read_record(output_dir: Path) -> DataRecord:
-    """The record that `prepare_data` left in `output_dir`."""
+    """The record that `build_corpus` left in `output_dir`."""
     return build(DataRecord, json.loads((output_dir / RECORD_FILE).read_text(encoding="utf-8")), RECORD_FILE)
 
 
@@ -140,17 +126,18 @@ def is_heldout(digest: bytes, fraction: float, seed: int) -> bool:
 
 
 def _write_source(
-    source: DataSource, encoded: Iterable[tuple[Document, list[int]]], write: Callable[[bytes, list[int]], None]
+    source: DataSource, encoded: Iterable[tuple[Document, Sample]], write: Callable[[bytes, Sample], None]
 ) -> SourceRecord:
-    """Write documents until the source ends or `max_tokens` is reached; the last document stays whole."""
+    """Write documents until the source ends or `max_tokens` is reached, where the last document is cut."""
     content = hashlib.sha256()
     taken = tokens = 0
-    for document, ids in encoded:
+    for document, whole in encoded:
         digest = document.digest()
-        write(digest, ids)
+        sample = whole if source.max_tokens is None else whole.first(source.max_tokens - tokens)
+        write(digest, sample)
         content.update(digest)
         taken += 1
-        tokens += len(ids)
+        tokens += len(sample.ids)
         if source.max_tokens is not None and tokens >= source.max_tokens:
             break
     if not taken:
@@ -158,7 +145,7 @@ def _write_source(
     return SourceRecord(documents=taken, tokens=tokens, sha256=content.hexdigest())
 
 
-def _encoded(found: Iterable[Document], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Document, list[int]]]:
+def _encoded(found: Iterable[Document], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Document, Sample]]:
     """Each document with its token ids, which end in one eos."""
     eos = tokenizer.eos_token_id
     for batch in _batches((document, _render(document, tokenizer)) for document in found):
@@ -166,7 +153,7 @@ def _encoded(found: Iterable[Document], tokenizer: PreTrainedTokenizerFast) -> I
         # A chat template writes its own special tokens, and a document inside a stream needs no bos.
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         for (document, _), ids in zip(batch, encoded["input_ids"], strict=True):
-            yield document, ids if ids and ids[-1] == eos else [*ids, eos]
+            yield document, Sample(ids if ids and ids[-1] == eos else [*ids, eos])
 
 
 def _batches(rendered: Iterable[tuple[Document, str]]) -> Iterator[list[tuple[Document, str]]]:
@@ -191,38 +178,3 @@ def _render(document: Document, tokenizer: PreTrainedTokenizerFast) -> str:
         return str(tokenizer.apply_chat_template(document.content, tokenize=False))
     except Exception as error:
         raise ValueError(f"{document.where}: the chat template refuses it ({first_line(error)}); mend it") from error
-
-
-class TokenFile:
-    """Token ids appended to a safetensors file in bounded memory."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.documents = self.tokens = 0
-        self._file = path.open("wb")
-        self._file.write(bytes(HEADER_BYTES))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-
-    def append(self, ids: list[int]) -> None:
-        """Append one document."""
-        self._file.write(np.asarray(ids, dtype="<i4").tobytes())
-        self.documents += 1
-        self.tokens += len(ids)
-
-    def finish(self) -> SplitRecord:
-        """Write the header, which only now is known, into the room left for it; spaces may fill it up."""
-        tensor = {"dtype": "I32", "shape": [self.tokens], "data_offsets": [0, 4 * self.tokens]}
-        header = json.dumps({"tokens": tensor}, separators=(",", ":")).encode().ljust(HEADER_BYTES - 8)
-        self._file.seek(0)
-        self._file.write(len(header).to_bytes(8, "little") + header)
-        self._file.close()
-        with self.path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return SplitRecord(file=self.path.name, documents=self.documents, tokens=self.tokens, sha256=sha256)

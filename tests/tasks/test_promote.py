@@ -19,7 +19,7 @@ from elastic_core.subnet import full_subnet
 from elastic_core.training.curriculum import generator
 from elastic_core.training.job import load_model
 from tasks import tracking
-from tasks.corpus.build import HELDOUT_FILE, prepare_data, read_record
+from tasks.corpus.build import HELDOUT_FILE, build_corpus, read_record
 from tasks.corpus.tokenizer import load_tokenizer, train_tokenizer
 from tasks.evaluate import heldout_batches, heldout_loss
 from tasks.promote import Verdict, loss_on, promote
@@ -67,7 +67,7 @@ def corpus(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = directory / "texts.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     config = DataConfig(sources=(DataSource(path=str(file)),), heldout_fraction=0.3)
-    prepare_data(config, teacher, directory / "out", fetch=lambda uri, to: to)
+    build_corpus(config, teacher, directory / "out", fetch=lambda uri, to: to)
     return directory / "out"
 
 

@@ -1,0 +1,120 @@
+"""A split of the corpus as one safetensors file, written in bounded memory.
+
+It holds `tokens` int32 (N,), the documents joined; `document_starts` int64 (D,), the index of each document's first
+token, rising, the first 0; and `learned` uint8 (N,), 1 where a token is a target to learn. A file whose tokens are all
+learned has no `learned`.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import numpy as np
+
+# Room for the longest header of the three tensors, its 8 bytes of length included.
+HEADER_BYTES = 512
+LEARNED_AT_ONCE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The token ids of one document, and a byte for each that is 1 where the token is learned; None: all are."""
+
+    ids: list[int]
+    learned: bytes | None = None
+
+    def first(self, tokens: int) -> "Sample":
+        """The document cut after so many tokens."""
+        return Sample(self.ids[:tokens], None if self.learned is None else self.learned[:tokens])
+
+    @property
+    def count_learned(self) -> int:
+        return len(self.ids) if self.learned is None else self.learned.count(1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitRecord:
+    """One split: the name of its file, the file's SHA-256, and what it holds."""
+
+    file: str
+    documents: int
+    tokens: int
+    learned: int
+    sha256: str
+
+
+class TokenFile:
+    """Appends documents to a safetensors file.
+
+    Where documents start and what is learned is kept in files in `spool` until `finish` knows the sizes.
+    """
+
+    def __init__(self, path: Path, spool: Path) -> None:
+        self.path = path
+        self.documents = self.tokens = self.learned = 0
+        self._file = path.open("wb")
+        self._file.write(bytes(HEADER_BYTES))
+        self._starts = (spool / f"{path.stem}.starts").open("w+b")
+        self._mask = (spool / f"{path.stem}.learned").open("w+b")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in (self._file, self._starts, self._mask):
+            file.close()
+
+    def append(self, document: Sample) -> None:
+        """Append one document, which holds at least one token."""
+        self._starts.write(self.tokens.to_bytes(8, "little"))
+        self._file.write(np.asarray(document.ids, dtype="<i4").tobytes())
+        if document.learned is not None and self.learned == self.tokens:
+            self._all_learned_so_far()
+        if document.learned is not None or self.learned < self.tokens:
+            self._mask.write(document.learned or b"\x01" * len(document.ids))
+        self.documents += 1
+        self.tokens += len(document.ids)
+        self.learned += document.count_learned
+
+    def finish(self) -> SplitRecord:
+        """Append the other tensors, and write the header into the room left for it; spaces may fill it up."""
+        header, end = {"tokens": _entry("I32", self.tokens, 0, 4 * self.tokens)}, 4 * self.tokens
+        header["document_starts"] = _entry("I64", self.documents, end, 8 * self.documents)
+        self._copy(self._starts)
+        if self.learned < self.tokens:
+            end += 8 * self.documents
+            header["learned"] = _entry("U8", self.tokens, end, self.tokens)
+            self._copy(self._mask)
+        text = json.dumps(header, separators=(",", ":")).encode().ljust(HEADER_BYTES - 8)
+        self._file.seek(0)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.close()
+        with self.path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return SplitRecord(
+            file=self.path.name,
+            documents=self.documents,
+            tokens=self.tokens,
+            learned=self.learned,
+            sha256=sha256,
+        )
+
+    def _all_learned_so_far(self) -> None:
+        """Begin the mask anew with the tokens before it, all of which are learned."""
+        self._mask.seek(0)
+        for start in range(0, self.tokens, LEARNED_AT_ONCE):
+            self._mask.write(b"\x01" * min(LEARNED_AT_ONCE, self.tokens - start))
+
+    def _copy(self, spooled: BinaryIO) -> None:
+        spooled.seek(0)
+        shutil.copyfileobj(spooled, self._file)
+
+
+def _entry(dtype: str, length: int, start: int, size: int) -> dict[str, object]:
+    return {"dtype": dtype, "shape": [length], "data_offsets": [start, start + size]}
