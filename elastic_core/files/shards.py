@@ -404,10 +404,10 @@ def _header(plan: Mapping[str, TensorInfo]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one safetensors file, tensor by tensor; they may lie on a device."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write one safetensors file, tensor by tensor; they may lie on a device. Returns its SHA-256."""
     plan = {name: TensorInfo(dtype=tensor.dtype, shape=tuple(tensor.shape)) for name, tensor in tensors.items()}
-    _write_file(path, plan, lambda name: [tensors[name].cpu()], lambda count: None)
+    return _write_file(path, plan, lambda name: [tensors[name].cpu()], lambda count: None)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -443,18 +443,19 @@ def staged_directory(directory: Path) -> Iterator[Path]:
                     left_over.unlink()
             yield staging
             for path in staging.rglob("*"):
-                _sync(path)
-            _sync(staging)
+                sync(path)
+            sync(staging)
             staging.rename(directory)
         except BaseException:
             shutil.rmtree(staging)
             raise
-        _sync(directory.parent)
+        sync(directory.parent)
     finally:
         os.close(lock)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file or a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

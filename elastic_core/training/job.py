@@ -15,7 +15,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,8 +34,10 @@ from elastic_core.router import ElasticModel, Router
 from elastic_core.schema import build
 from elastic_core.training import parallel
 from elastic_core.training.parallel import World
-from elastic_core.training.resume import resume, save_checkpoint, stored_pieces
+from elastic_core.training.resume import last_whole, resume, save_checkpoint, stored_pieces
 from elastic_core.training.train import StageRun, TokenRows, make_optimizer, resolved_subnets, train_stage
+
+logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 ERROR = "error.txt"
@@ -68,16 +70,22 @@ def run_job(job: TrainJob, world: World) -> None:
     if world.from_first(Path(job.output).exists()):
         return
     run, family = prepare(job, world)
-    work = Path(job.work)
-    start = resume(work, run)
-    with open_metrics(work / METRICS if world.rank == 0 else Path(os.devnull)) as metrics_file:
+    work, steps = Path(job.work), job.stage.steps
+    start, rows = resume(work, run)
+    with open_metrics(work / METRICS if world.rank == 0 else None, rows) as metrics_file:
         for metrics in train_stage(run, start):
-            metrics_file.write(json.dumps(asdict(metrics)) + "\n")
+            rows.append(json.dumps(asdict(metrics)))
+            metrics_file.write(f"{rows[-1]}\n")
             metrics_file.flush()
             done = metrics.step + 1
-            if done % job.stage.checkpoint_every == 0 or done == job.stage.steps:
-                save_checkpoint(work, run, done)
+            if done % job.stage.checkpoint_every == 0 or done == steps:
+                save_checkpoint(work, run, done, rows)
+    if start < steps and last_whole(work, world) < steps:
+        save_checkpoint(work, run, steps, rows)
+        if last_whole(work, world) < steps:
+            raise checkpoint.CheckpointError(f"{work}: does not give back what is written to it; look at the disk")
     if world.rank == 0:
+        mend_metrics(work / METRICS, rows)
         export(job, run, family)
         shutil.rmtree(work / "checkpoints", ignore_errors=True)
     world.barrier()
@@ -173,13 +181,34 @@ def load_router(directory: Path, config: ModelConfig, family: checkpoint.Family)
 
 
 @contextmanager
-def open_metrics(path: Path) -> Iterator[Any]:
-    """The file of metrics, to append to; a line that a kill tore in two is ended first."""
-    torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    with path.open("a") as file:
-        if torn:
-            file.write("\n")
+def open_metrics(path: Path | None, rows: Sequence[str]) -> Iterator[Any]:
+    """The file of metrics, to append to, with the rows of the steps done in it; without a path, nothing is kept."""
+    if path is not None:
+        mend_metrics(path, rows)
+    with (path or Path(os.devnull)).open("a") as file:
         yield file
+
+
+def mend_metrics(path: Path, rows: Sequence[str]) -> None:
+    """Write the file of metrics anew where a line of it is torn, or is missing, or is not the one that was written.
+
+    A step that was done again after a kill has several lines, of which the last counts.
+    """
+    found: dict[int, str] = {}
+    try:
+        text = path.read_text() if path.exists() else ""
+        for line in text.splitlines():
+            found[json.loads(line)["step"]] = line
+        is_whole = text.endswith("\n") or not text
+    except (ValueError, KeyError, TypeError):
+        is_whole = False
+    if is_whole and all(found.get(step) == row for step, row in enumerate(rows)):
+        return
+    logger.warning("%s was torn or lacked steps; the rows of the %d steps done are written again", path, len(rows))
+    part = path.with_name(f".{path.name}.part")
+    part.write_text("".join(f"{row}\n" for row in rows))
+    shards.sync(part)
+    part.replace(path)
 
 
 def export(job: TrainJob, run: StageRun, family: checkpoint.Family | None) -> None:

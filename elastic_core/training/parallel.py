@@ -60,6 +60,18 @@ class World:
         dist.broadcast(shared, src=0)
         return int(shared)
 
+    def gathered(self, values: Tensor) -> list[Tensor]:
+        """The values of every process, in the order of the ranks."""
+        if self.size == 1:
+            return [values]
+        shared = [torch.empty_like(values, device=self.device) for _ in range(self.size)]
+        dist.all_gather(shared, values.to(self.device))
+        return shared
+
+    def all_agree(self, holds: bool) -> bool:
+        """Whether something holds in every process."""
+        return self.mean(torch.tensor([float(holds)], device=self.device)) == [1.0]
+
     def barrier(self) -> None:
         """Wait until every process is here."""
         if self.size > 1:

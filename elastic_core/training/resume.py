@@ -4,10 +4,17 @@
 the ranks; what every process holds whole (the router, AdamW's step counts) is in the first alone. One process writes
 the same form: a single file. FSDP2 divides along the first dimension only, so a reader takes the rows it needs of each
 piece. torch.distributed.checkpoint is not used: it pickles what is not a tensor, under a safetensors name too (C8).
+
+`metrics.jsonl` beside them has the metrics of every step done, and `state.json` the size and the SHA-256 of all these
+files. A checkpoint whose files are not what `state.json` says is never loaded: the one before it is.
 """
 
+import hashlib
 import logging
+import re
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,39 +26,82 @@ from elastic_core.files.shards import (
     read_header,
     read_json,
     regular_file,
+    sync,
     write_json,
     write_tensors,
 )
-from elastic_core.training.parallel import own_part, read_rows, staged_together
+from elastic_core.schema import build, to_dict
+from elastic_core.training.parallel import World, own_part, read_rows, staged_together
 from elastic_core.training.train import StageRun
 
 logger = logging.getLogger(__name__)
 
 KEPT_CHECKPOINTS = 2
-STATE_FILE = "state.json"
+STATE_FILE, ROWS_FILE = "state.json", "metrics.jsonl"
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 # The pieces of every tensor, by its name: its rows in order.
 Pieces = dict[str, list[StoredTensor]]
 
 
-def save_checkpoint(work: Path, run: StageRun, done: int) -> None:
-    """Write everything that the next step depends on, after `done` steps; the latest two are kept."""
-    rank, processes = run.world.rank, run.world.size
-    with staged_together(_directory(work, done), run.world) as staging:
-        write_tensors(staging / _file_name(rank, processes), own_part(_tensors(run), run.world))
-        if rank == 0:
-            write_json(staging / STATE_FILE, {"stage": run.stage.name, "done": done, "processes": processes})
-    if rank == 0:
-        for old in _steps_done(work)[:-KEPT_CHECKPOINTS]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Written:
+    """A file of a checkpoint as it was written."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _State:
+    """What `state.json` holds; `files` are all others, by name."""
+
+    stage: str
+    done: int
+    processes: int
+    files: dict[str, _Written]
+
+
+def save_checkpoint(work: Path, run: StageRun, done: int, rows: Sequence[str]) -> None:
+    """Write everything that the next step depends on, after `done` steps; the latest two whole ones are kept.
+
+    `rows` are the metrics of these steps, a line of JSON each.
+    """
+    world = run.world
+    with staged_together(_directory(work, done), world) as staging:
+        own = staging / _file_name(world.rank, world.size)
+        digest = write_tensors(own, own_part(_tensors(run), world))
+        sync(own)  # on a disk that hosts share, no other process can do it
+        fact = torch.tensor([own.stat().st_size, *bytes.fromhex(digest)], dtype=torch.int64)
+        facts = [shared.tolist() for shared in world.gathered(fact)]
+        if world.rank == 0:
+            text = "".join(f"{row}\n" for row in rows).encode()
+            (staging / ROWS_FILE).write_bytes(text)
+            files = {
+                _file_name(rank, world.size): _Written(size=size, sha256=bytes(digest).hex())
+                for rank, (size, *digest) in enumerate(facts)
+            }
+            files[ROWS_FILE] = _Written(size=len(text), sha256=hashlib.sha256(text).hexdigest())
+            state = _State(stage=run.stage.name, done=done, processes=world.size, files=files)
+            write_json(staging / STATE_FILE, to_dict(state))
+    if world.rank == 0:
+        _remove_older(work)
+
+
+def _remove_older(work: Path) -> None:
+    """Remove what is older than the latest two whole checkpoints; that a file is torn or missing its size tells."""
+    present = _steps_done(work)
+    whole = [done for done in present if not _damage(work, done, 0, 1, sizes_only=True)]
+    for old in present:
+        if len(whole) >= KEPT_CHECKPOINTS and old < whole[-KEPT_CHECKPOINTS]:
             shutil.rmtree(_directory(work, old))
 
 
-def resume(work: Path, run: StageRun) -> int:
-    """Load the last checkpoint into `run`; the number of steps done, 0 without one."""
-    done = run.world.from_first(max(_steps_done(work), default=0))
+def resume(work: Path, run: StageRun) -> tuple[int, list[str]]:
+    """Load the last whole checkpoint into `run`: the number of steps done, 0 without one, and the rows of metrics."""
+    done = last_whole(work, run.world)
     if done == 0:
-        return 0
+        return 0, []
     pieces = stored_pieces(work, done)
     for name, parameter in _parameters(run).items():
         _read(parameter, name, pieces, work)
@@ -62,15 +112,66 @@ def resume(work: Path, run: StageRun) -> int:
                 _read(state, stored, pieces, work)
                 run.optimizer.state[parameter][key] = state
     logger.info("stage %s goes on after step %d of %d", run.stage.name, done, run.stage.steps)
+    return done, (_directory(work, done) / ROWS_FILE).read_text().splitlines()
+
+
+def last_whole(work: Path, world: World) -> int:
+    """The steps done at the latest checkpoint that is as it was written; 0 without one.
+
+    The processes hash the files together. A damaged checkpoint is removed, with a warning that names the file.
+    """
+    while done := world.from_first(max(_steps_done(work), default=0)):
+        damage = _damage(work, done, world.rank, world.size)
+        if world.all_agree(not damage):
+            break
+        if damage:
+            logger.warning("%s; it is passed over for the checkpoint before it", damage)
+        if world.rank == 0:
+            shutil.rmtree(_directory(work, done))
+        world.barrier()
     return done
+
+
+def _damage(work: Path, done: int, rank: int, processes: int, *, sizes_only: bool = False) -> str:
+    """What is wrong with a checkpoint, in one line; "" where nothing is. Each process looks at its share of the files.
+
+    Only what was read tells of damage: where reading itself fails, the error is raised.
+    """
+    directory = _directory(work, done)
+    try:
+        state = _read_state(directory)
+        for name, written in list(state.files.items())[rank::processes]:
+            path = regular_file(directory, name)
+            if (size := path.stat().st_size) != written.size:
+                return f"{path} is torn: it has {size} bytes of {written.size}"
+            if not sizes_only and (digest := _sha256(path)) != written.sha256:
+                return f"{path} is damaged: its SHA-256 is {digest[:12]}, and was {written.sha256[:12]} when written"
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_state(directory: Path) -> _State:
+    path = regular_file(directory, STATE_FILE)
+    try:
+        state = build(_State, read_json(path))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {str(error).removeprefix(f'{path}: ')}") from None
+    names = {_file_name(rank, state.processes) for rank in range(state.processes)} | {ROWS_FILE}
+    if state.files.keys() != names or _directory(directory.parents[1], state.done) != directory:
+        raise CheckpointError(f"{path} is damaged: it is of other files, or of another step")
+    return state
 
 
 def stored_pieces(work: Path, done: int) -> Pieces:
     """What the checkpoint after `done` steps holds, reading headers only."""
     directory = _directory(work, done)
-    processes = read_json(regular_file(directory, STATE_FILE)).get("processes")
-    if type(processes) is not int or processes < 1:
-        raise CheckpointError(f"{directory / STATE_FILE}: processes is {processes!r}; expected a number of files")
+    processes = _read_state(directory).processes
     pieces: Pieces = {}
     for rank in range(processes):
         for name, stored in read_header(regular_file(directory, _file_name(rank, processes))).items():
@@ -110,7 +211,8 @@ def _directory(work: Path, done: int) -> Path:
 
 
 def _steps_done(work: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step-")) for path in (work / "checkpoints").glob("step-*"))
+    names = (re.fullmatch(r"step-(\d{9})", path.name) for path in (work / "checkpoints").glob("step-*"))
+    return sorted(int(name[1]) for name in names if name)
 
 
 def _file_name(rank: int, processes: int) -> str:

@@ -122,8 +122,8 @@ def launch(processes: int, *jobs: TrainJob, copy: bool = False) -> None:
 
 def copy_checkpoint(source: TrainJob, target: TrainJob, world: parallel.World) -> None:
     run, _ = job.prepare(source, world)
-    done = resume.resume(Path(source.work), run)
-    resume.save_checkpoint(Path(target.work), run, done)
+    done, rows = resume.resume(Path(source.work), run)
+    resume.save_checkpoint(Path(target.work), run, done, rows)
 
 
 def main(arguments: list[str]) -> None:

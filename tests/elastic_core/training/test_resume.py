@@ -1,5 +1,9 @@
 """Laws of a stage's checkpoints: the same state whoever writes and reads them, whole or not there."""
 
+import hashlib
+import json
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,7 +98,8 @@ def test_a_checkpoint_in_the_making_is_no_checkpoint(start, tmp_path, monkeypatc
     stop_after(stopped, 5, monkeypatch)
     run, _ = job.prepare(stopped, ALONE)
     (tmp_path / "work/checkpoints/step-000000004").rename(tmp_path / "work/checkpoints/.step-000000004.partial")
-    assert resume.resume(tmp_path / "work", run) == 2
+    done, rows = resume.resume(tmp_path / "work", run)
+    assert done == len(rows) == 2
 
 
 def test_the_latest_two_checkpoints_are_kept_and_none_of_a_finished_stage(start, tmp_path, monkeypatch):
@@ -109,8 +114,137 @@ def test_the_latest_two_checkpoints_are_kept_and_none_of_a_finished_stage(start,
 def test_a_checkpoint_of_another_model_is_refused(start, tmp_path, monkeypatch):
     trained = sized(start, tmp_path / "work", 1)
     stop_after(trained, 3, monkeypatch)
-    (file,) = (tmp_path / "work/checkpoints/step-000000002").glob("rank-*")
-    tensors = load_file(file)
-    save_file(tensors | {"student.norm_f.weight": torch.ones(3)}, file)
+    directory = tmp_path / "work/checkpoints/step-000000002"
+    (file,) = directory.glob("rank-*")
+    save_file(load_file(file) | {"student.norm_f.weight": torch.ones(3)}, file)
+    state = json.loads((directory / resume.STATE_FILE).read_text())
+    state["files"][file.name] = {"size": file.stat().st_size, "sha256": sha256(file)}
+    (directory / resume.STATE_FILE).write_text(json.dumps(state))
     with pytest.raises(ValueError, match=r"student.norm_f.weight has shapes \[\[3\]\]; expected rows of \[16\] in all"):
         job.run_job(trained, ALONE)
+
+
+# Damage
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def tear(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+WEIGHTS = "rank-00000-of-00001.safetensors"
+
+DAMAGE = {
+    "a flipped bit": (flip, WEIGHTS, r"rank-00000-of-00001.safetensors is damaged: its SHA-256 is \w+, and was \w+"),
+    "a torn file": (tear, WEIGHTS, r"rank-00000-of-00001.safetensors is torn: it has \d+ bytes of \d+"),
+    "a missing file": (Path.unlink, WEIGHTS, r"rank-00000-of-00001.safetensors: there is no such file"),
+    "a torn state": (tear, resume.STATE_FILE, r"state.json is damaged: is not valid JSON"),
+    "no state": (Path.unlink, resume.STATE_FILE, r"state.json: there is no such file"),
+    "rows with a flipped bit": (flip, resume.ROWS_FILE, r"metrics.jsonl is damaged: its SHA-256 is"),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory) -> Path:
+    """The work of a stage to which nothing happened."""
+    work = tmp_path_factory.mktemp("whole") / "work"
+    job.run_job(sized(start, work, 1), ALONE)
+    return work
+
+
+def assert_same(work: Path, whole: Path) -> None:
+    """The same weights, and the same metrics of every step, but for its time; no line of them torn."""
+    for file in (whole / "family").iterdir():
+        assert (work / "family" / file.name).read_bytes() == file.read_bytes(), file.name
+    found, expected = metrics_of(work), metrics_of(whole)
+    for rows in (found, expected):
+        for row in rows.values():
+            row.pop("seconds")
+    assert found == expected
+    assert found.keys() == set(range(STAGE.steps))
+
+
+@pytest.mark.parametrize(("damage", "name", "says"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
+    damage, name, says, start, whole, tmp_path, monkeypatch, caplog
+):
+    trained = sized(start, tmp_path / "work", 1)
+    stop_after(trained, 7, monkeypatch)
+    damage(tmp_path / "work/checkpoints/step-000000006" / name)
+    caplog.set_level("INFO")
+    job.run_job(trained, ALONE)
+    assert re.search(f"step-000000006/{says}.*; it is passed over for the checkpoint before it", caplog.text)
+    assert "goes on after step 4 of 8" in caplog.text
+    assert_same(tmp_path / "work", whole)
+
+
+def test_a_stage_whose_checkpoints_are_all_damaged_begins_again(start, whole, tmp_path, monkeypatch, caplog):
+    trained = sized(start, tmp_path / "work", 1)
+    stop_after(trained, 7, monkeypatch)
+    for directory in (tmp_path / "work/checkpoints").iterdir():
+        flip(directory / WEIGHTS)
+    job.run_job(trained, ALONE)
+    assert caplog.text.count("it is passed over") == 2
+    assert_same(tmp_path / "work", whole)
+
+
+@pytest.mark.slow
+def test_a_damaged_part_of_any_process_is_passed_over_by_all(start, whole, tmp_path, monkeypatch):
+    stopped, copied = sized(start, tmp_path / "stopped", 1), sized(start, tmp_path / "copied", 2)
+    stop_after(stopped, 5, monkeypatch)
+    launch(2, stopped, copied, copy=True)
+    damaged = tmp_path / "copied/checkpoints/step-000000004"
+    flip(damaged / "rank-00001-of-00002.safetensors")
+    (tmp_path / "stopped/checkpoints/step-000000002").rename(damaged.with_name("step-000000002"))
+    launch(2, copied)
+    assert metrics_of(tmp_path / "copied").keys() == set(range(STAGE.steps))
+    for step, row in metrics_of(whole).items():
+        assert metrics_of(tmp_path / "copied")[step]["loss"] == pytest.approx(row["loss"], abs=SUM_ORDER), step
+
+
+def test_a_torn_checkpoint_never_costs_one_of_the_two_whole_ones(start, tmp_path, monkeypatch):
+    trained = sized(start, tmp_path / "work", 1)
+    stop_after(trained, 5, monkeypatch)
+    tear(tmp_path / "work/checkpoints/step-000000004" / WEIGHTS)
+    run, _ = job.prepare(trained, ALONE)
+    resume.save_checkpoint(tmp_path / "work", run, 6, [])
+    names = sorted(path.name for path in (tmp_path / "work/checkpoints").iterdir())
+    assert names == ["step-000000002", "step-000000004", "step-000000006"]
+
+
+@pytest.mark.parametrize("damage", [tear, flip, Path.unlink])
+def test_metrics_that_were_torn_or_lost_are_written_again(damage, start, whole, tmp_path, monkeypatch):
+    trained = sized(start, tmp_path / "work", 1)
+    stop_after(trained, 7, monkeypatch)
+    damage(tmp_path / "work" / job.METRICS)
+    job.run_job(trained, ALONE)
+    assert_same(tmp_path / "work", whole)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_the_last_checkpoint_is_read_back_before_the_export(times, start, whole, tmp_path, monkeypatch):
+    """A disk that spoils what is written to it, once and always."""
+    trained, spoils = sized(start, tmp_path / "work", 1), [flip] * times
+
+    def save(work: Path, run: StageRun, done: int, rows: list[str]) -> None:
+        resume.save_checkpoint(work, run, done, rows)
+        if done == STAGE.steps and spoils:
+            spoils.pop()(work / f"checkpoints/step-{done:09d}" / WEIGHTS)
+
+    monkeypatch.setattr(job, "save_checkpoint", save)
+    if times == 1:
+        job.run_job(trained, ALONE)
+        assert_same(tmp_path / "work", whole)
+    else:
+        with pytest.raises(ValueError, match=r"work: does not give back what is written to it; look at the disk"):
+            job.run_job(trained, ALONE)
+        assert not Path(trained.output).exists()
