@@ -1,4 +1,6 @@
-# make demo: the whole pipeline on this machine.   make test: the tests.   make check: lint, types, contracts, tests.
+# make demo: the whole pipeline on this machine.   make check: lint, types, contracts, and make test.
+# make test: the tests of a few minutes.   make test-all: those that need servers, browsers, databases or kills too, and
+# the kernels.
 # make test-faults: kill -9 of everything at every step, a spoilt network, a full disk.
 # make bench: every benchmark that runs on a CPU, into infra/benchmarks.md.   make bench-gpu: those for one CUDA device.
 PYTHON ?= python3.11
@@ -10,13 +12,16 @@ INSTALLED := $(VENV)/installed
 KERNELS := $(VENV)/kernels
 ROWS := infra/benchmarks.jsonl
 
-.PHONY: demo test test-faults test-kernels lint check bench bench-gpu clean
+.PHONY: demo test test-all test-faults test-kernels lint check bench bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/elastic run infra/recipes/tiny.yaml
 
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not gpu and not benchmark and not faults"
+	$(BIN)/pytest -m "not (gpu or benchmark or faults or services or slow)"
+
+test-all: $(INSTALLED) test-kernels
+	$(BIN)/pytest -m "not (gpu or benchmark or faults)"
 
 test-faults: $(INSTALLED)
 	$(BIN)/pytest -m faults

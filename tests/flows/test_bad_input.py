@@ -398,6 +398,7 @@ def test_bad_problems_are_refused_before_anything_is_trained(
     assert re.search(says, line)
 
 
+@pytest.mark.services
 def test_a_loss_that_is_not_finite_ends_the_run_at_the_first_attempt(
     refused: Refused, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -514,6 +515,7 @@ def machine(settings: Settings, prefect_api: str, monkeypatch: pytest.MonkeyPatc
     return settings
 
 
+@pytest.mark.services
 def test_a_refusal_is_the_same_line_in_a_process_of_its_own(machine: Settings, inputs: Path) -> None:
     process = start(["run", str(inputs / "recipe.yaml"), "data.sources.0.path=recipe.yaml"], machine.home)
     out, err = process.communicate(timeout=120)
@@ -523,6 +525,7 @@ def test_a_refusal_is_the_same_line_in_a_process_of_its_own(machine: Settings, i
     assert "recipe.yaml: cannot tell one format by the names (.yaml)" in line
 
 
+@pytest.mark.services
 def test_ctrl_c_ends_the_run_and_its_training_with_one_line(machine: Settings, inputs: Path) -> None:
     process = start(["run", str(inputs / "recipe.yaml"), "stages.0.steps=1000000"], machine.home)
     deadline = time.monotonic() + 120

@@ -27,7 +27,7 @@ INPUT = "xpath=following::*[self::input or self::textarea][1]"  # that of a labe
 NAME, STEPS = "from-the-browser", "400"  # enough for a slow browser to see them pass
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.services,
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH; Debian's package is `chromium`"),
 ]
 

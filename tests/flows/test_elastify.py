@@ -25,7 +25,7 @@ from tasks import tracking
 from tasks.artifacts import open_store
 from tasks.settings import Settings
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.services
 
 FLOAT32_AGAINST_STOCK = 1e-5
 

@@ -28,7 +28,7 @@ from flows.serving.services import embedded_services
 from tasks.artifacts import Store, open_store
 from tasks.settings import BUCKET, ENDPOINT_S3, TRACKING_URI, Settings
 
-pytestmark = [pytest.mark.slow, pytest.mark.faults]
+pytestmark = pytest.mark.faults
 
 SHARE = 0.2
 SPARED = 3  # short steps at the end, which a server that is warm does sooner than the clean run did

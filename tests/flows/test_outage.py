@@ -27,6 +27,7 @@ def running(server: PrefectServer) -> Iterator[SyncPrefectClient]:
         server.stop()
 
 
+@pytest.mark.services
 def test_a_run_that_starts_while_the_server_is_away_is_started_once(tmp_path: Path) -> None:
     server = PrefectServer(tmp_path / "prefect", tmp_path / "logs", free_ports(1)[0])
     arguments = ("gpu-step/default", "distill stage1", {"step": "distill"})

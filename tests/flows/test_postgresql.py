@@ -23,7 +23,7 @@ PLACES = os.pathsep.join([os.environ["PATH"], *map(str, sorted(Path("/usr/lib/po
 INITDB, PG_CTL = (shutil.which(name, path=PLACES) for name in ("initdb", "pg_ctl"))
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.services,
     pytest.mark.skipif(INITDB is None or PG_CTL is None, reason="no PostgreSQL here; Debian's package is `postgresql`"),
 ]
 

@@ -10,7 +10,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import CronSchedule
 from served import RUN_SECONDS, SCHEDULE, Elastified, Served, eventually
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.services
 
 OFTEN = CronSchedule(cron="* * * * * */15")
 

@@ -180,7 +180,7 @@ def test_no_secret_is_written_down():
         assert not re.search(r"(?i)password|secret|access_key|://[^/]*@", json.dumps(source))
 
 
-@pytest.mark.slow
+@pytest.mark.services
 def test_pods_train_what_the_processes_of_one_machine_do(tmp_path):
     family, tokens = write_family(tmp_path / "family"), write_tokens(tmp_path / "tokens.safetensors")
     pods, one = (

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +35,6 @@ def test_the_links_lead_somewhere():
         assert (ROOT / "infra" / link).exists(), link
 
 
-@pytest.mark.slow
 def test_the_figures_on_long_context_are_those_of_the_plan():
     command = [sys.executable, "-m", "flows.cli", "plan", "infra/recipes/nano-12b.yaml", "--gpus", "8,64"]
     planned = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -722,7 +722,7 @@ def mlflow_server(directory: Path, port: int) -> Iterator[None]:
         process.wait()
 
 
-@pytest.mark.slow
+@pytest.mark.services
 def test_metrics_wait_for_a_server_to_come_back(tmp_path: Path, family: str) -> None:
     port = closed_port()
     uri = f"http://127.0.0.1:{port}"

@@ -366,7 +366,7 @@ slice_checkpoint(source, subnet, target, progress=lambda done, total: print(done
 """
 
 
-@pytest.mark.slow
+@pytest.mark.services
 def test_a_slice_killed_at_any_point_is_never_loadable_and_a_rerun_completes(
     tiny_config: ModelConfig, tmp_path: Path
 ) -> None:

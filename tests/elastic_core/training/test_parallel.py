@@ -66,7 +66,7 @@ def pairs(tmp_path_factory) -> dict[Case, tuple[TrainJob, TrainJob]]:
     return made
 
 
-@pytest.mark.slow
+@pytest.mark.services
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(case, pairs):
     near = partial(pytest.approx, abs=SUM_ORDER) if case.dtype == "float32" else partial(pytest.approx, rel=BFLOAT16)

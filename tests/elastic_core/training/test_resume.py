@@ -62,7 +62,7 @@ def state(work: Path, done: int) -> dict[str, torch.Tensor]:
     return {name: torch.cat(rows) if rows[0].ndim else rows[0] for name, rows in parts.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.services
 def test_any_number_of_processes_reads_and_writes_the_same_state(start, tmp_path, monkeypatch):
     jobs = [sized(start, tmp_path / str(count), 1) for count in (1, 3, 2)]
     stop_after(jobs[0], 5, monkeypatch)
@@ -76,7 +76,7 @@ def test_any_number_of_processes_reads_and_writes_the_same_state(start, tmp_path
             assert torch.equal(tensor, after[name]), name
 
 
-@pytest.mark.slow
+@pytest.mark.services
 def test_a_stage_goes_on_with_more_processes_and_with_fewer(start, tmp_path, monkeypatch):
     whole, grown, shrunk = (tmp_path / name for name in ("whole", "grown", "shrunk"))
     job.run_job(sized(start, whole, 1), ALONE)

@@ -21,7 +21,7 @@ from served import RUN_SECONDS, Elastified, Served, assert_made, eventually, kil
 from flows.commands.recipes import load_recipe
 from flows.serving.deployments import NIGHTLY, deployments, lost_runs
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.services
 
 ROOT = Path(__file__).parents[3]
 RATE = "stages.1.optimizer.learning_rate"

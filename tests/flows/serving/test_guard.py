@@ -14,7 +14,7 @@ from served import Served
 from flows.serving import guard
 from tasks.settings import ServiceError
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.services
 
 
 def enter(client: SyncPrefectClient, deployment: UUID, state: State) -> None:

@@ -12,7 +12,7 @@ from micro import Command, write_micro
 from served import Served, descendants, eventually, kill, listening
 from served import served as serving
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.services
 
 SERVICES = ["S3", "Prefect", "MLflow", "cpu worker", "gpu worker"]
 

@@ -22,6 +22,8 @@ from flows.serving.services import embedded_services, registry_services
 from tasks.artifacts import exists, open_store, put_file
 from tasks.settings import ServiceError, Settings
 
+pytestmark = pytest.mark.services
+
 ROOT = Path(__file__).parents[3]
 LIMIT_SECONDS = 60.0  # far beyond what any of this takes; a test that hangs should end
 COMMAND = """

@@ -222,7 +222,7 @@ fetch(open_store(Settings.from_environment()), uri, part, Path(directory), progr
 """
 
 
-@pytest.mark.slow
+@pytest.mark.services
 @pytest.mark.parametrize("made", ["padded"], indirect=True)
 @pytest.mark.parametrize("over", [None, "s"], ids=["new", "over s"])
 @pytest.mark.parametrize("when", ["20", "60", "100", "before the new"])

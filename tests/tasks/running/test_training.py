@@ -64,7 +64,7 @@ def kill_each_once() -> Callable[[dict[str, Any]], None]:
     return on_step
 
 
-@pytest.mark.slow
+@pytest.mark.services
 def test_a_killed_process_is_started_again_with_the_others_and_the_weights_are_the_same(start, tmp_path):
     stage = replace(STAGE, steps=60, micro_batch_size=1)
     whole, killed = (train_job(*start, tmp_path / name, stage=stage) for name in ("whole", "killed"))
@@ -75,7 +75,7 @@ def test_a_killed_process_is_started_again_with_the_others_and_the_weights_are_t
     assert metrics_of(tmp_path / "killed").keys() == set(range(stage.steps))
 
 
-@pytest.mark.slow
+@pytest.mark.services
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_fault_of_the_job_ends_every_process_at_once_and_for_good(processes, start, tmp_path):
     stage = replace(STAGE, micro_batch_size=1, optimizer=Optimizer(learning_rate=1e30, warmup_steps=0))
@@ -96,7 +96,7 @@ def test_a_torn_line_of_metrics_is_passed_over(tmp_path):
     assert list(tail.rows()) == [{"step": 2}]
 
 
-@pytest.mark.slow
+@pytest.mark.services
 def test_a_disk_that_is_full_is_told_and_training_goes_on_when_it_has_room(start, tmp_path, small_disk):
     stage = replace(STAGE, steps=60)
     whole, cramped = train_job(*start, tmp_path / "whole", stage=stage), train_job(*start, small_disk, stage=stage)
