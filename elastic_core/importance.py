@@ -14,6 +14,7 @@ from elastic_core.files.reorder import Order
 from elastic_core.geometry import ATTENTION, MAMBA, ModelConfig
 from elastic_core.layers.kernels import select_backend
 from elastic_core.model import Attention, ElasticNemotronH, FeedForward, Layer, MambaMixer
+from elastic_core.recipe import MambaScores
 from elastic_core.subnet import full_subnet
 
 Progress = Callable[[int, int], None]
@@ -33,12 +34,15 @@ class WidthScores:
 
 
 @torch.no_grad()
-def width_scores(model: ElasticNemotronH, batches: Iterable[Tensor]) -> WidthScores:
+def width_scores(
+    model: ElasticNemotronH, batches: Iterable[Tensor], mamba_scores: MambaScores = "absolute"
+) -> WidthScores:
     """Activation-based importance of hidden channels, FFN neurons, Mamba channels and query heads.
 
     `batches` yields calibration tokens (B, T). With X the input of a layer, summed over tokens:
     hidden channel i: |RMSNorm(X)|_i over all layers; FFN neuron i: |RMSNorm(X) W1|_i before the activation;
-    Mamba (head, channel): RMSNorm(X) W_x; query head: the norm of its query.
+    Mamba (head, channel): |RMSNorm(X) W_x|, or where `mamba_scores` is signed RMSNorm(X) W_x, whose sum is small for a
+    channel that is often large in both directions; query head: the norm of its query.
     """
     config, full = model.config, full_subnet(model.config)
     device = model.embeddings.weight.device
@@ -62,7 +66,11 @@ def width_scores(model: ElasticNemotronH, batches: Iterable[Tensor]) -> WidthSco
                 ffn_F[ordinal].add_(F.linear(normed_BTD, mixer.up_proj.weight).abs().sum((0, 1)))
             elif isinstance(mixer, MambaMixer):
                 x_rows = mixer.in_proj.weight[config.mamba_size : 2 * config.mamba_size]
-                mamba_HP[ordinal].add_(F.linear(normed_BTD.sum((0, 1)), x_rows).view(mamba_HP[ordinal].shape))
+                if mamba_scores == "absolute":
+                    sums = F.linear(normed_BTD, x_rows).abs().sum((0, 1))
+                else:
+                    sums = F.linear(normed_BTD.sum((0, 1)), x_rows)
+                mamba_HP[ordinal].add_(sums.view(mamba_HP[ordinal].shape))
             elif isinstance(mixer, Attention):
                 queries = F.linear(normed_BTD, mixer.q_proj.weight).unflatten(-1, (-1, config.head_dim))
                 query_Q[ordinal].add_(queries.norm(dim=-1).sum((0, 1)))
@@ -75,8 +83,9 @@ def importance_order(
 ) -> Order:
     """The order of importance on every axis.
 
-    Mamba channels are ranked first, one order for all heads, by s_d = ||S_{:,d}||_2; then heads inside their group, on
-    the `kept_head_dim` best channels only, by f_h = ||S_{h,top}||_2. Query heads are ranked inside their KV group.
+    Mamba channels are ranked first, one order for all heads, by s_d = ||S_{:,d}||_2; then heads inside their group by
+    f_h = ||S_{h,top}||_2 over the `kept_head_dim` best channels, those that every subnet keeps. Query heads are ranked
+    inside their KV group.
     """
     channels = tuple(_descending(s_HP.norm(dim=0)) for s_HP in scores.mamba_HP)
     return Order(

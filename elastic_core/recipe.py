@@ -12,6 +12,7 @@ from elastic_core.geometry import Axes, ModelConfig
 from elastic_core.schema import Strict, checked_name, multiple_of, not_negative, positive
 
 Storage = Literal["materialised", "nested"]
+MambaScores = Literal["absolute", "signed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,15 +210,25 @@ class Teacher(Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Importance(Strict):
-    """Calibration of the rankings: sequences for the width scores, and (fewer, being run often) for depth."""
+    """Calibration of the rankings: sequences for the width scores, and (fewer, being run often) for depth.
+
+    `mamba_scores`: absolute sums |s| over the tokens, s the input of the SSM; signed sums s, which is the letter of
+    arXiv 2511.16664 and lets channels of both signs cancel. What cutting in the order of importance loses is compared
+    with `random_orders` random orders, on `comparison_tokens` held-out tokens.
+    """
 
     samples: int = 1024
     sequence_length: int = 8192
     batch_size: int = 1
     depth_samples: int = 64
+    mamba_scores: MambaScores = "absolute"
+    comparison_tokens: int = 65_536
+    random_orders: int = 5
 
     def __post_init__(self) -> None:
-        positive(self, "samples", "sequence_length", "batch_size", "depth_samples")
+        positive(self, "samples", "sequence_length", "batch_size", "depth_samples", "comparison_tokens")
+        if self.random_orders < 2:
+            raise ValueError(f"random_orders={self.random_orders} must be at least 2, so that they have a spread")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,10 +59,10 @@ def run(
 
         check_services()
         try:
-            evaluation, release, verdict = elastify(loaded)
+            evaluation, orders, release, verdict = elastify(loaded)
         except (PrefectException, httpx.HTTPError) as error:
             raise ServiceError(f"Prefect fails: {error}; see to its server and run this again to go on") from error
-        print_outcome(evaluation, release, verdict)
+        print_outcome(evaluation, orders, release, verdict)
 
 
 @app.command()

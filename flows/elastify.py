@@ -18,8 +18,8 @@ from tasks.data import prepare_data
 from tasks.distill import distill
 from tasks.evaluate import evaluate
 from tasks.promote import Verdict, promote
-from tasks.rank import rank_importance, reorder_teacher
-from tasks.records import Artifact, EvaluationRecord, Release
+from tasks.rank import compare_orders, rank_importance, reorder_teacher
+from tasks.records import Artifact, EvaluationRecord, OrderComparison, Release
 from tasks.register import destination, register
 from tasks.running.preflight import check_corpus, check_model, check_problems
 from tasks.running.recipe_run import link_release, tracked
@@ -30,7 +30,7 @@ from tasks.teacher import fetch_teacher, pretrain_teacher, train_tokenizer
 
 
 @flow(name="elastify", on_failure=[explain_failure])
-def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationRecord, Release, Verdict]:
+def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationRecord, OrderComparison, Release, Verdict]:
     """Distil a teacher into a family of sizes, evaluate, slice and register it; every step resumes or is cached."""
     guard_run()
     settings = Settings.from_environment()
@@ -59,6 +59,16 @@ def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationReco
             latency_table=recipe_table(recipe),
             seed=recipe.seed,
             workspace=workspace,
+        )
+        orders = run(
+            compare_orders,
+            reordered=reordered,
+            corpus=corpus,
+            axes=recipe.axes,
+            settings=recipe.importance,
+            evaluation=recipe.evaluation,
+            dtype=recipe.dtype,
+            seed=recipe.seed,
         )
         stages, first_step = [], 0
         for stage in recipe.stages:
@@ -105,6 +115,7 @@ def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationReco
             slices=slices,
             stages=stages,
             evaluation=evaluation,
+            orders=orders,
             corpus=corpus,
             destination=destination(settings),
             run_id=run_id,
@@ -120,8 +131,8 @@ def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationReco
             gate=recipe.promotion,
         )
         link_release(settings, run_id, release)
-        show_outcome(settings, evaluation, release, verdict)
-        return evaluation, release, verdict
+        show_outcome(settings, evaluation, orders, release, verdict)
+        return evaluation, orders, release, verdict
 
 
 def prepare(recipe: Recipe, workspace: str) -> tuple[Artifact, Artifact]:

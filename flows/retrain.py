@@ -31,5 +31,5 @@ def retrain(recipe: Annotated[Recipe, checked(Recipe)], force: bool = False) -> 
     guard_run()
     if not force and is_made(recipe, Settings.from_environment()):
         return Completed(name=UNCHANGED, message="neither the teacher, nor the data, nor the recipe changed")
-    _, release, verdict = elastify(recipe)
+    _, _, release, verdict = elastify(recipe)
     return Completed(message=f"{release.family} {release.version}: {verdict.reason}")

@@ -1,23 +1,32 @@
-"""Rank the teacher's components, and put them in that order: the elastic checkpoint that distillation starts from."""
+"""Rank the teacher's components, put them in that order, and see what the order is worth.
 
+The reordered teacher is the elastic checkpoint that distillation starts from.
+"""
+
+import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from elastic_core import cost, importance, resolve, router
+from elastic_core import comparison, cost, importance, model, resolve, router
 from elastic_core.budget import Budget, Dtype
 from elastic_core.cost import LatencyTable
 from elastic_core.files import checkpoint, reorder, shards
 from elastic_core.geometry import Axes
-from elastic_core.recipe import Importance, Router
+from elastic_core.recipe import Evaluation, Importance, Router
 from elastic_core.router import ElasticModel
-from elastic_core.training import job
+from elastic_core.training import job, losses
 from elastic_core.training.curriculum import generator
 from elastic_core.training.train import TokenRows
-from tasks.corpus.build import TRAIN_FILE
-from tasks.records import Artifact
+from tasks.corpus.build import HELDOUT_FILE, TRAIN_FILE
+from tasks.evaluate import heldout_batches, heldout_loss, predicted
+from tasks.records import Artifact, OrderComparison
+from tasks.reporting.summary import order_warnings
 from tasks.running.progress import progress_bar
 from tasks.running.steps import artifact, new_directory, step
+
+logger = logging.getLogger(__name__)
 
 
 @step(importance, reorder, on_gpu=True)
@@ -26,19 +35,19 @@ def rank_importance(
 ) -> Artifact:
     """Score every component of the teacher on calibration data; the order of importance on every axis."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = job.load_model(Path(teacher.path), device, job.DTYPES[dtype])
-    bound = axes.bind(model.config)
+    loaded = job.load_model(Path(teacher.path), device, job.DTYPES[dtype])
+    bound = axes.bind(loaded.config)
     rows = TokenRows(Path(corpus.path) / TRAIN_FILE, settings.sequence_length)
     chosen = torch.randperm(rows.num_rows, generator=generator(seed, "importance")).tolist()
     batches = [
         rows.batch(chosen[start : start + settings.batch_size])[:, :-1]
         for start in range(0, min(settings.samples, rows.num_rows), settings.batch_size)
     ]
-    scores = importance.width_scores(model, batches)
+    scores = importance.width_scores(loaded, batches, settings.mamba_scores)
     depth_batches = batches[: max(1, settings.depth_samples // settings.batch_size)]
     with progress_bar("ranking layers") as report:
-        ranking = importance.rank_layers(model, depth_batches, bound.depth[-1], report)
-    order = importance.importance_order(model.config, scores, ranking, bound.mamba_head_dim[-1])
+        ranking = importance.rank_layers(loaded, depth_batches, bound.depth[-1], report)
+    order = importance.importance_order(loaded.config, scores, ranking, bound.mamba_head_dim[-1])
     directory = new_directory(workspace, "importance")
     with shards.staged_directory(directory) as staging:
         reorder.write_order(staging, order)
@@ -76,3 +85,38 @@ def reorder_teacher(
     with progress_bar("reordering") as report:
         reorder.reorder_checkpoint(source, order, directory, beside=beside, progress=report)
     return artifact(directory)
+
+
+@step(comparison, job, losses, model, reorder, on_gpu=True)
+def compare_orders(
+    reordered: Artifact,
+    corpus: Artifact,
+    axes: Axes,
+    settings: Importance,
+    evaluation: Evaluation,
+    dtype: Dtype,
+    seed: int,
+) -> OrderComparison:
+    """What cutting each axis alone loses in the order of importance and in random orders, on held-out data.
+
+    A warning is logged for each cut on which importance does not lose less.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = job.load_model(Path(reordered.path), device, job.DTYPES[dtype])
+    tokens = min(settings.comparison_tokens, evaluation.heldout_tokens)
+    wanted = replace(evaluation, heldout_tokens=tokens)
+    batches = heldout_batches(Path(corpus.path) / HELDOUT_FILE, wanted, loaded.config.vocab_size)
+    with progress_bar("comparing orders") as report:
+        cuts = comparison.compare_orders(
+            loaded,
+            axes.bind(loaded.config),
+            checkpoint.read_family(Path(reordered.path)).layer_ranking,
+            lambda subnet: heldout_loss(loaded, subnet, batches)[0],
+            random_orders=settings.random_orders,
+            generator=generator(seed, "random orders"),
+            progress=report,
+        )
+    compared = OrderComparison(heldout_tokens=predicted(batches), cuts=cuts)
+    for warning in order_warnings(compared):
+        logger.warning("%s", warning)
+    return compared

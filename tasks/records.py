@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from elastic_core.comparison import Cut
 from tasks import tracking
 from tasks.settings import Settings
 
@@ -72,6 +73,19 @@ class EvaluationRecord:
     heldout_tokens: int
     problems: int
     budgets: tuple[BudgetEvaluation, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OrderComparison:
+    """What cutting each axis alone loses in the order of importance and in random orders, on the same held-out data."""
+
+    heldout_tokens: int
+    cuts: tuple[Cut, ...]
+
+    @property
+    def doubtful(self) -> tuple[Cut, ...]:
+        """The cuts that lose no less in the order of importance than in a random order."""
+        return tuple(cut for cut in self.cuts if not cut.beats_random)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,8 +17,8 @@ from tasks.artifacts import nested
 from tasks.artifacts.manifest import Manifest, NestedPart
 from tasks.artifacts.staging import scratch
 from tasks.corpus.build import read_record
-from tasks.records import Artifact, EvaluationRecord, Release, StageRecord
-from tasks.reporting import history, plots, report
+from tasks.records import Artifact, EvaluationRecord, OrderComparison, Release, StageRecord
+from tasks.reporting import drawing, history, plots, report, summary
 from tasks.reporting.history import read_metrics
 from tasks.reporting.summary import summary_lines
 from tasks.running.progress import progress_bar
@@ -44,13 +44,14 @@ def curves(row: Mapping[str, Any]) -> dict[str, float]:
     return named
 
 
-@step(history, plots, report)
+@step(drawing, history, plots, report, summary)
 def register(
     recipe: Recipe,
     family: Artifact,
     slices: dict[str, Artifact],
     stages: list[StageRecord],
     evaluation: EvaluationRecord,
+    orders: OrderComparison,
     corpus: Artifact,
     destination: str,
     run_id: str,
@@ -68,6 +69,7 @@ def register(
         report_directory,
         recipe=recipe,
         evaluation=evaluation,
+        orders=orders,
         stages=[(stage.name, Path(record.metrics)) for stage, record in zip(recipe.stages, stages, strict=True)],
         subnets={budget.name: budget.subnet for budget in described.budgets},
         layer_ranking=described.layer_ranking,

@@ -149,6 +149,16 @@ def reorder_weights(weights: Mapping[str, Tensor], order: Order, config: ModelCo
     }
 
 
+@torch.no_grad()
+def reorder_in_place(weights: Mapping[str, Tensor], order: Order, config: ModelConfig) -> None:
+    """Put all tensors of a model, by name in memory and on any device, in `order`; one tensor at a time is copied."""
+    check_order(order, config)
+    for name, place in tensor_places(config).items():
+        for dim, index in enumerate(_indices(place, order, config)):
+            if index is not None and not torch.equal(index, torch.arange(len(index))):
+                weights[name].copy_(weights[name].index_select(dim, index.to(weights[name].device)))
+
+
 def reorder_checkpoint(
     source: Path,
     order: Order,

@@ -2,14 +2,16 @@
 
 from flows.commands.terminal import text_table, wide_console
 from tasks.promote import Verdict
-from tasks.records import EvaluationRecord, Release
-from tasks.reporting.summary import summary_table
+from tasks.records import EvaluationRecord, OrderComparison, Release
+from tasks.reporting.summary import order_warnings, summary_table
 
 
-def print_outcome(evaluation: EvaluationRecord, release: Release, verdict: Verdict) -> None:
+def print_outcome(evaluation: EvaluationRecord, orders: OrderComparison, release: Release, verdict: Verdict) -> None:
     """Print the outcome of a run to standard output."""
     console = wide_console()
     console.print(text_table(summary_table(evaluation), title=f"{release.family} {release.version}"))
+    for warning in order_warnings(orders):
+        console.print(f"warning     {warning}", highlight=False, soft_wrap=True)
     console.print("registered  " + ", ".join(release.models.values()), highlight=False)
     console.print(f"promotion   {verdict.reason}", highlight=False)
     console.print(f"objects     {release.uri}", highlight=False, soft_wrap=True)

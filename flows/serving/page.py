@@ -7,9 +7,11 @@ from prefect.artifacts import create_image_artifact, create_link_artifact, creat
 
 from tasks import tracking
 from tasks.promote import Verdict
-from tasks.records import EvaluationRecord, Release
-from tasks.reporting.summary import markdown_table, summary_table
+from tasks.records import EvaluationRecord, OrderComparison, Release
+from tasks.reporting.summary import markdown_table, order_table, order_warnings, summary_table
 from tasks.settings import Settings
+
+ORDERS = "What cutting one axis of the teacher loses with no training, in nats a token:"
 
 
 def link_curves(settings: Settings, run_id: str) -> None:
@@ -18,7 +20,9 @@ def link_curves(settings: Settings, run_id: str) -> None:
         create_link_artifact(key="mlflow-run", link=url, link_text="Curves in MLflow", description="Run in MLflow")
 
 
-def show_outcome(settings: Settings, evaluation: EvaluationRecord, release: Release, verdict: Verdict) -> None:
+def show_outcome(
+    settings: Settings, evaluation: EvaluationRecord, orders: OrderComparison, release: Release, verdict: Verdict
+) -> None:
     """The budget table with the registered names, and the report's plots."""
     key = f"family-{release.family.lower().replace('_', '-')}"
     models = "\n".join(f"- {model_link(settings, model)}" for model in release.models.values())
@@ -33,6 +37,8 @@ def show_outcome(settings: Settings, evaluation: EvaluationRecord, release: Rele
                 models,
                 verdict.reason,
                 f"[Run in MLflow]({curves})" if curves else f"MLflow run `{release.run_id}`",
+                *([ORDERS, markdown_table(order_table(orders))] if orders.cuts else []),
+                *(f"Warning: {warning}." for warning in order_warnings(orders)),
             ]
         ),
     )

@@ -1,245 +1,49 @@
-"""The plots of a run's report: quality against size, loss, the router's choices, storage, the subnets' anatomy.
+"""The plots of a run's report, from its quality against size to the anatomy of its members."""
 
-A plot is drawn once in the light theme; its PNG keeps that theme, and in the page its colours become CSS variables, so
-that one drawing serves light and dark.
-"""
-
-import io
-import logging
 import math
-import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from markupsafe import Markup
 
-from elastic_core.geometry import ATTENTION, FFN, MAMBA, Axes, ModelConfig
-from elastic_core.recipe import Recipe
+from elastic_core.geometry import ATTENTION, FFN, MAMBA, ModelConfig
 from elastic_core.subnet import Subnet, full_subnet
-from tasks.records import BudgetEvaluation, EvaluationRecord
+from tasks.reporting.drawing import (
+    COLUMN,
+    DASHES,
+    DOT,
+    GROUND,
+    INK,
+    LINE,
+    MUTED,
+    PALE,
+    THEME,
+    WIDE,
+    Run,
+    count_tick,
+    draw_curves,
+    legend,
+    new_figure,
+    report_style,
+    to_svg,
+)
 from tasks.reporting.history import Pick, StageHistory
-from tasks.reporting.summary import above_teacher, human_bytes, human_count, percent
+from tasks.reporting.summary import AXIS_TITLES, above_teacher, cut_title, human_bytes, percent
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes as Panel
     from matplotlib.figure import Figure
 
-AXIS_TITLES = {
-    "hidden": "hidden channels",
-    "ffn": "FFN neurons",
-    "mamba_heads": "Mamba heads",
-    "mamba_head_dim": "Mamba head channels",
-    "attention_heads": "attention heads",
-    "depth": "layers",
-}
 KIND_TITLES = {MAMBA: "Mamba-2", FFN: "FFN", ATTENTION: "attention"}
-
-# Names of CSS variables, each with its colour in the light and in the dark theme. c0, c1, ... are the budgets', from
-# the largest; the first four stay apart under every colour blindness (at least 15 in CIELAB), on both grounds.
-THEME = {
-    "ink": ("#1b2430", "#e6ebf1"),
-    "muted": ("#5b6776", "#9ba8b7"),
-    "line": ("#dce2e9", "#333d49"),
-    "pale": ("#eef1f5", "#222a34"),
-    "ground": ("#ffffff", "#15191f"),
-    "c0": ("#1a6fc4", "#4f9cf9"),
-    "c1": ("#e8590c", "#ff7a1a"),
-    "c2": ("#5a1846", "#f5c2e7"),
-    "c3": ("#00916e", "#2fbf8f"),
-    "c4": ("#d14d9e", "#c24fb0"),
-    "c5": ("#8a6d00", "#d9bb4a"),
-}
-INK, MUTED, LINE, PALE, GROUND = (THEME[name][0] for name in ("ink", "muted", "line", "pale", "ground"))
-MARKERS = "osD^vP"
-DASHES = (0, (4, 3))
-DOT = {"linestyle": "none", "markeredgecolor": GROUND, "clip_on": False, "zorder": 5}
-
-COLUMN, WIDE = 5.2, 11.0  # widths of a plot in inches: half the page, or all of it
-SMOOTHING = 0.03  # a smoothed line averages this share of its stage's steps
-
-
-# The run
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """All that a report tells of; `budgets` are the evaluated ones from the largest to the smallest."""
-
-    recipe: Recipe
-    model: ModelConfig
-    axes: Axes
-    layer_ranking: Sequence[int]
-    evaluation: EvaluationRecord
-    budgets: Sequence[BudgetEvaluation]
-    subnets: Mapping[str, Subnet]
-    stages: Sequence[StageHistory]
-
-    @property
-    def colours(self) -> dict[str, str]:
-        """The theme's name for each budget's colour."""
-        return {budget.budget: f"c{i % len(MARKERS)}" for i, budget in enumerate(self.budgets)}
-
-    def style(self, budget: str) -> dict[str, Any]:
-        """How a budget's lines and markers are drawn; larger budgets bolder, so that they show behind smaller ones."""
-        index = list(self.colours).index(budget) % len(MARKERS)
-        colour = THEME[self.colours[budget]][0]
-        return {
-            "color": colour,
-            "marker": MARKERS[index],
-            "markersize": max(7, 9 - index),
-            "linewidth": 2 - 0.15 * index,
-        }
-
-    def size(self, budget: str, axis: str) -> float:
-        """The size of a budget's subnet on an axis, averaged over its layers, as the router's metrics are."""
-        value = getattr(self.subnets[budget], axis)
-        return sum(value) / max(1, len(value)) if isinstance(value, tuple) else value
-
-    def storage(self) -> dict[str, dict[str, int]]:
-        """Bytes of the family's weights by way of storing them, and in each by what holds them."""
-        sizes = {budget.budget: budget.weight_bytes for budget in self.budgets}
-        largest = self.budgets[0]
-        shells, inner = {}, 0
-        for name, size in reversed(sizes.items()):
-            shells[name], inner = max(0, size - inner), max(size, inner)
-        whole = round(largest.weight_bytes / largest.params * self.evaluation.teacher_params)
-        return {"separate checkpoints": sizes, "one elastic checkpoint": {"all sizes": whole}, "nested storage": shells}
-
-
-# The plots
-
-
-@contextmanager
-def _drawing() -> Iterator[None]:
-    """Matplotlib in this report's style, with nothing of the user's, and silent about its caches and missing glyphs."""
-    logger = logging.getLogger("matplotlib")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            import matplotlib.style  # late, to be silenced, and because the tables alone do without
-
-            with matplotlib.style.context(STYLE, after_reset=True):
-                yield
-    finally:
-        logger.setLevel(level)
-
-
-STYLE = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": LINE,
-    "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.labelcolor": MUTED,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlecolor": INK,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 9.5,
-    "figure.constrained_layout.use": True,
-    "figure.constrained_layout.w_pad": 0.08,
-    "figure.facecolor": GROUND,
-    "font.size": 9,
-    "grid.color": LINE,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.labelcolor": INK,
-    "lines.linewidth": 1.6,
-    "path.simplify_threshold": 0.5,
-    "svg.hashsalt": "report",
-    "text.color": INK,
-    "text.parse_math": False,
-    "xtick.color": LINE,
-    "xtick.labelcolor": MUTED,
-    "ytick.color": LINE,
-    "ytick.labelcolor": MUTED,
-}
-
-
-def draw_all(run: Run, directory: Path) -> list[tuple["Plot", Markup]]:
-    """Every plot that the run has data for: a PNG in `directory`, and the SVG to put in the page."""
-    drawn = []
-    with _drawing():
-        for plot in PLOTS:
-            figure = plot.draw(run)
-            if figure is not None:
-                figure.savefig(directory / f"{plot.name}.png", dpi=180)
-                figure.set_layout_engine("none")  # it is laid out now, and need not be again
-                drawn.append((plot, _svg(figure)))
-    return drawn
-
-
-def _svg(figure: "Figure") -> Markup:
-    """The figure as an <svg> element in the theme's variables, without comments, name spaces and metadata."""
-    buffer = io.StringIO()
-    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(buffer, format="svg", facecolor="none", metadata=metadata)
-    svg = re.sub(r"<!--.*?-->|\s+xmlns(:xlink)?=\"[^\"]*\"", "", buffer.getvalue(), flags=re.DOTALL)
-    for name, (light, _) in THEME.items():
-        svg = svg.replace(light, f"var(--{name})")
-    return Markup(svg[svg.index("<svg") :])
-
-
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height))
-
-
-def _legend(figure: "Figure", panel: "Panel") -> None:
-    """One legend above the figure, with each label once, in as many columns as fit."""
-    handles, labels = panel.get_legend_handles_labels()
-    entries = dict(zip(labels, handles, strict=True))
-    columns = max(1, int(figure.get_figwidth() / (0.5 + 0.07 * max(map(len, labels)))))
-    figure.legend(entries.values(), entries.keys(), loc="outside upper left", ncols=columns, handlelength=1.6)
-
-
-def _count_tick(value: float, _: float) -> str:
-    return human_count(value)
-
-
-def _draw_curves(panel: "Panel", run: Run, stages: Sequence[StageHistory], pick: Pick) -> None:
-    """Each budget's values over the stages, the raw line faint behind its rolling mean, and the stages' names."""
-    for stage, budget in product(stages, run.colours):
-        steps, values = stage.curve(budget, pick)
-        if not len(steps):
-            continue
-        style, width = run.style(budget), max(1, round(SMOOTHING * len(values)))
-        if width > 1:
-            panel.plot(steps, values, color=style["color"], alpha=0.25, linewidth=0.7)
-        lone = {} if len(steps) == 1 else {"marker": None}
-        panel.plot(steps, _rolling_mean(values, width), label=budget, **style | lone)
-    start, end = stages[0].first, stages[-1].end
-    for stage in stages:
-        if stage is not stages[0]:
-            panel.axvline(stage.first - 0.5, color=MUTED, linewidth=0.9, linestyle=DASHES)
-        if (stage.end - stage.first) / (end - start) > 0.023 * len(stage.name):  # there is room for the name
-            where, above = (stage.first - 0.5, 1), panel.get_xaxis_transform()
-            panel.annotate(
-                stage.name, where, (2, 3), xycoords=above, textcoords="offset points", color=MUTED, fontsize=8
-            )
-    panel.set_xlim(start - 0.5, end - 0.5)
-    panel.locator_params(axis="x", integer=True, min_n_ticks=1)
-    panel.xaxis.set_major_formatter(_count_tick)
-
-
-def _rolling_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """The mean of the `width` values around each, of fewer at the ends."""
-    window = np.ones(width)
-    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
 def _draw_quality(run: Run) -> "Figure":
     teacher, loss = run.evaluation.teacher_params, run.evaluation.teacher_cross_entropy
     sizes = [budget.params for budget in run.budgets]
-    figure = _figure(COLUMN, 5.4)
+    figure = new_figure(COLUMN, 5.4)
     whole, close = figure.subplots(2, 1, sharex=True, height_ratios=(1.15, 1))
     for panel in (whole, close):
         panel.axhline(loss, color=INK, linewidth=1, linestyle=DASHES)
@@ -260,8 +64,8 @@ def _draw_quality(run: Run) -> "Figure":
     close.set_title("close up: the family against its teacher")
     close.set_xlim(min(sizes) - 0.12 * teacher, 1.25 * teacher)
     close.set_xlabel("parameters")
-    close.xaxis.set_major_formatter(_count_tick)
-    _legend(figure, whole)
+    close.xaxis.set_major_formatter(count_tick)
+    legend(figure, whole)
     return figure
 
 
@@ -278,10 +82,10 @@ def _draw_loss(run: Run) -> "Figure | None":
     shown = {title: values for title, values in curves.items() if len(values)}
     if not shown:
         return None
-    figure = _figure(COLUMN, 0.8 + 2.2 * len(shown))
+    figure = new_figure(COLUMN, 0.8 + 2.2 * len(shown))
     panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     for panel, (title, values) in zip(panels, shown.items(), strict=True):
-        _draw_curves(panel, run, run.stages, picks[title])
+        draw_curves(panel, run, run.stages, picks[title])
         panel.set_title(title, pad=16)
         panel.set_ylabel("nats a token")
         # The first steps after a cut lie far above the rest, and the first KL of a full model next to zero.
@@ -292,7 +96,7 @@ def _draw_loss(run: Run) -> "Figure | None":
         panel.yaxis.set_major_formatter("{x:g}")
         panel.set_ylim(low / 1.1, high * 1.1)
     panels[-1].set_xlabel("optimizer steps")
-    _legend(figure, panels[0])
+    legend(figure, panels[0])
     return figure
 
 
@@ -313,7 +117,7 @@ def _draw_router(run: Run) -> "Figure | None":
         return None
     columns = min(3, len(elastic))
     rows = math.ceil(len(elastic) / columns)
-    figure = _figure(WIDE, 0.6 + 2.3 * rows)
+    figure = new_figure(WIDE, 0.6 + 2.3 * rows)
     panels = figure.subplots(rows, columns, sharex=True, squeeze=False).flatten()
     for panel in panels[len(elastic) :]:
         panel.remove()
@@ -322,14 +126,14 @@ def _draw_router(run: Run) -> "Figure | None":
         full, span = choices[0], 1 - choices[-1] / choices[0]
         for name in run.colours:
             panel.plot(stages[-1].end - 0.5, run.size(name, axis) / full, label=name, **run.style(name) | DOT)
-        _draw_curves(panel, run, stages, _share_chosen(axis, full))
+        draw_curves(panel, run, stages, _share_chosen(axis, full))
         panel.set_title(AXIS_TITLES[axis], pad=16)
         ticks = [c for i, c in enumerate(choices) if i == 0 or (choices[i - 1] - c) / full > 0.08 * span]
         panel.set_yticks([c / full for c in ticks], [f"{c} ({percent(c / full)})" for c in ticks], fontsize=8)
         panel.set_ylim(1 - 1.1 * span, 1 + 0.1 * span)
         panel.tick_params(labelbottom=True)
     figure.supxlabel("optimizer steps", color=MUTED, fontsize=9)
-    _legend(figure, panels[0])
+    legend(figure, panels[0])
     return figure
 
 
@@ -337,7 +141,7 @@ def _draw_params(run: Run) -> "Figure | None":
     stages = _routed(run)
     if not stages:
         return None
-    figure = _figure(COLUMN, 3.4)
+    figure = new_figure(COLUMN, 3.4)
     panel = figure.subplots()
     targets = {budget.name: budget.params for budget in run.recipe.budgets}
     for budget in run.budgets:
@@ -346,17 +150,17 @@ def _draw_params(run: Run) -> "Figure | None":
         if target is not None:
             panel.axhline(target, color=style["color"], linewidth=1, linestyle=DASHES)
     panel.plot([], [], color=MUTED, linewidth=1, linestyle=DASHES, label="target")
-    _draw_curves(panel, run, stages, lambda b: b.expected_params if b.choices else None)
+    draw_curves(panel, run, stages, lambda b: b.expected_params if b.choices else None)
     panel.set_ylabel("parameters")
-    panel.yaxis.set_major_formatter(_count_tick)
+    panel.yaxis.set_major_formatter(count_tick)
     panel.set_xlabel("optimizer steps")
-    _legend(figure, panel)
+    legend(figure, panel)
     return figure
 
 
 def _draw_storage(run: Run) -> "Figure":
     ways = run.storage()
-    figure = _figure(COLUMN, 2.6)
+    figure = new_figure(COLUMN, 2.6)
     panel = figure.subplots()
     most = max(sum(parts.values()) for parts in ways.values())
     for row, parts in enumerate(ways.values()):
@@ -381,7 +185,7 @@ def _draw_storage(run: Run) -> "Figure":
 def _draw_anatomy(run: Run) -> "Figure":
     pattern = run.model.hybrid_override_pattern
     names = list(run.colours)
-    figure = _figure(WIDE, 1.2 + 0.55 * len(names))
+    figure = new_figure(WIDE, 1.2 + 0.55 * len(names))
     panel = figure.subplots()
     layers = range(len(pattern))
     panel.bar(run.layer_ranking, [0.8 * (1 - rank / len(pattern)) for rank in layers], color=MUTED)
@@ -436,6 +240,28 @@ def _widths(run: Run, subnet: Subnet) -> str:
     )
 
 
+def _draw_orders(run: Run) -> "Figure | None":
+    cuts = run.orders.cuts
+    shown = [v for cut in cuts for v in (cut.by_importance, *cut.at_random) if math.isfinite(v) and v > 0]
+    if not shown:
+        return None
+    least = max(min(shown), max(shown) / 1e4)  # what loses less, or nothing, is drawn here, at the left edge
+    figure = new_figure(COLUMN, 1.3 + 0.32 * len(cuts))
+    panel = figure.subplots()
+    for row, cut in enumerate(cuts):
+        at_random = [max(value, least) for value in cut.at_random]
+        panel.plot(at_random, [row] * len(at_random), "+", color=MUTED, markersize=8, label="random orders")
+        colour = THEME["c0" if cut.beats_random else "c1"][0]
+        panel.plot(max(cut.by_importance, least), row, "o", color=colour, markersize=7, label="by importance", **DOT)
+    panel.set_xscale("log")
+    panel.set_yticks(range(len(cuts)), [cut_title(cut) for cut in cuts], color=INK)
+    panel.invert_yaxis()
+    panel.set_xlabel("nats a token lost")
+    panel.xaxis.set_major_formatter("{x:g}")
+    legend(figure, panel)
+    return figure
+
+
 def _draw_accuracy(run: Run) -> "Figure | None":
     overall = {"teacher": run.evaluation.teacher_accuracy} | {b.budget: b.accuracy for b in run.budgets}
     tasks = sorted({task for budget in run.budgets for task in budget.accuracy_by_task})
@@ -449,7 +275,7 @@ def _draw_accuracy(run: Run) -> "Figure | None":
     bars = {group: shares for group, shares in bars.items() if shares}
     if not bars:
         return None
-    figure = _figure(WIDE, 3.2)
+    figure = new_figure(WIDE, 3.2)
     panel = figure.subplots()
     width = 0.8 / max(map(len, bars.values()))
     for column, shares in enumerate(bars.values()):
@@ -463,7 +289,7 @@ def _draw_accuracy(run: Run) -> "Figure | None":
     panel.set_ylim(0, 105)
     panel.set_ylabel("answered exactly (%)")
     panel.grid(visible=False, axis="x")
-    _legend(figure, panel)
+    legend(figure, panel)
     return figure
 
 
@@ -484,6 +310,12 @@ PLOTS = (
         "Quality against size",
         "Trained members of the family, and the teacher cut to the same shapes with no training.",
         _draw_quality,
+    ),
+    Plot(
+        "orders",
+        "The order of importance",
+        "What cutting one axis of the teacher loses with no training, in the order of importance and in random orders.",
+        _draw_orders,
     ),
     Plot("loss", "Loss by budget", "The faint line is every step, the full line its rolling mean.", _draw_loss),
     Plot(
@@ -509,3 +341,16 @@ PLOTS = (
     ),
     Plot("accuracy", "Accuracy by kind of problem", "Held-out problems answered exactly.", _draw_accuracy, wide=True),
 )
+
+
+def draw_all(run: Run, directory: Path) -> list[tuple[Plot, Markup]]:
+    """Every plot that the run has data for: a PNG in `directory`, and the SVG to put in the page."""
+    drawn = []
+    with report_style():
+        for plot in PLOTS:
+            figure = plot.draw(run)
+            if figure is not None:
+                figure.savefig(directory / f"{plot.name}.png", dpi=180)
+                figure.set_layout_engine("none")  # it is laid out now, and need not be again
+                drawn.append((plot, to_svg(figure)))
+    return drawn

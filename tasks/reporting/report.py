@@ -17,9 +17,10 @@ from elastic_core.geometry import ATTENTION, FFN, MAMBA, ModelConfig
 from elastic_core.recipe import Recipe
 from elastic_core.schema import to_dict
 from elastic_core.subnet import Subnet
-from tasks.records import EvaluationRecord
+from tasks.records import EvaluationRecord, OrderComparison
+from tasks.reporting.drawing import THEME, Run
 from tasks.reporting.history import read_stages
-from tasks.reporting.plots import KIND_TITLES, THEME, Plot, Run, draw_all, span
+from tasks.reporting.plots import KIND_TITLES, Plot, draw_all, span
 from tasks.reporting.summary import (
     by_size,
     fixed,
@@ -27,6 +28,8 @@ from tasks.reporting.summary import (
     human_count,
     human_seconds,
     markdown_table,
+    order_table,
+    order_warnings,
     percent,
     recovered,
     summary_lines,
@@ -40,6 +43,7 @@ def write_report(
     *,
     recipe: Recipe,
     evaluation: EvaluationRecord,
+    orders: OrderComparison,
     stages: Sequence[tuple[str, Path]],
     subnets: Mapping[str, Subnet],
     layer_ranking: Sequence[int],
@@ -58,6 +62,7 @@ def write_report(
         axes=recipe.axes.bind(model),
         layer_ranking=layer_ranking,
         evaluation=evaluation,
+        orders=orders,
         budgets=by_size(evaluation),
         subnets=subnets,
         stages=read_stages(stages),
@@ -85,6 +90,10 @@ def _results(run: Run, links: Mapping[str, str]) -> dict[str, Any]:
     return {
         "family": run.recipe.family,
         "evaluation": evaluation,
+        "orders": {
+            "heldout_tokens": run.orders.heldout_tokens,
+            "cuts": [to_dict(cut) | {"beats_random": cut.beats_random} for cut in run.orders.cuts],
+        },
         "storage_bytes": {way: sum(parts.values()) for way, parts in run.storage().items()},
         "stages": [
             {
@@ -112,7 +121,12 @@ def _finite(value: Any) -> Any:
 
 def _markdown(run: Run) -> str:
     lines = [f"- **{name}**: {line}" for name, line in summary_lines(run.evaluation).items()]
-    return "\n".join([f"# {run.recipe.family}", "", *lines, "", markdown_table(summary_table(run.evaluation))])
+    parts = [f"# {run.recipe.family}", "\n".join(lines), markdown_table(summary_table(run.evaluation)).rstrip()]
+    if run.orders.cuts:
+        parts.append("What cutting one axis of the teacher loses with no training, in nats a token:")
+        parts.append(markdown_table(order_table(run.orders)).rstrip())
+        parts += [f"Warning: {warning}." for warning in order_warnings(run.orders)]
+    return "\n\n".join(parts) + "\n"
 
 
 def _shape_rows(run: Run) -> list[dict[str, str]]:
@@ -182,6 +196,10 @@ def _html(run: Run, links: Mapping[str, str], plots: Sequence[tuple["Plot", Mark
             "training time": human_seconds(sum(stage.seconds for stage in run.stages)),
         },
         results=summary_table(evaluation),
+        warnings=order_warnings(run.orders),
+        orders=order_table(run.orders),
+        random_orders=len(run.orders.cuts[0].at_random) if run.orders.cuts else 0,
+        compared_tokens=human_count(run.orders.heldout_tokens),
         shapes=_shape_rows(run),
         stages=_stage_rows(run),
         plots=plots,
@@ -213,6 +231,7 @@ p, figcaption { margin: .2rem 0; color: var(--muted); }
 figcaption, dt, .note { font-size: .875rem; }
 .summary { margin: 1.4rem 0; padding: 0; list-style: none; font-size: 1.05rem; }
 .summary li { margin: .35rem 0; }
+.warning { color: var(--ink); padding: .5rem .8rem; border-left: .25rem solid var(--c1); background: var(--pale); }
 .chip { display: inline-block; width: .75em; height: .75em; margin-right: .45em; border-radius: .2em; }
 dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .9rem; margin: 1.4rem 0 0; }
 dl div { padding: .6rem .8rem; border-radius: .5rem; background: var(--pale); }
@@ -268,6 +287,9 @@ summary { cursor: pointer; }
 <li>{{ chip(name) }}<b>{{ name }}</b>: {{ line }}</li>
 {% endfor %}
 </ul>
+{% for warning in warnings %}
+<p class="warning"><b>Warning</b>: {{ warning }}.</p>
+{% endfor %}
 <dl>
 {% for title, fact in facts.items() %}
 <div><dt>{{ title }}</dt><dd>{{ fact }}</dd></div>
@@ -280,6 +302,15 @@ summary { cursor: pointer; }
 share of held-out problems answered exactly. Tokens/s is decoding. Recovered is the share of the loss of cutting with
 no training that training won back.</p>
 
+{% if orders %}
+<h2>Order of importance</h2>
+{{ table(orders) }}
+<p class="note">What one axis of the teacher loses when it alone is cut, with no training: cross-entropy above the whole
+teacher's, in nats a token, on {{ compared_tokens }} held-out tokens. At random is the mean and the standard deviation
+of {{ random_orders }} random orders. Importance loses less where it is below that mean by more than the mean's standard
+error.</p>
+
+{% endif %}
 <h2>Plots</h2>
 <div class="plots">
 {% for plot, svg in plots %}

@@ -3,7 +3,17 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from tasks.records import BudgetEvaluation, EvaluationRecord
+from elastic_core.comparison import Cut
+from tasks.records import BudgetEvaluation, EvaluationRecord, OrderComparison
+
+AXIS_TITLES = {
+    "hidden": "hidden channels",
+    "ffn": "FFN neurons",
+    "mamba_heads": "Mamba heads",
+    "mamba_head_dim": "Mamba head channels",
+    "attention_heads": "attention heads",
+    "depth": "layers",
+}
 
 # Numbers for people
 
@@ -100,6 +110,40 @@ def summary_lines(evaluation: EvaluationRecord) -> dict[str, str]:
 def above_teacher(evaluation: EvaluationRecord, budget: BudgetEvaluation) -> float:
     """Cross-entropy above the teacher's, rounded as it is shown, and never minus zero."""
     return round(budget.cross_entropy - evaluation.teacher_cross_entropy, 3) + 0.0
+
+
+# The order of importance
+
+
+def cut_title(cut: Cut) -> str:
+    """A cut in words: FFN neurons 384 to 192."""
+    return f"{AXIS_TITLES[cut.axis]} {cut.full:,} to {cut.size:,}"
+
+
+def order_table(orders: OrderComparison) -> list[dict[str, str]]:
+    """What each cut loses in the order of importance and in random orders, as rows of text by column title."""
+    return [
+        {
+            "cut": cut_title(cut),
+            "by importance": fixed(cut.by_importance, 4),
+            "at random": _at_random(cut),
+            "importance loses less": "yes" if cut.beats_random else "no",
+        }
+        for cut in orders.cuts
+    ]
+
+
+def order_warnings(orders: OrderComparison) -> list[str]:
+    """A line for each cut that loses no less in the order of importance than in a random order."""
+    return [
+        f"{cut_title(cut)}: the order of importance is no better than a random one; the cut loses "
+        f"{fixed(cut.by_importance, 4)} nats a token, in random orders {_at_random(cut)}"
+        for cut in orders.doubtful
+    ]
+
+
+def _at_random(cut: Cut) -> str:
+    return f"{fixed(cut.random_mean, 4)} ± {fixed(cut.random_spread, 4)}"
 
 
 def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:

@@ -1,6 +1,7 @@
 """Laws of importance: scores and rankings agree with the paper's formulas on the stock model, written out slowly."""
 
 import itertools
+import typing
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -12,10 +13,11 @@ from elastic_core.files.reorder import check_order
 from elastic_core.geometry import ModelConfig
 from elastic_core.importance import WidthScores, importance_order, rank_layers, width_scores
 from elastic_core.model import ElasticNemotronH
+from elastic_core.recipe import MambaScores
 
 StockModel = Callable[..., NemotronHForCausalLM]
 
-# Both models run in float32 and add up in different orders; the signed Mamba sums cancel by some ten times.
+# Both models run in float32 and add up in different orders; signed Mamba sums cancel by some ten times.
 FLOAT32_SUM = 1e-4
 # The same float32 activations, added up in float64 in another order: only the models' matrix products may differ.
 FLOAT32_BATCHING = 1e-5
@@ -73,7 +75,9 @@ def record_activations(
     return [torch.cat(rows) for rows in normed], [torch.cat(rows) for rows in projected]
 
 
-def slow_width_scores(stock: NemotronHForCausalLM, config: ModelConfig, batches: Sequence[Tensor]) -> WidthScores:
+def slow_width_scores(
+    stock: NemotronHForCausalLM, config: ModelConfig, batches: Sequence[Tensor], mamba: MambaScores
+) -> WidthScores:
     """The sums of arXiv 2511.16664 over the stock model's activations, token after token and head after head."""
     normed, projected = record_activations(stock, config, batches)
     hidden = torch.zeros(config.hidden_size, dtype=torch.float64)
@@ -89,7 +93,8 @@ def slow_width_scores(stock: NemotronHForCausalLM, config: ModelConfig, batches:
         for row in projected[layer]:  # [z, x, B, C, dt]
             for head in range(config.mamba_num_heads):
                 start = config.mamba_size + head * config.mamba_head_dim
-                sums[head] += row[start : start + config.mamba_head_dim]
+                channels = row[start : start + config.mamba_head_dim]
+                sums[head] += channels if mamba == "signed" else channels.abs()
         return sums
 
     def query_scores(layer: int) -> Tensor:
@@ -118,20 +123,45 @@ def assert_close(found: WidthScores, expected: WidthScores, tolerance: float) ->
         assert float((a - b).abs().max()) < tolerance * float(b.abs().max())
 
 
-def test_width_scores_are_the_papers_sums_over_the_stock_models_activations(
-    elastic: ElasticNemotronH, stock: NemotronHForCausalLM, tiny_config: ModelConfig
+@pytest.mark.parametrize("mamba", typing.get_args(MambaScores))
+def test_width_scores_are_sums_over_the_stock_models_activations_signed_as_in_the_paper_or_absolute(
+    elastic: ElasticNemotronH, stock: NemotronHForCausalLM, tiny_config: ModelConfig, mamba: MambaScores
 ) -> None:
     batches = token_batches(tiny_config)
-    assert_close(width_scores(elastic, batches), slow_width_scores(stock, tiny_config, batches), FLOAT32_SUM)
+    expected = slow_width_scores(stock, tiny_config, batches, mamba)
+    assert_close(width_scores(elastic, batches, mamba), expected, FLOAT32_SUM)
 
 
-def test_width_scores_do_not_depend_on_how_samples_are_batched(
+def test_a_channel_that_is_large_in_both_directions_counts_unless_scores_are_signed(
     elastic: ElasticNemotronH, tiny_config: ModelConfig
 ) -> None:
+    """Every Mamba layer's first channel answers to one token with a large value, to another with its negative."""
+    config = tiny_config
+    with torch.no_grad():
+        for layer in elastic.layers:  # the residual stream stays what the embedding says
+            for name, weight in layer.mixer.named_parameters():
+                if name.startswith(("out_proj", "o_proj", "down_proj")):
+                    weight.zero_()
+        elastic.embeddings.weight[1] = -elastic.embeddings.weight[0]
+        for layer in config.layers_of("M"):
+            norm, rows = elastic.layers[layer].norm, elastic.layers[layer].mixer.in_proj.weight
+            rows[config.mamba_size] = 10 * norm.weight * elastic.embeddings.weight[0]
+    batch = torch.tensor([[0, 1, 0, 1]])
+    absolute, signed = (width_scores(elastic, [batch], mamba).mamba_HP for mamba in ("absolute", "signed"))
+    for first, second in zip(absolute, signed, strict=True):
+        assert first[0, 0] > 2 * first.flatten()[1:].max()
+        assert second.abs().max() < FLOAT32_SUM * first.max()
+    assert width_scores(elastic, [batch]).mamba_HP[0].equal(absolute[0]), "absolute unless asked otherwise"
+
+
+@pytest.mark.parametrize("mamba", typing.get_args(MambaScores))
+def test_width_scores_do_not_depend_on_how_samples_are_batched(
+    elastic: ElasticNemotronH, tiny_config: ModelConfig, mamba: MambaScores
+) -> None:
     batches = token_batches(tiny_config)
-    whole = width_scores(elastic, [torch.cat(batches)])
-    assert_close(width_scores(elastic, batches), whole, FLOAT32_BATCHING)
-    assert_close(width_scores(elastic, [row[None] for row in torch.cat(batches)]), whole, FLOAT32_BATCHING)
+    whole = width_scores(elastic, [torch.cat(batches)], mamba)
+    assert_close(width_scores(elastic, batches, mamba), whole, FLOAT32_BATCHING)
+    assert_close(width_scores(elastic, [row[None] for row in torch.cat(batches)], mamba), whole, FLOAT32_BATCHING)
 
 
 def random_scores(config: ModelConfig, seed: int) -> WidthScores:

@@ -115,7 +115,8 @@ def test_what_was_deleted_from_the_registry_is_registered_anew(finished, command
 def test_changing_a_stage_runs_again_from_that_stage_on(finished, command):
     steps = cached(completed(command, "stages.1.steps=6"))
     assert steps["distill"] == [True, False]
-    for name in ("train_tokenizer", "prepare_data", "pretrain_teacher", "rank_importance", "reorder_teacher"):
+    before = ("train_tokenizer", "prepare_data", "pretrain_teacher", "rank_importance", "reorder_teacher")
+    for name in (*before, "compare_orders"):
         assert steps[name] == [True], name
     for name in ("slice_budget", "evaluate", "register"):
         assert not any(steps[name]), name

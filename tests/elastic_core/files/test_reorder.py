@@ -24,6 +24,7 @@ from elastic_core.files.reorder import (
     random_order,
     read_order,
     reorder_checkpoint,
+    reorder_in_place,
     reorder_weights,
     write_order,
 )
@@ -172,6 +173,15 @@ def test_streaming_and_memory_give_the_same(
     found = load_weights(tmp_path / "streamed")
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_in_place_gives_the_same_bits(tiny_checkpoint: Path, tiny_config: ModelConfig) -> None:
+    order, weights = random_of(tiny_config), load_weights(tiny_checkpoint)
+    expected = reorder_weights(load_weights(tiny_checkpoint), order, tiny_config)
+    where = {name: weight.data_ptr() for name, weight in weights.items()}
+    reorder_in_place(weights, order, tiny_config)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert where == {name: weight.data_ptr() for name, weight in weights.items()}
 
 
 def test_the_identity_changes_nothing(tiny_checkpoint: Path, tiny_config: ModelConfig, tmp_path: Path) -> None:

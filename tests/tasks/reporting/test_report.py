@@ -16,12 +16,13 @@ from PIL import Image
 
 from elastic_core import cost
 from elastic_core.budget import Budget
+from elastic_core.comparison import Cut
 from elastic_core.geometry import Axes, ModelConfig
 from elastic_core.recipe import DataConfig, DataSource, Optimizer, Recipe, Stage, Teacher
 from elastic_core.subnet import Subnet, full_subnet, keep_layers
 from elastic_core.training.train import BudgetMetrics, StepMetrics
-from tasks.records import BudgetEvaluation, EvaluationRecord
-from tasks.reporting import history, plots, report, summary
+from tasks.records import BudgetEvaluation, EvaluationRecord, OrderComparison
+from tasks.reporting import drawing, history, plots, report, summary
 
 MODEL = ModelConfig(
     hybrid_override_pattern="M-M*-M-",
@@ -58,7 +59,16 @@ SUBNETS = {"l": full_subnet(MODEL), "m": MIDDLE, "s": HALF}
 PARAMS = {name: cost.subnet_params(MODEL, subnet) for name, subnet in SUBNETS.items()}
 TEACHER_LOSS = 1.9
 LINKS = {"MLflow run": "http://127.0.0.1:5000/#/runs/1", "objects": "s3://families/tiny/v1/"}
-PLOTS = {"quality", "loss", "router", "params", "storage", "anatomy", "accuracy"}
+PLOTS = {"quality", "orders", "loss", "router", "params", "storage", "anatomy", "accuracy"}
+
+
+ORDERS = OrderComparison(
+    heldout_tokens=8192,
+    cuts=(
+        Cut(axis="hidden", full=64, size=32, by_importance=0.5, at_random=(1.25, 1.5, 1.75)),
+        Cut(axis="mamba_heads", full=8, size=4, by_importance=0.25, at_random=(0.25, 0.125, 0.375)),
+    ),
+)
 
 
 def budget(name: str, **changes: object) -> BudgetEvaluation:
@@ -150,6 +160,7 @@ def write(
     directory: Path,
     *,
     record: EvaluationRecord,
+    orders: OrderComparison = ORDERS,
     routed: bool = True,
     stages: Sequence[str] = ("short", "long"),
     links: Mapping[str, str] = LINKS,
@@ -161,6 +172,7 @@ def write(
         directory / "report",
         recipe=recipe(subnets),
         evaluation=record,
+        orders=orders,
         stages=metrics,
         subnets=subnets,
         layer_ranking=RANKING,
@@ -284,6 +296,37 @@ def test_a_markdown_table_gives_back_its_rows() -> None:
     assert cells[-1] == ["a\\|b c"] * len(rows[0])
 
 
+# The order of importance
+
+
+def test_a_cut_that_loses_no_less_than_random_orders_is_warned_of_in_the_report(page: Path) -> None:
+    """0.25 is the mean of the random orders of the Mamba heads; the hidden channels lose 0.5 of the random 1.5."""
+    rows = summary.order_table(ORDERS)
+    assert [row["cut"] for row in rows] == ["hidden channels 64 to 32", "Mamba heads 8 to 4"]
+    assert [row["at random"] for row in rows] == ["1.5000 ± 0.2500", "0.2500 ± 0.1250"]
+    assert [row["importance loses less"] for row in rows] == ["yes", "no"]
+    (warning,) = summary.order_warnings(ORDERS)
+    assert warning.startswith("Mamba heads 8 to 4: the order of importance is no better than a random one")
+    for text in (Elements(page).text, (page.parent / "results.md").read_text()):
+        assert warning in text
+        assert all(cell in text for row in rows for cell in row.values())
+    written = json.loads((page.parent / "results.json").read_text())["orders"]
+    assert [(cut["axis"], cut["by_importance"], cut["beats_random"]) for cut in written["cuts"]] == [
+        ("hidden", 0.5, True),
+        ("mamba_heads", 0.25, False),
+    ]
+
+
+@pytest.mark.parametrize("lost", [(), (math.nan, math.inf), (0.0, -0.1)], ids=["none", "not finite", "nothing lost"])
+def test_a_comparison_with_nothing_to_draw_is_reported_without_its_plot(tmp_path: Path, lost: Sequence[float]) -> None:
+    cuts = tuple(Cut(axis="ffn", full=128, size=64, by_importance=value, at_random=(value,) * 2) for value in lost)
+    orders = OrderComparison(heldout_tokens=8192, cuts=cuts)
+    page = write(tmp_path, record=BARE, orders=orders, stages=())
+    assert not (page.parent / "orders.png").exists()
+    assert len(summary.order_warnings(orders)) == len(lost)
+    assert ("Order of importance" in Elements(page).text) == bool(cuts)
+
+
 # Metrics
 
 
@@ -311,12 +354,12 @@ def test_a_number_that_is_not_finite_is_left_out_of_the_curves(tmp_path: Path) -
 
 @pytest.mark.parametrize("width", [1, 3, 8])
 def test_the_rolling_mean_of_a_constant_is_that_constant(width: int) -> None:
-    np.testing.assert_allclose(plots._rolling_mean(np.full(20, 2.5), width), 2.5, rtol=1e-12)
+    np.testing.assert_allclose(drawing.rolling_mean(np.full(20, 2.5), width), 2.5, rtol=1e-12)
 
 
 def test_the_rolling_mean_averages_the_neighbours() -> None:
     values = np.arange(10.0) ** 2
-    middle = plots._rolling_mean(values, 3)[1:-1]
+    middle = drawing.rolling_mean(values, 3)[1:-1]
     np.testing.assert_allclose(middle, [values[i - 1 : i + 2].mean() for i in range(1, 9)], rtol=1e-12)
 
 
@@ -387,7 +430,7 @@ def test_every_colour_of_the_page_belongs_to_both_themes(page: Path) -> None:
     text = page.read_text()
     dark = text.index("prefers-color-scheme")
     defined = [set(re.findall(r"--(\w+):", part)) for part in (text[:dark], text[dark:])]
-    assert defined[0] == defined[1] == set(plots.THEME)
+    assert defined[0] == defined[1] == set(drawing.THEME)
     assert set(re.findall(r"var\(--(\w+)\)", text)) <= defined[0]
     body = text[text.index("<body>") :]
     assert not re.findall(r"(?:fill|stroke|color|background)\s*[:=]\s*\"?(#[0-9a-fA-F]{3,8})", body)
@@ -429,7 +472,7 @@ def test_the_same_run_is_reported_in_the_same_bytes(bare_page: Path, tmp_path: P
 
 def test_a_run_without_metrics_is_reported(tmp_path: Path) -> None:
     page = write(tmp_path, record=BARE, stages=())
-    assert {path.stem for path in page.parent.glob("*.png")} == {"quality", "storage", "anatomy"}
+    assert {path.stem for path in page.parent.glob("*.png")} == {"quality", "orders", "storage", "anatomy"}
 
 
 def test_drawing_is_silent_from_a_cold_start_and_opens_no_window(tmp_path: Path) -> None:
