@@ -7,7 +7,7 @@ import errno
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,47 @@ _SECRET_PARAMETER = re.compile(
     r"(?i)([?&][^=&\s]*(?:signature|credential|token|password|passwd|secret|key|sig)[^=&\s]*=)[^&\s\"']*"
 )
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+# A full disk, a disk or a shared file system that fails for a moment (ESTALE: the NFS server has restarted), a network
+# that is down.
+_PASSING_ERRNOS = DISK_FULL | {
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT),
+    *(errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+}
+_PASSING_STATUSES = {408, 425, 429}  # time-out, too early, too many requests; and 5xx
+_LASTING_STATUSES = {501, 505}  # the server will never do that
+
+# Classes of other libraries, by name, so that none of them is imported to ask. A subclass counts as its base.
+_NETWORK = {
+    "requests.exceptions.ConnectionError",
+    "requests.exceptions.Timeout",
+    "requests.exceptions.ChunkedEncodingError",
+    "urllib3.exceptions.ProtocolError",
+    "urllib3.exceptions.TimeoutError",
+    "urllib3.exceptions.MaxRetryError",
+    "urllib.error.URLError",
+    "http.client.IncompleteRead",
+    "http.client.BadStatusLine",
+    "httpx.TransportError",
+    "httpx2.TransportError",  # the Hub's client
+    "httpcore.NetworkError",
+    "httpcore.ProtocolError",
+    "httpcore.TimeoutException",
+    "aiohttp.client_exceptions.ClientConnectionError",
+    "aiohttp.client_exceptions.ClientPayloadError",
+    "botocore.exceptions.ConnectionError",
+    "botocore.exceptions.HTTPClientError",
+    "botocore.exceptions.IncompleteReadError",
+}
+# They derive from errors of the network, or are raised inside one, and come again at every attempt.
+_LASTING = {
+    "huggingface_hub.errors.OfflineModeIsEnabled",
+    "ssl.SSLCertVerificationError",
+    "httpx.UnsupportedProtocol",
+    "httpx2.UnsupportedProtocol",
+    "requests.exceptions.InvalidProxyURL",
+}
+# Raised inside an `except` for an error of the network, these are a defect of the handler.
+_DEFECTS = (LookupError, TypeError, AttributeError, NameError, AssertionError, ImportError, MemoryError)
 
 
 class ServiceError(RuntimeError):
@@ -46,17 +87,55 @@ class ServiceError(RuntimeError):
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether a retry may help; the first ServiceError, network fault or full disk in the chain of causes decides."""
+    """Whether a retry may help. The error decides, or the first of its causes that can.
+
+    Transient: a ServiceError that says so, errors of the network in any library, 408, 425, 429 and 5xx, a full disk,
+    EIO and ESTALE. Not transient: offline mode, a certificate that is not trusted, and whatever is not known here.
+    """
+    causes = list(_causes(error))
+    for cause in causes:
+        if isinstance(cause, ServiceError):
+            return cause.transient
+    if any(not _LASTING.isdisjoint(_class_names(cause)) for cause in causes):
+        return False
+    return next((verdict for verdict in map(_verdict, causes) if verdict is not None), False)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, and what it was raised from or inside of, in turn."""
     seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, ServiceError):
-            return seen.transient
-        if isinstance(seen, ConnectionError | TimeoutError):
-            return True
-        if isinstance(seen, OSError) and seen.errno in DISK_FULL:
-            return True
-        seen = seen.__cause__
-    return False
+    passed: set[int] = set()
+    while seen is not None and id(seen) not in passed:
+        yield seen
+        passed.add(id(seen))
+        if seen.__cause__ is None and (seen.__suppress_context__ or isinstance(seen, _DEFECTS)):
+            return
+        seen = seen.__cause__ or seen.__context__
+
+
+def _verdict(error: BaseException) -> bool | None:
+    """Whether this error by itself is transient; None where it does not say."""
+    status = _http_status(error)
+    if status is not None:
+        return status in _PASSING_STATUSES or (status >= 500 and status not in _LASTING_STATUSES)
+    if isinstance(error, ConnectionError | TimeoutError) or not _NETWORK.isdisjoint(_class_names(error)):
+        return True
+    if isinstance(error, OSError) and error.errno in _PASSING_ERRNOS:
+        return True
+    return None
+
+
+def _http_status(error: BaseException) -> int | None:
+    """The status of the answer that an HTTP client raised as an error: 400 to 599."""
+    answer = getattr(error, "response", None)
+    found = [getattr(answer, "status_code", None), getattr(error, "status", None)]
+    if isinstance(answer, dict):  # botocore's
+        found.append(answer.get("ResponseMetadata", {}).get("HTTPStatusCode"))
+    return next((status for status in found if type(status) is int and 400 <= status < 600), None)
+
+
+def _class_names(error: BaseException) -> set[str]:
+    return {f"{cls.__module__}.{cls.__qualname__}" for cls in type(error).__mro__}
 
 
 def redact(text: str) -> str:

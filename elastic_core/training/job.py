@@ -2,8 +2,7 @@
 
 A supervisor writes a `TrainJob` as JSON and runs `torchrun -m elastic_core.training.job FILE`, with one process or
 many. Kill it at any moment and run it again: it goes on from its last checkpoint, and the weights it ends with are the
-same to the bit. Where torchrun starts it again itself, as after the loss of a worker, it does so too, but not after a
-fault of the job's own.
+same to the bit.
 """
 
 import dataclasses
@@ -33,6 +32,7 @@ from elastic_core.resolve import resolve_budgets
 from elastic_core.router import ElasticModel, Router
 from elastic_core.schema import build
 from elastic_core.training import parallel
+from elastic_core.training.faults import report_fault
 from elastic_core.training.parallel import World
 from elastic_core.training.resume import last_whole, resume, save_checkpoint, stored_pieces
 from elastic_core.training.train import StageRun, TokenRows, make_optimizer, resolved_subnets, train_stage
@@ -40,8 +40,7 @@ from elastic_core.training.train import StageRun, TokenRows, make_optimizer, res
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
-ERROR = "error.txt"
-FAULT = 2  # the exit code of a job that a retry would only repeat
+FAULT = 2  # the exit code of a process that reported its exception
 FULL = Budget(name="full")
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -279,30 +278,18 @@ def die_with_parent() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the job in the file named by the one argument; a fault of the job itself goes to `error.txt`, exit code 2."""
+    """Run the job in the file that is the one argument; an exception is reported in its work directory, exit code 2."""
     die_with_parent()
     job = build(TrainJob, json.loads(Path(arguments[0]).read_text()))
-    work = Path(job.work)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (work / ERROR).exists():
-        return FAULT
-    is_first = int(os.environ.get("RANK", 0)) == 0
+    rank = int(os.environ.get("RANK", 0))
     try:
-        with exclusive(work) if is_first else nullcontext():
-            if is_first:
-                (work / ERROR).unlink(missing_ok=True)
-            with parallel.join() as world:
-                run_job(job, world)
-    except (ValueError, FloatingPointError) as error:
-        report_fault(work, error)
+        with exclusive(Path(job.work)) if rank == 0 else nullcontext(), parallel.join() as world:
+            run_job(job, world)
+    except Exception as error:
+        logger.exception("process %d ends", rank)
+        report_fault(Path(job.work), rank, error)
         return FAULT
     return 0
-
-
-def report_fault(work: Path, error: Exception) -> None:
-    """Write `error.txt`, at once whole; where several processes fail, one of them writes last."""
-    part = work / f".{ERROR}.{os.getpid()}"
-    part.write_text(str(error))
-    part.replace(work / ERROR)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Child processes that cannot outlive this one, kill -9 included: servers and training."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -80,7 +81,8 @@ class ChildProcess:
             self._process.wait()
         self._process = None
 
-    def last_words(self) -> str:
-        """The last line of the log that says something."""
+    def last_words(self, skip: re.Pattern[str] | None = None) -> str:
+        """The last line of the log that says something, and does not begin with `skip`."""
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
-        return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")[:300]
+        said = (line.strip() for line in reversed(lines) if line.strip() and not (skip and skip.match(line)))
+        return next(said, "nothing")[:300]

@@ -1,12 +1,17 @@
 """Training runs in processes of its own, under torchrun; this module starts, follows and ends them."""
 
 import json
+import logging
 import os
+import random
+import re
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,65 +20,156 @@ import torch
 from elastic_core.budget import bytes_text
 from elastic_core.recipe import Stage
 from elastic_core.schema import to_dict
-from elastic_core.training.job import ERROR, METRICS, TrainJob
+from elastic_core.training.faults import Fault, forget_faults, reported_fault
+from elastic_core.training.job import METRICS, TrainJob
 from tasks.running.processes import ChildProcess
-from tasks.settings import LEAST_ROOM, ServiceError
+from tasks.settings import LEAST_ROOM, ServiceError, is_transient
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
-RESTARTS = 3  # torchrun starts all processes again so often when one of them is lost
+MOST_IDLE = 2  # starts in a row that end before a step is done
+MOST_IN_PLACE = 6  # starts in a row that get no further than one before them
+TORCHRUN_LINE = re.compile(r"[EWI]\d{4} ")
 
 OnStep = Callable[[dict[str, Any]], None]
 
 
 class TrainerDied(ServiceError):
-    """The training process ended without a cause of its own: killed, out of memory, a lost worker. Worth a retry."""
+    """Training ended again and again without getting any further, or failed by a defect; its log tells more."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, transient=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """How one start of a job ended, where that is not its end.
+
+    `exits` has the exit codes of the processes that failed, by rank; `last_step` is -1 if no step was done; `said` is
+    the log's last line.
+    """
+
+    fault: Fault | None
+    exits: dict[str, int]
+    code: int | None
+    last_step: int
+    said: str
+
+    @property
+    def signals(self) -> dict[str, str]:
+        """The names of the signals that killed processes, by rank."""
+        return {rank: _signal_name(-code) for rank, code in self.exits.items() if code < 0}
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether another start may get further: a process was killed, or was short of memory or peers halfway."""
+        if self.fault is not None and self.fault.kind == "own":
+            return False
+        if self.fault is not None and not self.signals:
+            return self.last_step >= 0
+        return bool(self.signals) or (self.code is not None and self.code < 0)
+
+    def text(self) -> str:
+        """What happened, on one line."""
+        told = f": {self.fault.message}" if self.fault is not None else ""
+        if self.signals:
+            return "; ".join(f"process {rank} was killed ({name})" for rank, name in self.signals.items()) + told
+        if self.fault is not None:
+            return self.fault.message
+        if self.exits:  # with neither signal nor report: before our code could run
+            return f"cannot begin: {self.said}"
+        how = _signal_name(-self.code) if self.code is not None and self.code < 0 else f"exit code {self.code}"
+        return f"torchrun ended ({how}), and its log with: {self.said}"
 
 
 def train(job: TrainJob, *, processes: int | None = None, on_step: OnStep | None = None) -> None:
     """Run a job to its end; `on_step` is called with the metrics of each step, in order.
 
-    There is a process for every CUDA device of this machine, where the stage's batch divides among them. Raises
-    ValueError with the job's own message for a fault that a retry would only repeat, TrainerDied for the rest.
+    There is a process for every CUDA device of this machine, where the stage's batch divides among them. A job whose
+    processes were killed is started again, as long as it gets on. Raises ValueError with the job's own message for what
+    it refuses, a transient ServiceError for a full disk and the like, TrainerDied for the rest.
     """
     if processes is None:
         processes = processes_for(job.stage, torch.cuda.device_count())
     work = Path(job.work)
     work.mkdir(parents=True, exist_ok=True)
-    job_file, log_file, metrics = work / "job.json", work / "train.log", work / METRICS
-    job_file.write_text(json.dumps(to_dict(job), indent=2))
-    (work / ERROR).unlink(missing_ok=True)
-    tail = Tail(metrics)
-    tail.skip_to_end()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", f"--max-restarts={RESTARTS}", f"--monitor-interval={POLL_SECONDS}"]
-    command += ["-m", "elastic_core.training.job", str(job_file)]
-    process = ChildProcess(log_file)
+    (work / "job.json").write_text(json.dumps(to_dict(job), indent=2))
+    tail = Tail(work / METRICS)
+    furthest = max((row["step"] for row in tail.rows()), default=-1)
+    idle = in_place = 0
+    while (end := _start(job, processes, tail, on_step)) is not None:
+        idle = idle + 1 if end.last_step < 0 else 0
+        in_place = in_place + 1 if end.last_step <= furthest else 0
+        furthest = max(furthest, end.last_step)
+        if not end.may_pass or idle == MOST_IDLE or in_place == MOST_IN_PLACE or _has_full_disk(work):
+            raise _failure(job, end, idle, in_place) from None
+        logger.warning("stage %s: %s; it is started again from its last checkpoint", job.stage.name, end.text())
+        time.sleep(random.uniform(0.5, 1.5) * 2**in_place)
+
+
+def _start(job: TrainJob, processes: int, tail: "Tail", on_step: OnStep | None) -> End | None:
+    """Run the job's processes until they end; None where they have done all of it."""
+    work, last_step = Path(job.work), -1
+    log, exits = work / "train.log", work / "exits.json"
+    forget_faults(work)
+    exits.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "elastic_core.training.launch", str(exits), "--standalone"]
+    command += [f"--nproc-per-node={processes}", "--max-restarts=0", f"--monitor-interval={POLL_SECONDS}"]
+    command += ["-m", "elastic_core.training.job", str(work / "job.json")]
+    process = ChildProcess(log)
     process.start(command, environment=trainer_environment(processes), directory=Path.cwd())
     try:
-        while process.running() and not (work / ERROR).exists():
-            _report(tail, on_step)
-            time.sleep(POLL_SECONDS)
-        _report(tail, on_step)
-        exit_code = process.exit_code()
+        running = True
+        while running:
+            running = process.running()
+            for row in tail.rows():
+                last_step = row["step"]
+                if on_step is not None:
+                    on_step(row)
+            time.sleep(POLL_SECONDS if running else 0)
+        code = process.exit_code()
     finally:
         process.stop()
-    if (work / ERROR).exists():
-        raise ValueError((work / ERROR).read_text())
-    if exit_code == 0:
-        return
-    if (free := shutil.disk_usage(work).free) < LEAST_ROOM:
-        raise ServiceError(
-            f"training of stage {job.stage.name} ended, and the disk of {work} is full: {bytes_text(free)} left; make "
+    if code == 0:
+        return None
+    ended = json.loads(exits.read_text()) if exits.exists() else {}
+    return End(fault=reported_fault(work), exits=ended, code=code, last_step=last_step, said=_last_words(process))
+
+
+def _failure(job: TrainJob, end: End, idle: int, in_place: int) -> Exception:
+    """What is raised about a job that is not started again."""
+    work, stage = Path(job.work), f"training of stage {job.stage.name}"
+    if _has_full_disk(work):
+        return ServiceError(
+            f"{stage} ended, and the disk of {work} is full: {bytes_text(shutil.disk_usage(work).free)} left; make "
             "room and run again, it goes on from its last checkpoint",
             transient=True,
         )
-    raise TrainerDied(
-        f"training of stage {job.stage.name} ended with exit code {exit_code}; run again, it goes on from its last "
-        f"checkpoint. Its log: {log_file}"
-    )
+    fault = end.fault
+    if fault is not None and fault.checked:
+        return ValueError(fault.message)
+    if fault is not None and fault.errno is not None and is_transient(OSError(fault.errno, fault.message)):
+        return ServiceError(f"{stage}: {fault.message}", transient=True)
+    said = f"{stage}: {end.text()}"
+    if end.may_pass:
+        said += f", {idle or in_place} times in a row without " + ("a step" if idle else "getting further")
+    if "SIGKILL" in end.signals.values() or (fault is not None and fault.kind == "memory"):
+        said += "; if it was for want of memory, lower micro_batch_size or sequence_length"
+    return TrainerDied(f"{said}; its log: {work / 'train.log'}")
+
+
+def _has_full_disk(work: Path) -> bool:
+    return shutil.disk_usage(work).free < LEAST_ROOM
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _last_words(process: ChildProcess) -> str:
+    """The last line of the log that is not torchrun's own: the exception of a process that could not even begin."""
+    return process.last_words(skip=TORCHRUN_LINE)
 
 
 def processes_for(stage: Stage, devices: int) -> int:
@@ -86,13 +182,11 @@ def trainer_environment(processes: int) -> dict[str, str]:
     """The parent's, with all its cores shared out (torchrun would give one each) and threads that soon stop spinning.
 
     On a machine that is busy with something else, OpenMP's default spin made the mean step 3.5 times its usual length;
-    this one costs nothing on an idle machine. A rendezvous store that outlives a restart gives the new processes the
-    addresses of the old ones, and they wait for those (pytorch/pytorch#135712): each start gets a store of its own.
+    this one costs nothing on an idle machine.
     """
     ours = {
         "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes)),  # of the cores it may run on
         "GOMP_SPINCOUNT": "20000",
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
     return ours | os.environ
 
@@ -102,10 +196,6 @@ class Tail:
 
     def __init__(self, path: Path) -> None:
         self._path, self._position = path, 0
-
-    def skip_to_end(self) -> None:
-        """Leave out what the file holds already."""
-        self._position = self._path.stat().st_size if self._path.exists() else 0
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The rows added since the last call; a line that is not whole yet waits."""
@@ -119,9 +209,3 @@ class Tail:
                 self._position += len(line)
                 with suppress(json.JSONDecodeError):
                     yield json.loads(line)
-
-
-def _report(tail: Tail, on_step: OnStep | None) -> None:
-    for row in tail.rows():
-        if on_step is not None:
-            on_step(row)

@@ -1,11 +1,23 @@
 """Laws of the settings: one line for what is missing or wrong, and no secret in any text."""
 
+import asyncio
 import errno
 import pickle
+import urllib.error
+import urllib.request
+from contextlib import closing
 from pathlib import Path
 
+import aiohttp
+import httpx
 import pytest
+import requests
+from answers import answering
+from huggingface_hub import HfApi, close_session
+from huggingface_hub.errors import OfflineModeIsEnabled
 
+from flows.serving.servers import free_ports
+from tasks import artifacts
 from tasks.settings import ServiceError, Settings, is_transient, redact
 
 ENVIRONMENT = {
@@ -113,6 +125,11 @@ def chained(error: Exception, cause: BaseException) -> Exception:
     return error
 
 
+def inside(error: Exception, context: BaseException, *, hidden: bool = False) -> Exception:
+    error.__context__, error.__suppress_context__ = context, hidden
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "transient"),
     [
@@ -127,10 +144,91 @@ def chained(error: Exception, cause: BaseException) -> Exception:
         (chained(RuntimeError("x"), ConnectionRefusedError("y")), True),
         (chained(ServiceError("x"), ConnectionRefusedError("y")), False),
         (KeyboardInterrupt(), False),
+        (OSError(errno.ESTALE, "stale file handle"), True),
+        (OSError(errno.EIO, "input/output error"), True),
+        (MemoryError(), False),
+        (inside(RuntimeError("x"), ConnectionRefusedError("y")), True),
+        (inside(KeyError("x"), ConnectionRefusedError("y")), False),
+        (inside(ValueError("x"), ConnectionRefusedError("y"), hidden=True), False),
+        (chained(FileNotFoundError("not in the cache"), OfflineModeIsEnabled("HF_HUB_OFFLINE is set")), False),
     ],
 )
 def test_passing_faults_are_told_from_verdicts(error: BaseException, transient: bool) -> None:
     assert is_transient(error) == transient
+
+
+def _requests(url: str) -> None:
+    requests.get(url, timeout=5).raise_for_status()
+
+
+def _httpx(url: str) -> None:
+    httpx.get(url).raise_for_status()
+
+
+def _urllib(url: str) -> None:
+    try:
+        urllib.request.urlopen(url, timeout=5)
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise
+
+
+def _aiohttp(url: str) -> None:
+    async def get() -> None:
+        async with aiohttp.ClientSession(raise_for_status=True) as session, session.get(url) as answer:
+            await answer.read()
+
+    asyncio.run(get())
+
+
+def _hub(url: str) -> None:
+    try:
+        HfApi(endpoint=url).model_info("org/name")
+    finally:
+        close_session()
+
+
+def _s3(url: str) -> None:
+    settings = Settings(tracking_uri="sqlite:///x.db", bucket="models", endpoint_url=url)
+    with closing((store := artifacts.open_store(settings, attempts=1)).client):
+        artifacts.list_objects(store, "s3://models/x")
+
+
+CLIENTS = {"requests": _requests, "httpx": _httpx, "urllib": _urllib, "aiohttp": _aiohttp, "hub": _hub, "s3": _s3}
+
+
+def error_of(client: str, url: str, monkeypatch: pytest.MonkeyPatch) -> Exception:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+        monkeypatch.setenv(name, "us-east-1")
+    with pytest.raises(Exception) as caught:
+        CLIENTS[client](url)
+    return caught.value
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize(("status", "transient"), [(503, True), (429, True), (404, False), (403, False)])
+def test_a_verdict_is_told_from_a_busy_server_in_every_client(
+    client: str, status: int, transient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with answering(lambda *_: (status, b"{}", {"Retry-After": "0"})) as url:
+        error = error_of(client, url, monkeypatch)
+    assert is_transient(error) == transient, repr(error)
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_server_that_is_away_is_a_passing_fault_in_every_client(client: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = error_of(client, f"http://127.0.0.1:{free_ports(1)[0]}", monkeypatch)
+    assert is_transient(error), repr(error)
+
+
+@pytest.mark.parametrize("client", [name for name in CLIENTS if name != "s3"])
+def test_an_answer_that_breaks_off_is_a_passing_fault(client: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def torn(*_: object) -> tuple[int, bytes, dict[str, str]]:
+        return 200, b'{"id":', {"Content-Length": "1000", "Connection": "close"}
+
+    with answering(torn) as url:
+        error = error_of(client if client != "urllib" else "requests", url, monkeypatch)
+    assert is_transient(error), repr(error)
 
 
 def test_an_error_keeps_its_verdict_between_processes() -> None:

@@ -1,5 +1,6 @@
 """Laws of supervised training: what is lost is started again, what is wrong is not."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -17,8 +18,8 @@ from trainee import STAGE, metrics_of, train_job, write_family, write_tokens
 from elastic_core.recipe import Optimizer
 from elastic_core.training.job import METRICS
 from tasks.reporting.history import read_metrics
-from tasks.running.training import Tail, processes_for, train
-from tasks.settings import ServiceError
+from tasks.running.training import Tail, TrainerDied, processes_for, train
+from tasks.settings import ServiceError, is_transient
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,64 @@ def test_a_fault_of_the_job_ends_every_process_at_once_and_for_good(processes, s
     steps = (tmp_path / "work/metrics.jsonl").read_text().splitlines()
     assert len(steps) == len(set(steps)), "a step was tried again"
     assert not (tmp_path / "work/family").exists()
+
+
+def in_every_trainer(code: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run code in every process of the job before anything else, and nowhere else."""
+    directory.mkdir()
+    (directory / "sitecustomize.py").write_text(f"import os\nif 'RANK' in os.environ:\n    {code}\n")
+    monkeypatch.setenv("PYTHONPATH", f"{directory}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+
+
+def starts_of(work: Path) -> int:
+    return (work / "starts").read_text().count("x")
+
+
+COUNTED = "open({!r}, 'a').write('x');"
+
+
+@pytest.mark.parametrize(
+    ("code", "says", "starts"),
+    {
+        "import error": (
+            "import sys; sys.modules['scipy'] = None",
+            r"stage stage1: cannot begin: ModuleNotFoundError: No module named 'scipy.*; its log: ",
+            1,
+        ),
+        "killed before it does a step": (
+            "import signal; os.kill(os.getpid(), signal.SIGKILL)",
+            r"stage1: process 0 was killed \(SIGKILL\), 2 times in a row without a step; if it was for want of memory",
+            2,
+        ),
+        "no memory": (
+            "import resource; resource.setrlimit(resource.RLIMIT_DATA, (600 << 20, 600 << 20))",
+            r"(can't allocate memory|MemoryError).*; if it was for want of memory, lower micro_batch_size",
+            1,
+        ),
+    }.values(),
+    ids=["import error", "killed", "no memory"],
+)
+def test_what_comes_again_at_every_start_is_told_in_its_own_words_and_not_tried_again(
+    code, says, starts, start, tmp_path, monkeypatch
+):
+    work = tmp_path / "work"
+    in_every_trainer(COUNTED.format(str(work / "starts")) + code, tmp_path / "code", monkeypatch)
+    stage = replace(STAGE, batch_size=60_000, micro_batch_size=60_000)
+    with pytest.raises(TrainerDied, match=says) as caught:
+        train(train_job(*start, work, stage=stage))
+    assert "\n" not in str(caught.value) and not is_transient(caught.value)
+    assert starts_of(work) == starts
+
+
+@pytest.mark.slow
+def test_processes_whose_network_is_set_up_wrongly_are_started_once(start, tmp_path, monkeypatch):
+    work = tmp_path / "work"
+    in_every_trainer(COUNTED.format(str(work / "starts")), tmp_path / "code", monkeypatch)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth99")
+    with pytest.raises(TrainerDied, match=r"stage stage1: RuntimeError: .*eth99.*; its log: ") as caught:
+        train(train_job(*start, work, stage=replace(STAGE, micro_batch_size=1)), processes=2)
+    assert not is_transient(caught.value)
+    assert starts_of(work) == 2, "one start of two processes"
 
 
 def test_a_torn_line_of_metrics_is_passed_over(tmp_path):

@@ -1,0 +1,25 @@
+"""torchrun, leaving in a file how its processes ended.
+
+`python -m elastic_core.training.launch FILE [torchrun's arguments]`. FILE gets the exit codes of the processes that
+failed, by rank; a negative one is the signal that killed the process. torchrun only prints them.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        run(parse_args(arguments[1:]))
+    except ChildFailedError as error:
+        Path(arguments[0]).write_text(json.dumps({rank: failed.exitcode for rank, failed in error.failures.items()}))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
