@@ -13,7 +13,6 @@ from flows.serving.failures import explain_failure
 from flows.serving.guard import guard_run
 from flows.serving.page import link_curves, show_outcome
 from tasks.corpus.build import read_record
-from tasks.corpus.sources import source_identity, teacher_identity
 from tasks.data import prepare_data
 from tasks.distill import distill
 from tasks.evaluate import evaluate
@@ -22,7 +21,7 @@ from tasks.rank import compare_orders, rank_importance, reorder_teacher
 from tasks.records import Artifact, EvaluationRecord, OrderComparison, Release
 from tasks.register import destination, register
 from tasks.running.preflight import check_corpus, check_model, check_problems
-from tasks.running.recipe_run import link_release, tracked
+from tasks.running.recipe_run import identities, link_release, tracked
 from tasks.running.steps import run
 from tasks.settings import Settings
 from tasks.slice import slice_budget
@@ -137,12 +136,12 @@ def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationReco
 
 def prepare(recipe: Recipe, workspace: str) -> tuple[Artifact, Artifact]:
     """The teacher and the tokens; a recipe without a teacher first trains a tokenizer and then the teacher."""
-    sources = tuple(source_identity(source) for source in recipe.data.sources)
+    identity, sources = identities(recipe)
     pretraining = recipe.teacher.pretrain
     if pretraining is None:
-        assert recipe.teacher.path is not None, "config.Teacher has one of path and pretrain"
         path = recipe.teacher.path
-        teacher = run(fetch_teacher, path=path, identity=teacher_identity(path), workspace=workspace)
+        assert path is not None and identity is not None, "config.Teacher has one of path and pretrain"
+        teacher = run(fetch_teacher, path=path, identity=identity, workspace=workspace)
         check_model(recipe, read_config(Path(teacher.path)))
         check_problems(recipe.evaluation, tokenizer=teacher)
         corpus = run(prepare_data, config=recipe.data, identity=sources, tokenizer=teacher, workspace=workspace)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from prefect.context import FlowRunContext
@@ -13,6 +14,7 @@ from elastic_core.schema import to_dict
 from tasks import tracking
 from tasks.corpus.sources import file_identity, source_identity, teacher_identity
 from tasks.records import Release
+from tasks.running.patience import patiently
 from tasks.running.steps import fingerprint
 from tasks.settings import ServiceError, Settings
 
@@ -23,10 +25,17 @@ logger = logging.getLogger(__name__)
 
 def run_key(recipe: Recipe) -> str:
     """The name of a recipe's run: the same for the same recipe on the same teacher, data and problems."""
-    teacher = teacher_identity(recipe.teacher.path) if recipe.teacher.path else None
-    sources = [source_identity(source) for source in recipe.data.sources]
+    teacher, sources = identities(recipe)
     problems = file_identity(Path(recipe.evaluation.problems)) if recipe.evaluation.problems else None
     return fingerprint(recipe, teacher, sources, problems)[:32]
+
+
+def identities(recipe: Recipe) -> tuple[str | None, tuple[str, ...]]:
+    """What changes with the teacher, None without one, and what changes with each source; waits for who is asked."""
+    path = recipe.teacher.path
+    teacher = patiently(f"teacher {path}", partial(teacher_identity, path)) if path else None
+    sources = recipe.data.sources
+    return teacher, tuple(patiently(source.path, partial(source_identity, source)) for source in sources)
 
 
 def is_made(recipe: Recipe, settings: Settings) -> bool:
@@ -41,7 +50,8 @@ def tracked(recipe: Recipe, settings: Settings) -> Iterator[str]:
     The run ends with the block: as failed where that raises.
     """
     key, uri = run_key(recipe), settings.tracking_uri
-    run_id = tracking.open_run(
+    opened = partial(
+        tracking.open_run,
         uri,
         experiment=recipe.family,
         run_key=key,
@@ -49,7 +59,8 @@ def tracked(recipe: Recipe, settings: Settings) -> Iterator[str]:
         tags={PREFECT_RUN: prefect_url()},
         artifact_root=f"s3://{settings.bucket}/mlflow/{recipe.family}" if not tracking.is_server(uri) else None,
     )
-    tracking.log_params(uri, run_id, to_dict(recipe))
+    run_id = patiently("opening the run", opened)
+    patiently("opening the run", partial(tracking.log_params, uri, run_id, to_dict(recipe)))
     try:
         yield run_id
     except BaseException:
@@ -58,7 +69,7 @@ def tracked(recipe: Recipe, settings: Settings) -> Iterator[str]:
         except ServiceError as error:
             logger.warning("%s; it stays open there", error)
         raise
-    tracking.finish_run(uri, run_id)
+    patiently("ending the run", partial(tracking.finish_run, uri, run_id))
 
 
 def link_release(settings: Settings, run_id: str, release: Release) -> None:
@@ -70,8 +81,9 @@ def link_release(settings: Settings, run_id: str, release: Release) -> None:
         lines.append(f"Nothing was to be trained anew; the curves are in run `{release.run_id}`.")
     if page:
         lines.append(f"[Run in Prefect]({page})")
-    tracking.set_tags(uri, run_id, {tracking.NOTE: "\n\n".join(lines)})
-    tracking.tag_versions(uri, release.models.values(), {PREFECT_RUN: page})
+    note = {tracking.NOTE: "\n\n".join(lines)}
+    patiently("linking the release", partial(tracking.set_tags, uri, run_id, note))
+    patiently("linking the release", partial(tracking.tag_versions, uri, release.models.values(), {PREFECT_RUN: page}))
 
 
 def prefect_url() -> str:

@@ -21,10 +21,10 @@ from typing import Any, ParamSpec, TypeVar
 from prefect import Task
 from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.results import ResultStore, get_result_store
-from prefect.tasks import exponential_backoff
 
 from tasks.records import Artifact, Release, StageRecord
 from tasks.running.gpu import DEPLOYMENT_VARIABLE, device_to_oneself, run_on_workers
+from tasks.running.patience import DELAYS, JITTER, RETRIES, say_waiting
 from tasks.settings import ServiceError, home_directory, is_transient
 
 logger = logging.getLogger(__name__)
@@ -61,9 +61,9 @@ def step(*code: ModuleType, on_gpu: bool = False, cached: bool = True) -> Callab
             persist_result=cached,
             result_serializer="json",
             cache_policy=CacheKeyFnPolicy(cache_key_fn=lambda _, parameters: key(parameters)) if cached else NO_CACHE,
-            retries=5,
-            retry_delay_seconds=exponential_backoff(2.0),
-            retry_jitter_factor=0.5,
+            retries=RETRIES,
+            retry_delay_seconds=list(DELAYS),
+            retry_jitter_factor=JITTER,
             retry_condition_fn=_is_worth_retrying,
         )
         KEYS[made.name] = key
@@ -125,8 +125,12 @@ def _is_gone(record: Any) -> bool:
 
 
 def _is_worth_retrying(task: Any, run: Any, state: Any) -> bool:
+    """Prefect asks this where attempts are left; its own line about the next one is not shown by `elastic run`."""
     error = state.result(raise_on_failure=False)
-    return isinstance(error, BaseException) and is_transient(error)
+    if not isinstance(error, BaseException) or not is_transient(error):
+        return False
+    say_waiting(task.name, error, run.run_count)
+    return True
 
 
 def fingerprint(*values: Any) -> str:
