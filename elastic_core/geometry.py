@@ -15,7 +15,9 @@ class ModelConfig(Strict):
     """Geometry of a Nemotron-H model; names are those of its `config.json`.
 
     `hybrid_override_pattern` has one letter a residual layer: M Mamba-2, * attention, - FFN (relu squared, not gated).
-    `intermediate_size` is one FFN width, or one per `-` layer.
+    `intermediate_size` is one FFN width, or one per `-` layer. A step dt of the state space lies within
+    `time_step_limit` (None: no upper end), whenever it is computed; `time_step_min`, `time_step_max` and
+    `time_step_floor` say where fresh weights begin, and nothing else.
     """
 
     hybrid_override_pattern: str
@@ -36,6 +38,7 @@ class ModelConfig(Strict):
     time_step_min: float = 0.001
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
+    time_step_limit: tuple[float, float | None] = (0.0, None)
     initializer_range: float = 0.02
     max_position_embeddings: int = 4096
     pad_token_id: int | None = 0
@@ -54,6 +57,9 @@ class ModelConfig(Strict):
         positive(self, "layer_norm_epsilon", "time_step_min", "time_step_floor", "initializer_range")
         if self.time_step_max < self.time_step_min:
             raise ValueError(f"time_step_max={self.time_step_max} is below time_step_min={self.time_step_min}")
+        lowest, highest = self.time_step_limit
+        if lowest < 0 or (highest is not None and highest <= lowest):
+            raise ValueError(f"time_step_limit={list(self.time_step_limit)} must rise from at least 0")
         multiple_of("mamba_num_heads", self.mamba_num_heads, "n_groups", self.n_groups)
         multiple_of("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
         if isinstance(self.intermediate_size, tuple) and len(self.intermediate_size) != len(self.layers_of(FFN)):

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from elastic_core.geometry import ATTENTION, FFN, MAMBA, ModelConfig
 from elastic_core.layers.kernels import Backend, BackendName, select_backend
-from elastic_core.layers.ssm import joined, segments
+from elastic_core.layers.ssm import joined, segments, time_steps
 from elastic_core.subnet import Masks, Subnet
 
 # The views of a weight that a subnet keeps. Given the weight's gradient, the same views of that.
@@ -220,10 +220,9 @@ class MambaMixer(nn.Module):
         B_BTGN = B_BTGN.unflatten(-1, (config.n_groups, config.ssm_state_size))
         C_BTGN = C_BTGN.unflatten(-1, (config.n_groups, config.ssm_state_size))
 
-        wide = torch.promote_types(x_BTD.dtype, torch.float32)
-        dt_BTH = F.softplus(dt.to(wide) + weights.dt_bias.to(wide)).clamp(min=config.time_step_min)
-        A_H = -weights.A_log.to(wide).exp()
-        D_H = weights.D.to(wide)
+        dt_BTH = time_steps(dt, weights.dt_bias, config.time_step_limit)
+        A_H = -weights.A_log.to(dt_BTH.dtype).exp()
+        D_H = weights.D.to(dt_BTH.dtype)
         state = cache.ssm.get(self.layer) if cache else None
         if state is not None and x_BTD.shape[1] == 1:
             y, state = backend.step(x_BTHP[:, 0], dt_BTH[:, 0], A_H, B_BTGN[:, 0], C_BTGN[:, 0], D_H, state)

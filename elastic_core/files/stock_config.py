@@ -1,6 +1,8 @@
 """config.json of a stock Nemotron-H checkpoint: read strictly, written so that transformers and vLLM both load it."""
 
 import dataclasses
+import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ import torch
 from elastic_core.files.shards import CheckpointError, read_json, regular_file, write_json
 from elastic_core.geometry import ATTENTION, FFN, MAMBA, ModelConfig
 from elastic_core.schema import build, to_dict
+
+logger = logging.getLogger(__name__)
 
 # The only values that we compute with; a config that says otherwise is another model.
 _SUPPORTED = {
@@ -33,10 +37,17 @@ _ALIASES = {
     "mamba_dt_min": "time_step_min",
     "mamba_dt_max": "time_step_max",
     "mamba_dt_init_floor": "time_step_floor",
+    "mamba_dt_limit": "time_step_limit",
     "mamba_conv_bias": "use_conv_bias",
     "mamba_chunk_size": "chunk_size",
     "attention_head_dim": "head_dim",
 }
+
+# What a time_step_limit without an upper end says there: NVIDIA's files, those that transformers 5 writes, and others.
+_UNLIMITED = (math.inf, {"__float__": "Infinity"}, "Infinity", "inf")
+
+# Where a written config keeps the time_step_min that fresh weights begin at; see write_config.
+_INITIAL_MIN = "initial_time_step_min"
 
 # Keys that are not copied from another config.json: spellings that we do not write, code that we do not copy, and
 # settings of layers that this model lacks, by which an engine could take it for a mixture of experts.
@@ -91,6 +102,20 @@ def _unaliased(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
             )
     if values.get("num_key_value_heads") is None:
         values["num_key_value_heads"] = values.get("num_attention_heads")
+    return _time_steps(values)
+
+
+def _time_steps(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with time_step_limit and time_step_min as ModelConfig has them; left out where they say nothing."""
+    limit = values.pop("time_step_limit", None)
+    if isinstance(limit, list) and len(limit) == 2 and limit[1] in _UNLIMITED:
+        limit = [limit[0], None]
+    if limit is not None:
+        values["time_step_limit"] = limit
+    written_min = values.pop("time_step_min", None)
+    initial_min = values.pop(_INITIAL_MIN, None if written_min == 0 else written_min)
+    if initial_min is not None:
+        values["time_step_min"] = initial_min
     return values
 
 
@@ -141,12 +166,25 @@ def write_config(
     """Write config.json in NVIDIA's original form, which transformers and vLLM both read.
 
     `base` is the config.json that the model came from; its other keys are kept where they do no harm.
+
+    transformers up to 5.23 takes time_step_min for the lower end of time_step_limit when it reads a text, and not when
+    it decodes with a cache. The written time_step_min is that lower end, so that both compute the model's function.
     """
     dtype_name = str(dtype).removeprefix("torch.")
+    lowest, highest = config.time_step_limit
+    if config.time_step_limit != (0.0, None):
+        logger.warning(
+            "%s: time_step_limit is %s; vLLM and llama.cpp do not read it and compute another function",
+            directory,
+            list(config.time_step_limit),
+        )
     values = {
         **{name: value for name, value in (base or {}).items() if name not in _NOT_COPIED},
         **{name: value for name, value in _SUPPORTED.items() if value is not None},
         **to_dict(config),
+        "time_step_limit": [lowest, math.inf if highest is None else highest],
+        "time_step_min": lowest,
+        _INITIAL_MIN: config.time_step_min,
         "architectures": ["NemotronHForCausalLM"],
         "num_hidden_layers": config.num_layers,
         "dtype": dtype_name,

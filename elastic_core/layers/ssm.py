@@ -31,6 +31,12 @@ _SEGMENT_VALUES = 2**18
 _CPU_CHUNK = 64
 
 
+def time_steps(dt_BTH: Tensor, bias_H: Tensor, limit: tuple[float, float | None]) -> Tensor:
+    """The positive steps dt of the recurrence from their projection: softplus(dt + bias), clamped to `limit`."""
+    dtype = torch.promote_types(dt_BTH.dtype, torch.float32)
+    return F.softplus(dt_BTH.to(dtype) + bias_H.to(dtype)).clamp(*limit)
+
+
 def ssd_scan(
     x_BTHP: Tensor,
     dt_BTH: Tensor,

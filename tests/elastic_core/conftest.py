@@ -32,11 +32,18 @@ def tiny_config() -> ModelConfig:
 
 @pytest.fixture(scope="session")
 def stock_model() -> Callable[..., NemotronHForCausalLM]:
-    """Makes a stock model in float32 with random weights, also where a fresh model has constants."""
+    """Makes a stock model in float32 with random weights, also where a fresh model has constants.
+
+    It computes NVIDIA's function, and so does what is loaded from its files: transformers 5.23 clamps time steps at
+    time_step_min when it reads a text, and that is set to 0 once it has served to draw the weights.
+    """
 
     def make(**changes: object) -> NemotronHForCausalLM:
         torch.manual_seed(0)
         model = NemotronHForCausalLM(NemotronHConfig(**{**GEOMETRY, **changes})).eval()
+        model.config.time_step_min = 0.0
+        for mixer in (module for module in model.modules() if hasattr(module, "time_step_limit")):
+            mixer.time_step_limit = (0.0, float("inf"))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 scale = 0.3 if parameter.ndim == 2 else 0.5

@@ -1,5 +1,7 @@
 """C1 and C3: one model, many widths, and every form of a subnet gives the same logits at its own cost."""
 
+import json
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from elastic_core.generate import decode
 from elastic_core.geometry import ATTENTION, MAMBA, Axes, ModelConfig
 from elastic_core.layers import ssm
 from elastic_core.layers.kernels import TORCH
+from elastic_core.layers.ssm import time_steps
 from elastic_core.model import Cache, ElasticNemotronH, FeedForward, RMSNorm
 from elastic_core.router import ElasticModel, soft_subnet
 from elastic_core.subnet import Masks, Subnet, full_subnet, keep_layers, sliced_config
@@ -86,6 +89,31 @@ def tiny_checkpoint(tmp_path_factory, stock_model) -> Path:
 
 
 @pytest.fixture(scope="module")
+def small_steps(tmp_path_factory, stock_model) -> Path:
+    """A teacher most of whose time steps lie far below the 0.001 at which transformers clamps when it reads a text.
+
+    Its inputs and states are large, so that the little that such a step adds is seen in the logits.
+    """
+    directory = tmp_path_factory.mktemp("stock") / "small steps"
+    stock = stock_model()
+    with torch.no_grad():
+        for name, parameter in stock.named_parameters():
+            if name.endswith("dt_bias"):
+                parameter.copy_(torch.linspace(-14, -7, len(parameter)))
+            elif "conv1d" in name:
+                parameter.mul_(8)
+            elif parameter.ndim == 2:
+                parameter.mul_(0.5)
+    stock.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module", params=["usual steps", "small steps"])
+def teacher(request, tiny_checkpoint, small_steps) -> Path:
+    return tiny_checkpoint if request.param == "usual steps" else small_steps
+
+
+@pytest.fixture(scope="module")
 def model(tiny_checkpoint: Path) -> ElasticNemotronH:
     return load(tiny_checkpoint, torch.float64)
 
@@ -101,19 +129,61 @@ def cut(model: ElasticNemotronH, subnet: Subnet) -> ElasticNemotronH:
     return sliced
 
 
-def stock_logits(directory: Path) -> torch.Tensor:
-    stock, info = NemotronHForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+def stock_logits(directory: Path, *, cached: bool = False, **changes: object) -> torch.Tensor:
+    """What transformers says of a checkpoint, token by token with its cache or all at once.
+
+    Both are oracles of what we export: its config has transformers 5.23 clamp time steps when it reads a text where the
+    model does, and with a cache it never clamps.
+    """
+    stock, info = NemotronHForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True, **changes
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"], info
+    text, cache, pieces = tokens(read_config(directory)), None, []
     with torch.no_grad():
-        return stock.eval()(tokens(read_config(directory))).logits
+        for piece in text.split(1, dim=1) if cached else [text]:
+            said = stock.eval()(piece, past_key_values=cache, use_cache=True)
+            cache = said.past_key_values
+            pieces.append(said.logits)
+    return torch.cat(pieces, dim=1)
 
 
 @pytest.mark.parametrize("sizes", UNIFORM.values(), ids=UNIFORM.keys())
-def test_a_subnet_equals_its_slice_in_stock_transformers(sizes, tiny_checkpoint, tmp_path):
-    model = load(tiny_checkpoint, torch.float32)
+def test_a_subnet_equals_its_slice_in_stock_transformers(sizes, teacher, tmp_path):
+    model = load(teacher, torch.float32)
     subnet = uniform(model.config, *sizes)
-    slice_checkpoint(tiny_checkpoint, subnet, tmp_path / "slice")
+    slice_checkpoint(teacher, subnet, tmp_path / "slice")
+    ours = logits(model, subnet)
+    assert difference(ours, stock_logits(tmp_path / "slice")) < FLOAT32_AGAINST_STOCK
+    assert difference(ours, stock_logits(tmp_path / "slice", cached=True)) < FLOAT32_AGAINST_STOCK
+
+
+def test_a_slice_of_a_slice_is_that_slice_in_stock_transformers(small_steps, tmp_path):
+    model = load(small_steps, torch.float32)
+    slice_checkpoint(small_steps, full_subnet(model.config), tmp_path / "full")
+    subnet = uniform(model.config, *UNIFORM["every axis"])
+    slice_checkpoint(tmp_path / "full", subnet, tmp_path / "slice")
+    assert read_config(tmp_path / "slice") == sliced_config(model.config, subnet)
     assert difference(logits(model, subnet), stock_logits(tmp_path / "slice")) < FLOAT32_AGAINST_STOCK
+
+
+def test_small_time_steps_are_seen_in_the_logits(small_steps, tmp_path):
+    """Else the tests above would say nothing of the clamp."""
+    ours = logits(load(small_steps, torch.float32), full_subnet(read_config(small_steps)))
+    assert difference(ours, stock_logits(small_steps)) < FLOAT32_AGAINST_STOCK
+    assert difference(ours, stock_logits(small_steps, time_step_min=0.001)) > 100 * FLOAT32_AGAINST_STOCK
+
+
+def test_a_model_with_limits_of_its_own_clamps_there(small_steps, tmp_path):
+    """transformers clamps at the lower one alone: the upper one is tried by a model that has no step above it."""
+    config = json.loads((small_steps / "config.json").read_text())
+    shutil.copytree(small_steps, tmp_path / "limited")
+    (tmp_path / "limited/config.json").write_text(json.dumps(config | {"time_step_limit": [1e-4, 1.0]}))
+    model = load(tmp_path / "limited", torch.float32)
+    assert model.config.time_step_limit == (1e-4, 1.0)
+    expected = stock_logits(small_steps, time_step_min=1e-4)
+    assert difference(logits(model, full_subnet(model.config)), expected) < FLOAT32_AGAINST_STOCK
+    assert float(time_steps(torch.tensor([[[9.0]]]), torch.zeros(1), model.config.time_step_limit)) == 1.0
 
 
 def test_a_subnet_with_ffn_per_layer_equals_its_padded_slice_in_stock_transformers(tiny_checkpoint, tmp_path):

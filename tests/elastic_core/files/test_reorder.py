@@ -314,4 +314,3 @@ def test_other_keys_of_the_config_survive(tiny_checkpoint: Path, tiny_config: Mo
     before = json.loads((tiny_checkpoint / "config.json").read_text())
     after = json.loads((tmp_path / "same" / "config.json").read_text())
     assert after["residual_in_fp32"] == before["residual_in_fp32"]
-    assert after["time_step_limit"] == before["time_step_limit"]

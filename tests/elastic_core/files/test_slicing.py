@@ -126,7 +126,10 @@ def cut_by_hand(weights: dict[str, Tensor], subnet: Subnet, order: Order) -> dic
 
 def stock_of(weights: dict[str, Tensor], config: ModelConfig) -> NemotronHForCausalLM:
     """A stock model of this geometry with these weights put into it."""
-    model = NemotronHForCausalLM(NemotronHConfig(**dataclasses.asdict(config)))
+    stock = NemotronHConfig(**{**dataclasses.asdict(config), "time_step_limit": (0.0, math.inf)})
+    model = NemotronHForCausalLM(stock)
+    for mixer in (module for module in model.modules() if hasattr(module, "time_step_limit")):
+        mixer.time_step_limit = stock.time_step_limit  # transformers 5.23 takes its time_step_min instead
     model.load_state_dict({f"model.{n}" if n != "lm_head.weight" else n: t for n, t in weights.items()})
     return model
 

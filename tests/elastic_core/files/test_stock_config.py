@@ -57,6 +57,34 @@ def uniform_list(values: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("spelling", "limit"),
+    [
+        ([0.0, float("inf")], (0.0, None)),
+        ([0.0, {"__float__": "Infinity"}], (0.0, None)),
+        ([0.0, "Infinity"], (0.0, None)),
+        (["0", "inf"], (0.0, None)),
+        ([0.0, None], (0.0, None)),
+        (None, (0.0, None)),
+        ([0.001, 0.5], (0.001, 0.5)),
+        ([1e-3, float("inf")], (0.001, None)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("key", ["time_step_limit", "mamba_dt_limit"])
+def test_every_spelling_of_the_limit_of_time_steps_is_read(
+    tiny_checkpoint: Path, tmp_path: Path, spelling: object, limit: tuple[float, float | None], key: str
+) -> None:
+    def change(values: dict[str, Any]) -> None:
+        del values["time_step_limit"]
+        values[key] = spelling
+
+    copy_with(tiny_checkpoint, tmp_path, change)
+    assert read_config(tmp_path).time_step_limit == limit
+    copy_with(tiny_checkpoint, tmp_path, lambda values: values.pop("time_step_limit"))
+    assert read_config(tmp_path).time_step_limit == (0.0, None)
+
+
+@pytest.mark.parametrize(
     "spelling",
     [lambda values: None, original_form, aliased_form, legacy_layer_names, without_defaults, uniform_list],
     ids=["transformers 5", "original", "aliased", "legacy names", "defaults", "uniform list"],
@@ -72,7 +100,7 @@ def test_defaults_are_those_of_transformers(tiny_checkpoint: Path, tmp_path: Pat
     copy_with(tiny_checkpoint, tmp_path, without_defaults)
     config, stock = read_config(tmp_path), NemotronHConfig.from_pretrained(tmp_path)
     for field in dataclasses.fields(ModelConfig):
-        if field.name != "hybrid_override_pattern":
+        if field.name not in ("hybrid_override_pattern", "time_step_limit"):
             assert getattr(config, field.name) == getattr(stock, field.name), field.name
 
 
@@ -91,13 +119,39 @@ def test_a_written_config_reads_back(tiny_config: ModelConfig, tmp_path: Path, c
     assert read_config(tmp_path) == config
 
 
+def test_a_written_config_has_transformers_compute_the_limit_that_it_states(
+    tiny_config: ModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers clamps at time_step_min; mlx-lm and NVIDIA's code at time_step_limit; vLLM and llama.cpp nowhere."""
+    for limit, warned in (((0.0, None), False), ((0.002, None), True)):
+        caplog.clear()
+        config = dataclasses.replace(tiny_config, time_step_limit=limit, time_step_min=0.01)
+        for _ in range(2):  # a slice of a slice
+            write_config(
+                config, tmp_path, torch.float32, base=stored(tmp_path) if (tmp_path / "config.json").exists() else None
+            )
+            assert read_config(tmp_path) == config
+        assert stored(tmp_path)["time_step_limit"] == [limit[0], float("inf")]
+        stock = NemotronHConfig.from_pretrained(tmp_path)
+        assert (stock.time_step_min, list(stock.time_step_limit)) == (limit[0], [limit[0], float("inf")])
+        assert any("vLLM" in record.getMessage() for record in caplog.records) == warned
+
+
+def test_a_config_whose_time_step_min_is_only_a_lower_limit_says_nothing_of_fresh_weights(
+    tiny_checkpoint: Path, tiny_config: ModelConfig, tmp_path: Path
+) -> None:
+    copy_with(tiny_checkpoint, tmp_path, set_to(time_step_min=0.0))
+    assert read_config(tmp_path).time_step_min == tiny_config.time_step_min
+
+
 def test_transformers_reads_a_written_config(tiny_config: ModelConfig, tmp_path: Path) -> None:
-    config = dataclasses.replace(tiny_config, layer_norm_epsilon=1e-6, eos_token_id=(2, 11), time_step_min=0.002)
+    config = dataclasses.replace(tiny_config, layer_norm_epsilon=1e-6, eos_token_id=(2, 11))
     write_config(config, tmp_path, torch.bfloat16)
     stock = NemotronHConfig.from_pretrained(tmp_path)
     for name, value in dataclasses.asdict(config).items():
-        expected = list(value) if isinstance(value, tuple) else value
-        assert getattr(stock, name) == expected, name
+        if not name.startswith("time_step"):
+            expected = list(value) if isinstance(value, tuple) else value
+            assert getattr(stock, name) == expected, name
     assert stock.dtype == torch.bfloat16
     assert stock.num_hidden_layers == config.num_layers
 
@@ -188,6 +242,16 @@ BAD_CONFIGS: dict[str, tuple[Change, str]] = {
     "epsilon zero": (set_to(layer_norm_epsilon=0), "layer_norm_epsilon=0.0 must be greater than 0"),
     "epsilon NaN": (set_to(layer_norm_epsilon=float("nan")), "layer_norm_epsilon is nan; expected a finite"),
     "time step infinite": (set_to(time_step_min=float("inf")), "time_step_min is inf; expected a finite"),
+    "time step limit a number": (set_to(time_step_limit=0.1), "time_step_limit is 0.1; expected a list"),
+    "time step limit of one": (set_to(time_step_limit=[0.1]), "time_step_limit has 1 entries; expected 2"),
+    "time step limit NaN": (set_to(time_step_limit=[float("nan"), None]), r"time_step_limit\[0\] is nan"),
+    "time step limit infinite": (set_to(time_step_limit=["inf", None]), r"time_step_limit\[0\] is 'inf'"),
+    "time step limit words": (
+        set_to(time_step_limit=[0, "much"]),
+        r"time_step_limit\[1\] is 'much'; expected a number",
+    ),
+    "time step limit below 0": (set_to(time_step_limit=[-1, None]), "time_step_limit=.* must rise from at least 0"),
+    "time step limit falls": (set_to(time_step_limit=[0.2, 0.1]), "time_step_limit=.* must rise from at least 0"),
     "context": (set_to(max_position_embeddings=0), "max_position_embeddings is 0; expected at least 1"),
     "token outside": (set_to(eos_token_id=[2, 64]), "eos_token_id is 64; expected a token below vocab_size=64"),
     "token negative": (set_to(pad_token_id=-1), "pad_token_id is -1; expected a token below"),

@@ -16,6 +16,7 @@ import importlib.machinery
 import inspect
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -108,6 +109,8 @@ CONV_CASES = {
     "conv of a view that starts off a vector": conv_case(tokens=9, start=3),
     "conv of a view that steps off a vector": conv_case(tokens=9, step=45),
 }
+# Of time steps: NVIDIA's own, and one with both ends.
+LIMITS: list[tuple[float, float | None]] = [(0.0, None), (1e-3, 0.5)]
 # Cases without a kernel: float32 ones that need neither package, besides everything in float64.
 PLAIN_CASES = {"norm under a mask": norm_case(masked=True), "conv of more taps": conv_case(tokens=9, width=6)}
 
@@ -148,7 +151,33 @@ def interpret() -> dict[str, dict[str, float]]:
     sys.modules[compiled.__name__] = compiled
     torch.cuda.device = lambda _: contextlib.nullcontext()
     torch.cuda.get_device_properties = lambda _: types.SimpleNamespace(multi_processor_count=2)
-    return {name: differences(case, grad=name != "step") for name, case in TRITON_CASES.items()}
+    found = {name: differences(case, grad=name != "step") for name, case in TRITON_CASES.items()}
+    return found | {f"limit {limit}": time_step_differences(limit) for limit in LIMITS}
+
+
+def time_step_differences(limit: tuple[float, float | None]) -> dict[str, float]:
+    """`ssm.time_steps` and both scans against mamba-ssm's function, which makes its own steps from the projection."""
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    _, inputs, options = scan_case(tokens=40, from_zeros=True)
+    x, _, A, B, C, D, _ = inputs.values()
+    projection_BTH, bias_H = normal(2, 40, 4, seed=7, scale=4), torch.linspace(-14, 0, 4)
+    stock = mamba_chunk_scan_combined(
+        x,
+        projection_BTH,
+        A,
+        B,
+        C,
+        **options,
+        D=D,
+        dt_bias=bias_H,
+        dt_softplus=True,
+        dt_limit=(limit[0], math.inf if limit[1] is None else limit[1]),
+    )
+    dt_BTH = ssm.time_steps(projection_BTH, bias_H, limit)
+    assert dt_BTH.min() < 1e-6 or limit[0] > 0, dt_BTH.min()
+    scans = {module.__name__: module.ssd_scan(x, dt_BTH, A, B, C, D, **options)[0] for module in (ssm, kernels)}
+    return {name: ((y_BTHP - stock).abs().max() / stock.abs().max()).item() for name, y_BTHP in scans.items()}
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +193,13 @@ def interpreted() -> dict[str, dict[str, float]]:
     child = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     return json.loads(child.stdout)
+
+
+@pytest.mark.parametrize("limit", LIMITS, ids=str)
+def test_time_steps_and_their_limits_are_those_of_mamba_ssm(
+    interpreted: dict[str, dict[str, float]], limit: tuple[float, float | None]
+) -> None:
+    assert max(interpreted[f"limit {limit}"].values()) <= FLOAT32
 
 
 @pytest.mark.parametrize("name", TRITON_CASES)
