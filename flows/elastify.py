@@ -12,7 +12,7 @@ from flows.commands.recipes import checked
 from flows.serving.failures import explain_failure
 from flows.serving.guard import guard_run
 from flows.serving.page import link_curves, show_outcome
-from tasks.corpus.build import read_record
+from tasks.corpus.record import read_record
 from tasks.data import prepare_data
 from tasks.distill import distill
 from tasks.evaluate import evaluate

@@ -11,9 +11,8 @@ from elastic_core.recipe import Distillation, Stage
 from elastic_core.training import curriculum, job, losses, parallel, resume, train
 from elastic_core.training.job import METRICS, TrainJob
 from tasks import tracking
-from tasks.corpus.build import TRAIN_FILE
+from tasks.corpus.record import TRAIN_FILE
 from tasks.records import Artifact, StageRecord
-from tasks.register import curves
 from tasks.running.progress import stage_progress
 from tasks.running.steps import artifact, fingerprint, step
 from tasks.running.training import train as run_training
@@ -49,7 +48,7 @@ def distill(
     spool = tracking.MetricSpool(work / "curves.jsonl", uri=uri, run_id=run_id)
 
     def on_step(row: dict[str, Any]) -> None:
-        spool.record(first_step + row["step"], curves(row))
+        spool.record(first_step + row["step"], tracking.step_curves(row))
         move_bar(row)
 
     with stage_progress(stage) as move_bar, spool.delivering():

@@ -28,8 +28,8 @@ from elastic_core.training.curriculum import generator
 from elastic_core.training.losses import distillation_loss
 from elastic_core.training.train import TokenRows
 from tasks import tracking
-from tasks.corpus.build import HELDOUT_FILE, read_record
 from tasks.corpus.documents import first_line
+from tasks.corpus.record import HELDOUT_FILE, read_record
 from tasks.records import Artifact, BudgetEvaluation, EvaluationRecord
 from tasks.running.progress import progress_bar
 from tasks.running.steps import fingerprint, step

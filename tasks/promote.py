@@ -13,8 +13,8 @@ from elastic_core.subnet import full_subnet
 from elastic_core.training import job
 from tasks import artifacts, tracking
 from tasks.artifacts.staging import scratch
-from tasks.corpus.build import HELDOUT_FILE, read_record
 from tasks.corpus.documents import digest_files
+from tasks.corpus.record import HELDOUT_FILE, read_record
 from tasks.corpus.tokenizer import load_tokenizer, tokenizer_files
 from tasks.evaluate import heldout_batches, heldout_loss, predicted
 from tasks.records import Artifact, EvaluationRecord, Release

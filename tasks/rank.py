@@ -19,7 +19,7 @@ from elastic_core.router import ElasticModel
 from elastic_core.training import job, losses
 from elastic_core.training.curriculum import generator
 from elastic_core.training.train import TokenRows
-from tasks.corpus.build import HELDOUT_FILE, TRAIN_FILE
+from tasks.corpus.record import HELDOUT_FILE, TRAIN_FILE
 from tasks.evaluate import heldout_batches, heldout_loss, predicted
 from tasks.records import Artifact, OrderComparison
 from tasks.reporting.summary import order_warnings

@@ -16,7 +16,7 @@ from tasks import artifacts, tracking
 from tasks.artifacts import nested
 from tasks.artifacts.manifest import Manifest, NestedPart
 from tasks.artifacts.staging import scratch
-from tasks.corpus.build import read_record
+from tasks.corpus.record import read_record
 from tasks.records import Artifact, EvaluationRecord, OrderComparison, Release, StageRecord
 from tasks.reporting import drawing, history, plots, report, summary
 from tasks.reporting.history import read_metrics
@@ -31,17 +31,6 @@ STORAGE, PULL = "elastic.storage", "elastic.pull"
 def destination(settings: Settings) -> str:
     """Where a family is published and registered, without secrets: part of the key of the steps that do so."""
     return redact(f"{settings.tracking_uri} {settings.endpoint_url or 'aws'} {settings.bucket}")
-
-
-def curves(row: Mapping[str, Any]) -> dict[str, float]:
-    """A step's metrics by MLflow's names: `loss/m`, `kl/m`, `choices/m/hidden`, `learning_rate`."""
-    named = {name: row[name] for name in ("loss", "learning_rate", "temperature", "gradient_norm")}
-    for budget, metrics in row["budgets"].items():
-        named |= {f"{name}/{budget}": metrics[name] for name in ("loss", "kl", "cross_entropy")}
-        if metrics["choices"]:
-            named |= {f"{name}/{budget}": metrics[name] for name in ("router_loss", "expected_params")}
-            named |= {f"choices/{budget}/{axis}": size for axis, size in metrics["choices"].items()}
-    return named
 
 
 @step(drawing, history, plots, report, summary)
@@ -144,7 +133,7 @@ def deliver_curves(
     first = 0
     for stage, record in zip(stages, records, strict=True):
         for row in read_metrics(Path(record.metrics)):
-            spool.record(first + row.step, curves(asdict(row)))
+            spool.record(first + row.step, tracking.step_curves(asdict(row)))
         first += stage.steps
     spool.flush()
 

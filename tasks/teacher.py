@@ -18,6 +18,7 @@ from elastic_core.training.job import TrainJob
 from tasks import artifacts
 from tasks.corpus import build as data
 from tasks.corpus import documents, tokenizer
+from tasks.corpus.record import TRAIN_FILE
 from tasks.corpus.sources import fetch_data
 from tasks.records import Artifact
 from tasks.running.progress import stage_progress
@@ -77,7 +78,7 @@ def pretrain_teacher(
                 distillation=Distillation(kl_weight=0.0, ce_weight=1.0),
                 student=str(start),
                 teacher=None,
-                tokens=str(Path(corpus.path) / data.TRAIN_FILE),
+                tokens=str(Path(corpus.path) / TRAIN_FILE),
                 work=str(work),
                 output=str(output),
                 dtype=dtype,

@@ -6,44 +6,23 @@ row i from it as `tokens[i * L : i * L + L + 1]`, so that one file serves every 
 
 import hashlib
 import heapq
-import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
 from elastic_core.files.shards import staged_directory, write_json
 from elastic_core.recipe import DataConfig, DataSource
-from elastic_core.schema import build, to_dict
+from elastic_core.schema import to_dict
 from tasks.corpus.documents import Document, Fetch, digest_files, first_line, iter_documents
-from tasks.corpus.token_file import Sample, SplitRecord, TokenFile
+from tasks.corpus.record import HELDOUT_FILE, RECORD_FILE, TRAIN_FILE, DataRecord, SourceRecord
+from tasks.corpus.token_file import Sample, TokenFile
 from tasks.corpus.tokenizer import load_tokenizer, tokenizer_files
 
-TRAIN_FILE, HELDOUT_FILE, RECORD_FILE = "train.safetensors", "heldout.safetensors", "data.json"
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 4_000_000
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SourceRecord:
-    """What was taken from one source, wherever it lay. `sha256` is over the digests of its documents, in order."""
-
-    documents: int
-    tokens: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataRecord:
-    """What `build_corpus` made, and of what; kept beside the tokens as `data.json`."""
-
-    sources: tuple[SourceRecord, ...]
-    tokenizer_sha256: str
-    train: SplitRecord
-    heldout: SplitRecord
 
 
 def build_corpus(
@@ -85,20 +64,6 @@ def build_corpus(
         )
         write_json(staging / RECORD_FILE, to_dict(record))
     return record
-
-
-def read_record(output_dir: Path) -> DataRecord:
-    """The record that `build_corpus` left in `output_dir`."""
-    return build(DataRecord, json.loads((output_dir / RECORD_FILE).read_text(encoding="utf-8")), RECORD_FILE)
-
-
-def check_length(split: SplitRecord, sequence_length: int) -> None:
-    """ValueError unless the split holds at least one sequence and the token that follows it."""
-    if split.tokens <= sequence_length:
-        raise ValueError(
-            f"{split.file} holds {split.tokens} tokens, too few for a sequence of {sequence_length} and its next; "
-            "add data or shorten sequence_length"
-        )
 
 
 def iter_texts(config: DataConfig, *, fetch: Fetch) -> Iterator[str]:

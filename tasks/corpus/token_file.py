@@ -15,6 +15,8 @@ from typing import BinaryIO, Self
 
 import numpy as np
 
+from tasks.corpus.record import SplitRecord
+
 # Room for the longest header of the three tensors, its 8 bytes of length included.
 HEADER_BYTES = 512
 LEARNED_AT_ONCE = 1 << 20
@@ -34,17 +36,6 @@ class Sample:
     @property
     def count_learned(self) -> int:
         return len(self.ids) if self.learned is None else self.learned.count(1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SplitRecord:
-    """One split: the name of its file, the file's SHA-256, and what it holds."""
-
-    file: str
-    documents: int
-    tokens: int
-    learned: int
-    sha256: str
 
 
 class TokenFile:

@@ -10,8 +10,8 @@ from elastic_core.planning.plan import check_budgets
 from elastic_core.planning.profile import recipe_table
 from elastic_core.recipe import Evaluation, Recipe
 from tasks.artifacts import check_bucket
-from tasks.corpus.build import check_length, read_record
 from tasks.corpus.documents import first_line
+from tasks.corpus.record import check_length, read_record
 from tasks.corpus.tokenizer import load_tokenizer
 from tasks.evaluate import encode_questions, read_problems
 from tasks.records import Artifact

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tasks.settings import ServiceError
 from tasks.tracking.connection import chunks, client_of, explained
@@ -19,6 +19,17 @@ if TYPE_CHECKING:
 MAX_METRICS = 1000  # MLflow's limit on one call
 
 _log = logging.getLogger(__name__)
+
+
+def step_curves(row: Mapping[str, Any]) -> dict[str, float]:
+    """A step's metrics by MLflow's names: `loss/m`, `kl/m`, `choices/m/hidden`, `learning_rate`."""
+    named = {name: row[name] for name in ("loss", "learning_rate", "temperature", "gradient_norm")}
+    for budget, metrics in row["budgets"].items():
+        named |= {f"{name}/{budget}": metrics[name] for name in ("loss", "kl", "cross_entropy")}
+        if metrics["choices"]:
+            named |= {f"{name}/{budget}": metrics[name] for name in ("router_loss", "expected_params")}
+            named |= {f"choices/{budget}/{axis}": size for axis, size in metrics["choices"].items()}
+    return named
 
 
 class MetricSpool:

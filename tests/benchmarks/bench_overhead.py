@@ -35,7 +35,7 @@ from elastic_core.schema import build, to_dict
 from elastic_core.training.job import METRICS, TrainJob
 from flows.serving.services import embedded_services
 from tasks import tracking
-from tasks.corpus.build import TRAIN_FILE
+from tasks.corpus.record import TRAIN_FILE
 from tasks.distill import distill
 from tasks.records import Artifact, StageRecord
 from tasks.running.steps import artifact

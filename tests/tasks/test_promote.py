@@ -19,7 +19,8 @@ from elastic_core.subnet import full_subnet
 from elastic_core.training.curriculum import generator
 from elastic_core.training.job import load_model
 from tasks import tracking
-from tasks.corpus.build import HELDOUT_FILE, build_corpus, read_record
+from tasks.corpus.build import build_corpus
+from tasks.corpus.record import HELDOUT_FILE, read_record
 from tasks.corpus.tokenizer import load_tokenizer, train_tokenizer
 from tasks.evaluate import heldout_batches, heldout_loss
 from tasks.promote import Verdict, loss_on, promote

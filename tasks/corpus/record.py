@@ -1,0 +1,56 @@
+"""What a corpus is on disk: its files, and the record of what they hold.
+
+Apart from how it is built, so that the steps that read a corpus do not depend on that code.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from elastic_core.schema import build
+
+TRAIN_FILE, HELDOUT_FILE, RECORD_FILE = "train.safetensors", "heldout.safetensors", "data.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitRecord:
+    """One split: the name of its file, the file's SHA-256, and what it holds."""
+
+    file: str
+    documents: int
+    tokens: int
+    learned: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceRecord:
+    """What was taken from one source, wherever it lay. `sha256` is over the digests of its documents, in order."""
+
+    documents: int
+    tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataRecord:
+    """What `build_corpus` made, and of what; kept beside the tokens as `data.json`."""
+
+    sources: tuple[SourceRecord, ...]
+    tokenizer_sha256: str
+    train: SplitRecord
+    heldout: SplitRecord
+
+
+def read_record(output_dir: Path) -> DataRecord:
+    """The record that `build_corpus` left in `output_dir`."""
+    return build(DataRecord, json.loads((output_dir / RECORD_FILE).read_text(encoding="utf-8")), RECORD_FILE)
+
+
+def check_length(split: SplitRecord, sequence_length: int) -> None:
+    """ValueError unless the split holds at least one sequence and the token that follows it."""
+    if split.tokens <= sequence_length:
+        raise ValueError(
+            f"{split.file} holds {split.tokens} tokens, too few for a sequence of {sequence_length} and its next; "
+            "add data or shorten sequence_length"
+        )
