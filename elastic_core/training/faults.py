@@ -42,8 +42,8 @@ def reported_fault(work: Path) -> Fault | None:
 
 def forget_faults(work: Path) -> None:
     """Remove the reports of an earlier start."""
-    for file in work.glob("error-*.json"):
-        file.unlink()
+    for file in (*work.glob("error-*.json"), *work.glob(".error-*")):
+        file.unlink(missing_ok=True)
 
 
 def describe(error: Exception) -> Fault:

@@ -16,7 +16,10 @@ def main(arguments: list[str]) -> int:
     try:
         run(parse_args(arguments[1:]))
     except ChildFailedError as error:
-        Path(arguments[0]).write_text(json.dumps({rank: failed.exitcode for rank, failed in error.failures.items()}))
+        exits = Path(arguments[0])
+        part = exits.with_name(f".{exits.name}")  # a full disk leaves a file empty
+        part.write_text(json.dumps({rank: failed.exitcode for rank, failed in error.failures.items()}))
+        part.replace(exits)
         return 1
     return 0
 

@@ -1,6 +1,5 @@
 """What `elastic gc` does: find what is of no use in the bucket and in the state directory, show it, remove it."""
 
-import shutil
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from elastic_core.budget import bytes_text
 from tasks import artifacts, tracking
-from tasks.artifacts.staging import left_overs
+from tasks.artifacts.staging import left_overs, remove_left_over
 from tasks.settings import Settings
 
 
@@ -61,7 +60,7 @@ def _left_over(path: Path, before: datetime) -> Found:
     def remove() -> bool:
         useless = path in left_overs(path.parent, before)
         if useless:
-            shutil.rmtree(path)
+            remove_left_over(path)
         return useless
 
     size = sum(file.stat().st_size for file in files)

@@ -4,7 +4,6 @@ What the environment already names (an S3 endpoint or bucket, MLFLOW_TRACKING_UR
 and so is what `elastic up` has running in the same directory.
 """
 
-import fcntl
 import os
 import signal
 import threading
@@ -17,6 +16,7 @@ from types import FrameType
 from flows.serving.running import Running, read_running
 from flows.serving.servers import QUIET, START_SECONDS, ObjectStore, PrefectServer, answers, free_ports
 from tasks.artifacts import check_bucket, ensure_bucket
+from tasks.running.locks import IsHeld, held
 from tasks.settings import BUCKET, ENDPOINT, ENDPOINT_S3, HOME, TRACKING_URI, ServiceError, Settings, make_home
 
 PREFECT_API = "PREFECT_API_URL"
@@ -123,13 +123,11 @@ def make_bucket() -> None:
 @contextmanager
 def owned(home: Path) -> Iterator[bool]:
     """Whether this process got the home directory's lock, which its end frees; SIGTERM leaves as Ctrl-C does."""
-    home.mkdir(parents=True, exist_ok=True)
-    with _terminate_gracefully(), (home / "lock").open("ab") as file:
+    with _terminate_gracefully(), ExitStack() as stack:
         owner = True
         try:
-            # Not flock: a forked worker that outlives us would keep that one.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            stack.enter_context(held(home / "lock"))
+        except IsHeld:
             owner = False
         yield owner
 

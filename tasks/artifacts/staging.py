@@ -1,6 +1,5 @@
 """Directories that appear whole or not at all: filled beside their place, then renamed."""
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -11,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from tasks.artifacts.manifest import FileRecord
+from tasks.running.locks import IsHeld, held, is_held
 from tasks.settings import ServiceError
 
 
@@ -24,13 +24,10 @@ def staged(final: Path, identity: str) -> Iterator[Path]:
     """
     final = final.absolute()
     holder = final.parent / f".{final.name}.partial"
-    holder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(holder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ServiceError(f"{final} is being filled by another process; wait for it", transient=True) from None
+    with _filling(holder, final):
+        holder.mkdir(exist_ok=True)
+        if holder.is_symlink():
+            raise ServiceError(f"{holder} is a symbolic link; remove it")
         work = holder / identity
         for other in holder.iterdir():
             if other not in (work, beside(work)):
@@ -42,8 +39,24 @@ def staged(final: Path, identity: str) -> Iterator[Path]:
         os.rename(work, final)
         shutil.rmtree(holder)
         _sync_directory(final.parent)
-    finally:
-        os.close(lock)
+
+
+@contextmanager
+def _filling(holder: Path, final: Path) -> Iterator[None]:
+    """Hold an unfinished directory against other processes, by a file beside it that goes with the lock."""
+    lock = _lock_of(holder)
+    try:
+        with held(lock):
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+    except IsHeld:
+        raise ServiceError(f"{final} is being filled by another process; wait for it", transient=True) from None
+
+
+def _lock_of(holder: Path) -> Path:
+    return holder.with_suffix(".lock")
 
 
 def beside(work: Path) -> Path:
@@ -55,19 +68,16 @@ def beside(work: Path) -> Path:
 def scratch(parent: Path, name: str) -> Iterator[Path]:
     """Yield a directory below `parent` that goes at the end; if the process is killed, `elastic gc` finds it."""
     parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", suffix=".partial", dir=parent) as directory:
-        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield Path(directory)
-        finally:
-            os.close(lock)
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", suffix=".partial", dir=parent) as made:
+        directory = Path(made)
+        with _filling(directory, directory):
+            yield directory
 
 
 def left_overs(directory: Path, before: datetime) -> list[Path]:
     """The unfinished directories in `directory` that nobody holds, and in which nothing was written since `before`."""
     found = (path for path in directory.glob(".*.partial") if _is_directory(path))
-    return sorted(path for path in found if _last_written(path) < before.timestamp() and not _is_held(path))
+    return sorted(path for path in found if _last_written(path) < before.timestamp() and not is_held(_lock_of(path)))
 
 
 def _last_written(directory: Path) -> float:
@@ -78,16 +88,10 @@ def _last_written(directory: Path) -> float:
     return newest
 
 
-def _is_held(directory: Path) -> bool:
-    """Whether a process is filling this directory; those that fill one hold a lock on it."""
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
+def remove_left_over(directory: Path) -> None:
+    """Remove an unfinished directory, and the file that was its lock."""
+    shutil.rmtree(directory)
+    _lock_of(directory).unlink(missing_ok=True)
 
 
 def inside(root: Path, relative: str) -> Path:

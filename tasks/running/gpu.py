@@ -1,6 +1,5 @@
 """Steps that need a GPU: one at a time has the devices of a machine, here or where a pool of workers has them."""
 
-import fcntl
 import logging
 import os
 import socket
@@ -10,17 +9,20 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import httpx
 import torch
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId, FlowRunFilterTags
 from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.context import FlowRunContext
 from prefect.deployments import run_deployment
 from prefect.exceptions import PrefectException
 
 from elastic_core.schema import to_dict
+from tasks.running.locks import held
 from tasks.settings import ServiceError
 
 DEPLOYMENT_VARIABLE = "ELASTIC_GPU_DEPLOYMENT"
@@ -42,16 +44,10 @@ def device_to_oneself(home: Path) -> Iterator[None]:
     The end of a process frees what it held, however it ends. A pool's limit does not do it alone: a server that was
     away may believe that a run has ended which goes on.
     """
-    directory = home / "locks"
-    directory.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         for device in _devices():
-            file = stack.enter_context((directory / f"{socket.gethostname()}-{device}").open("ab"))
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                logger.info("waiting for %s, which another run has", device)
-                fcntl.lockf(file, fcntl.LOCK_EX)
+            file = home / "locks" / f"{socket.gethostname()}-{device}"
+            stack.enter_context(held(file, waits=f"waiting for {device}, which another run has"))
         yield
 
 
@@ -62,21 +58,23 @@ def _devices() -> list[str]:
     return sorted(f"cuda-{number.strip()}" for number in numbers) if torch.cuda.is_available() else ["cpu"]
 
 
-def run_on_workers(deployment: str, step: str, inputs: Mapping[str, Any]) -> None:
+def run_on_workers(deployment: str, step: str, inputs: Mapping[str, Any], key: str) -> None:
     """Have a run of `deployment` do the step, which leaves its result in the cache; a run that crashes is repeated.
 
-    Waits through outages of Prefect's server. Raises a ServiceError that says why where the run fails.
+    A run that already does the step with this `key`, for another caller or from before this one was restarted, is
+    waited for instead. Waits through outages of Prefect's server. Raises a ServiceError that says why where the run
+    fails.
     """
     context = FlowRunContext.get()
     caller = context.flow_run.id if context is not None and context.flow_run is not None else None
     parameters = {"step": step, "inputs": to_dict(inputs), "show_on": str(caller) if caller else None}
     for attempt in range(1, ATTEMPTS + 1):
-        started = start_run(deployment, _label(step, inputs), parameters)
-        logger.info("%s waits for a worker, as run %s", step, started.name)
+        started, joined = start_run(deployment, _label(step, inputs), parameters, key)
+        logger.info("%s waits for %s, as run %s", step, "another's worker" if joined else "a worker", started.name)
         state = _final_state(started.id, caller)
         if state.is_completed():
             return
-        if not state.is_crashed():
+        if not state.is_crashed() and not (joined and state.is_cancelled()):
             name = state.name or state.type.value
             reason = (state.message or name).removeprefix("Flow run encountered an exception: ")
             raise ServiceError(f"{step} {name.lower()} on the worker: {reason}")
@@ -84,22 +82,42 @@ def run_on_workers(deployment: str, step: str, inputs: Mapping[str, Any]) -> Non
     raise ServiceError(f"{step} crashed {ATTEMPTS} times on the workers of {deployment}; see their logs")
 
 
-def start_run(deployment: str, name: str, parameters: dict[str, Any]) -> FlowRun:
-    """Start one run of a deployment, as a child of this one; waits for a server that is away.
+def start_run(deployment: str, name: str, parameters: dict[str, Any], key: str) -> tuple[FlowRun, bool]:
+    """A run of a deployment that does what `key` stands for, and whether it was there already; else a new one is made.
 
-    A new client of Prefect's, other than one that has reached its server before, gives up at the first refusal.
+    The new run is a child of this one. Waits for a server that is away: a new client of Prefect's, other than one that
+    has reached its server before, gives up at the first refusal.
     """
-    asked, key = time.monotonic(), str(uuid4())
+    asked = time.monotonic()
     while True:
         try:
-            run = run_deployment(deployment, parameters=parameters, flow_run_name=name, timeout=0, idempotency_key=key)
+            return _found_or_started(deployment, name, parameters, f"key-{key}")
         except httpx.TransportError as error:
             if time.monotonic() - asked > LONGEST_OUTAGE_SECONDS:
                 raise _stays_away(error) from error
             time.sleep(POLL_SECONDS)
-        else:
-            assert isinstance(run, FlowRun), "a coroutine only inside another"
-            return run
+
+
+def _found_or_started(deployment: str, name: str, parameters: dict[str, Any], tag: str) -> tuple[FlowRun, bool]:
+    with get_client(sync_client=True) as client:
+        of_this = FlowRunFilterDeploymentId(any_=[client.read_deployment_by_name(deployment).id])
+        tagged = FlowRunFilter(tags=FlowRunFilterTags(all_=[tag]), deployment_id=of_this)
+        runs = client.read_flow_runs(flow_run_filter=tagged, sort=FlowRunSort.EXPECTED_START_TIME_DESC)
+    under_way = [run for run in runs if run.state is None or not run.state.is_final()]
+    if under_way:
+        return under_way[-1], True
+    # Whoever else finds this run to be the last one asks for the same new run, and gets it.
+    last = str(runs[0].id) if runs else "none"
+    run = run_deployment(
+        deployment,
+        parameters=parameters,
+        flow_run_name=name,
+        timeout=0,
+        tags=[tag],
+        idempotency_key=f"{tag}-after-{last}",
+    )
+    assert isinstance(run, FlowRun), "a coroutine only inside another"
+    return run, False
 
 
 def _stays_away(error: Exception) -> ServiceError:

@@ -12,7 +12,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +24,7 @@ from prefect.results import ResultStore, get_result_store
 
 from tasks.records import Artifact, Release, StageRecord
 from tasks.running.gpu import DEPLOYMENT_VARIABLE, device_to_oneself, run_on_workers
+from tasks.running.locks import held
 from tasks.running.patience import DELAYS, JITTER, RETRIES, say_waiting
 from tasks.settings import ServiceError, home_directory, is_transient
 
@@ -96,20 +97,30 @@ def run(step: Task[P, R], *inputs: P.args, **named: P.kwargs) -> R:
 
 @contextmanager
 def _turn(step: Task[Any, Any], inputs: Mapping[str, Any]) -> Iterator[bool]:
-    """Wait until the step may run here; whether it was done by a worker meanwhile, and only has to be looked up."""
+    """Wait until the step may run here; whether it was done by a worker meanwhile, and only has to be looked up.
+
+    A cached step is made by one run at a time: who finds another making it waits, and then takes its result.
+    """
     deployment = os.environ.get(DEPLOYMENT_VARIABLE)
-    if step.name not in ON_GPU or _is_known(step, inputs):
+    if not step.persist_result:
         yield False
-    elif deployment:
-        run_on_workers(deployment, step.name, inputs)
-        if not _is_known(step, inputs):
-            raise ServiceError(
-                f"{step.name} was done by {deployment}, but its result is not seen here; give its workers the same "
-                "ELASTIC_HOME and PREFECT_LOCAL_STORAGE_PATH, on a file system that both see"
-            )
-        yield True
+    elif step.name in ON_GPU and deployment:
+        done = not _is_known(step, inputs)
+        if done:
+            run_on_workers(deployment, step.name, inputs, KEYS[step.name](inputs))
+            if not _is_known(step, inputs):
+                raise ServiceError(
+                    f"{step.name} was done by {deployment}, but its result is not seen here; give its workers the same "
+                    "ELASTIC_HOME and PREFECT_LOCAL_STORAGE_PATH, on a file system that both see"
+                )
+        yield done
     else:
-        with device_to_oneself(home_directory()):
+        home = home_directory()
+        lock = home / "locks" / f"{step.name}-{KEYS[step.name](inputs)[:16]}"
+        with ExitStack() as stack:
+            stack.enter_context(held(lock, waits=f"waiting for {step.name}, which another run is making"))
+            if step.name in ON_GPU and not _is_known(step, inputs):
+                stack.enter_context(device_to_oneself(home))
             yield False
 
 

@@ -30,7 +30,7 @@ def running(server: PrefectServer) -> Iterator[SyncPrefectClient]:
 @pytest.mark.services
 def test_a_run_that_starts_while_the_server_is_away_is_started_once(tmp_path: Path) -> None:
     server = PrefectServer(tmp_path / "prefect", tmp_path / "logs", free_ports(1)[0])
-    arguments = ("gpu-step/default", "distill stage1", {"step": "distill"})
+    arguments = ("gpu-step/default", "distill stage1", {"step": "distill"}, "0" * 64)
     with temporary_settings({PREFECT_API_URL: f"{server.url}/api"}), ThreadPoolExecutor(1) as pool:
         with running(server) as client:
             client.create_deployment(client.create_flow_from_name("gpu-step"), "default")
@@ -38,9 +38,10 @@ def test_a_run_that_starts_while_the_server_is_away_is_started_once(tmp_path: Pa
         time.sleep(3.0)
         assert not starting.done()
         with running(server) as client:
-            started = starting.result(60.0)
+            started, joined = starting.result(60.0)
+            assert not joined
             assert [(run.id, run.name, run.parameters) for run in client.read_flow_runs()] == [
-                (started.id, *arguments[1:])
+                (started.id, *arguments[1:3])
             ]
             with pytest.raises(ObjectNotFound):
                 start_run("gpu-step/renamed", *arguments[1:])

@@ -2,16 +2,29 @@
 
 import errno
 import logging
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
+from uuid import UUID
 
 import pytest
-from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_LOCAL_STORAGE_PATH,
+    PREFECT_LOGGING_TO_API_ENABLED,
+    temporary_settings,
+)
+from prefect.states import Completed, Crashed, Running
 
 from flows.serving.servers import PrefectServer, free_ports
 from tasks.running import patience, steps
+from tasks.running.gpu import start_run
 from tasks.running.patience import patiently
-from tasks.settings import ServiceError
+from tasks.settings import HOME, ServiceError
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +34,12 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     server.start()
     try:
         server.wait()
-        with temporary_settings({PREFECT_API_URL: f"{server.url}/api", PREFECT_LOGGING_TO_API_ENABLED: False}):
+        changed = {
+            PREFECT_API_URL: f"{server.url}/api",
+            PREFECT_LOGGING_TO_API_ENABLED: False,
+            PREFECT_LOCAL_STORAGE_PATH: home / "storage",
+        }
+        with temporary_settings(changed):
             yield
     finally:
         server.stop()
@@ -64,6 +82,65 @@ def test_a_step_that_is_wrong_is_tried_once(prefect_server: None, caplog: pytest
     with pytest.raises(ValueError, match="the recipe is wrong"):
         steps.run(fetch)
     assert len(attempts) == 1 and not lines(caplog)
+
+
+@pytest.mark.slow
+def test_a_step_that_another_run_is_making_is_waited_for_and_its_result_taken(
+    prefect_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(HOME, str(tmp_path))
+    made, go_on = [], threading.Event()
+
+    @steps.step()
+    def make(seed: int) -> int:
+        made.append(seed)
+        assert go_on.wait(60)
+        return 10 * seed + len(made)
+
+    def waiting() -> list[str]:
+        return [text for text in caplog.messages if text == "waiting for make, which another run is making"]
+
+    with caplog.at_level(logging.INFO), ThreadPoolExecutor(3) as pool:
+        first, second, other = (pool.submit(copy_context().run, steps.run, make, seed=seed) for seed in (1, 1, 2))
+        try:
+            deadline = time.monotonic() + 60
+            while (sorted(made) != [1, 2] or not waiting()) and time.monotonic() < deadline:
+                time.sleep(0.02)
+        finally:
+            go_on.set()
+        assert first.result(60) == second.result(60)
+        assert other.result(60) == 22
+    assert sorted(made) == [1, 2] and len(waiting()) == 1
+
+
+@pytest.fixture
+def client(prefect_server: None) -> Iterator[SyncPrefectClient]:
+    with get_client(sync_client=True) as client:
+        client.create_deployment(client.create_flow_from_name("gpu-step"), "default")
+        yield client
+
+
+@pytest.mark.slow
+def test_a_step_that_a_worker_is_doing_is_found_again_and_a_finished_one_is_begun_anew(
+    client: SyncPrefectClient,
+) -> None:
+    def begin(key: str) -> tuple[UUID, bool]:
+        run, joined = start_run("gpu-step/default", "distill", {"step": "distill"}, key)
+        return run.id, joined
+
+    with ThreadPoolExecutor(4) as pool:
+        begun = [pool.submit(copy_context().run, begin, "a") for _ in range(4)]
+        (first,) = {run.result(60)[0] for run in begun}
+    client.set_flow_run_state(first, Running(), force=True)
+    assert begin("a") == (first, True)
+    other, joined = begin("b")
+    assert other != first and not joined
+    client.set_flow_run_state(first, Crashed(), force=True)
+    second, joined = begin("a")
+    assert second not in (first, other) and not joined
+    client.set_flow_run_state(second, Completed(), force=True)
+    third, joined = begin("a")
+    assert third not in (first, second, other) and not joined
 
 
 def test_a_call_waits_out_what_passes_and_says_so_within_its_bound(

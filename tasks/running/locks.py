@@ -1,0 +1,75 @@
+"""Locks on files: one process at a time, on this host or on any other that shares the file system."""
+
+import errno
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+
+POLL_SECONDS = 0.5
+# Lustre without -o flock, some FUSE file systems, NFS whose lock service is off.
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+
+logger = logging.getLogger(__name__)
+
+
+class IsHeld(RuntimeError):
+    """Another process has the lock."""
+
+
+@contextmanager
+def held(file: Path, *, waits: str | None = None) -> Iterator[None]:
+    """Hold the lock of `file`, which stays in its place; the end of the process frees it, however it ends.
+
+    With `waits`, a line of log for whoever has to wait; without it a lock that another process has is IsHeld. Where a
+    file system has no locks, the existence of a file beside `file` is the lock; that of a host that died stays.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = _acquired(file, waits)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_held(file: Path) -> bool:
+    """Whether a process has the lock of `file`."""
+    if not file.exists():
+        return False
+    try:
+        with held(file):
+            return False
+    except IsHeld:
+        return True
+
+
+def _acquired(file: Path, waits: str | None) -> BaseFileLock:
+    # Neither shared between threads nor re-entrant: a lock that its own process has is held.
+    lock: BaseFileLock = FileLock(file, thread_local=False, fallback_to_soft=False)
+    try:
+        _acquire(lock, waits)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        marker = file.with_name(f"{file.name}.held")
+        logger.warning(
+            "%s: this file system has no locks (%s), so %s stands for one; remove that file if its host died",
+            file.parent,
+            error.strerror,
+            marker.name,
+        )
+        lock = SoftFileLock(marker, thread_local=False)
+        _acquire(lock, waits)
+    return lock
+
+
+def _acquire(lock: BaseFileLock, waits: str | None) -> None:
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        if waits is None:
+            raise IsHeld(f"{lock.lock_file} is held by another process") from error
+        logger.info("%s", waits)
+        lock.acquire(poll_interval=POLL_SECONDS)
