@@ -15,7 +15,8 @@ from tasks import tracking
 from tasks.corpus.sources import source_identity
 from tasks.data import prepare_data
 from tasks.evaluate import Measurement, log_measurement, measure
-from tasks.reporting.summary import fixed, markdown_table, percent
+from tasks.reporting.numbers import fixed, percent
+from tasks.reporting.summary import markdown_table
 from tasks.running.steps import run
 from tasks.settings import Settings
 from tasks.slice import fetch_part

@@ -57,11 +57,6 @@ class BudgetEvaluation:
     accuracy: float | None = None
     accuracy_by_task: Mapping[str, float] = field(default_factory=dict)
 
-    def recovered(self, teacher_cross_entropy: float) -> float | None:
-        """The share of what cutting lost that training won back; None where cutting lost nothing."""
-        lost = self.cut_cross_entropy - teacher_cross_entropy
-        return (self.cut_cross_entropy - self.cross_entropy) / lost if lost > 0 else None
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationRecord:

@@ -152,7 +152,9 @@ def has_causal_conv1d() -> bool:
 
 
 def select_backend(choice: BackendName, device: torch.device | str) -> Backend:
-    """Return the backend asked for; "auto" is "triton" on a CUDA device that can have it, and says once what it is.
+    """Return the backend asked for; "auto" is "triton" on a CUDA device that can have it, and says once which it is.
+
+    On other devices there is no choice, and nothing is said.
 
     Raises ValueError where "triton" is asked for and cannot be had, or the choice is unknown.
     """
@@ -167,25 +169,25 @@ def _select(choice: BackendName, device_type: str) -> Backend:
         raise ValueError(f"backend={choice!r} is unknown; choose 'auto', 'torch' or 'triton'")
     obstacle = _triton_obstacle(device_type)
     if choice == "triton" and obstacle:
-        raise ValueError(f"backend='triton' {obstacle}")
-    backend = TORCH if obstacle else TRITON
-    if choice == "auto":
-        _log.info(
-            "backend 'auto' on %s is %r%s", device_type, backend.name, f": 'triton' {obstacle}" if obstacle else ""
-        )
-    return backend
+        raise ValueError(f"backend='triton': the fused kernels {obstacle}")
+    if choice == "auto" and device_type == "cuda":
+        if obstacle:
+            _log.warning("Mamba layers run on plain PyTorch, which is slower; the fused kernels %s", obstacle)
+        else:
+            _log.info("Mamba layers run on the fused kernels of mamba-ssm and causal-conv1d")
+    return TORCH if obstacle else TRITON
 
 
 def _triton_obstacle(device_type: str) -> str | None:
     """Say why the fused kernels cannot run on such a device and what to do about it; None if they can."""
     if device_type != "cuda":
-        return f"needs a CUDA device, not {device_type!r}; choose 'torch' there"
+        return f"need a CUDA device, not {device_type!r}; choose backend='torch' there"
     errors = {
         "mamba-ssm": _import_error("mamba_ssm.ops.triton.ssd_combined"),
         "causal-conv1d": _import_error("causal_conv1d"),
     }
     missing = [f"{package} ({error})" for package, error in errors.items() if error is not None]
-    return f"needs {' and '.join(missing)}; pip install 'elastic-family[cuda]'" if missing else None
+    return f"need {' and '.join(missing)}; pip install 'elastic-family[cuda]'" if missing else None
 
 
 def _import_error(module: str) -> str | None:

@@ -14,7 +14,7 @@ from elastic_core.recipe import Recipe
 from elastic_core.schema import to_dict
 from elastic_core.subnet import Subnet
 from flows.commands.terminal import text_table, wide_console
-from tasks.reporting.summary import human_bytes, human_count, percent
+from tasks.reporting.numbers import human_bytes, human_count, percent
 
 MEMORY_TITLES = {"parameters": "weights", "optimizer": "AdamW"}
 

@@ -27,6 +27,9 @@ PORTS = range(10_000, 30_000)
 
 QUIET = {"DO_NOT_TRACK": "true", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", **CLIENT_ENVIRONMENT}
 
+# For the server, and for its clients, which would else link to pages that it does not have.
+NO_UI = {"PREFECT_SERVER_UI_ENABLED": "0"}
+
 _log = logging.getLogger(__name__)
 
 
@@ -142,7 +145,7 @@ class PrefectServer:
 
     def environment(self) -> dict[str, str]:
         own = {"PREFECT_HOME": str(self.home), "PREFECT_API_URL": f"{self.url}/api"}
-        return own | {"PREFECT_UI_URL": self.url} if self._ui else own
+        return own | ({"PREFECT_UI_URL": self.url} if self._ui else NO_UI)
 
     def start(self) -> None:
         """Return at once; `wait` until it answers, which takes some seconds."""
@@ -158,8 +161,8 @@ class PrefectServer:
         self.process.stop()
 
     def _for_one_run(self) -> dict[str, str]:
-        own = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
-        return own | {"PREFECT_HOME": str(self.home)}
+        own = {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+        return own | NO_UI | {"PREFECT_HOME": str(self.home)}
 
     def _with_ui(self) -> dict[str, str]:
         return {

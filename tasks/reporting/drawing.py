@@ -22,7 +22,7 @@ from elastic_core.recipe import Recipe
 from elastic_core.subnet import Subnet
 from tasks.records import BudgetEvaluation, EvaluationRecord, OrderComparison
 from tasks.reporting.history import Pick, StageHistory
-from tasks.reporting.summary import human_count
+from tasks.reporting.numbers import human_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Panel

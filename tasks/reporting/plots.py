@@ -32,7 +32,8 @@ from tasks.reporting.drawing import (
     to_svg,
 )
 from tasks.reporting.history import Pick, StageHistory
-from tasks.reporting.summary import AXIS_TITLES, above_teacher, cut_title, human_bytes, percent
+from tasks.reporting.numbers import human_bytes, percent
+from tasks.reporting.summary import AXIS_TITLES, above_teacher, cut_title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

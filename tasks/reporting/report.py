@@ -20,18 +20,15 @@ from elastic_core.subnet import Subnet
 from tasks.records import EvaluationRecord, OrderComparison
 from tasks.reporting.drawing import THEME, Run
 from tasks.reporting.history import read_stages
+from tasks.reporting.numbers import fixed, human_bytes, human_count, human_seconds, percent
 from tasks.reporting.plots import KIND_TITLES, Plot, draw_all, span
 from tasks.reporting.summary import (
     by_size,
-    fixed,
-    human_bytes,
-    human_count,
-    human_seconds,
     markdown_table,
     order_table,
     order_warnings,
-    percent,
     recovered,
+    smallest_loss,
     summary_lines,
     summary_table,
 )
@@ -196,6 +193,7 @@ def _html(run: Run, links: Mapping[str, str], plots: Sequence[tuple["Plot", Mark
             "training time": human_seconds(sum(stage.seconds for stage in run.stages)),
         },
         results=summary_table(evaluation),
+        smallest_loss=fixed(smallest_loss(evaluation.heldout_tokens), 4),
         warnings=order_warnings(run.orders),
         orders=order_table(run.orders),
         random_orders=len(run.orders.cuts[0].at_random) if run.orders.cuts else 0,
@@ -300,7 +298,8 @@ summary { cursor: pointer; }
 {{ table(results) }}
 <p class="note">Loss is cross-entropy, and KL is to the teacher, in nats a token on held-out data. Accuracy is the
 share of held-out problems answered exactly. Tokens/s is decoding. Recovered is the share of the loss of cutting with
-no training that training won back.</p>
+no training that training won back; "-" where cutting lost less than {{ smallest_loss }} nats a token, too little to
+tell from noise.</p>
 
 {% if orders %}
 <h2>Order of importance</h2>

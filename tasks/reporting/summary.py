@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from elastic_core.comparison import Cut
 from tasks.records import BudgetEvaluation, EvaluationRecord, OrderComparison
+from tasks.reporting.numbers import fixed, human_bytes, percent
 
 AXIS_TITLES = {
     "hidden": "hidden channels",
@@ -15,41 +16,9 @@ AXIS_TITLES = {
     "depth": "layers",
 }
 
-# Numbers for people
-
-
-def human_count(count: float) -> str:
-    """A count with three digits: 12.3B, 4.56M, 812K, 95."""
-    return "".join(_scaled(count, ("", "K", "M", "B", "T")))
-
-
-def human_bytes(count: float) -> str:
-    """Bytes in decimal units: 24.6 GB."""
-    return " ".join(_scaled(count, ("B", "kB", "MB", "GB", "TB", "PB")))
-
-
-def human_seconds(seconds: float) -> str:
-    """A duration in its two largest units: 3 min 20 s."""
-    minutes, hours = round(seconds) // 60, round(seconds) // 3600
-    if hours:
-        return f"{hours} h {minutes % 60} min"
-    return f"{minutes} min {round(seconds) % 60} s" if minutes else f"{seconds:.3g} s"
-
-
-def _scaled(count: float, units: Sequence[str]) -> tuple[str, str]:
-    power = 0
-    while power < len(units) - 1 and abs(float(f"{count:.3g}")) >= 1000:
-        count, power = count / 1000, power + 1
-    return f"{count:.3g}", units[power]
-
-
-def fixed(value: float | None, digits: int) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
-
-
-def percent(share: float | None, digits: int = 0) -> str:
-    return "-" if share is None or not math.isfinite(share) else f"{share * 100:.{digits}f} %"
-
+# The losses of two models on one token differ by about half a nat (standard deviation), so that their means over N
+# tokens differ by chance by 0.5 / sqrt(N). A share of a difference below ten times that would be a share of noise.
+_DEVIATION, _DEVIATIONS = 0.5, 10
 
 # The budget table
 
@@ -60,10 +29,16 @@ def by_size(evaluation: EvaluationRecord) -> list[BudgetEvaluation]:
 
 
 def recovered(evaluation: EvaluationRecord, budget: BudgetEvaluation) -> float | None:
-    """The share of what cutting lost that training won back; None for the full model, which cuts nothing."""
-    if budget.params >= evaluation.teacher_params:
+    """The share of what cutting lost that training won back; None where too little was lost to tell it from noise."""
+    lost = budget.cut_cross_entropy - evaluation.teacher_cross_entropy
+    if budget.params >= evaluation.teacher_params or not lost > smallest_loss(evaluation.heldout_tokens):
         return None
-    return budget.recovered(evaluation.teacher_cross_entropy)
+    return (budget.cut_cross_entropy - budget.cross_entropy) / lost
+
+
+def smallest_loss(tokens: int) -> float:
+    """The smallest difference of two losses, in nats a token on so many tokens, that a share is taken of."""
+    return _DEVIATIONS * _DEVIATION / math.sqrt(max(tokens, 1))
 
 
 def summary_table(evaluation: EvaluationRecord) -> list[dict[str, str]]:

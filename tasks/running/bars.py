@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tasks.reporting.numbers import human_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +29,13 @@ def bar(description: str) -> Iterator[Report]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
     )
+    pace = Pace()
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(description, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+        task = progress.add_task(description, total=None, left="")
+        # Not rich's own estimate, which forgets after 30 s: a step of a large model takes longer.
+        yield lambda done, total: progress.update(task, completed=done, total=total, left=pace.left(done, total))
 
 
 def _logged(description: str) -> Report:
@@ -39,10 +43,10 @@ def _logged(description: str) -> Report:
 
     def report(done: int, total: int) -> None:
         nonlocal last
-        left, now = pace.seconds_left(done, total), time.monotonic()
-        if now - last >= SECONDS_BETWEEN_LINES and left is not None:
+        left, now = pace.left(done, total), time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES and left:
             last = now
-            logger.info("%s: %.0f %%, %.0f s left", description, 100 * done / total, left)
+            logger.info("%s: %.0f %%, %s", description, 100 * done / total, left)
 
     return report
 
@@ -60,16 +64,18 @@ def counter(description: str, unit: str) -> Iterator[Callable[[int], None]]:
 
 
 class Pace:
-    """How fast a count rises, from where it first stood: a resumed stage does not begin at zero."""
+    """How fast a count rises, from when and where it first stood: a resumed stage does not begin at zero."""
 
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-        self._first: int | None = None
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._first: tuple[float, int] | None = None
 
-    def seconds_left(self, done: int, total: int) -> float | None:
-        """None until the count has risen."""
-        if self._first is None:
-            self._first = done
-        if done <= self._first:
-            return None
-        return (time.monotonic() - self._began) * (total - done) / (done - self._first)
+    def left(self, done: int, total: int) -> str:
+        """The time that is left, "2 h 5 min left"; empty until the count has risen, and at its end."""
+        now = self._clock()
+        if self._first is None or done < self._first[1]:
+            self._first = now, done
+        began, first = self._first
+        if not first < done < total:
+            return ""
+        return f"{human_seconds((now - began) * (total - done) / (done - first))} left"

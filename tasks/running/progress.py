@@ -15,7 +15,6 @@ from prefect.context import TaskRunContext
 from prefect.exceptions import PrefectException
 
 from elastic_core.recipe import Stage
-from tasks.reporting.summary import human_seconds
 from tasks.running.bars import Pace, Report, bar
 from tasks.running.gpu import shown_on
 
@@ -90,8 +89,8 @@ class ProgressArtifact:
                     logger.debug("progress is not shown: %s", error)
 
     def _put(self, client: SyncPrefectClient, artifact: UUID | None, done: int, total: int) -> UUID:
-        left = self._pace.seconds_left(done, total)
-        text = f"{self._description}: {done:,} of {total:,}" + (f", {human_seconds(left)} left" if left else "")
+        left = self._pace.left(done, total)
+        text = f"{self._description}: {done:,} of {total:,}" + (f", {left}" if left else "")
         share = 100.0 * done / max(total, 1)
         if artifact is not None:
             client.update_artifact(artifact, ArtifactUpdate(data=share, description=text))

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from prefect.context import FlowRunContext
+from prefect.settings import get_current_settings
 from prefect.utilities.urls import url_for
 
 from elastic_core.recipe import Recipe
@@ -56,7 +57,7 @@ def tracked(recipe: Recipe, settings: Settings) -> Iterator[str]:
         experiment=recipe.family,
         run_key=key,
         run_name=f"{recipe.family}-{key[:8]}",
-        tags={PREFECT_RUN: prefect_url()},
+        tags={PREFECT_RUN: page} if (page := prefect_url()) else {},
         artifact_root=f"s3://{settings.bucket}/mlflow/{recipe.family}" if not tracking.is_server(uri) else None,
     )
     run_id = patiently("opening the run", opened)
@@ -78,15 +79,19 @@ def link_release(settings: Settings, run_id: str, release: Release) -> None:
     models = [f"- [{model}](#/models/{model.replace(':', '/versions/')})" for model in release.models.values()]
     lines = [f"Family {release.family}, version {release.version}, objects at `{release.uri}`:", "\n".join(models)]
     if release.run_id != run_id:
-        lines.append(f"Nothing was to be trained anew; the curves are in run `{release.run_id}`.")
+        lines.append(f"This run took every step from the cache; the curves are in run `{release.run_id}`.")
     if page:
         lines.append(f"[Run in Prefect]({page})")
     note = {tracking.NOTE: "\n\n".join(lines)}
     patiently("linking the release", partial(tracking.set_tags, uri, run_id, note))
-    patiently("linking the release", partial(tracking.tag_versions, uri, release.models.values(), {PREFECT_RUN: page}))
+    if page:
+        tags = {PREFECT_RUN: page}
+        patiently("linking the release", partial(tracking.tag_versions, uri, release.models.values(), tags))
 
 
 def prefect_url() -> str:
-    """The page of this flow run; empty where the server has no UI."""
+    """The page of this flow run; empty where the server has no UI, as the one that `elastic run` starts."""
     context = FlowRunContext.get()
+    if not get_current_settings().server.ui.enabled:
+        return ""
     return (url_for(context.flow_run) or "") if context is not None and context.flow_run is not None else ""

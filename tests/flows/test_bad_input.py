@@ -110,9 +110,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # What may stand before the complaint: steps that are done, none of which trains, and what they told.
-STEP = "(fetch_teacher|prepare_data|rank_importance|reorder_teacher)"
+STEP = "(fetch_teacher|prepare_data|rank_importance|reorder_teacher|compare_orders)"
 PROGRESS = re.compile(
-    rf"{STEP} +(cached|[\d.]+ s)|teacher .*: \d+ layers, hidden size \d+|backend 'auto' on .*|.+: \d+ %, \d+ s left"
+    rf"{STEP} +(cached|[\d.]+ s)|teacher .*: \d+ layers, hidden size \d+|.+: \d+ %, [\w. ]+ left|"
+    ".+: the order of importance is no better than a random one; .+"
 )
 # The step that a directory of the workspace is of; a stage's own is not here, since it is what a next attempt needs.
 MADE_BY = {"corpus": "prepare_data", "importance": "rank_importance", "reordered": "reorder_teacher"}

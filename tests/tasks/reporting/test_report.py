@@ -22,7 +22,7 @@ from elastic_core.recipe import DataConfig, DataSource, Optimizer, Recipe, Stage
 from elastic_core.subnet import Subnet, full_subnet, keep_layers
 from elastic_core.training.train import BudgetMetrics, StepMetrics
 from tasks.records import BudgetEvaluation, EvaluationRecord, OrderComparison
-from tasks.reporting import drawing, history, plots, report, summary
+from tasks.reporting import drawing, history, numbers, plots, report, summary
 
 MODEL = ModelConfig(
     hybrid_override_pattern="M-M*-M-",
@@ -223,13 +223,13 @@ class Elements(HTMLParser):
     [(0, "0"), (95, "95"), (999, "999"), (1000, "1K"), (999_499, "999K"), (999_999, "1M"), (12_310_001_152, "12.3B")],
 )
 def test_a_count_keeps_three_digits_and_never_an_exponent(count: int, text: str) -> None:
-    assert summary.human_count(count) == text
+    assert numbers.human_count(count) == text
 
 
 def test_human_bytes_are_decimal_and_within_half_a_percent() -> None:
     units = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "PB": 1e15}
     for count in np.geomspace(1, 9e17, 500).astype(int):
-        number, unit = summary.human_bytes(int(count)).split()
+        number, unit = numbers.human_bytes(int(count)).split()
         assert float(number) * units[unit] == pytest.approx(count, rel=0.005)
         assert float(number) < 1000
 
@@ -238,7 +238,7 @@ def test_human_bytes_are_decimal_and_within_half_a_percent() -> None:
     ("seconds", "text"), [(0.4, "0.4 s"), (59.4, "59.4 s"), (60, "1 min 0 s"), (200, "3 min 20 s"), (7260, "2 h 1 min")]
 )
 def test_durations_have_their_two_largest_units(seconds: float, text: str) -> None:
-    assert summary.human_seconds(seconds) == text
+    assert numbers.human_seconds(seconds) == text
 
 
 # The budget table
@@ -254,6 +254,16 @@ def test_recovered_is_the_won_share_of_what_cutting_lost() -> None:
     small = budget("s", cut_cross_entropy=TEACHER_LOSS + 2.0, cross_entropy=TEACHER_LOSS + 0.25)
     rows = summary.summary_table(evaluation(small))
     assert rows[1]["recovered"] == "87.5 %"
+
+
+@pytest.mark.parametrize(("lost", "shown"), [(0.0499, False), (0.0501, True), (-1.0, False), (math.nan, False)])
+def test_no_share_is_taken_of_a_loss_that_noise_may_be(lost: float, shown: bool) -> None:
+    """10 standard errors of 0.5 nats over the root of 10,000 tokens are 0.05 nats."""
+    small = budget("s", cut_cross_entropy=TEACHER_LOSS + lost, cross_entropy=TEACHER_LOSS - 0.2)
+    record = evaluation(small, heldout_tokens=10_000)
+    assert (summary.summary_table(record)[1]["recovered"] != "-") == shown
+    assert ("recovered" in summary.summary_lines(record)["s"]) == shown
+    assert (summary.recovered(record, small) is not None) == shown
 
 
 def test_the_full_model_recovers_nothing_whatever_the_rounding_of_its_cut() -> None:

@@ -1,0 +1,37 @@
+"""Numbers for people: counts, bytes and durations in few digits."""
+
+import math
+from collections.abc import Sequence
+
+
+def human_count(count: float) -> str:
+    """A count with three digits: 12.3B, 4.56M, 812K, 95."""
+    return "".join(_scaled(count, ("", "K", "M", "B", "T")))
+
+
+def human_bytes(count: float) -> str:
+    """Bytes in decimal units: 24.6 GB."""
+    return " ".join(_scaled(count, ("B", "kB", "MB", "GB", "TB", "PB")))
+
+
+def human_seconds(seconds: float) -> str:
+    """A duration in its two largest units: 3 min 20 s."""
+    minutes, hours = round(seconds) // 60, round(seconds) // 3600
+    if hours:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min {round(seconds) % 60} s" if minutes else f"{seconds:.3g} s"
+
+
+def _scaled(count: float, units: Sequence[str]) -> tuple[str, str]:
+    power = 0
+    while power < len(units) - 1 and abs(float(f"{count:.3g}")) >= 1000:
+        count, power = count / 1000, power + 1
+    return f"{count:.3g}", units[power]
+
+
+def fixed(value: float | None, digits: int) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
+
+
+def percent(share: float | None, digits: int = 0) -> str:
+    return "-" if share is None or not math.isfinite(share) else f"{share * 100:.{digits}f} %"
