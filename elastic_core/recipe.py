@@ -5,6 +5,7 @@ made from the same classes, so a default lives here or nowhere.
 """
 
 from dataclasses import dataclass, field
+from dataclasses import field as dataclass_field
 from typing import Literal
 
 from elastic_core.budget import Budget, Dtype, check_order
@@ -13,27 +14,41 @@ from elastic_core.schema import Strict, checked_name, multiple_of, not_negative,
 
 Storage = Literal["materialised", "nested"]
 MambaScores = Literal["absolute", "signed"]
+TemplateArgument = str | bool | int | float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSource(Strict):
     """Documents to train on: a file, glob or directory, `s3://bucket/prefix`, `hf://org/name`, or `stdlib://`.
 
-    A row that holds `messages_field` goes through the tokenizer's chat template; any other row is its `field`.
+    A row that holds `messages_field` goes through the tokenizer's chat template; any other row is its `field`. The
+    template is given the row's `tools_field`, the arguments in `chat_template_kwargs` here and in a column of that
+    name, and `enable_thinking` where `reasoning_field` says on or off.
+
+    `special_tokens` text: a special token that a document spells is characters. tokens: it is that token.
+    `train_on` assistant: of a chat only what the assistant writes is learned; a text is learned whole.
+    `max_skipped` rows that cannot be used are left out; one more is an error.
     """
 
     path: str
     format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
     field: str = "text"
     messages_field: str = "messages"
+    tools_field: str = "tools"
+    reasoning_field: str = "reasoning"
+    chat_template_kwargs: dict[str, TemplateArgument] = dataclass_field(default_factory=dict)
+    special_tokens: Literal["text", "tokens"] = "text"
+    train_on: Literal["all", "assistant"] = "all"
     split: str = "train"
     max_documents: int | None = None
     max_tokens: int | None = None
+    max_skipped: int = 0
 
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("path is empty; name a file, a glob, a directory, s3://, hf:// or stdlib://")
         positive(self, *(name for name in ("max_documents", "max_tokens") if getattr(self, name) is not None))
+        not_negative(self, "max_skipped")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

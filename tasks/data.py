@@ -4,7 +4,7 @@ from pathlib import Path
 
 from elastic_core.recipe import DataConfig
 from tasks.corpus import build as data
-from tasks.corpus import documents, token_file
+from tasks.corpus import chats, documents, encoding, ends, rendering, token_file, turns
 from tasks.corpus import tokenizer as tokenizer_module
 from tasks.corpus.sources import fetch_data
 from tasks.records import Artifact
@@ -12,7 +12,7 @@ from tasks.running.bars import counter
 from tasks.running.steps import artifact, new_directory, step
 
 
-@step(data, documents, token_file, tokenizer_module)
+@step(chats, data, documents, encoding, ends, rendering, token_file, turns, tokenizer_module)
 def prepare_data(config: DataConfig, identity: tuple[str, ...], tokenizer: Artifact, workspace: str) -> Artifact:
     """Tokenise the recipe's sources; `identity` tells one state of them from another."""
     directory = new_directory(workspace, "corpus")

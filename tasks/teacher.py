@@ -17,7 +17,7 @@ from elastic_core.training import curriculum, job, losses, parallel, resume, tra
 from elastic_core.training.job import TrainJob
 from tasks import artifacts
 from tasks.corpus import build as data
-from tasks.corpus import documents, tokenizer
+from tasks.corpus import chats, documents, tokenizer
 from tasks.corpus.record import TRAIN_FILE
 from tasks.corpus.sources import fetch_data
 from tasks.records import Artifact
@@ -47,7 +47,7 @@ def fetch_teacher(path: str, identity: str, workspace: str) -> Artifact:
     return artifact(directory)
 
 
-@step(data, documents, tokenizer)
+@step(chats, data, documents, tokenizer)
 def train_tokenizer(
     pretraining: Pretraining, corpus: DataConfig, identity: tuple[str, ...], workspace: str
 ) -> Artifact:

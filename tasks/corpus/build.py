@@ -6,21 +6,23 @@ row i from it as `tokens[i * L : i * L + L + 1]`, so that one file serves every 
 
 import hashlib
 import heapq
+import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerFast
 
 from elastic_core.files.shards import staged_directory, write_json
 from elastic_core.recipe import DataConfig, DataSource
 from elastic_core.schema import to_dict
-from tasks.corpus.documents import Document, Fetch, digest_files, first_line, iter_documents
+from tasks.corpus.documents import Document, Fetch, Refusals, digest_files, iter_documents
+from tasks.corpus.encoding import Encoder
+from tasks.corpus.ends import end_tokens
 from tasks.corpus.record import HELDOUT_FILE, RECORD_FILE, TRAIN_FILE, DataRecord, SourceRecord
 from tasks.corpus.token_file import Sample, TokenFile
 from tasks.corpus.tokenizer import load_tokenizer, tokenizer_files
 
-BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 4_000_000
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
@@ -34,6 +36,7 @@ def build_corpus(
     is told the totals so far. ValueError, one line with file, row and remedy, for input that cannot be used.
     """
     tokenizer = load_tokenizer(tokenizer_dir)
+    encoder = Encoder(tokenizer, end_tokens(tokenizer_dir))
     with (
         staged_directory(output_dir) as staging,
         tempfile.TemporaryDirectory(dir=staging) as work,
@@ -48,8 +51,9 @@ def build_corpus(
 
         sources = []
         for i, source in enumerate(config.sources):
-            found = iter_documents(source, fetch=fetch, directory=Path(work, str(i)))
-            sources.append(_write_source(source, _encoded(found, tokenizer), write))
+            refusals = Refusals(source)
+            found = iter_documents(source, fetch=fetch, directory=Path(work, str(i)), refusals=refusals)
+            sources.append(_write_source(source, encoder.samples(found, source, refusals), refusals, write))
         if not train.documents or not heldout.documents:
             raise ValueError(
                 f"{train.documents + heldout.documents} documents leave {train.documents} to train on and "
@@ -70,7 +74,7 @@ def iter_texts(config: DataConfig, *, fetch: Fetch) -> Iterator[str]:
     """The texts of all sources, an equal amount from each until it ends: what a tokenizer is best trained on."""
     with tempfile.TemporaryDirectory() as work:
         streams = [
-            (0, i, iter_documents(source, fetch=fetch, directory=Path(work, str(i))))
+            (0, i, islice(iter_documents(source, fetch=fetch, directory=Path(work, str(i))), source.max_documents))
             for i, source in enumerate(config.sources)
         ]
         while streams:
@@ -79,7 +83,7 @@ def iter_texts(config: DataConfig, *, fetch: Fetch) -> Iterator[str]:
             if document is None:
                 continue
             content = document.content
-            text = content if isinstance(content, str) else "\n".join(str(turn.get("content", "")) for turn in content)
+            text = content if isinstance(content, str) else "\n".join(content.texts())
             yield text
             heapq.heappush(streams, (characters + len(text), i, found))
 
@@ -91,55 +95,42 @@ def is_heldout(digest: bytes, fraction: float, seed: int) -> bool:
 
 
 def _write_source(
-    source: DataSource, encoded: Iterable[tuple[Document, Sample]], write: Callable[[bytes, Sample], None]
+    source: DataSource,
+    encoded: Iterable[tuple[Document, list[Sample]]],
+    refusals: Refusals,
+    write: Callable[[bytes, Sample], None],
 ) -> SourceRecord:
-    """Write documents until the source ends or `max_tokens` is reached, where the last document is cut."""
+    """Write documents until the source ends or a limit is reached; the last one is cut at `max_tokens`."""
     content = hashlib.sha256()
-    taken = tokens = 0
-    for document, whole in encoded:
+    taken = tokens = learned = 0
+    for document, samples in encoded:
         digest = document.digest()
-        sample = whole if source.max_tokens is None else whole.first(source.max_tokens - tokens)
-        write(digest, sample)
+        for whole in samples:
+            sample = whole if source.max_tokens is None else whole.first(source.max_tokens - tokens)
+            if not sample.ids:
+                break
+            write(digest, sample)
+            tokens += len(sample.ids)
+            learned += sample.count_learned
         content.update(digest)
         taken += 1
-        tokens += len(sample.ids)
-        if source.max_tokens is not None and tokens >= source.max_tokens:
+        if taken == source.max_documents or tokens == source.max_tokens:
             break
     if not taken:
         raise ValueError(f"{source.path}: the dataset is empty; add documents or take it out of data.sources")
-    return SourceRecord(documents=taken, tokens=tokens, sha256=content.hexdigest())
-
-
-def _encoded(found: Iterable[Document], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Document, Sample]]:
-    """Each document with its token ids, which end in one eos."""
-    eos = tokenizer.eos_token_id
-    for batch in _batches((document, _render(document, tokenizer)) for document in found):
-        texts = [text for _, text in batch]
-        # A chat template writes its own special tokens, and a document inside a stream needs no bos.
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        for (document, _), ids in zip(batch, encoded["input_ids"], strict=True):
-            yield document, Sample(ids if ids and ids[-1] == eos else [*ids, eos])
-
-
-def _batches(rendered: Iterable[tuple[Document, str]]) -> Iterator[list[tuple[Document, str]]]:
-    batch: list[tuple[Document, str]] = []
-    characters = 0
-    for document, text in rendered:
-        batch.append((document, text))
-        characters += len(text)
-        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _render(document: Document, tokenizer: PreTrainedTokenizerFast) -> str:
-    if isinstance(document.content, str):
-        return document.content
-    if tokenizer.chat_template is None:
-        raise ValueError(f"{document.where} holds messages but the tokenizer has no chat template; add one to it")
-    try:
-        return str(tokenizer.apply_chat_template(document.content, tokenize=False))
-    except Exception as error:
-        raise ValueError(f"{document.where}: the chat template refuses it ({first_line(error)}); mend it") from error
+    if refusals.skipped:
+        logger.warning(
+            "%s: %d rows cannot be used and were skipped; the first: %s",
+            source.path,
+            refusals.skipped,
+            refusals.first[0],
+        )
+    return SourceRecord(
+        documents=taken,
+        tokens=tokens,
+        learned=learned,
+        empty=refusals.empty,
+        skipped=refusals.skipped,
+        first_skipped=tuple(refusals.first),
+        sha256=content.hexdigest(),
+    )

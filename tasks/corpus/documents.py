@@ -1,6 +1,6 @@
 """Read documents from wherever a recipe's sources are: files, S3, the Hub, or Python's own standard library.
 
-Text, JSONL (also gzipped) and Parquet are read by `datasets`, streaming. A document is text or the messages of a chat.
+Text, JSONL (also gzipped) and Parquet are read by `datasets`, streaming. A document is text or a chat.
 """
 
 import glob
@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
-from typing import Any
 
 from datasets import IterableDataset, load_dataset
 
 from elastic_core.recipe import DataSource
+from tasks.corpus.chats import Chat, Row, Unusable, read_chat
 
 STDLIB = "stdlib://"
 SUFFIXES = {
@@ -29,38 +29,71 @@ SUFFIXES = {
 }
 NOT_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 ROWS_PER_READ = 1024
+SHOWN = 3  # the refused rows of a source that are kept word for word
 
 # Downloads an s3:// object or prefix to a path inside a directory that does not exist yet, and returns that path.
 Fetch = Callable[[str, Path], Path]
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Text, or the messages of a chat, and the place it was read from."""
+    """Text or a chat, and the place it was read from."""
 
-    content: str | list[Row]
+    content: str | Chat
     where: str
 
     def digest(self) -> bytes:
         """SHA-256 of the content, whatever file, format or place it came from."""
-        text = self.content if isinstance(self.content, str) else json.dumps(self.content, sort_keys=True, default=str)
+        chat = self.content
+        text = chat if isinstance(chat, str) else json.dumps(chat.hashed(), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).digest()
 
 
-def iter_documents(source: DataSource, *, fetch: Fetch, directory: Path) -> Iterator[Document]:
+class Refusals:
+    """The rows of a source that cannot be used, up to `max_skipped` of them, and those without content."""
+
+    def __init__(self, source: DataSource) -> None:
+        self._source = source
+        self.skipped = self.empty = 0
+        self.first: list[str] = []
+
+    def add(self, fault: Unusable) -> None:
+        """Count a row; ValueError where the source may skip no more of them."""
+        self.skipped += 1
+        if len(self.first) < SHOWN:
+            self.first.append(str(fault))
+        limit = self._source.max_skipped
+        if self.skipped > limit:
+            more = f"; it is one more than max_skipped={limit}, and the first was: {self.first[0]}" if limit else ""
+            raise ValueError(f"{fault}{more}") from fault
+
+
+def iter_documents(
+    source: DataSource, *, fetch: Fetch, directory: Path, refusals: Refusals | None = None
+) -> Iterator[Document]:
     """The documents of a source, in a fixed order; rows with empty content are passed over.
 
     `directory` takes what has to be fetched, and the lock files of `datasets`; it can go when the iterator ends.
-    ValueError names the file, the row and the remedy.
+    ValueError names the file, the row and the remedy. Rows that cannot be used are counted in `refusals`, which raises
+    where there are too many.
     """
+    refusals = refusals or Refusals(source)
     cache_dir = str(directory / "cache")
+    rows: Iterator[tuple[str, Row | str]]
     if source.path.startswith("hf://"):
         rows = _hub_rows(source, cache_dir)
     else:
         rows = _file_rows(source, source_files(source, fetch=fetch, directory=directory), cache_dir)
-    documents = (Document(_content(row, source, where), where) for where, row in rows)
-    yield from islice((document for document in documents if document.content), source.max_documents)
+    for where, row in rows:
+        try:
+            content = _content(row, source, where)
+        except Unusable as fault:
+            refusals.add(fault)
+            continue
+        if content == "" or (isinstance(content, Chat) and not content.messages):
+            refusals.empty += 1
+        else:
+            yield Document(content, where)
 
 
 # --- files ---
@@ -131,8 +164,8 @@ def _format_of(path: Path) -> str | None:
 # --- rows ---
 
 
-def _file_rows(source: DataSource, files: dict[str, Path], cache_dir: str) -> Iterator[tuple[str, Row]]:
-    """Where each row stands, and the row. A text file is one row."""
+def _file_rows(source: DataSource, files: dict[str, Path], cache_dir: str) -> Iterator[tuple[str, Row | str]]:
+    """Where each row stands, and the row, or the line of JSON that it is. A text file is one row."""
     formats = {_format_of(file) for file in files.values()} if source.format == "auto" else {source.format}
     if len(formats) > 1 or None in formats:
         found = ", ".join(sorted({file.suffix or file.name for file in files.values()}))
@@ -152,9 +185,8 @@ def _file_rows(source: DataSource, files: dict[str, Path], cache_dir: str) -> It
             # Line by line, because the JSON reader holds every row to the columns and types of the first ones.
             for name, file in files.items():
                 for number, line in _numbered(name, file, partial(text_reader, sample_by="line")):
-                    where = f"{name} line {number}"
                     if line["text"].strip():
-                        yield where, _parse(line["text"], where)
+                        yield f"{name} line {number}", str(line["text"])
         case _:
             reader = partial(IterableDataset.from_parquet, batch_size=ROWS_PER_READ, cache_dir=cache_dir)
             for name, file in files.items():
@@ -177,16 +209,17 @@ def _numbered(name: str, file: Path, reader: Callable[[str], IterableDataset]) -
 
 
 def _parse(line: str, where: str) -> Row:
+    """The object that a line of JSON spells."""
     try:
         row = json.loads(line)
         if "\\u" in line:
             json.dumps(row, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON ({error.msg}, column {error.colno}); mend or remove it") from error
+        raise Unusable(f"{where} is not JSON ({error.msg}, column {error.colno}); mend or remove it") from error
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where} holds half a surrogate pair, which is no character; mend or remove it") from error
+        raise Unusable(f"{where} holds half a surrogate pair, which is no character; mend or remove it") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{where} is not a JSON object, of which JSONL holds one a line; mend or remove it")
+        raise Unusable(f"{where} is not a JSON object, of which JSONL holds one a line; mend or remove it")
     return row
 
 
@@ -206,7 +239,7 @@ def _naming(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: {first_line(error)}; mend or remove it") from error
 
 
-def _hub_rows(source: DataSource, cache_dir: str) -> Iterator[tuple[str, Row]]:
+def _hub_rows(source: DataSource, cache_dir: str) -> Iterator[tuple[str, Row | str]]:
     """The rows of `hf://org/name[/config][@revision]`, streamed."""
     name, _, revision = source.path.removeprefix("hf://").partition("@")
     org, _, rest = name.partition("/")
@@ -228,30 +261,20 @@ def _hub_rows(source: DataSource, cache_dir: str) -> Iterator[tuple[str, Row]]:
         yield f"{source.path} row {number}", row
 
 
-def _content(row: Row, source: DataSource, where: str) -> str | list[Row]:
-    messages = row.get(source.messages_field)
-    if messages is not None:
-        if not _is_chat(messages):
-            raise ValueError(
-                f"{where}: {source.messages_field!r} is not a list of messages with roles; mend or remove it"
-            )
-        # Readers of columns give every message the keys of all others; those that a message did not have are None.
-        return [{key: value for key, value in message.items() if value is not None} for message in messages]
-    text = row.get(source.field)
+def _content(row: Row | str, source: DataSource, where: str) -> str | Chat:
+    columns = not isinstance(row, str)
+    fields = _parse(row, where) if isinstance(row, str) else row
+    if fields.get(source.messages_field) is not None:
+        return read_chat(fields, source, where, columns=columns)
+    text = fields.get(source.field)
     if isinstance(text, str):
         return text
     if text is not None:
-        raise ValueError(f"{where}: {source.field!r} holds {type(text).__name__}, not text; mend it or set field")
-    present = ", ".join(repr(key) for key, value in row.items() if value is not None) or "nothing"
-    raise ValueError(
+        raise Unusable(f"{where}: {source.field!r} holds {type(text).__name__}, not text; mend it or set field")
+    present = ", ".join(repr(key) for key, value in fields.items() if value is not None) or "nothing"
+    raise Unusable(
         f"{where} has neither {source.field!r} nor {source.messages_field!r}, but {present}; "
         "mend it, or set the source's field or messages_field"
-    )
-
-
-def _is_chat(messages: Any) -> bool:
-    return isinstance(messages, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages
     )
 
 

@@ -25,10 +25,17 @@ class SplitRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceRecord:
-    """What was taken from one source, wherever it lay. `sha256` is over the digests of its documents, in order."""
+    """What was taken from one source, wherever it lay. `sha256` is over the digests of its documents, in order.
+
+    Rows without content are `empty`; those that cannot be used are `skipped`, the first of them with their reasons.
+    """
 
     documents: int
     tokens: int
+    learned: int
+    empty: int
+    skipped: int
+    first_skipped: tuple[str, ...]
     sha256: str
 
 

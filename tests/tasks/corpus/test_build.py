@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,10 @@ from transformers import PreTrainedTokenizerFast
 from elastic_core.recipe import DataConfig, DataSource
 from elastic_core.training.train import TokenRows
 from tasks.corpus import documents
-from tasks.corpus.build import (
-    HELDOUT_FILE,
-    RECORD_FILE,
-    TRAIN_FILE,
-    DataRecord,
-    build_corpus,
-    check_length,
-    is_heldout,
-    iter_texts,
-    read_record,
-)
+from tasks.corpus.build import build_corpus, is_heldout, iter_texts
+from tasks.corpus.chats import Chat
 from tasks.corpus.documents import Document, digest_files, iter_documents, source_files
+from tasks.corpus.record import HELDOUT_FILE, RECORD_FILE, TRAIN_FILE, DataRecord, check_length, read_record
 from tasks.corpus.tokenizer import load_tokenizer, tokenizer_files, train_tokenizer
 from tasks.running.steps import artifact
 
@@ -89,7 +82,8 @@ def read(source: DataSource, directory: Path, fetch: documents.Fetch = refuse) -
 
 
 def contents(source: DataSource, directory: Path) -> list[Any]:
-    return [document.content for document in read(source, directory)]
+    found = [document.content for document in read(source, directory)]
+    return [content.messages if isinstance(content, Chat) else content for content in found]
 
 
 def stream(directory: Path, file: str) -> list[int]:
@@ -164,8 +158,8 @@ def test_batches_of_any_size_give_the_same_stream(
 ) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", text_rows())
     whole, _ = prepare(source)
-    monkeypatch.setattr("tasks.corpus.build.BATCH_DOCUMENTS", 3)
-    monkeypatch.setattr("tasks.corpus.build.BATCH_CHARACTERS", 50)
+    monkeypatch.setattr("tasks.corpus.encoding.BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr("tasks.corpus.encoding.BATCH_CHARACTERS", 50)
     assert prepare(source)[0] == whole
 
 
@@ -295,8 +289,8 @@ def test_digest_of_files_is_of_content_and_order_alone(tmp_path: Path) -> None:
 def test_digest_of_a_chat_does_not_depend_on_the_order_of_keys() -> None:
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     turned = [dict(reversed(message.items())) for message in chat]
-    assert Document(chat, "here").digest() == Document(turned, "there").digest()
-    assert Document(chat, "").digest() != Document(chat[::-1], "").digest()
+    assert Document(Chat(chat), "here").digest() == Document(Chat(turned), "there").digest()
+    assert Document(Chat(chat), "").digest() != Document(Chat(chat[::-1]), "").digest()
 
 
 # --- sources ---
@@ -375,10 +369,10 @@ def test_rows_without_content_are_passed_over(tmp_path: Path) -> None:
 
 
 def test_standard_library_is_its_modules_without_tests(tmp_path: Path) -> None:
-    source = DataSource(path="stdlib://", max_documents=30)
-    found = read(source, tmp_path)
+    source = DataSource(path="stdlib://")
+    found, again = (list(islice(iter_documents(source, fetch=refuse, directory=tmp_path), 30)) for _ in range(2))
     assert [document.where for document in found] == sorted(document.where for document in found)
-    assert found == read(source, tmp_path)
+    assert found == again
     names = [path.as_posix() for path in source_files(source, fetch=refuse, directory=tmp_path).values()]
     assert any(name.endswith("/argparse.py") for name in names)
     assert not [name for name in names if re.search(r"/(tests?|idlelib|lib2to3|site-packages|__pycache__)/", name)]

@@ -1,0 +1,124 @@
+"""Documents as token ids: what a document says is characters, what its chat template adds are special tokens."""
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+from transformers import PreTrainedTokenizerFast
+
+from elastic_core.recipe import DataSource
+from tasks.corpus.chats import Chat, Unusable
+from tasks.corpus.documents import Document, Refusals
+from tasks.corpus.rendering import Template, Text, render_chat
+from tasks.corpus.token_file import Sample
+
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 4_000_000
+
+
+class Encoder:
+    """A tokenizer that encodes documents, a batch at a time.
+
+    `ends` are the tokens after which a document needs no eos, because they end a text already.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, ends: Collection[int]) -> None:
+        self.template = Template(tokenizer)
+        self._tokenizer = tokenizer
+        self._eos = int(tokenizer.eos_token_id)
+        self._ends = {self._eos, *ends}
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_padding()
+        self._backend.no_truncation()
+
+    def samples(
+        self, documents: Iterable[Document], source: DataSource, refusals: Refusals
+    ) -> Iterator[tuple[Document, list[Sample]]]:
+        """Each document as what is trained on: one sample, or of a chat whose earlier thoughts are dropped several."""
+        for batch in _batches(self._rendered(documents, source, refusals)):
+            texts = [text for _, of_document in batch for text in of_document]
+            learn_all = source.train_on == "all"
+            pieces = [(piece, text) for text in texts for piece in text.pieces(learn_all)]
+            encoded = iter(self.encode([(piece, text) for (piece, _), text in pieces]))
+            for document, of_document in batch:
+                yield document, [self._sample(text, text.pieces(learn_all), encoded) for text in of_document]
+
+    def encode(self, pieces: Sequence[tuple[str, Text]]) -> list[list[int]]:
+        """The ids of pieces of texts, each encoded by itself."""
+        parts = [self._parts(piece, text) for piece, text in pieces]
+        ids = {
+            as_characters: self._ids(
+                [part for of_piece in parts for part, kind in of_piece if kind == as_characters], as_characters
+            )
+            for as_characters in (True, False)
+        }
+        return [[i for _, as_characters in of_piece for i in next(ids[as_characters])] for of_piece in parts]
+
+    def _parts(self, piece: str, text: Text) -> list[tuple[str, bool]]:
+        """The piece, or what stands between the template's special tokens and these; and whether it is characters."""
+        if not text.marker or text.marker not in piece:
+            return [(piece, text.characters)]
+        parts, position = [], 0
+        for found in self.template.special.finditer(piece):
+            parts += [(piece[position : found.start()], True), (found[0], False)]
+            position = found.end()
+        parts.append((piece[position:], True))
+        return [(part.replace(text.marker, ""), characters) for part, characters in parts if part]
+
+    def _ids(self, texts: list[str], as_characters: bool) -> Iterator[list[int]]:
+        self._backend.encode_special_tokens = as_characters
+        encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return (encoding.ids for encoding in encoded)
+
+    def _sample(self, text: Text, pieces: list[tuple[str, bool]], encoded: Iterator[list[int]]) -> Sample:
+        """The pieces of one text joined, with an eos where the text does not end in a token that ends it."""
+        ids, mask = [], bytearray()
+        learned = True
+        for _, learned in pieces:
+            of_piece = next(encoded)
+            ids += of_piece
+            mask += bytes([learned]) * len(of_piece)
+        if not self._ends_itself(text, ids):
+            ids.append(self._eos)
+            mask.append(learned)
+        return Sample(ids, None if all(mask) else bytes(mask))
+
+    def _ends_itself(self, text: Text, ids: list[int]) -> bool:
+        if text.characters:
+            return False
+        last = self.template.last_special(text.text)
+        return last is not None and self._tokenizer.convert_tokens_to_ids(last) in self._ends
+
+    def _rendered(
+        self, documents: Iterable[Document], source: DataSource, refusals: Refusals
+    ) -> Iterator[tuple[Document, list[Text]]]:
+        for document in documents:
+            try:
+                yield document, self._texts(document, source)
+            except Unusable as fault:
+                refusals.add(fault)
+
+    def _texts(self, document: Document, source: DataSource) -> list[Text]:
+        as_tokens = source.special_tokens == "tokens"
+        if not isinstance(document.content, Chat):
+            return [Text(document.content, ((0, len(document.content)),), characters=not as_tokens)]
+        texts = render_chat(
+            document.content,
+            self.template,
+            document.where,
+            arguments=source.chat_template_kwargs,
+            special_tokens=as_tokens,
+        )
+        if source.train_on == "assistant" and not texts[0].written:
+            raise Unusable(f"{document.where} holds no message of the assistant, of which train_on: assistant learns")
+        return texts
+
+
+def _batches(rendered: Iterable[tuple[Document, list[Text]]]) -> Iterator[list[tuple[Document, list[Text]]]]:
+    batch: list[tuple[Document, list[Text]]] = []
+    characters = 0
+    for document, texts in rendered:
+        batch.append((document, texts))
+        characters += sum(len(text.text) for text in texts)
+        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,498 @@
+"""What chats and texts become: a table of situations, each read as JSONL and as Parquet, with the exact tokens.
+
+In what is expected a special token is written as its name in double brackets, and what is learned stands between
+`\u2039` and `\u203a` where not everything is. Every other character stands for its bytes, one token each.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from templates import TEMPLATES, write_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from elastic_core.recipe import DataSource
+from tasks.corpus.documents import Refusals, iter_documents
+from tasks.corpus.encoding import Encoder
+from tasks.corpus.token_file import Sample
+from tasks.corpus.tokenizer import load_tokenizer
+
+Row = dict[str, Any]
+
+
+def user(content: Any) -> Row:
+    return {"role": "user", "content": content}
+
+
+def says(content: Any, **more: Any) -> Row:
+    return {"role": "assistant", "content": content, **more}
+
+
+def system(content: str) -> Row:
+    return {"role": "system", "content": content}
+
+
+def returns(content: str) -> Row:
+    return {"role": "tool", "content": content}
+
+
+def calls(name: str, arguments: Any) -> list[Row]:
+    return [{"type": "function", "function": {"name": name, "arguments": arguments}}]
+
+
+THOUGHT = "<think>\nadd\n</think>\n\n"
+ASKED = user("2+2?")
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}
+TOOL_JSON = json.dumps(WEATHER)
+ROME = calls("weather", {"city": "Rome", "at": {"day": 1}})
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row, the template it goes through, and the samples that it becomes."""
+
+    template: str
+    row: Row
+    expected: list[str]
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+
+def chat(*messages: Row, **columns: Any) -> Row:
+    return {"messages": list(messages), **columns}
+
+
+ASSISTANT_ONLY = {"train_on": "assistant"}
+
+CASES = {
+    # texts
+    "a text": Case("ours", {"text": "two\n\nlines"}, ["two\n\nlines⟦/s⟧"]),
+    "a text that spells special tokens": Case(
+        "ours", {"text": "was <s>9</s> now 7</s>"}, ["was <s>9</s> now 7</s>⟦/s⟧"]
+    ),
+    "a text whose special tokens count": Case("ours", {"text": "<s>9</s>"}, ["⟦s⟧9⟦/s⟧"], {"special_tokens": "tokens"}),
+    "a text where assistants are learned": Case("ours", {"text": "all"}, ["all⟦/s⟧"], ASSISTANT_ONLY),
+    # plain chats
+    "our own template": Case(
+        "ours", chat(ASKED, says("4"), user("3?"), says("3")), ["⟦user⟧2+2?⟦assistant⟧4⟦/s⟧⟦user⟧3?⟦assistant⟧3⟦/s⟧"]
+    ),
+    "our own template, assistant only": Case(
+        "ours",
+        chat(ASKED, says("4"), user("3?"), says("3")),
+        ["⟦user⟧2+2?⟦assistant⟧‹4⟦/s⟧›⟦user⟧3?⟦assistant⟧‹3⟦/s⟧›"],
+        ASSISTANT_ONLY,
+    ),
+    "a question without an answer": Case("ours", chat(ASKED), ["⟦user⟧2+2?⟦/s⟧"]),
+    "a chat that ends in a question": Case(
+        "ours", chat(ASKED, says("4"), user("3?")), ["⟦user⟧2+2?⟦assistant⟧‹4⟦/s⟧›⟦user⟧3?⟦/s⟧"], ASSISTANT_ONLY
+    ),
+    "no second eos after a newline": Case(
+        "chatml",
+        chat(ASKED, says("4")),
+        ["⟦im_start⟧user\n2+2?⟦im_end⟧\n⟦im_start⟧assistant\n4⟦im_end⟧\n"],
+    ),
+    "the newline after the end is not learned": Case(
+        "chatml",
+        chat(ASKED, says("4"), user("3?"), says("3")),
+        [
+            "⟦im_start⟧user\n2+2?⟦im_end⟧\n⟦im_start⟧assistant\n‹4⟦im_end⟧›\n"
+            "⟦im_start⟧user\n3?⟦im_end⟧\n⟦im_start⟧assistant\n‹3⟦im_end⟧›\n"
+        ],
+        ASSISTANT_ONLY,
+    ),
+    "an answer that begins with a newline is read after the prompt": Case(
+        "chatml",
+        chat(ASKED, says("\n4")),
+        ["⟦im_start⟧user\n2+2?⟦im_end⟧\n⟦im_start⟧assistant\n‹\n4⟦im_end⟧›\n"],
+        ASSISTANT_ONLY,
+    ),
+    "a beginning, and an end without white space": Case(
+        "llama",
+        chat(system("Be exact."), ASKED, says(" 4 ")),
+        ["⟦s⟧⟦head⟧system⟦/head⟧\n\nBe exact.⟦eot⟧⟦head⟧user⟦/head⟧\n\n2+2?⟦eot⟧⟦head⟧assistant⟦/head⟧\n\n‹4⟦eot⟧›"],
+        ASSISTANT_ONLY,
+    ),
+    "a template that does not ask": Case(
+        "bare", chat(ASKED, says("4")), ["⟦turn⟧user\n2+2?⟦end⟧‹⟦turn⟧assistant\n4⟦end⟧›"], ASSISTANT_ONLY
+    ),
+    "a template without special tokens": Case(
+        "words", chat(ASKED, says("4")), ["USER: 2+2?\nASSISTANT: ‹4\n⟦/s⟧›"], ASSISTANT_ONLY
+    ),
+    "special tokens spelled in messages": Case(
+        "chatml",
+        chat(user("What does <|im_end|>\n<|im_start|>assistant\nmean?"), says("<|im_end|> ends.")),
+        [
+            "⟦im_start⟧user\nWhat does <|im_end|>\n<|im_start|>assistant\nmean?⟦im_end⟧\n"
+            "⟦im_start⟧assistant\n‹<|im_end|> ends.⟦im_end⟧›\n"
+        ],
+        ASSISTANT_ONLY,
+    ),
+    "special tokens in messages that count": Case(
+        "bare",
+        chat(user("a<end>"), says("b")),
+        ["⟦turn⟧user\na⟦end⟧⟦end⟧⟦turn⟧assistant\nb⟦end⟧"],
+        {"special_tokens": "tokens"},
+    ),
+    "content in parts": Case(
+        "ours",
+        chat(
+            user([{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]),
+            says([{"type": "text", "text": "4"}]),
+        ),
+        ["⟦user⟧2+2?⟦assistant⟧4⟦/s⟧"],
+    ),
+    "messages and template arguments as JSON text": Case(
+        "qwen3",
+        {"messages": json.dumps([ASKED, says("4")]), "chat_template_kwargs": json.dumps({"enable_thinking": False})},
+        [
+            "⟦im_start⟧user\n2+2?⟦im_end⟧\n⟦im_start⟧assistant\n<think>\n\n</think>\n\n‹4⟦im_end⟧›\n",
+        ],
+        ASSISTANT_ONLY,
+    ),
+    # tools
+    "tools in a column, and a call without content": Case(
+        "hermes",
+        chat(user("Rome?"), says(None, tool_calls=ROME), returns("sun"), says("Sunny."), tools=[WEATHER]),
+        [
+            f"⟦im_start⟧system\n{TOOL_JSON}\n⟦im_end⟧\n⟦im_start⟧user\nRome?⟦im_end⟧\n⟦im_start⟧assistant\n"
+            '‹⟦tool_call⟧{"name": "weather", "arguments": {"city": "Rome", "at": {"day": 1}}}⟦/tool_call⟧⟦im_end⟧›\n'
+            "⟦im_start⟧tool\nsun⟦im_end⟧\n⟦im_start⟧assistant\n‹Sunny.⟦im_end⟧›\n"
+        ],
+        ASSISTANT_ONLY,
+    ),
+    "tools and arguments as JSON text": Case(
+        "hermes",
+        chat(
+            user("Rome?"),
+            says("", tool_calls=calls("weather", '{"city": "Rome", "unit": null}')),
+            tools=json.dumps([WEATHER]),
+        ),
+        [
+            f"⟦im_start⟧system\n{TOOL_JSON}\n⟦im_end⟧\n⟦im_start⟧user\nRome?⟦im_end⟧\n⟦im_start⟧assistant\n"
+            '⟦tool_call⟧{"name": "weather", "arguments": {"city": "Rome", "unit": null}}⟦/tool_call⟧⟦im_end⟧\n'
+        ],
+    ),
+    "a special token spelled in the arguments of a call": Case(
+        "hermes",
+        chat(user("say"), says("", tool_calls=calls("say", {"text": "<|im_end|>"}))),
+        [
+            "⟦im_start⟧user\nsay⟦im_end⟧\n⟦im_start⟧assistant\n"
+            '⟦tool_call⟧{"name": "say", "arguments": {"text": "<|im_end|>"}}⟦/tool_call⟧⟦im_end⟧\n'
+        ],
+    ),
+    "a template that wants arguments as text": Case(
+        "r1",
+        chat(user("Rome?"), says("<think>\nlook\n</think>", tool_calls=ROME)),
+        [
+            "⟦s⟧⟦User⟧Rome?⟦Assistant⟧<think>\n‹look\n</think>"
+            '⟦call⟧weather\n{"city": "Rome", "at": {"day": 1}}⟦/call⟧⟦end⟧›'
+        ],
+        ASSISTANT_ONLY,
+    ),
+    # thoughts
+    "Nano 2 opens the thought": Case(
+        "nano2",
+        chat(ASKED, says(f"{THOUGHT}4"), reasoning="on"),
+        [
+            "⟦SPECIAL_10⟧System\n\n⟦SPECIAL_11⟧User\n2+2?\n⟦SPECIAL_11⟧Assistant\n<think>\n"
+            "‹add\n</think>\n\n4\n⟦SPECIAL_12⟧›\n"
+        ],
+        ASSISTANT_ONLY,
+    ),
+    "Nano 2, everything learned": Case(
+        "nano2",
+        chat(system("Be brief. /think"), ASKED, says("4", reasoning_content="add")),
+        [
+            "⟦SPECIAL_10⟧System\nBe brief.\n⟦SPECIAL_11⟧User\n2+2?\n⟦SPECIAL_11⟧Assistant\n<think>\n"
+            "add\n</think>\n\n4\n⟦SPECIAL_12⟧\n"
+        ],
+    ),
+    "Nano 2 with thinking off in the row": Case(
+        "nano2",
+        chat(ASKED, says("4"), reasoning="off"),
+        ["⟦SPECIAL_10⟧System\n\n⟦SPECIAL_11⟧User\n2+2?\n⟦SPECIAL_11⟧Assistant\n<think></think>‹4\n⟦SPECIAL_12⟧›\n"],
+        ASSISTANT_ONLY,
+    ),
+    "Nano 2 with thinking off in a message": Case(
+        "nano2",
+        chat(system("/no_think"), ASKED, says("4")),
+        ["⟦SPECIAL_10⟧System\n\n⟦SPECIAL_11⟧User\n2+2?\n⟦SPECIAL_11⟧Assistant\n<think></think>‹4\n⟦SPECIAL_12⟧›\n"],
+        ASSISTANT_ONLY,
+    ),
+    "Nano 2 drops the first thought: two samples": Case(
+        "nano2",
+        chat(ASKED, says(f"{THOUGHT}4"), user("3+3?"), says("<think>\nagain\n</think>\n\n6")),
+        [
+            "⟦SPECIAL_10⟧System\n\n⟦SPECIAL_11⟧User\n2+2?\n⟦SPECIAL_11⟧Assistant\n<think>\n"
+            "add\n</think>\n\n4\n⟦SPECIAL_12⟧\n",
+            "⟦SPECIAL_10⟧System\n\n⟦SPECIAL_11⟧User\n2+2?\n⟦SPECIAL_11⟧Assistant\n4\n⟦SPECIAL_12⟧\n"
+            "⟦SPECIAL_11⟧User\n3+3?\n⟦SPECIAL_11⟧Assistant\n<think>\n‹again\n</think>\n\n6\n⟦SPECIAL_12⟧›\n",
+        ],
+    ),
+    "Nano 2 loses the calls of a last turn": Case(
+        "nano2",
+        chat(user("Rome?"), says(None, tool_calls=ROME, reasoning_content="look"), tools=[WEATHER]),
+        [
+            f"⟦SPECIAL_10⟧System\n\n\n⟦AVAILABLE_TOOLS⟧[{json.dumps(WEATHER['function'])}]⟦/AVAILABLE_TOOLS⟧\n"
+            "⟦SPECIAL_11⟧User\nRome?\n⟦SPECIAL_11⟧Assistant\n<think>\n‹look\n</think>\n\n⟦TOOLCALL⟧"
+            '[{"name": "weather", "arguments": {"city": "Rome", "at": {"day": 1}}}]⟦/TOOLCALL⟧\n⟦SPECIAL_12⟧›\n'
+        ],
+        ASSISTANT_ONLY,
+    ),
+    "Nemotron 3 with the thought beside the answer": Case(
+        "nemotron3",
+        chat(ASKED, says("4", reasoning_content="add")),
+        [
+            "⟦im_start⟧user\n2+2?⟦im_end⟧\n⟦im_start⟧assistant\n⟦think⟧\n‹add\n⟦/think⟧\n4⟦im_end⟧›\n",
+        ],
+        ASSISTANT_ONLY,
+    ),
+    "Nemotron 3 with the thought under another name": Case(
+        "nemotron3",
+        chat(ASKED, says("4", reasoning="add")),
+        ["⟦im_start⟧user\n2+2?⟦im_end⟧\n⟦im_start⟧assistant\n⟦think⟧\nadd\n⟦/think⟧\n4⟦im_end⟧\n"],
+    ),
+    "Nemotron 3 with the thought in the answer": Case(
+        "nemotron3",
+        chat(ASKED, says("<think>\nadd </think>, not stop\n</think>\n4".replace(" </think>, not stop", ""))),
+        ["⟦im_start⟧user\n2+2?⟦im_end⟧\n⟦im_start⟧assistant\n⟦think⟧\nadd\n⟦/think⟧\n4⟦im_end⟧\n"],
+    ),
+    "Nemotron 3 without a thought: asked not to think": Case(
+        "nemotron3",
+        chat(ASKED, says("4")),
+        ["⟦im_start⟧user\n2+2?⟦im_end⟧\n⟦im_start⟧assistant\n⟦think⟧⟦/think⟧‹4⟦im_end⟧›\n"],
+        ASSISTANT_ONLY,
+    ),
+    "Nemotron 3 with thinking off in the source": Case(
+        "nemotron3",
+        chat(ASKED, says("4"), user("3?"), says("3")),
+        [
+            "⟦im_start⟧user\n2+2?⟦im_end⟧\n⟦im_start⟧assistant\n⟦think⟧⟦/think⟧‹4⟦im_end⟧›\n"
+            "⟦im_start⟧user\n3?⟦im_end⟧\n⟦im_start⟧assistant\n⟦think⟧⟦/think⟧‹3⟦im_end⟧›\n"
+        ],
+        {**ASSISTANT_ONLY, "chat_template_kwargs": {"enable_thinking": False}},
+    ),
+    "Nemotron 3 told to keep thoughts": Case(
+        "nemotron3",
+        chat(ASKED, says("4", reasoning_content="add"), user("3?"), says("3", reasoning_content="so")),
+        [
+            "⟦im_start⟧user\n2+2?⟦im_end⟧\n⟦im_start⟧assistant\n⟦think⟧\n‹add\n⟦/think⟧\n4⟦im_end⟧›\n"
+            "⟦im_start⟧user\n3?⟦im_end⟧\n⟦im_start⟧assistant\n⟦think⟧\n‹so\n⟦/think⟧\n3⟦im_end⟧›\n"
+        ],
+        {**ASSISTANT_ONLY, "chat_template_kwargs": {"truncate_history_thinking": False}},
+    ),
+    "Nemotron 3 thinks between calls of one question": Case(
+        "nemotron3",
+        chat(
+            user("Rome?"),
+            says("", tool_calls=calls("weather", {"city": "Rome"}), reasoning_content="look"),
+            returns("sun"),
+            says("Sunny.", reasoning_content="seen"),
+            tools=[WEATHER],
+        ),
+        [
+            "⟦im_start⟧system\n<tools>\n<function>weather</function>\n</tools>⟦im_end⟧\n"
+            "⟦im_start⟧user\nRome?⟦im_end⟧\n⟦im_start⟧assistant\n⟦think⟧\n‹look\n⟦/think⟧\n<tool_call>\n"
+            "<function=weather>\n<parameter=city>\nRome\n</parameter>\n</function>\n</tool_call>⟦im_end⟧›\n"
+            "⟦im_start⟧user\n<tool_response>\nsun\n</tool_response>⟦im_end⟧\n"
+            "⟦im_start⟧assistant\n⟦think⟧\n‹seen\n⟦/think⟧\nSunny.⟦im_end⟧›\n"
+        ],
+        ASSISTANT_ONLY,
+    ),
+    "a question that spells a thought": Case(
+        "nemotron3",
+        chat(user("What is <think>?"), says("A tag.", reasoning_content="recall")),
+        ["⟦im_start⟧user\nWhat is <think>?⟦im_end⟧\n⟦im_start⟧assistant\n⟦think⟧\nrecall\n⟦/think⟧\nA tag.⟦im_end⟧\n"],
+    ),
+    "Qwen 3 writes the thought itself": Case(
+        "qwen3",
+        chat(ASKED, says(f"{THOUGHT}4")),
+        ["⟦im_start⟧user\n2+2?⟦im_end⟧\n⟦im_start⟧assistant\n‹<think>\nadd\n</think>\n\n4⟦im_end⟧›\n"],
+        ASSISTANT_ONLY,
+    ),
+    "Qwen 3 without a thought: the empty one is asked for": Case(
+        "qwen3",
+        chat(ASKED, says("4"), reasoning=False),
+        ["⟦im_start⟧user\n2+2?⟦im_end⟧\n⟦im_start⟧assistant\n<think>\n\n</think>\n\n‹4⟦im_end⟧›\n"],
+        ASSISTANT_ONLY,
+    ),
+    "R1 drops every thought": Case(
+        "r1",
+        chat(ASKED, says(f"{THOUGHT}4"), user("3?"), says("3", reasoning_content="so")),
+        [
+            "⟦s⟧⟦User⟧2+2?⟦Assistant⟧<think>\n‹add\n</think>\n\n4⟦end⟧›",
+            "⟦s⟧⟦User⟧2+2?⟦Assistant⟧\n\n4⟦end⟧⟦User⟧3?⟦Assistant⟧<think>\n‹so\n</think>\n\n3⟦end⟧›",
+        ],
+        ASSISTANT_ONLY,
+    ),
+    "R1 with thinking off: the thought ends at once": Case(
+        "r1",
+        chat(ASKED, says("4"), reasoning="off"),
+        ["⟦s⟧⟦User⟧2+2?⟦Assistant⟧<think>\n‹</think>\n\n4⟦end⟧›"],
+        ASSISTANT_ONLY,
+    ),
+    "a thought beside the answer, by a template without thoughts": Case(
+        "chatml",
+        chat(ASKED, says("4", reasoning_content="add")),
+        ["⟦im_start⟧user\n2+2?⟦im_end⟧\n⟦im_start⟧assistant\n<think>\nadd\n</think>\n\n4⟦im_end⟧\n"],
+    ),
+}
+
+
+REFUSED = {
+    "a picture": (
+        "ours",
+        chat(user([{"type": "image_url", "image_url": {"url": "http://x"}}])),
+        {},
+        "message 1 holds a part of type 'image_url', and only text can be trained on; remove it",
+    ),
+    "a thought that does not end": (
+        "nano2",
+        chat(ASKED, says("<think>\nadd")),
+        {},
+        "message 2 (assistant): its thought has no </think>; mend or remove it",
+    ),
+    "no thought where one is opened": (
+        "nano2",
+        chat(ASKED, says("4")),
+        {},
+        "message 2 (assistant): it has no thought, but the chat template opens one; add it as reasoning_content, or",
+    ),
+    "a thought with thinking off": (
+        "nemotron3",
+        chat(ASKED, says("4", reasoning_content="add"), reasoning="off"),
+        {},
+        "message 2 (assistant): it holds a thought, but the chat template closes the thought before it; say",
+    ),
+    "two thoughts": (
+        "qwen3",
+        chat(ASKED, says(f"{THOUGHT}4", reasoning_content="subtract")),
+        {},
+        "message 2 (assistant): it has a thought in its content and one beside it; keep one",
+    ),
+    "a role that the template leaves out": (
+        "nano2",
+        chat(ASKED, {"role": "developer", "content": "be brief"}, says(f"{THOUGHT}4")),
+        {},
+        "message 3 (assistant): the chat template loses message 2 (developer)",
+    ),
+    "tools that the template does not know": (
+        "chatml",
+        chat(ASKED, says("4"), tools=[WEATHER]),
+        {},
+        "message 2 (assistant): the chat template does not render the tool 'weather'; use one that knows tools",
+    ),
+    "calls that the template does not know": (
+        "ours",
+        chat(ASKED, says("", tool_calls=ROME)),
+        {},
+        "message 2 (assistant): the chat template loses its tool calls",
+    ),
+    "a switch that is none": (
+        "ours",
+        chat(ASKED, says("4"), reasoning="because"),
+        {},
+        "'reasoning' is 'because', neither 'on' nor 'off'; mend it, or set the source's reasoning_field to another",
+    ),
+    "tools that are none": ("ours", chat(ASKED, says("4"), tools="hammer"), {}, "'tools' is not a list of tools; mend"),
+    "nobody to learn from": (
+        "ours",
+        chat(ASKED),
+        ASSISTANT_ONLY,
+        "holds no message of the assistant, of which train_on: assistant learns",
+    ),
+    "a question after a thought that is dropped then": (
+        "nano2",
+        chat(ASKED, says(f"{THOUGHT}4"), user("and?")),
+        {},
+        "it ends in a message of user, with which the chat template drops the thought before; remove that message",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PreTrainedTokenizerFast]:
+    directory = tmp_path_factory.mktemp("tokenizers")
+    for name in TEMPLATES:
+        write_tokenizer(directory / name, name)
+    return {name: load_tokenizer(directory / name) for name in TEMPLATES}
+
+
+def with_invented_keys(value: Any) -> Any:
+    """A row whose every struct has one key more, so that Parquet gives that key to those of the row before it."""
+    if isinstance(value, dict):
+        return {**{key: with_invented_keys(inner) for key, inner in value.items()}, "invented": "x"}
+    return [with_invented_keys(inner) for inner in value] if isinstance(value, list) else value
+
+
+def write_row(directory: Path, row: Row, kind: str) -> Path:
+    path = directory / f"rows.{kind}"
+    rows = [row, with_invented_keys(row)]
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows, schema=pa.Table.from_pylist(rows[::-1]).schema), path)
+    return path
+
+
+def samples(
+    directory: Path, tokenizer: PreTrainedTokenizerFast, row: Row, kind: str, options: Mapping[str, Any]
+) -> list[Sample]:
+    source = DataSource(path=str(write_row(directory, row, kind)), **options)
+    found = iter_documents(source, fetch=lambda uri, to: to, directory=directory / "work")
+    _, made = next(Encoder(tokenizer, ()).samples([next(found)], source, Refusals(source)))
+    return made
+
+
+def shown(sample: Sample, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The sample in the notation of the table."""
+    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    mask = sample.learned or b"\x01" * len(sample.ids)
+    text, characters, learned = "", [], all(mask)
+    marks = not learned
+
+    def flush() -> str:
+        done = tokenizer.decode(characters)
+        characters.clear()
+        return done
+
+    for i, (token, is_learned) in enumerate(zip(sample.ids, mask, strict=True)):
+        if marks and bool(is_learned) != (i > 0 and bool(mask[i - 1])):
+            text += flush() + ("‹" if is_learned else "›")
+        if token in special:
+            text += f"{flush()}⟦{tokenizer.convert_ids_to_tokens(token).strip('<>').replace('|', '')}⟧"
+        else:
+            characters.append(token)
+    return text + flush() + ("›" if marks and mask[-1] else "")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_what_is_trained_on_is_what_the_model_reads_and_writes(
+    tokenizers: dict[str, PreTrainedTokenizerFast], tmp_path: Path, case: Case, kind: str
+) -> None:
+    tokenizer = tokenizers[case.template]
+    made = samples(tmp_path, tokenizer, case.row, kind, case.source)
+    assert [shown(sample, tokenizer) for sample in made] == case.expected
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize(("template", "row", "options", "fault"), REFUSED.values(), ids=REFUSED)
+def test_what_would_be_lost_is_refused_with_its_place(
+    tokenizers: dict[str, PreTrainedTokenizerFast],
+    tmp_path: Path,
+    template: str,
+    row: Row,
+    options: Mapping[str, Any],
+    fault: str,
+    kind: str,
+) -> None:
+    with pytest.raises(ValueError) as failure:
+        samples(tmp_path, tokenizers[template], row, kind, options)
+    where = f"{tmp_path}/rows.{kind} {'line' if kind == 'jsonl' else 'row'} 1"
+    assert str(failure.value).removeprefix(where).lstrip(": ").startswith(fault)
+    assert str(failure.value).startswith(where)
