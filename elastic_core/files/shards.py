@@ -8,7 +8,6 @@ room there for what is used once can take longer than the disk does.
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -26,6 +25,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from torch import Tensor
+
+from elastic_core.files.locks import IsHeld, held_while_filled
 
 DTYPES = {
     "F64": torch.float64,
@@ -428,30 +429,32 @@ def staged_directory(directory: Path) -> Iterator[Path]:
         raise CheckpointError(f"{directory}: exists already; remove it or choose another directory")
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = directory.with_name(f".{directory.name}.partial")
-    staging.mkdir(exist_ok=True)
-    lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f"{directory}: is being written by another process; wait for it to end") from None
-        try:
-            for left_over in staging.iterdir():
-                if left_over.is_dir():
-                    shutil.rmtree(left_over)
-                else:
-                    left_over.unlink()
-            yield staging
-            for path in staging.rglob("*"):
-                sync(path)
-            sync(staging)
-            staging.rename(directory)
-        except BaseException:
-            shutil.rmtree(staging)
-            raise
-        sync(directory.parent)
-    finally:
-        os.close(lock)
+        with held_while_filled(staging):
+            yield from _filled(staging, directory)
+    except IsHeld:
+        raise CheckpointError(f"{directory}: is being written by another process; wait for it to end") from None
+
+
+def _filled(staging: Path, directory: Path) -> Iterator[Path]:
+    if staging.is_symlink():
+        raise CheckpointError(f"{staging}: is a link; remove it")
+    staging.mkdir(exist_ok=True)
+    try:
+        for left_over in staging.iterdir():
+            if left_over.is_dir():
+                shutil.rmtree(left_over)
+            else:
+                left_over.unlink()
+        yield staging
+        for path in staging.rglob("*"):
+            sync(path)
+        sync(staging)
+        staging.rename(directory)
+    except BaseException:
+        shutil.rmtree(staging)
+        raise
+    sync(directory.parent)
 
 
 def sync(path: Path) -> None:

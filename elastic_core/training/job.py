@@ -6,7 +6,6 @@ same to the bit.
 """
 
 import dataclasses
-import fcntl
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ import torch
 from elastic_core.budget import Budget, Dtype
 from elastic_core.cost import subnet_params
 from elastic_core.files import checkpoint, shards
+from elastic_core.files.locks import IsHeld, held
 from elastic_core.geometry import ModelConfig
 from elastic_core.model import ElasticNemotronH
 from elastic_core.recipe import Distillation, Stage
@@ -251,18 +251,11 @@ def resolved_family(family: checkpoint.Family, router: Router, budgets: tuple[Bu
 @contextmanager
 def exclusive(work: Path, patience: float = 60.0) -> Iterator[None]:
     """Hold the work directory; a predecessor that is just dying gets `patience` seconds to let go."""
-    work.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + patience
-    with (work / "lock").open("w") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise RuntimeError(f"{work}: another process is training this stage; stop it first") from None
-                time.sleep(0.2)
-        yield
+    try:
+        with held(work / "lock", patience=patience):
+            yield
+    except IsHeld:
+        raise RuntimeError(f"{work}: another process is training this stage; stop it first") from None
 
 
 def die_with_parent() -> None:

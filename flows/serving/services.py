@@ -13,10 +13,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from elastic_core.files.locks import IsHeld, held
 from flows.serving.running import Running, read_running
 from flows.serving.servers import QUIET, START_SECONDS, ObjectStore, PrefectServer, answers, free_ports
 from tasks.artifacts import check_bucket, ensure_bucket
-from tasks.running.locks import IsHeld, held
 from tasks.settings import BUCKET, ENDPOINT, ENDPOINT_S3, HOME, TRACKING_URI, ServiceError, Settings, make_home
 
 PREFECT_API = "PREFECT_API_URL"

@@ -9,8 +9,8 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
+from elastic_core.files.locks import IsHeld, held_while_filled, is_held, lock_beside
 from tasks.artifacts.manifest import FileRecord
-from tasks.running.locks import IsHeld, held, is_held
 from tasks.settings import ServiceError
 
 
@@ -43,20 +43,11 @@ def staged(final: Path, identity: str) -> Iterator[Path]:
 
 @contextmanager
 def _filling(holder: Path, final: Path) -> Iterator[None]:
-    """Hold an unfinished directory against other processes, by a file beside it that goes with the lock."""
-    lock = _lock_of(holder)
     try:
-        with held(lock):
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
+        with held_while_filled(holder):
+            yield
     except IsHeld:
         raise ServiceError(f"{final} is being filled by another process; wait for it", transient=True) from None
-
-
-def _lock_of(holder: Path) -> Path:
-    return holder.with_suffix(".lock")
 
 
 def beside(work: Path) -> Path:
@@ -70,14 +61,14 @@ def scratch(parent: Path, name: str) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", suffix=".partial", dir=parent) as made:
         directory = Path(made)
-        with _filling(directory, directory):
+        with held_while_filled(directory):
             yield directory
 
 
 def left_overs(directory: Path, before: datetime) -> list[Path]:
     """The unfinished directories in `directory` that nobody holds, and in which nothing was written since `before`."""
     found = (path for path in directory.glob(".*.partial") if _is_directory(path))
-    return sorted(path for path in found if _last_written(path) < before.timestamp() and not is_held(_lock_of(path)))
+    return sorted(path for path in found if _last_written(path) < before.timestamp() and not is_held(lock_beside(path)))
 
 
 def _last_written(directory: Path) -> float:
@@ -91,7 +82,7 @@ def _last_written(directory: Path) -> float:
 def remove_left_over(directory: Path) -> None:
     """Remove an unfinished directory, and the file that was its lock."""
     shutil.rmtree(directory)
-    _lock_of(directory).unlink(missing_ok=True)
+    lock_beside(directory).unlink(missing_ok=True)
 
 
 def inside(root: Path, relative: str) -> Path:

@@ -21,8 +21,8 @@ from prefect.context import FlowRunContext
 from prefect.deployments import run_deployment
 from prefect.exceptions import PrefectException
 
+from elastic_core.files.locks import held
 from elastic_core.schema import to_dict
-from tasks.running.locks import held
 from tasks.settings import ServiceError
 
 DEPLOYMENT_VARIABLE = "ELASTIC_GPU_DEPLOYMENT"

@@ -22,9 +22,9 @@ from prefect import Task
 from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.results import ResultStore, get_result_store
 
+from elastic_core.files.locks import held
 from tasks.records import Artifact, Release, StageRecord
 from tasks.running.gpu import DEPLOYMENT_VARIABLE, device_to_oneself, run_on_workers
-from tasks.running.locks import held
 from tasks.running.patience import DELAYS, JITTER, RETRIES, say_waiting
 from tasks.settings import ServiceError, home_directory, is_transient
 

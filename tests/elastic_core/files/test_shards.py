@@ -446,7 +446,7 @@ with staged_directory(Path(sys.argv[1])) as staging:
     process = subprocess.run([sys.executable, "-c", script, str(target)], check=False)
     assert process.returncode == -signal.SIGKILL
     assert not target.exists()
-    assert [path.name for path in tmp_path.iterdir()] == [".target.partial"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".target.lock", ".target.partial"]
     with staged_directory(target) as staging:
         assert list(staging.iterdir()) == []
         write(staging, example_tensors())

@@ -20,14 +20,15 @@ class IsHeld(RuntimeError):
 
 
 @contextmanager
-def held(file: Path, *, waits: str | None = None) -> Iterator[None]:
+def held(file: Path, *, patience: float = 0.0, waits: str | None = None) -> Iterator[None]:
     """Hold the lock of `file`, which stays in its place; the end of the process frees it, however it ends.
 
-    With `waits`, a line of log for whoever has to wait; without it a lock that another process has is IsHeld. Where a
-    file system has no locks, the existence of a file beside `file` is the lock; that of a host that died stays.
+    A lock that another process has for longer than `patience` seconds is IsHeld; with `waits`, a line of log, it is
+    waited for without end. Where a file system has no locks, the existence of a file beside `file` is the lock; that of
+    a host that died stays.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    lock = _acquired(file, waits)
+    lock = _acquired(file, patience, waits)
     try:
         yield
     finally:
@@ -45,11 +46,11 @@ def is_held(file: Path) -> bool:
         return True
 
 
-def _acquired(file: Path, waits: str | None) -> BaseFileLock:
+def _acquired(file: Path, patience: float, waits: str | None) -> BaseFileLock:
     # Neither shared between threads nor re-entrant: a lock that its own process has is held.
     lock: BaseFileLock = FileLock(file, thread_local=False, fallback_to_soft=False)
     try:
-        _acquire(lock, waits)
+        _acquire(lock, patience, waits)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
@@ -61,15 +62,31 @@ def _acquired(file: Path, waits: str | None) -> BaseFileLock:
             marker.name,
         )
         lock = SoftFileLock(marker, thread_local=False)
-        _acquire(lock, waits)
+        _acquire(lock, patience, waits)
     return lock
 
 
-def _acquire(lock: BaseFileLock, waits: str | None) -> None:
+def _acquire(lock: BaseFileLock, patience: float, waits: str | None) -> None:
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=patience, poll_interval=min(POLL_SECONDS, patience / 2) or POLL_SECONDS)
     except Timeout as error:
         if waits is None:
             raise IsHeld(f"{lock.lock_file} is held by another process") from error
         logger.info("%s", waits)
         lock.acquire(poll_interval=POLL_SECONDS)
+
+
+def lock_beside(directory: Path) -> Path:
+    """The lock file of an unfinished directory `.NAME.partial`, which is renamed at its end: `.NAME.lock`."""
+    return directory.with_suffix(".lock")
+
+
+@contextmanager
+def held_while_filled(directory: Path) -> Iterator[None]:
+    """Hold an unfinished directory against other processes; its lock file goes with the lock. Raises IsHeld."""
+    lock = lock_beside(directory)
+    with held(lock):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)

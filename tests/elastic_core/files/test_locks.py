@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tasks.running.locks import IsHeld, held, is_held
+from elastic_core.files.locks import IsHeld, held, is_held
 
 # Holds the lock, with a forked child that lives on, and tells when.
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from tasks.running.locks import held
+from elastic_core.files.locks import held
 with held(Path(sys.argv[1])):
     if os.fork() == 0:
         os.close(1)
