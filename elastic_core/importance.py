@@ -16,6 +16,7 @@ from elastic_core.layers.kernels import select_backend
 from elastic_core.model import Attention, ElasticNemotronH, FeedForward, Layer, MambaMixer
 from elastic_core.recipe import MambaScores
 from elastic_core.subnet import full_subnet
+from elastic_core.training.tokens import TokenBatch
 
 Progress = Callable[[int, int], None]
 
@@ -35,11 +36,11 @@ class WidthScores:
 
 @torch.no_grad()
 def width_scores(
-    model: ElasticNemotronH, batches: Iterable[Tensor], mamba_scores: MambaScores = "absolute"
+    model: ElasticNemotronH, batches: Iterable[TokenBatch], mamba_scores: MambaScores = "absolute"
 ) -> WidthScores:
     """Activation-based importance of hidden channels, FFN neurons, Mamba channels and query heads.
 
-    `batches` yields calibration tokens (B, T). With X the input of a layer, summed over tokens:
+    `batches` yields calibration tokens; only their inputs are read. With X the input of a layer, summed over tokens:
     hidden channel i: |RMSNorm(X)|_i over all layers; FFN neuron i: |RMSNorm(X) W1|_i before the activation;
     Mamba (head, channel): |RMSNorm(X) W_x|, or where `mamba_scores` is signed RMSNorm(X) W_x, whose sum is small for a
     channel that is often large in both directions; query head: the norm of its query.
@@ -55,8 +56,8 @@ def width_scores(
     mamba_HP = tuple(zeros(config.mamba_num_heads, config.mamba_head_dim) for _ in config.layers_of(MAMBA))
     query_Q = tuple(zeros(config.num_attention_heads) for _ in config.layers_of(ATTENTION))
     backend = select_backend(model.backend, device)
-    for tokens_BT in batches:
-        x_BTD = model.embeddings(tokens_BT.to(device))
+    for batch in (batch.to(device) for batch in batches):
+        x_BTD = model.embeddings(batch.inputs_BT)
         for index, layer in enumerate(model.layers):
             assert isinstance(layer, Layer)
             mixer, ordinal = layer.mixer, config.ordinal(index)
@@ -74,7 +75,7 @@ def width_scores(
             elif isinstance(mixer, Attention):
                 queries = F.linear(normed_BTD, mixer.q_proj.weight).unflatten(-1, (-1, config.head_dim))
                 query_Q[ordinal].add_(queries.norm(dim=-1).sum((0, 1)))
-            x_BTD = x_BTD + mixer(normed_BTD, full, None, None, backend)
+            x_BTD = x_BTD + mixer(normed_BTD, full, None, None, backend, batch.packing)
     return WidthScores(hidden_D=hidden_D, ffn_F=ffn_F, mamba_HP=mamba_HP, query_Q=query_Q)
 
 
@@ -112,7 +113,7 @@ def _descending_in_groups(scores: Tensor, groups: int) -> Tensor:
 
 @torch.no_grad()
 def rank_layers(
-    model: ElasticNemotronH, batches: Sequence[Tensor], smallest_depth: int, progress: Progress | None = None
+    model: ElasticNemotronH, batches: Sequence[TokenBatch], smallest_depth: int, progress: Progress | None = None
 ) -> tuple[int, ...]:
     """All layers, most important first, by iterative removal.
 
@@ -123,8 +124,9 @@ def rank_layers(
     remaining = list(range(model.config.num_layers))
     removed: list[int] = []
     gram_DD = _gram(model.lm_head.weight)
-    batches = [tokens_BT.to(gram_DD.device) for tokens_BT in batches]
-    full_hidden = [model(tokens_BT, full_subnet(model.config)) for tokens_BT in batches]
+    batches = [batch.to(gram_DD.device) for batch in batches]
+    full = full_subnet(model.config)
+    full_hidden = [model(batch.inputs_BT, full, packing=batch.packing) for batch in batches]
     rounds = len(remaining) - smallest_depth + 1
     for done in range(rounds):
         scores = _removal_scores(model, batches, full_hidden, gram_DD, remaining)
@@ -146,7 +148,7 @@ def _removable(config: ModelConfig, remaining: Sequence[int]) -> list[int]:
 
 def _removal_scores(
     model: ElasticNemotronH,
-    batches: Sequence[Tensor],
+    batches: Sequence[TokenBatch],
     full_hidden: Sequence[Tensor],
     gram_DD: Tensor,
     remaining: Sequence[int],
@@ -156,14 +158,14 @@ def _removal_scores(
     backend = select_backend(model.backend, gram_DD.device)
     scores = dict.fromkeys(remaining, 0.0)
     total = sum(_squared_logits(hidden, gram_DD) for hidden in full_hidden)
-    for tokens_BT, hidden_BTD in zip(batches, full_hidden, strict=True):
-        before_BTD = model.embeddings(tokens_BT)
+    for batch, hidden_BTD in zip(batches, full_hidden, strict=True):
+        before_BTD = model.embeddings(batch.inputs_BT)
         for position, layer in enumerate(remaining):
             x_BTD = before_BTD
             for later in remaining[position + 1 :]:
-                x_BTD = model.layers[later](x_BTD, full, None, None, backend)
+                x_BTD = model.layers[later](x_BTD, full, None, None, backend, batch.packing)
             scores[layer] += _squared_logits(hidden_BTD - model.norm_f(x_BTD), gram_DD) / total
-            before_BTD = model.layers[layer](before_BTD, full, None, None, backend)
+            before_BTD = model.layers[layer](before_BTD, full, None, None, backend, batch.packing)
     return scores
 
 

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from elastic_core.geometry import ATTENTION, FFN, MAMBA, ModelConfig
 from elastic_core.layers.kernels import Backend, BackendName, select_backend
+from elastic_core.layers.packing import Packing
 from elastic_core.layers.ssm import joined, segments, time_steps
 from elastic_core.subnet import Masks, Subnet
 
@@ -204,7 +205,13 @@ class MambaMixer(nn.Module):
         self.out_proj = nn.Linear(channels, config.hidden_size, bias=False)
 
     def forward(
-        self, x_BTD: Tensor, subnet: Subnet, masks: Masks | None, cache: Cache | None, backend: Backend
+        self,
+        x_BTD: Tensor,
+        subnet: Subnet,
+        masks: Masks | None,
+        cache: Cache | None,
+        backend: Backend,
+        packing: Packing | None = None,
     ) -> Tensor:
         config = self.config
         heads, head_dim = subnet.mamba_heads[self.ordinal], subnet.mamba_head_dim
@@ -214,7 +221,7 @@ class MambaMixer(nn.Module):
         z, xBC, dt = projected.split([heads * head_dim, heads * head_dim + config.state_rows, heads], dim=-1)
 
         conv_tail = cache.conv.get(self.layer) if cache else None
-        xBC, conv_tail = backend.conv(xBC, weights.conv, weights.conv_bias, conv_tail)
+        xBC, conv_tail = backend.conv(xBC, weights.conv, weights.conv_bias, conv_tail, packing)
         x, B_BTGN, C_BTGN = xBC.split([heads * head_dim, *(config.state_rows // 2,) * 2], dim=-1)
         x_BTHP = x.unflatten(-1, (heads, head_dim))
         B_BTGN = B_BTGN.unflatten(-1, (config.n_groups, config.ssm_state_size))
@@ -229,7 +236,15 @@ class MambaMixer(nn.Module):
             y_BTHP = y.unsqueeze(1)
         else:
             y_BTHP, state = backend.scan(
-                x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, chunk_size=config.chunk_size, initial_state_BHPN=state
+                x_BTHP,
+                dt_BTH,
+                A_H,
+                B_BTGN,
+                C_BTGN,
+                D_H,
+                chunk_size=config.chunk_size,
+                initial_state_BHPN=state,
+                packing=packing,
             )
         if cache is not None:
             cache.conv[self.layer], cache.ssm[self.layer] = conv_tail, state
@@ -286,7 +301,13 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
     def forward(
-        self, x_BTD: Tensor, subnet: Subnet, masks: Masks | None, cache: Cache | None, backend: Backend
+        self,
+        x_BTD: Tensor,
+        subnet: Subnet,
+        masks: Masks | None,
+        cache: Cache | None,
+        backend: Backend,
+        packing: Packing | None = None,
     ) -> Tensor:
         kv_heads, head_dim = self.config.num_key_value_heads, self.config.head_dim
         weights = weights_at(subnet, self.layer, cache, self.weights)
@@ -305,9 +326,12 @@ class Attention(nn.Module):
         causal = None  # a first piece needs no mask in memory, nor does a single token, which sees all
         if 1 < tokens < seen:
             causal = torch.ones(tokens, seen, dtype=torch.bool, device=x_BTD.device).tril(seen - tokens)
-        y_BQTE = F.scaled_dot_product_attention(
-            q_BQTE, k_BKTE, v_BKTE, attn_mask=causal, is_causal=tokens == seen, enable_gqa=True
-        )
+        if packing is not None:
+            y_BQTE = _attend_in_documents(q_BQTE, k_BKTE, v_BKTE, packing)
+        else:
+            y_BQTE = F.scaled_dot_product_attention(
+                q_BQTE, k_BKTE, v_BKTE, attn_mask=causal, is_causal=tokens == seen, enable_gqa=True
+            )
         y = y_BQTE.transpose(1, 2).flatten(-2)
         if masks is not None:
             y = y * masks.query_channels(self.ordinal, kv_heads, head_dim).to(y.dtype)
@@ -325,6 +349,20 @@ class Attention(nn.Module):
             v_proj=prefix(self.v_proj.weight, kv_heads * head_dim, hidden),
             o_proj=take(self.o_proj.weight, lambda weight: [weight[:hidden].unflatten(1, layout)[:, :, :in_group]], 1),
         )
+
+
+def _attend_in_documents(q_BQTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, packing: Packing) -> Tensor:
+    """Causal attention of each document by itself.
+
+    A mask of T x T values would not fit at long lengths, and pairs of tokens of two documents cost nothing here. Each
+    document is exactly what it is alone, on every device and in every type.
+    """
+    outputs: list[list[Tensor]] = [[] for _ in q_BQTE]
+    for row, first, end in packing.spans:
+        q_1QTE, k_1KTE, v_1KTE = (t[row : row + 1, :, first:end] for t in (q_BQTE, k_BKTE, v_BKTE))
+        y_1QTE = F.scaled_dot_product_attention(q_1QTE, k_1KTE, v_1KTE, is_causal=True, enable_gqa=True)
+        outputs[row].append(y_1QTE)
+    return torch.cat([torch.cat(of_row, dim=2) for of_row in outputs])
 
 
 class _SquaredReLU(torch.autograd.Function):
@@ -362,7 +400,13 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.ffn_sizes[self.ordinal], config.hidden_size, bias=False)
 
     def forward(
-        self, x_BTD: Tensor, subnet: Subnet, masks: Masks | None, cache: Cache | None, backend: Backend
+        self,
+        x_BTD: Tensor,
+        subnet: Subnet,
+        masks: Masks | None,
+        cache: Cache | None,
+        backend: Backend,
+        packing: Packing | None = None,
     ) -> Tensor:
         weights = weights_at(subnet, self.layer, cache, self.weights)
         h_BTF = _squared_relu_(F.linear(x_BTD, weights.up_proj))
@@ -389,10 +433,16 @@ class Layer(nn.Module):
         self.mixer = mixers[config.hybrid_override_pattern[layer]](config, layer)
 
     def forward(
-        self, x_BTD: Tensor, subnet: Subnet, masks: Masks | None, cache: Cache | None, backend: Backend
+        self,
+        x_BTD: Tensor,
+        subnet: Subnet,
+        masks: Masks | None,
+        cache: Cache | None,
+        backend: Backend,
+        packing: Packing | None = None,
     ) -> Tensor:
         mask_D = masks.hidden_D if masks else None
-        update: Tensor = self.mixer(self.norm(x_BTD, mask_D), subnet, masks, cache, backend)
+        update: Tensor = self.mixer(self.norm(x_BTD, mask_D), subnet, masks, cache, backend, packing)
         if masks is not None:
             update = update * (masks.layers_L[self.index] * masks.hidden_D).to(update.dtype)
         return x_BTD + update
@@ -410,19 +460,27 @@ class ElasticNemotronH(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
-        self, tokens_BT: Tensor, subnet: Subnet, masks: Masks | None = None, cache: Cache | None = None
+        self,
+        tokens_BT: Tensor,
+        subnet: Subnet,
+        masks: Masks | None = None,
+        cache: Cache | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """Last hidden states (B, T, subnet.hidden), after the final norm.
 
         `masks` weigh the widths of `subnet`, which encloses every choice that has weight. With a `cache`, the tokens
-        continue those that the cache has seen, at the same subnet.
+        continue those that the cache has seen, at the same subnet. Each document of a `packing` is read as if it
+        stood alone: no bit of its hidden states, or of a gradient of them, depends on the documents before it.
         """
+        if packing is not None and cache is not None:
+            raise ValueError("a cache holds one text a row; read packed documents without one")
         backend = select_backend(self.backend, tokens_BT.device)
         x_BTD = self._embed(tokens_BT, subnet.hidden)
         if masks is not None:
             x_BTD = x_BTD * masks.hidden_D.to(x_BTD.dtype)
         for index in subnet.layers:
-            x_BTD = self.layers[index](x_BTD, subnet, masks, cache, backend)
+            x_BTD = self.layers[index](x_BTD, subnet, masks, cache, backend, packing)
         hidden_BTD: Tensor = self.norm_f(x_BTD, masks.hidden_D if masks else None)
         return hidden_BTD
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from elastic_core import generate, model
@@ -26,7 +25,7 @@ from elastic_core.subnet import Subnet, full_subnet, keep_layers
 from elastic_core.training import job, losses
 from elastic_core.training.curriculum import generator
 from elastic_core.training.losses import distillation_loss
-from elastic_core.training.train import TokenRows
+from elastic_core.training.tokens import TokenBatch, TokenRows
 from tasks import tracking
 from tasks.corpus.documents import first_line
 from tasks.corpus.record import HELDOUT_FILE, read_record
@@ -119,14 +118,14 @@ def evaluate(
     )
 
 
-def heldout_batches(path: Path, settings: Evaluation, vocab_size: int) -> list[torch.Tensor]:
-    """Held-out tokens in batches (B, T + 1), up to the number asked for.
+def heldout_batches(path: Path, settings: Evaluation, vocab_size: int) -> list[TokenBatch]:
+    """Held-out tokens in batches, up to the number asked for.
 
     ValueError when there is not one sequence, or a token that a model of `vocab_size` does not have.
     """
     try:
         rows = TokenRows(path, settings.sequence_length)
-    except (OSError, SafetensorError) as error:
+    except (OSError, checkpoint.CheckpointError) as error:
         raise ValueError(f"{path} holds no tokens ({error}); name heldout.safetensors of a prepared corpus") from error
     if rows.num_rows == 0:
         raise ValueError(
@@ -136,43 +135,50 @@ def heldout_batches(path: Path, settings: Evaluation, vocab_size: int) -> list[t
     count = min(rows.num_rows, max(1, settings.heldout_tokens // settings.sequence_length))
     starts = range(0, count, settings.batch_size)
     batches = [rows.batch(list(range(start, min(start + settings.batch_size, count)))) for start in starts]
-    highest = max(int(batch.max()) for batch in batches)
+    highest = max(int(tokens.max()) for batch in batches for tokens in (batch.inputs_BT, batch.targets_BT))
     if highest >= vocab_size:
         raise ValueError(
             f"{path} holds token {highest}, but the model's vocab_size is {vocab_size}; "
             "use tokens of the model's own tokenizer"
         )
+    if predicted(batches) == 0:
+        raise ValueError(f"{path}: none of its first {count} sequences holds a token to learn; hold out more documents")
     return batches
 
 
-def predicted(batches: list[torch.Tensor]) -> int:
-    """The tokens whose loss counts: all but the first of each sequence."""
-    return sum(batch[:, 1:].numel() for batch in batches)
+def predicted(batches: list[TokenBatch]) -> int:
+    """The tokens whose loss counts: those learned, and not the first of a sequence or of a document."""
+    return sum(batch.learned for batch in batches)
 
 
 @torch.inference_mode()
 def heldout_loss(
-    student: ElasticNemotronH, subnet: Subnet, batches: list[torch.Tensor], teacher: ElasticNemotronH | None = None
+    student: ElasticNemotronH, subnet: Subnet, batches: list[TokenBatch], teacher: ElasticNemotronH | None = None
 ) -> tuple[float, float]:
     """Mean cross-entropy, and mean KL(teacher || student) (0 without a teacher), in nats a token."""
     device = student.embeddings.weight.device
     cross_entropy = kl = tokens = 0.0
-    for batch in batches:
-        inputs_BT, targets = batch[:, :-1].to(device), batch[:, 1:].flatten().to(device)
-        teacher_hidden = teacher(inputs_BT, full_subnet(teacher.config)).flatten(0, 1) if teacher else None
+    for batch in (batch.to(device) for batch in batches):
         parts = distillation_loss(
-            student(inputs_BT, subnet).flatten(0, 1),
+            last_hidden(student, subnet, batch),
             student.head_weight(subnet.hidden),
-            teacher_hidden,
+            last_hidden(teacher, full_subnet(teacher.config), batch) if teacher else None,
             teacher.lm_head.weight if teacher else None,
-            targets,
+            batch.targets_BT.flatten(),
             kl_weight=1.0 if teacher else 0.0,
             ce_weight=1.0,
+            ignore_index=batch.ignore_index,
         )
         cross_entropy += float(parts.cross_entropy) * parts.tokens
         kl += float(parts.kl) * parts.tokens
         tokens += parts.tokens
     return cross_entropy / tokens, kl / tokens
+
+
+def last_hidden(reader: ElasticNemotronH, subnet: Subnet, batch: TokenBatch) -> torch.Tensor:
+    """The last hidden states of every token of a batch, (B x T, D)."""
+    hidden_BTD: torch.Tensor = reader(batch.inputs_BT, subnet, packing=batch.packing)
+    return hidden_BTD.flatten(0, 1)
 
 
 def shuffled_copy(source: ElasticNemotronH, order: reorder.Order) -> ElasticNemotronH:
@@ -241,9 +247,9 @@ def stop_tokens(config: ModelConfig) -> set[int]:
     return set(eos) if isinstance(eos, tuple) else {eos} if eos is not None else set()
 
 
-def decoding_speed(submodel: ElasticNemotronH, subnet: Subnet, batch: torch.Tensor) -> tuple[float, int]:
+def decoding_speed(submodel: ElasticNemotronH, subnet: Subnet, batch: TokenBatch) -> tuple[float, int]:
     """Tokens a second when decoding one sequence after a prompt, and the bytes of its caches. Median of three."""
-    prompt_BT = batch[:1, : batch.shape[1] // 2].to(submodel.embeddings.weight.device)
+    prompt_BT = batch.inputs_BT[:1, : (batch.inputs_BT.shape[1] + 1) // 2].to(submodel.embeddings.weight.device)
     speeds = []
     for _ in range(DECODE_REPEATS):
         times = [

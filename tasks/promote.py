@@ -1,6 +1,7 @@
 """The gate to `champion`: the family moves as a whole when no budget is worse than the champion it replaces."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from elastic_core.files import checkpoint
 from elastic_core.recipe import Evaluation, Promotion
 from elastic_core.subnet import full_subnet
 from elastic_core.training import job
+from elastic_core.training.tokens import IGNORED, TokenBatch
 from tasks import artifacts, tracking
 from tasks.artifacts.staging import scratch
 from tasks.corpus.documents import digest_files
@@ -94,14 +96,31 @@ def loss_on(directory: Path, teacher: Path, corpus: Path, measured_by: Evaluatio
     own = batches
     if digest_files(tokenizer_files(directory)) != read_record(corpus).tokenizer_sha256:
         theirs, its = load_tokenizer(teacher), load_tokenizer(directory)
-        own = [retokenised(row, theirs, its) for batch in batches for row in batch]
+        own = [retokenised(text, theirs, its) for batch in batches for text in documents(batch)]
+        own = [text for text in own if text.learned]
     loss, _ = heldout_loss(model, full_subnet(model.config), own)
     return loss * predicted(own) / predicted(batches)
 
 
+def documents(batch: TokenBatch) -> Iterator[torch.Tensor]:
+    """The tokens of each document in a batch, those that are targets alone included."""
+    rows, tokens = batch.inputs_BT.shape
+    whole_rows = [(row, 0, tokens) for row in range(rows)]
+    for row, first, end in batch.packing.spans if batch.packing else whole_rows:
+        targets_T = batch.targets_BT[row, first:end]
+        if (targets_T[:-1] == IGNORED).any():
+            raise ValueError(
+                "a champion with another tokenizer cannot be measured where held-out text is learned in part; "
+                "promote by hand with `elastic promote`"
+            )
+        text_T = torch.cat([batch.inputs_BT[row, first : first + 1], targets_T])
+        yield text_T if targets_T[-1] != IGNORED else text_T[:-1]
+
+
 def retokenised(
     tokens_T: torch.Tensor, written_by: PreTrainedTokenizerFast, read_by: PreTrainedTokenizerFast
-) -> torch.Tensor:
+) -> TokenBatch:
     """The text of one tokenizer's tokens in another's, as a batch of one."""
     text = written_by.decode(tokens_T, clean_up_tokenization_spaces=False)
-    return torch.tensor([read_by(text, add_special_tokens=False)["input_ids"]])
+    ids_1T = torch.tensor([read_by(text, add_special_tokens=False)["input_ids"]])
+    return TokenBatch(inputs_BT=ids_1T[:, :-1], targets_BT=ids_1T[:, 1:], packing=None, learned=ids_1T.shape[1] - 1)

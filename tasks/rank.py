@@ -18,7 +18,7 @@ from elastic_core.recipe import Evaluation, Importance, Router
 from elastic_core.router import ElasticModel
 from elastic_core.training import job, losses
 from elastic_core.training.curriculum import generator
-from elastic_core.training.train import TokenRows
+from elastic_core.training.tokens import TokenRows
 from tasks.corpus.record import HELDOUT_FILE, TRAIN_FILE
 from tasks.evaluate import heldout_batches, heldout_loss, predicted
 from tasks.records import Artifact, OrderComparison
@@ -40,7 +40,7 @@ def rank_importance(
     rows = TokenRows(Path(corpus.path) / TRAIN_FILE, settings.sequence_length)
     chosen = torch.randperm(rows.num_rows, generator=generator(seed, "importance")).tolist()
     batches = [
-        rows.batch(chosen[start : start + settings.batch_size])[:, :-1]
+        rows.batch(chosen[start : start + settings.batch_size])
         for start in range(0, min(settings.samples, rows.num_rows), settings.batch_size)
     ]
     scores = importance.width_scores(loaded, batches, settings.mamba_scores)

@@ -34,6 +34,8 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by itemsize: what numpy, which lacks bfloat16, can move

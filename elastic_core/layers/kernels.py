@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from elastic_core.layers import ssm
+from elastic_core.layers.packing import Packing, align
 
 BackendName = Literal["auto", "torch", "triton"]
 
@@ -32,12 +33,28 @@ def ssd_scan(
     *,
     chunk_size: int,
     initial_state_BHPN: Tensor | None = None,
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`ssm.ssd_scan` by mamba-ssm's Triton kernels; `chunk_size` is best 128 or 256."""
+    """`ssm.ssd_scan` by mamba-ssm's Triton kernels; `chunk_size` is best 128 or 256.
+
+    The kernels sum logarithms of decays over a whole chunk and take differences of the sums. Every document of a
+    `packing` is therefore given chunks of its own.
+    """
     if x_BTHP.dtype == torch.float64:
         return ssm.ssd_scan(
-            x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, chunk_size=chunk_size, initial_state_BHPN=initial_state_BHPN
+            x_BTHP,
+            dt_BTH,
+            A_H,
+            B_BTGN,
+            C_BTGN,
+            D_H,
+            chunk_size=chunk_size,
+            initial_state_BHPN=initial_state_BHPN,
+            packing=packing,
         )
+    alignment = align(packing, chunk_size) if packing else None
+    if alignment is not None:
+        x_BTHP, dt_BTH, B_BTGN, C_BTGN = map(alignment.spread, (x_BTHP, dt_BTH, B_BTGN, C_BTGN))
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     y_BTHP, state_BHPN = mamba_chunk_scan_combined(
@@ -49,9 +66,10 @@ def ssd_scan(
         chunk_size,
         D=D_H,
         initial_states=initial_state_BHPN,
+        seq_idx=alignment.seq_idx_BL if alignment else None,
         return_final_states=True,
     )
-    return y_BTHP, state_BHPN
+    return alignment.gather(y_BTHP) if alignment else y_BTHP, state_BHPN
 
 
 def ssd_step(
@@ -87,12 +105,20 @@ def ssd_step(
 
 
 def causal_conv(
-    x_BTC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, initial_BKC: Tensor | None = None
+    x_BTC: Tensor,
+    weight_CK: Tensor,
+    bias_C: Tensor | None,
+    initial_BKC: Tensor | None = None,
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`ssm.causal_conv` by causal-conv1d's CUDA kernel, which serves 2 to 4 taps and channels in multiples of 8."""
+    """`ssm.causal_conv` by causal-conv1d's CUDA kernel, which serves 2 to 4 taps and channels in multiples of 8.
+
+    It keeps documents apart, or goes on from given inputs, but not both at once.
+    """
     channels, width = weight_CK.shape
-    if x_BTC.dtype == torch.float64 or not 2 <= width <= 4 or channels % 8:
-        return ssm.causal_conv(x_BTC, weight_CK, bias_C, initial_BKC)
+    both = packing is not None and initial_BKC is not None
+    if x_BTC.dtype == torch.float64 or not 2 <= width <= 4 or channels % 8 or both:
+        return ssm.causal_conv(x_BTC, weight_CK, bias_C, initial_BKC, packing)
     from causal_conv1d import causal_conv1d_fn
 
     if initial_BKC is None:
@@ -104,7 +130,8 @@ def causal_conv(
         (x_BTC if is_aligned else x_BTC.contiguous()).transpose(1, 2),
         weight_CK,
         None if bias_C is None else bias_C.to(weight_CK.dtype),
-        initial_states=initial_BKC.contiguous().transpose(1, 2),
+        seq_idx=packing.seq_idx_BT if packing else None,
+        initial_states=None if packing else initial_BKC.contiguous().transpose(1, 2),
         activation="silu",
     )
     recent_BKC = torch.cat([initial_BKC, x_BTC[:, -(width - 1) :]], dim=1)[:, -(width - 1) :]

@@ -18,11 +18,14 @@ intermediate tensors stay in the cache from one operation to the next, forward a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from elastic_core.layers.packing import Packing
 
 # 1 MiB of float32: what a core's cache holds while an expression of a few operations runs over it.
 _SEGMENT_VALUES = 2**18
@@ -47,12 +50,14 @@ def ssd_scan(
     *,
     chunk_size: int,
     initial_state_BHPN: Tensor | None = None,
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence over a sequence; return y_BTHP and the state after the last token.
 
     `dt_BTH` comes softplus-ed and clamped. The result does not depend on `chunk_size`, the largest number of tokens
     computed at once; a CPU takes no more than 64. T may be any length from 1. The state that is returned is never of
-    lower precision than float32.
+    lower precision than float32. Every document of a `packing` starts from a state of zeros, but for the first of each
+    row; no bit of its outputs, or of a gradient of them, depends on the documents before.
     """
     dtype = torch.promote_types(x_BTHP.dtype, torch.float32)
     A_H, D_H = A_H.to(dtype), D_H.to(dtype)
@@ -66,11 +71,45 @@ def ssd_scan(
 
     outputs = []
     sequences = (x_BTHP, dt_BTH, B_BTGN, C_BTGN)
+    bounds = _chunk_bounds(packing, chunk, dtype) if packing else iter([None] * -(-tokens // chunk))
     with torch.autocast(x_BTHP.device.type, enabled=False):
         for x_BLHP, dt_BLH, B_BLGN, C_BLGN in zip(*(torch.split(t, chunk, dim=1) for t in sequences), strict=True):
-            y_BLHP, state_BHPN = _scan_chunk(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, state_BHPN, mask_SL)
+            y_BLHP, state_BHPN = _scan_chunk(
+                x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, state_BHPN, mask_SL, next(bounds)
+            )
             outputs.append(y_BLHP)
     return joined(outputs), state_BHPN
+
+
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """Where documents meet within a chunk.
+
+    `through_BSL` is 1 from each source to itself and the later targets of its document, `between_B1SL` is 0 from each
+    source to those later targets alone and -inf elsewhere. `enter_B1L` is 0 for the tokens of the document that was
+    running before the chunk, `leave_B1L` for those of the document that is running at its end, -inf for the others.
+    """
+
+    through_BSL: Tensor
+    between_B1SL: Tensor
+    enter_B1L: Tensor
+    leave_B1L: Tensor
+
+
+def _chunk_bounds(packing: Packing, chunk: int, dtype: torch.dtype) -> Iterator[_Bounds]:
+    def or_nothing(kept: Tensor) -> Tensor:
+        return torch.zeros(kept.shape, dtype=dtype, device=kept.device).masked_fill(~kept, -math.inf)
+
+    before_B1 = packing.seq_idx_BT[:, :1]
+    for numbers_BL in packing.seq_idx_BT.split(chunk, dim=1):
+        same_BSL = numbers_BL.unsqueeze(2) == numbers_BL.unsqueeze(1)
+        yield _Bounds(
+            through_BSL=same_BSL.triu().to(dtype),
+            between_B1SL=or_nothing(same_BSL.triu(1)).unsqueeze(1),
+            enter_B1L=or_nothing(numbers_BL == before_B1).unsqueeze(1),
+            leave_B1L=or_nothing(numbers_BL == numbers_BL[:, -1:]).unsqueeze(1),
+        )
+        before_B1 = numbers_BL[:, -1:]
 
 
 def _scan_chunk(
@@ -82,8 +121,12 @@ def _scan_chunk(
     D_H: Tensor,
     state_BHPN: Tensor,
     mask_SL: Tensor,
+    bounds: _Bounds | None,
 ) -> tuple[Tensor, Tensor]:
     """Scan one chunk from the state before it; `mask_SL` is 0 where source S is before target L, else -inf.
+
+    Where documents meet, the logarithms of decays are summed in each document alone: a difference of two sums over all
+    of the chunk would round as the documents before have it.
 
     Tokens are laid out last, so that the channels of a group are the rows of one matrix: every product with B or C is
     one matrix product per group, and nothing is repeated over heads.
@@ -103,27 +146,36 @@ def _scan_chunk(
     # but in the sum it would swamp the tokens that follow.
     bound = math.log(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps) - 1
     log_decay_BHL = (dt_BHL * A_H[:, None]).clamp(min=bound)
-    since_start_BHL = torch.cumsum(log_decay_BHL, dim=-1)
-    through_end_BH1 = since_start_BHL[..., -1:]
+    if bounds is None:
+        since_start_BHL = torch.cumsum(log_decay_BHL, dim=-1)
+        from_before_BHL, to_end_BHL = since_start_BHL, since_start_BHL[..., -1:] - since_start_BHL
+        before_SL = mask_SL[:tokens, :tokens]
+    else:
+        since_start_BHL = log_decay_BHL @ bounds.through_BSL
+        from_before_BHL = since_start_BHL + bounds.enter_B1L
+        to_end_BHL = since_start_BHL[..., -1:] - since_start_BHL + bounds.leave_B1L
+        before_SL = bounds.between_B1SL
 
     # 1. Intra-chunk: attention-like scores, computed once per group, times each head's decay from source to target.
     # The mask goes before the exponential, which of a later source would overflow, and 0 * inf is NaN. A negation is
     # added, for the backward of a subtraction would negate the large tensor instead.
     scores_BGSL = B_BGLN @ C_BGNL
-    between_BHSL = (mask_SL[:tokens, :tokens] + (-since_start_BHL).unsqueeze(3)).add_(since_start_BHL.unsqueeze(2))
+    between_BHSL = (before_SL + (-since_start_BHL).unsqueeze(3)).add_(since_start_BHL.unsqueeze(2))
     weights_BGRSL = torch.unflatten(between_BHSL.exp_(), 1, (groups, -1)) * scores_BGSL.unsqueeze(2)
     y_BHPL = xdt_BHPL @ weights_BGRSL.flatten(1, 2)
 
     # 2. Chunk state: what this chunk's tokens add, each decayed to the end of the chunk.
-    added_BHPL = xdt_BHPL * (through_end_BH1 - since_start_BHL).exp().unsqueeze(2)
+    added_BHPL = xdt_BHPL * to_end_BHL.exp().unsqueeze(2)
     added_BGMN = _by_group(added_BHPL, groups) @ B_BGLN
 
     # 3. Inter-chunk recurrence: the state before the chunk decays over all of it.
-    new_state_BHPN = torch.addcmul(added_BGMN.view_as(state_BHPN), state_BHPN, through_end_BH1.exp().unsqueeze(3))
+    new_state_BHPN = torch.addcmul(
+        added_BGMN.view_as(state_BHPN), state_BHPN, from_before_BHL[..., -1:].exp().unsqueeze(3)
+    )
 
     # 4. State to output: what each target reads of the state before the chunk. Then what it reads of itself, and D.
     read_BGML = _by_group(state_BHPN, groups) @ C_BGNL
-    y_BHPL = torch.addcmul(y_BHPL, read_BGML.view_as(y_BHPL), since_start_BHL.exp().unsqueeze(2))
+    y_BHPL = torch.addcmul(y_BHPL, read_BGML.view_as(y_BHPL), from_before_BHL.exp().unsqueeze(2))
     own_BGRL = torch.unflatten(dt_BHL, 1, (groups, -1)) * scores_BGSL.diagonal(dim1=2, dim2=3).unsqueeze(2)
     y_BHPL = torch.addcmul(y_BHPL, x_BHPL, (own_BGRL.flatten(1, 2) + D_H[:, None]).unsqueeze(2))
     return y_BHPL.permute(0, 3, 1, 2).to(x_BLHP.dtype), new_state_BHPN
@@ -152,12 +204,17 @@ def ssd_step(
 
 
 def causal_conv(
-    x_BTC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, initial_BKC: Tensor | None = None
+    x_BTC: Tensor,
+    weight_CK: Tensor,
+    bias_C: Tensor | None,
+    initial_BKC: Tensor | None = None,
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal depthwise convolution followed by SiLU; return y_BTC and the last K - 1 inputs.
 
     `initial_BKC` holds the K - 1 inputs before the first token (zeros if None), oldest first. Passing the inputs
-    returned by one call as `initial_BKC` of the next goes on with the sequence. T may be any length from 1.
+    returned by one call as `initial_BKC` of the next goes on with the sequence. T may be any length from 1. Before
+    every document of a `packing` stand zeros, but for the first of each row.
     """
     dtype = torch.promote_types(x_BTC.dtype, torch.float32)
     taps = weight_CK.to(dtype).T.contiguous().unbind(0)
@@ -165,17 +222,33 @@ def causal_conv(
     batch, _, channels = x_BTC.shape
     recent_BKC = x_BTC.new_zeros(batch, len(taps) - 1, channels) if initial_BKC is None else initial_BKC
 
-    outputs = []
+    outputs, start = [], 0
+    in_document_KBT1 = _in_document(packing, len(taps), dtype) if packing else None
     for segment_BTC in segments(x_BTC):
         tokens = segment_BTC.shape[1]
         inputs_BTC = torch.cat([recent_BKC.to(x_BTC.dtype), segment_BTC], dim=1)
         recent_BKC = inputs_BTC[:, tokens:]
         y_BTC = bias.expand(segment_BTC.shape).clone()
         for offset, tap_C in enumerate(taps):
-            y_BTC.addcmul_(inputs_BTC[:, offset : offset + tokens].to(dtype), tap_C)
+            read_BTC = inputs_BTC[:, offset : offset + tokens].to(dtype)
+            if in_document_KBT1 is not None:
+                read_BTC = read_BTC * in_document_KBT1[offset, :, start : start + tokens]
+            y_BTC.addcmul_(read_BTC, tap_C)
+        start += tokens
         outputs.append(F.silu(y_BTC).to(x_BTC.dtype))
     # A copy, for a cache that keeps the view would keep its whole segment.
     return joined(outputs), recent_BKC.clone()
+
+
+def _in_document(packing: Packing, taps: int, dtype: torch.dtype) -> Tensor:
+    """For each tap, the oldest first, 1 where it reads of the token's own document and 0 where of another."""
+    numbers_BT = packing.seq_idx_BT
+    kept_KBT1 = torch.ones(taps, *numbers_BT.shape, 1, dtype=dtype, device=numbers_BT.device)
+    for tap in range(taps - 1):
+        back = taps - 1 - tap
+        kept_KBT1[tap, :, back:, 0] = (numbers_BT[:, back:] == numbers_BT[:, :-back]).to(dtype)
+        kept_KBT1[tap, :, :back, 0] = (numbers_BT[:, :back] == numbers_BT[:, :1]).to(dtype)
+    return kept_KBT1
 
 
 def gated_rms_norm(

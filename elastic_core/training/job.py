@@ -35,7 +35,8 @@ from elastic_core.training import parallel
 from elastic_core.training.faults import report_fault
 from elastic_core.training.parallel import World
 from elastic_core.training.resume import last_whole, resume, save_checkpoint, stored_pieces
-from elastic_core.training.train import StageRun, TokenRows, make_optimizer, resolved_subnets, train_stage
+from elastic_core.training.tokens import TokenRows
+from elastic_core.training.train import StageRun, make_optimizer, resolved_subnets, train_stage
 
 logger = logging.getLogger(__name__)
 

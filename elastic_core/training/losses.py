@@ -35,9 +35,9 @@ def distillation_loss(
     kl_weight: float,
     ce_weight: float,
     temperature: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     chunk_tokens: int | None = None,
-    denominator: Tensor | int | None = None,
+    denominator: float | None = None,
 ) -> LossParts:
     """Forward KL(teacher || student) and cross-entropy, averaged over the tokens whose target is not ignore_index.
 
@@ -46,8 +46,9 @@ def distillation_loss(
     whatever its weight. Where kl_weight is 0 the teacher is not used, may be None, and kl is reported as 0.
 
     Shapes: T is every token of the batch, flattened; the teacher's D may differ from the student's. A head may be a
-    view, such as the first columns of a wider weight. denominator replaces the number of tokens in the averages: the
-    tokens of the global batch under gradient accumulation. With no token to count, all parts and gradients are 0.
+    view, such as the first columns of a wider weight. denominator replaces the number of tokens in the averages: under
+    gradient accumulation, what micro-batches count on average. With no token to count, all parts and gradients are 0.
+    ignore_index None says that every token counts, which spares waiting for the device to count them.
 
     No gradient reaches the teacher, and none is computed where none is wanted: the same call evaluates. The loss can be
     differentiated once. Products run in the dtype of the hidden states, or in autocast's; softmax, sums, and the head's
@@ -68,8 +69,8 @@ def distillation_loss(
         teacher = _Readout(hidden_TD=teacher_hidden_TD, head_VD=teacher_head_VD)
 
     # Masked rows go first, so that no product is spent on them.
-    kept = (targets_T != ignore_index).nonzero().squeeze(1)
-    if len(kept) < len(targets_T):
+    kept = None if ignore_index is None else (targets_T != ignore_index).nonzero().squeeze(1)
+    if kept is not None and len(kept) < len(targets_T):
         student_hidden_TD, targets_T = student_hidden_TD[kept], targets_T[kept]
         if teacher is not None:
             teacher = _Readout(hidden_TD=teacher.hidden_TD[kept], head_VD=teacher.head_VD)
@@ -87,10 +88,9 @@ def distillation_loss(
     else:
         total, kl, cross_entropy = _sum_chunks(student_hidden_TD, student_head_VD, task, None, None)
 
-    if denominator is None:
-        denominator = len(kept)
-    count = denominator.clamp(min=1) if isinstance(denominator, Tensor) else max(denominator, 1)
-    return LossParts(total=total / count, kl=kl / count, cross_entropy=cross_entropy / count, tokens=len(kept))
+    tokens = len(targets_T)
+    count = (tokens if denominator is None else denominator) or 1
+    return LossParts(total=total / count, kl=kl / count, cross_entropy=cross_entropy / count, tokens=tokens)
 
 
 def _check_rows(who: str, hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> None:

@@ -11,11 +11,9 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from elastic_core.budget import Budget
@@ -37,28 +35,12 @@ from elastic_core.subnet import Masks, Subnet, full_subnet
 from elastic_core.training import curriculum
 from elastic_core.training.losses import LossParts, distillation_loss
 from elastic_core.training.parallel import World, clip_gradients
-
-
-class TokenRows:
-    """Rows of `sequence_length` tokens, each with its next token, cut from a flat stream in a safetensors file.
-
-    The file holds one tensor, `tokens`, int32 (N,); only the rows asked for are read.
-    """
-
-    def __init__(self, path: Path, sequence_length: int) -> None:
-        self._stream = safe_open(str(path), framework="pt").get_slice("tokens")
-        self._length = sequence_length
-        self.num_rows = max(0, (self._stream.get_shape()[0] - 1) // sequence_length)
-
-    def batch(self, rows: list[int]) -> Tensor:
-        """Tokens (B, T + 1) of these rows: inputs and targets overlap."""
-        starts = [row * self._length for row in rows]
-        return torch.stack([self._stream[start : start + self._length + 1].long() for start in starts])
+from elastic_core.training.tokens import TokenBatch, TokenRows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BudgetMetrics:
-    """Means over one step's micro-steps at one budget, and over all processes.
+    """Means over what one step learns at one budget, in all processes: of losses over the tokens that count.
 
     `choices` are the router's expected sizes by axis.
     """
@@ -140,11 +122,13 @@ def train_stage(run: StageRun, start: int = 0) -> Iterator[StepMetrics]:
         for group in run.optimizer.param_groups:
             group["lr"] = curriculum.learning_rate(stage.optimizer, group["peak"], step, stage.steps)
         rows = order.rows(step)
+        # What micro-batches count on average, so that every token of the global batch weighs the same.
+        learned = run.data.learned(rows) / (micro_steps * world.size)
         tally = _Tally()
         for micro_step, name in enumerate(curriculum.micro_step_budgets(stage, run.seed, step, micro_steps)):
             first = (micro_step * world.size + world.rank) * stage.micro_batch_size
-            tokens = run.data.batch(rows[first : first + stage.micro_batch_size]).to(world.device)
-            loss, report = _micro_step(run, step, micro_step, name, tokens)
+            batch = run.data.batch(rows[first : first + stage.micro_batch_size]).to(world.device)
+            loss, report = _micro_step(run, _choose(run, step, micro_step, name), batch, learned)
             (loss / micro_steps).backward()
             tally.add(name, report)
         gradient_norm = _clip(run)
@@ -205,32 +189,37 @@ def _choose(run: StageRun, step: int, micro_step: int, name: str) -> _Choice:
     )
 
 
-def _micro_step(run: StageRun, step: int, micro_step: int, name: str, tokens: Tensor) -> tuple[Tensor, _Report]:
-    """The differentiable loss of one micro-batch (B, T + 1) at one budget, and what to report of it."""
-    inputs_BT, targets = tokens[:, :-1], tokens[:, 1:].flatten()
-    choice = _choose(run, step, micro_step, name)
+def _micro_step(run: StageRun, choice: _Choice, batch: TokenBatch, learned: float) -> tuple[Tensor, _Report]:
+    """The differentiable loss of one micro-batch at one choice, and what to report of it.
+
+    Its token losses are summed and divided by `learned`, the tokens that a micro-batch of this step counts on average.
+    """
     with _autocast(run):
-        hidden_BTD = run.student(inputs_BT, choice.subnet, choice.masks)
-        teacher_hidden = _teacher_hidden(run, inputs_BT, choice)
+        hidden_BTD = run.student(batch.inputs_BT, choice.subnet, choice.masks, packing=batch.packing)
+        teacher_hidden = _teacher_hidden(run, batch, choice)
         teacher = run.teacher or run.student
         parts = distillation_loss(
             hidden_BTD.flatten(0, 1),
             run.student.head_weight(choice.subnet.hidden),
             teacher_hidden.flatten(0, 1) if teacher_hidden is not None else None,
             teacher.lm_head.weight.detach() if teacher_hidden is not None else None,
-            targets,
+            batch.targets_BT.flatten(),
             kl_weight=run.distillation.kl_weight if teacher_hidden is not None else 0.0,
             ce_weight=run.distillation.ce_weight,
             temperature=run.distillation.temperature,
+            ignore_index=batch.ignore_index,
+            denominator=learned,
         )
     loss = parts.total
     if choice.router_loss is not None:
         loss = loss + run.stage.router.loss_weight * choice.router_loss
-    return loss, _report(loss, parts, choice)
+    share = torch.full_like(loss, parts.tokens / learned if learned else 1.0)
+    return loss, _report(loss, share, parts, choice)
 
 
-def _report(loss: Tensor, parts: LossParts, choice: _Choice) -> _Report:
-    report = {"loss": loss, "kl": parts.kl, "cross_entropy": parts.cross_entropy}
+def _report(loss: Tensor, share: Tensor, parts: LossParts, choice: _Choice) -> _Report:
+    """`share` is what this micro-batch counts over what one counts on average."""
+    report = {"loss": loss, "share": share, "task": parts.total, "kl": parts.kl, "cross_entropy": parts.cross_entropy}
     if choice.router_loss is not None and choice.expected_params is not None:
         report |= {"router_loss": choice.router_loss, "expected_params": choice.expected_params}
     report |= {f"choices.{axis}": size for axis, size in choice.choices.items()}
@@ -238,16 +227,16 @@ def _report(loss: Tensor, parts: LossParts, choice: _Choice) -> _Report:
 
 
 @torch.no_grad()
-def _teacher_hidden(run: StageRun, inputs_BT: Tensor, choice: _Choice) -> Tensor | None:
+def _teacher_hidden(run: StageRun, batch: TokenBatch, choice: _Choice) -> Tensor | None:
     """The teacher's last hidden states; a trainable teacher teaches every budget but its own."""
     full = full_subnet(run.student.config)
     if run.distillation.kl_weight == 0:
         return None
     if run.distillation.teacher == "frozen":
         assert run.teacher is not None, "a frozen teacher is missing"
-        return run.teacher(inputs_BT, full)  # type: ignore[no-any-return]
+        return run.teacher(batch.inputs_BT, full, packing=batch.packing)  # type: ignore[no-any-return]
     is_teacher = choice.masks is None and choice.subnet == full
-    return None if is_teacher else run.student(inputs_BT, full)
+    return None if is_teacher else run.student(batch.inputs_BT, full, packing=batch.packing)
 
 
 def _autocast(run: StageRun) -> AbstractContextManager[Any]:
@@ -300,10 +289,11 @@ def _mean(reports: list[_Report], key: str) -> Tensor:
 
 
 def _budget_metrics(means: Mapping[str, float]) -> BudgetMetrics:
+    share = means["share"] or 1.0  # a budget may have met no token that counts
     return BudgetMetrics(
-        loss=means["loss"],
-        kl=means["kl"],
-        cross_entropy=means["cross_entropy"],
+        loss=means["loss"] - means["task"] + means["task"] / share,
+        kl=means["kl"] / share,
+        cross_entropy=means["cross_entropy"] / share,
         router_loss=means.get("router_loss", 0.0),
         expected_params=means.get("expected_params", 0.0),
         choices={axis: means[f"choices.{axis}"] for axis in Axes.NAMES if f"choices.{axis}" in means},

@@ -31,7 +31,8 @@ from elastic_core.planning.plan import USABLE_SHARE
 from elastic_core.recipe import Distillation, Optimizer, Stage
 from elastic_core.subnet import Subnet, full_subnet
 from elastic_core.training.parallel import World, recompute_layers
-from elastic_core.training.train import StageRun, StepMetrics, TokenRows, make_optimizer, train_stage
+from elastic_core.training.tokens import TokenRows
+from elastic_core.training.train import StageRun, StepMetrics, make_optimizer, train_stage
 
 pytestmark = [
     pytest.mark.benchmark,

@@ -14,6 +14,7 @@ from elastic_core.geometry import ModelConfig
 from elastic_core.importance import WidthScores, importance_order, rank_layers, width_scores
 from elastic_core.model import ElasticNemotronH
 from elastic_core.recipe import MambaScores
+from elastic_core.training.tokens import TokenBatch
 
 StockModel = Callable[..., NemotronHForCausalLM]
 
@@ -50,6 +51,11 @@ def elastic(stock: NemotronHForCausalLM, tiny_config: ModelConfig) -> ElasticNem
 def token_batches(config: ModelConfig, count: int = 3) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(config.vocab_size, (2, 11), generator=generator) for _ in range(count)]
+
+
+def unpacked(batches: Sequence[Tensor]) -> list[TokenBatch]:
+    """The same tokens as rows of one document each."""
+    return [TokenBatch(inputs_BT=tokens, targets_BT=tokens, packing=None, learned=tokens.numel()) for tokens in batches]
 
 
 def record_activations(
@@ -129,7 +135,7 @@ def test_width_scores_are_sums_over_the_stock_models_activations_signed_as_in_th
 ) -> None:
     batches = token_batches(tiny_config)
     expected = slow_width_scores(stock, tiny_config, batches, mamba)
-    assert_close(width_scores(elastic, batches, mamba), expected, FLOAT32_SUM)
+    assert_close(width_scores(elastic, unpacked(batches), mamba), expected, FLOAT32_SUM)
 
 
 def test_a_channel_that_is_large_in_both_directions_counts_unless_scores_are_signed(
@@ -147,11 +153,11 @@ def test_a_channel_that_is_large_in_both_directions_counts_unless_scores_are_sig
             norm, rows = elastic.layers[layer].norm, elastic.layers[layer].mixer.in_proj.weight
             rows[config.mamba_size] = 10 * norm.weight * elastic.embeddings.weight[0]
     batch = torch.tensor([[0, 1, 0, 1]])
-    absolute, signed = (width_scores(elastic, [batch], mamba).mamba_HP for mamba in ("absolute", "signed"))
+    absolute, signed = (width_scores(elastic, unpacked([batch]), mamba).mamba_HP for mamba in ("absolute", "signed"))
     for first, second in zip(absolute, signed, strict=True):
         assert first[0, 0] > 2 * first.flatten()[1:].max()
         assert second.abs().max() < FLOAT32_SUM * first.max()
-    assert width_scores(elastic, [batch]).mamba_HP[0].equal(absolute[0]), "absolute unless asked otherwise"
+    assert width_scores(elastic, unpacked([batch])).mamba_HP[0].equal(absolute[0]), "absolute unless asked otherwise"
 
 
 @pytest.mark.parametrize("mamba", typing.get_args(MambaScores))
@@ -159,9 +165,9 @@ def test_width_scores_do_not_depend_on_how_samples_are_batched(
     elastic: ElasticNemotronH, tiny_config: ModelConfig, mamba: MambaScores
 ) -> None:
     batches = token_batches(tiny_config)
-    whole = width_scores(elastic, [torch.cat(batches)], mamba)
-    assert_close(width_scores(elastic, batches, mamba), whole, FLOAT32_BATCHING)
-    assert_close(width_scores(elastic, [row[None] for row in torch.cat(batches)], mamba), whole, FLOAT32_BATCHING)
+    whole = width_scores(elastic, unpacked([torch.cat(batches)]), mamba)
+    assert_close(width_scores(elastic, unpacked(batches), mamba), whole, FLOAT32_BATCHING)
+    assert_close(width_scores(elastic, unpacked(torch.cat(batches).split(1)), mamba), whole, FLOAT32_BATCHING)
 
 
 def random_scores(config: ModelConfig, seed: int) -> WidthScores:
@@ -233,7 +239,7 @@ def test_dead_components_are_ranked_last(elastic: ElasticNemotronH, tiny_config:
         x_rows_HPD = x_rows.unflatten(0, (config.mamba_num_heads, config.mamba_head_dim))
         x_rows_HPD[8] = 0.0
         x_rows_HPD[:, 2] = 0.0
-    scores = width_scores(elastic, token_batches(config))
+    scores = width_scores(elastic, unpacked(token_batches(config)))
     order = importance_order(config, scores, range(config.num_layers), config.mamba_head_dim)
     assert order.hidden[-1] == 7
     assert order.ffn[0][-1] == 11
@@ -278,16 +284,16 @@ def test_depth_ranking_is_iterative_removal_on_the_stock_models_logits(
     batches = token_batches(tiny_config, count=2)
     expected, gap = slow_rank_layers(stock, tiny_config, batches, smallest_depth)
     assert gap > FLOAT32_SUM, "the scores must be far enough apart for float32 to tell"
-    assert rank_layers(elastic, batches, smallest_depth) == expected
+    assert rank_layers(elastic, unpacked(batches), smallest_depth) == expected
 
 
 def test_ranking_is_a_permutation_whose_tail_does_not_depend_on_where_removal_stops(
     elastic: ElasticNemotronH, tiny_config: ModelConfig
 ) -> None:
     batches = token_batches(tiny_config, count=1)
-    to_the_end = rank_layers(elastic, batches, 1)
+    to_the_end = rank_layers(elastic, unpacked(batches), 1)
     for smallest_depth in range(1, 9):
-        ranking = rank_layers(elastic, batches, smallest_depth)
+        ranking = rank_layers(elastic, unpacked(batches), smallest_depth)
         assert sorted(ranking) == list(range(8))
         assert ranking[smallest_depth:] == to_the_end[smallest_depth:]
 
@@ -299,7 +305,7 @@ def test_a_layer_that_adds_nothing_is_ranked_last(
 ) -> None:
     with torch.no_grad():
         getattr(elastic.layers[layer].mixer, projection).weight.zero_()
-    assert rank_layers(elastic, token_batches(tiny_config, count=1), smallest_depth)[-1] == layer
+    assert rank_layers(elastic, unpacked(token_batches(tiny_config, count=1)), smallest_depth)[-1] == layer
 
 
 def test_the_last_attention_layer_stays(elastic: ElasticNemotronH, tiny_config: ModelConfig) -> None:
@@ -308,20 +314,22 @@ def test_the_last_attention_layer_stays(elastic: ElasticNemotronH, tiny_config: 
         for layer in attention:
             elastic.layers[layer].mixer.o_proj.weight.zero_()
     for smallest_depth in (1, 2, 4):
-        kept = rank_layers(elastic, token_batches(tiny_config, count=1), smallest_depth)[:smallest_depth]
+        kept = rank_layers(elastic, unpacked(token_batches(tiny_config, count=1)), smallest_depth)[:smallest_depth]
         assert len(set(kept) & set(attention)) == 1
 
 
 def test_ranking_reports_each_round(elastic: ElasticNemotronH, tiny_config: ModelConfig) -> None:
     rounds: list[tuple[int, int]] = []
-    rank_layers(elastic, token_batches(tiny_config, count=1), 5, lambda done, total: rounds.append((done, total)))
+    rank_layers(
+        elastic, unpacked(token_batches(tiny_config, count=1)), 5, lambda done, total: rounds.append((done, total))
+    )
     assert rounds == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 def test_ranking_leaves_the_model_as_it_was(elastic: ElasticNemotronH, tiny_config: ModelConfig) -> None:
     before = {name: value.clone() for name, value in elastic.state_dict().items()}
     batches = token_batches(tiny_config, count=1)
-    width_scores(elastic, batches)
-    rank_layers(elastic, batches, 6)
+    width_scores(elastic, unpacked(batches))
+    rank_layers(elastic, unpacked(batches), 6)
     assert all(torch.equal(before[name], value) for name, value in elastic.state_dict().items())
     assert all(parameter.grad is None for parameter in elastic.parameters())

@@ -14,7 +14,8 @@ from elastic_core.recipe import Distillation, Optimizer, RouterSchedule, Stage
 from elastic_core.schema import build, to_dict
 from elastic_core.training import job
 from elastic_core.training.job import TrainJob
-from elastic_core.training.train import StageRun, TokenRows, make_optimizer, resolved_subnets, train_stage
+from elastic_core.training.tokens import TokenRows
+from elastic_core.training.train import StageRun, make_optimizer, resolved_subnets, train_stage
 
 
 def run_job(settings: TrainJob) -> None:

@@ -19,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from elastic_core.recipe import DataConfig, DataSource
-from elastic_core.training.train import TokenRows
+from elastic_core.training.tokens import TokenRows
 from tasks.corpus import documents
 from tasks.corpus.build import build_corpus, is_heldout, iter_texts
 from tasks.corpus.chats import Chat
@@ -150,7 +150,7 @@ def test_streams_are_int32_and_the_training_loop_reads_their_rows(prepare: Prepa
     assert tokens.dtype == torch.int32 and tokens.dim() == 1
     rows = TokenRows(directory / TRAIN_FILE, 16)
     assert rows.num_rows == (len(tokens) - 1) // 16
-    assert torch.equal(rows.batch([1, 0]), torch.stack([tokens[16:33], tokens[0:17]]).long())
+    assert torch.equal(rows.batch([1, 0]).inputs_BT, torch.stack([tokens[16:32], tokens[0:16]]).long())
 
 
 def test_batches_of_any_size_give_the_same_stream(
