@@ -44,7 +44,7 @@ def run(
     """Run the whole pipeline here: teacher and data in, a registered family out."""
     from flows.commands.recipes import load_recipe
     from flows.serving.services import embedded_services
-    from tasks.settings import ServiceError, make_home
+    from tasks.settings import PREFECT_API, ServiceError, make_home, remedy
 
     loaded = load_recipe(recipe, overrides or [])
     for name, value in PREFECT_LOGGING.items():
@@ -61,7 +61,8 @@ def run(
         try:
             evaluation, orders, release, verdict = elastify(loaded)
         except (PrefectException, httpx.HTTPError) as error:
-            raise ServiceError(f"Prefect fails: {error}; see to its server and run this again to go on") from error
+            look = remedy(PREFECT_API)
+            raise ServiceError(f"Prefect fails: {error}; {look}, then run this again to go on") from error
         print_outcome(evaluation, orders, release, verdict)
 
 

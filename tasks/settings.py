@@ -4,6 +4,7 @@ Credentials are never fields here: boto3's own chain reads them (environment, pr
 """
 
 import errno
+import json
 import os
 import re
 import tempfile
@@ -20,6 +21,9 @@ ENCRYPTION = "ELASTIC_S3_SSE"
 KMS_KEY = "ELASTIC_S3_SSE_KMS_KEY_ID"
 SIGNING_KEY = "ELASTIC_SIGNING_KEY_FILE"
 VERIFICATION_KEY = "ELASTIC_VERIFICATION_KEY_FILE"
+PREFECT_API = "PREFECT_API_URL"
+# Ours alone: the logs of the servers that elastic started, by the variables that it set to their addresses.
+EMBEDDED = "ELASTIC_EMBEDDED"
 
 LEAST_ROOM = 1 << 20  # bytes; with less nothing of ours can work
 ENCRYPTIONS = ("none", "AES256", "aws:kms", "aws:kms:dsse")
@@ -210,6 +214,20 @@ class Settings:
         )
 
 
+def remedy(*variables: str, otherwise: str | None = None, environ: Mapping[str, str] = os.environ) -> str:
+    """What to look at when a service fails that one of `variables` names, in the words that end a message.
+
+    That is the log of the server where elastic itself started it, the first of the variables that is set, or
+    `otherwise`: nobody is told to check a variable that they never set.
+    """
+    logs = json.loads(environ.get(EMBEDDED) or "{}")
+    for variable in variables:
+        if variable in logs:
+            return f"elastic started this server, and its log is {logs[variable]}"
+    known = next((variable for variable in variables if environ.get(variable)), None)
+    return otherwise if known is None and otherwise is not None else f"check {known or variables[0]}"
+
+
 def home_directory(environ: Mapping[str, str] = os.environ) -> Path:
     """The state directory, absolute, so that processes with other working directories mean the same one."""
     return Path(environ.get(HOME) or ".elastic").expanduser().absolute()
@@ -224,7 +242,7 @@ def make_home(environ: Mapping[str, str] = os.environ) -> Path:
             probe.write(bytes(LEAST_ROOM))
     except OSError as error:
         raise ValueError(
-            f"{HOME}={home} cannot be written ({error.strerror}); make room, or set it to a directory that can"
+            f"the state directory {home} cannot be written ({error.strerror}); make room, or set {HOME} to another"
         ) from error
     return home
 

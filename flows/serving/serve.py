@@ -19,16 +19,16 @@ from flows.serving.running import Service, last_running, read_running, this_proc
 from flows.serving.servers import MlflowServer, ObjectStore, PrefectServer, answers, choose_port
 from flows.serving.services import (
     FOREIGN,
-    PREFECT_API,
     applied,
     basic_environment,
+    embedded,
     make_bucket,
     names_a_store,
     owned,
     start_store,
 )
 from tasks.running.processes import ChildProcess
-from tasks.settings import ENDPOINT, ENDPOINT_S3, HOME, TRACKING_URI, ServiceError, Settings, redact
+from tasks.settings import ENDPOINT, ENDPOINT_S3, HOME, PREFECT_API, TRACKING_URI, ServiceError, Settings, redact
 from tasks.tracking import check_server
 
 MLFLOW_DATABASE = "MLFLOW_BACKEND_STORE_URI"  # MLflow's own name for the database of its server
@@ -133,12 +133,14 @@ class Fleet:
         self.environment: dict[str, str] = {}
         self._watched: list[Watched] = []
         self._named: list[Service] = []
+        self._logs: dict[str, str] = {}
 
     def start_servers(self, ports: Ports) -> None:
         """Start what the environment does not name, set its variables, and return when all of it answers."""
         self._stack.enter_context(applied(basic_environment(self.home) | WORKING))
         self._start_store(ports)
         waiting = [server for server in (self._start_prefect(ports), self._start_mlflow(ports)) if server]
+        self._offer(embedded(self._logs))
         make_bucket()
         for server in waiting:
             server.wait()
@@ -180,6 +182,7 @@ class Fleet:
             store = ObjectStore(self.home / "s3", self.home / "logs", ports.s3)
             self._stack.enter_context(applied(start_store(store, self._stack), removed=FOREIGN))
             self._watched.append(Watched("S3", store, time.monotonic()))
+            self._logs |= store.logs()
 
     def _start_prefect(self, ports: Ports) -> PrefectServer | None:
         if url := os.environ.get(PREFECT_API):
@@ -191,6 +194,7 @@ class Fleet:
         server = PrefectServer(self.home / "prefect", self.home / "logs", port, ui=True)
         self.begin("Prefect", server)
         self._offer(server.environment())
+        self._logs[PREFECT_API] = str(server.process.log)
         return server
 
     def _start_mlflow(self, ports: Ports) -> MlflowServer | None:
@@ -204,6 +208,7 @@ class Fleet:
         server = MlflowServer(self.home, self.home / "logs", port, database=database, bucket=bucket)
         self.begin("MLflow", server)
         self._offer({TRACKING_URI: server.url})
+        self._logs[TRACKING_URI] = str(server.process.log)
         return server
 
     def _offer(self, environment: dict[str, str]) -> None:

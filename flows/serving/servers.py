@@ -72,6 +72,10 @@ class ObjectStore:
         self.process.stop()
         self._remove_sockets()
 
+    def logs(self) -> dict[str, str]:
+        """Its log, by the variables of `environment` that failures are explained by."""
+        return dict.fromkeys((ENDPOINT_S3, "AWS_ACCESS_KEY_ID"), str(self.process.log))
+
     def credentials(self) -> tuple[str, str]:
         """The access key and the secret key, made at random the first time and kept in a file for our eyes only."""
         if not self._keys.exists():

@@ -4,6 +4,7 @@ What the environment already names (an S3 endpoint or bucket, MLFLOW_TRACKING_UR
 and so is what `elastic up` has running in the same directory.
 """
 
+import json
 import os
 import signal
 import threading
@@ -17,9 +18,19 @@ from elastic_core.files.locks import IsHeld, held
 from flows.serving.running import Running, read_running
 from flows.serving.servers import QUIET, START_SECONDS, ObjectStore, PrefectServer, answers, free_ports
 from tasks.artifacts import check_bucket, ensure_bucket
-from tasks.settings import BUCKET, ENDPOINT, ENDPOINT_S3, HOME, TRACKING_URI, ServiceError, Settings, make_home
+from tasks.settings import (
+    BUCKET,
+    EMBEDDED,
+    ENDPOINT,
+    ENDPOINT_S3,
+    HOME,
+    PREFECT_API,
+    TRACKING_URI,
+    ServiceError,
+    Settings,
+    make_home,
+)
 
-PREFECT_API = "PREFECT_API_URL"
 RESULTS = "PREFECT_LOCAL_STORAGE_PATH"
 HEARTBEAT = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}  # seconds; an automation takes a silent run for dead
 
@@ -46,20 +57,24 @@ def embedded_services(home: Path, *, share: bool = False, prefect: bool = False)
         defined = basic_environment(home)
         if not os.environ.get(TRACKING_URI):
             defined |= tracking_environment(home)
-        server = None
+        server, logs = None, dict[str, str]()
         if running is not None:
             defined |= {name: value for name, value in running.environment.items() if not os.environ.get(name)}
+            shared = json.loads(defined.pop(EMBEDDED, "{}"))
+            logs |= {name: log for name, log in shared.items() if not os.environ.get(name)}
         elif prefect and not os.environ.get(PREFECT_API):
             server = PrefectServer(home / "prefect", home / "logs", free_ports(1)[0])
             stack.callback(server.stop)
             server.start()
             defined |= server.environment()
+            logs[PREFECT_API] = str(server.process.log)
         if names_a_store():
-            stack.enter_context(applied(defined))
+            stack.enter_context(applied(defined | embedded(logs)))
         else:
             store = ObjectStore(home / "s3", home / "logs")
             served = start_store(store, stack) if owner else _borrowed(store, running)
-            stack.enter_context(applied(defined | served, removed=FOREIGN))
+            logs |= store.logs()
+            stack.enter_context(applied(defined | served | embedded(logs), removed=FOREIGN))
             defined |= served
             make_bucket()
         if server is not None:
@@ -87,6 +102,11 @@ def basic_environment(home: Path) -> dict[str, str]:
     """What every process of ours is to have: the state directory, where results go, a heartbeat, and no telemetry."""
     wanted = {**QUIET, **HEARTBEAT, RESULTS: str(home / "prefect" / "storage")}
     return {name: value for name, value in wanted.items() if not os.environ.get(name)} | {HOME: str(home)}
+
+
+def embedded(logs: Mapping[str, str]) -> dict[str, str]:
+    """The variable that says which others we set, to servers of ours, and where each server's log is."""
+    return {EMBEDDED: json.dumps(dict(logs))}
 
 
 def tracking_environment(home: Path) -> dict[str, str]:

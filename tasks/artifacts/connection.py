@@ -26,7 +26,7 @@ from botocore.exceptions import ConnectionError as BotoConnectionError
 
 from elastic_core.schema import checked_name
 from tasks.artifacts.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES
-from tasks.settings import BUCKET, ENDPOINT_S3, ServiceError, Settings, redact
+from tasks.settings import BUCKET, ENDPOINT, ENDPOINT_S3, ServiceError, Settings, redact, remedy
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -273,7 +273,8 @@ def explain(error: Exception, where: str) -> ServiceError:
         return ServiceError(f"{where}: TLS fails ({what}); check the endpoint's certificate and AWS_CA_BUNDLE")
     if isinstance(error, BotoConnectionError | HTTPClientError | IncompleteReadError):
         return ServiceError(
-            f"{where}: cannot reach S3 ({type(error).__name__}); check {ENDPOINT_S3} and that the server runs",
+            f"{where}: cannot reach S3 ({type(error).__name__}); "
+            + remedy(ENDPOINT_S3, ENDPOINT, otherwise="check the network"),
             transient=True,
         )
     return ServiceError(f"{where}: {what}")
@@ -283,7 +284,11 @@ def _explain_answer(error: ClientError, where: str) -> ServiceError:
     code, status = code_of(error), status_of(error)
     said = f"S3 answers {code} to {error.operation_name}"
     if code in _REJECTED_KEY:
-        return ServiceError(f"{where}: S3 rejects the key ({code}); check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        keys = "check the credentials that boto3 finds in its files or on this machine"
+        return ServiceError(
+            f"{where}: S3 rejects the key ({code}); "
+            + remedy("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", otherwise=keys)
+        )
     if code == "NoSuchBucket" or (status == 404 and error.operation_name == "HeadBucket"):
         return ServiceError(f"{where}: the bucket does not exist; create it, or set {BUCKET} to one that does")
     if status == 403:

@@ -15,7 +15,7 @@ from tasks.corpus.record import check_length, read_record
 from tasks.corpus.tokenizer import load_tokenizer
 from tasks.evaluate import encode_questions, read_problems
 from tasks.records import Artifact
-from tasks.settings import ServiceError, Settings, redact
+from tasks.settings import PREFECT_API, ServiceError, Settings, redact, remedy
 from tasks.tracking import CHECK_SECONDS, check_server
 
 # What gives a checkpoint's tensors their shapes.
@@ -42,7 +42,9 @@ def check_prefect(url: str | None) -> None:
         fault = client.api_healthcheck()
     if fault is not None:
         raise ServiceError(
-            f"Prefect at {redact(url)} does not answer ({first_line(fault)}); check PREFECT_API_URL", transient=True
+            f"Prefect at {redact(url)} does not answer ({first_line(fault)}); "
+            + remedy(PREFECT_API, otherwise="check the profile that `prefect config view` shows"),
+            transient=True,
         )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
-from tasks.settings import ServiceError, redact
+from tasks.settings import TRACKING_URI, ServiceError, redact, remedy
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -122,7 +122,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _unreachable(uri: str) -> ServiceError:
-    return ServiceError(f"MLflow at {redact(uri)} does not answer; check MLFLOW_TRACKING_URI", transient=True)
+    return ServiceError(f"MLflow at {redact(uri)} does not answer; {remedy(TRACKING_URI)}", transient=True)
 
 
 @contextmanager

@@ -442,7 +442,7 @@ BAD_MACHINES: dict[str, tuple[dict[str, str], str]] = {
         r"MLflow at http://\*\*\*@127.0.0.1:\d+ does not answer; check MLFLOW_TRACKING_URI",
     ),
     "MLflow in files": ({TRACKING_URI: "mlruns"}, r"MLFLOW_TRACKING_URI='mlruns' is not a server or database URI"),
-    "state directory below a file": ({HOME: "{file}/home"}, r"ELASTIC_HOME=.*/file/home cannot be written"),
+    "state directory below a file": ({HOME: "{file}/home"}, r"the state directory .*/file/home cannot be written"),
 }
 
 
@@ -491,7 +491,7 @@ def test_a_prefect_server_that_fails_is_told(refused: Refused, inputs: Path) -> 
         with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{server.server_port}/api"}):
             line = refused("run", inputs / "recipe.yaml")
         server.shutdown()
-    assert re.search(r"Prefect fails: .*404 Not Found.*; see to its server", line)
+    assert re.search(r"Prefect fails: .*404 Not Found.*; check PREFECT_API_URL, then run this again", line)
 
 
 # A process of its own

@@ -223,7 +223,9 @@ def test_a_disk_that_fills_up_stops_a_run_which_goes_on_when_it_has_room(
     process.communicate(timeout=60)
     told = cramped.run()
     assert told.returncode == 1
-    assert re.fullmatch(r"elastic: ELASTIC_HOME=.* cannot be written \(No space left on device\); .*\n", told.stderr)
+    assert re.fullmatch(
+        r"elastic: the state directory .* cannot be written \(No space left on device\); .*\n", told.stderr
+    )
     filler.unlink()
     completed(cramped)
     assert outcome_in(cramped.home) == clean

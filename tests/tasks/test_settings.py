@@ -18,7 +18,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from flows.serving.servers import free_ports
 from tasks import artifacts
-from tasks.settings import ServiceError, Settings, is_transient, redact
+from tasks.settings import EMBEDDED, ServiceError, Settings, is_transient, redact, remedy
 
 ENVIRONMENT = {
     "MLFLOW_TRACKING_URI": "https://user:hunter2@mlflow.example:5000/base",
@@ -50,6 +50,16 @@ def test_what_may_be_left_out_has_a_default() -> None:
     assert settings.home == Path.cwd() / ".elastic"
     general = Settings.from_environment({**few, "AWS_ENDPOINT_URL": "http://s3:1"})
     assert general.endpoint_url == "http://s3:1"
+
+
+def test_a_remedy_names_the_log_of_our_own_server_or_the_variable_that_was_set_and_no_other() -> None:
+    ours = {EMBEDDED: '{"AWS_ENDPOINT_URL_S3": "/srv/logs/seaweedfs.log"}', "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1"}
+    named = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+    assert remedy(*named, environ=ours) == "elastic started this server, and its log is /srv/logs/seaweedfs.log"
+    assert remedy(*named, environ={"AWS_ENDPOINT_URL": "http://s3"}) == "check AWS_ENDPOINT_URL"
+    assert remedy(*named, environ=ENVIRONMENT) == "check AWS_ENDPOINT_URL_S3"
+    assert remedy(*named, otherwise="check the network", environ={}) == "check the network"
+    assert remedy("MLFLOW_TRACKING_URI", environ=ours) == "check MLFLOW_TRACKING_URI"
 
 
 @pytest.mark.parametrize("value", [None, ""])

@@ -1,6 +1,7 @@
 """Laws of the embedded services, with real processes."""
 
 import os
+import re
 import signal
 import socket
 import stat
@@ -19,7 +20,7 @@ from flows.serving import servers, services
 from flows.serving.running import read_running, this_process, write_running
 from flows.serving.servers import ObjectStore
 from flows.serving.services import embedded_services, registry_services
-from tasks.artifacts import exists, open_store, put_file
+from tasks.artifacts import check_bucket, exists, open_store, put_file
 from tasks.settings import ServiceError, Settings
 
 pytestmark = pytest.mark.services
@@ -239,3 +240,14 @@ known = vars(mlflow.environment_variables)
 assert all(name in known for name in os.environ if name.startswith("MLFLOW_") and name != "MLFLOW_LOGGING_LEVEL")
 """
     subprocess.run([sys.executable, "-c", code], env={**os.environ, **defined}, cwd=tmp_path, check=True)
+
+
+def test_a_store_of_ours_that_dies_is_explained_by_its_log_and_not_by_a_variable_nobody_set(tmp_path: Path) -> None:
+    with embedded_services(tmp_path):
+        for server in servers_of(os.getpid(), tmp_path):
+            server.kill()
+            server.wait(10)
+        log = re.escape(f"{tmp_path}/logs/seaweedfs.log")
+        with pytest.raises(ServiceError, match=f"elastic started this server, and its log is {log}") as died:
+            check_bucket(Settings.from_environment())
+        assert "AWS_" not in str(died.value)
