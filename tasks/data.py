@@ -4,15 +4,14 @@ from pathlib import Path
 
 from elastic_core.recipe import DataConfig
 from tasks.corpus import build as data
-from tasks.corpus import chats, documents, encoding, ends, rendering, token_file, turns
-from tasks.corpus import tokenizer as tokenizer_module
 from tasks.corpus.sources import fetch_data
 from tasks.records import Artifact
 from tasks.running.bars import counter
-from tasks.running.steps import artifact, new_directory, step
+from tasks.running.digests import artifact
+from tasks.running.steps import new_directory, step
 
 
-@step(chats, data, documents, encoding, ends, rendering, token_file, turns, tokenizer_module)
+@step()
 def prepare_data(config: DataConfig, identity: tuple[str, ...], tokenizer: Artifact, workspace: str) -> Artifact:
     """Tokenise the recipe's sources; `identity` tells one state of them from another."""
     directory = new_directory(workspace, "corpus")

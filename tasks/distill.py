@@ -3,26 +3,20 @@
 from pathlib import Path
 from typing import Any
 
-from elastic_core import cost, model, resolve, router, subnet
 from elastic_core.budget import Dtype
-from elastic_core.files import checkpoint
-from elastic_core.layers import ssm
 from elastic_core.recipe import Distillation, Stage
-from elastic_core.training import curriculum, job, losses, parallel, resume, train
 from elastic_core.training.job import METRICS, TrainJob
 from tasks import tracking
 from tasks.corpus.record import TRAIN_FILE
 from tasks.records import Artifact, StageRecord
+from tasks.running.digests import artifact, file_digest
 from tasks.running.progress import stage_progress
-from tasks.running.steps import artifact, fingerprint, step
+from tasks.running.steps import step, work_directory
 from tasks.running.training import train as run_training
 from tasks.settings import Settings
 
 
-@step(
-    *(checkpoint, cost, curriculum, job, losses, model, parallel, resolve, resume, router, ssm, subnet, train),
-    on_gpu=True,
-)
+@step(on_gpu=True)
 def distill(
     family: Artifact,
     teacher: Artifact,
@@ -39,8 +33,7 @@ def distill(
 
     Curves go to the MLflow run as they come, numbered from `first_step`; MLflow's absence stops nothing.
     """
-    key = fingerprint(family, teacher, corpus, stage, distillation, dtype, seed)
-    work = Path(workspace) / f"{stage.name}-{key[:16]}"
+    work = work_directory(workspace, stage.name)
     output = work / "family"
     frozen_teacher = distillation.teacher == "frozen" and distillation.kl_weight > 0
     uri = Settings.from_environment().tracking_uri
@@ -66,4 +59,5 @@ def distill(
             ),
             on_step=on_step,
         )
-    return StageRecord(family=artifact(output), metrics=str(work / METRICS))
+    metrics = work / METRICS
+    return StageRecord(family=artifact(output), metrics=str(metrics), metrics_sha256=file_digest(metrics))

@@ -12,17 +12,15 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from elastic_core import generate, model
 from elastic_core.budget import Dtype
 from elastic_core.cost import subnet_params
 from elastic_core.files import checkpoint, reorder
 from elastic_core.generate import complete, decode
 from elastic_core.geometry import ModelConfig
-from elastic_core.layers import ssm
 from elastic_core.model import Cache, ElasticNemotronH
 from elastic_core.recipe import Evaluation
 from elastic_core.subnet import Subnet, full_subnet, keep_layers
-from elastic_core.training import job, losses
+from elastic_core.training import job
 from elastic_core.training.curriculum import generator
 from elastic_core.training.losses import distillation_loss
 from elastic_core.training.tokens import TokenBatch, TokenRows
@@ -56,7 +54,7 @@ class Answers:
     by_task: Mapping[str, float]
 
 
-@step(checkpoint, generate, job, losses, model, reorder, ssm, on_gpu=True)
+@step(on_gpu=True)
 def evaluate(
     teacher: Artifact,
     reordered: Artifact,
@@ -278,7 +276,7 @@ class Measurement:
     accuracy: float | None
 
 
-@step(generate, job, losses, model, ssm, on_gpu=True)
+@step(on_gpu=True)
 def measure(model: Artifact, corpus: Artifact, settings: Evaluation) -> Measurement:
     """Measure a stock checkpoint on a corpus's held-out part."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -9,27 +9,28 @@ from pathlib import Path
 
 import torch
 
-from elastic_core import comparison, cost, importance, model, resolve, router
+from elastic_core import comparison, importance, router
 from elastic_core.budget import Budget, Dtype
 from elastic_core.cost import LatencyTable
 from elastic_core.files import checkpoint, reorder, shards
 from elastic_core.geometry import Axes
 from elastic_core.recipe import Evaluation, Importance, Router
 from elastic_core.router import ElasticModel
-from elastic_core.training import job, losses
+from elastic_core.training import job
 from elastic_core.training.curriculum import generator
 from elastic_core.training.tokens import TokenRows
 from tasks.corpus.record import HELDOUT_FILE, TRAIN_FILE
 from tasks.evaluate import heldout_batches, heldout_loss, predicted
 from tasks.records import Artifact, OrderComparison
 from tasks.reporting.summary import order_warnings
+from tasks.running.digests import artifact
 from tasks.running.progress import progress_bar
-from tasks.running.steps import artifact, new_directory, step
+from tasks.running.steps import new_directory, step
 
 logger = logging.getLogger(__name__)
 
 
-@step(importance, reorder, on_gpu=True)
+@step(on_gpu=True)
 def rank_importance(
     teacher: Artifact, corpus: Artifact, axes: Axes, settings: Importance, dtype: Dtype, seed: int, workspace: str
 ) -> Artifact:
@@ -54,7 +55,7 @@ def rank_importance(
     return artifact(directory)
 
 
-@step(checkpoint, cost, reorder, resolve, router)
+@step()
 def reorder_teacher(
     teacher: Artifact,
     ranking: Artifact,
@@ -87,7 +88,7 @@ def reorder_teacher(
     return artifact(directory)
 
 
-@step(comparison, job, losses, model, reorder, on_gpu=True)
+@step(on_gpu=True)
 def compare_orders(
     reordered: Artifact,
     corpus: Artifact,

@@ -6,7 +6,6 @@ never computed twice and a path may move.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from elastic_core.comparison import Cut
 from tasks import tracking
@@ -15,13 +14,11 @@ from tasks.settings import Settings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
-    """A directory of the workspace that a step wrote, and the SHA-256 over its files."""
+    """A directory that a step wrote or found: the SHA-256 of each file, by its name below it, and one over them all."""
 
     path: str
     digest: str
-
-    def exists(self) -> bool:
-        return Path(self.path).is_dir()
+    files: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,9 +27,7 @@ class StageRecord:
 
     family: Artifact
     metrics: str
-
-    def exists(self) -> bool:
-        return self.family.exists() and Path(self.metrics).is_file()
+    metrics_sha256: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from tasks.artifacts.manifest import Manifest, NestedPart
 from tasks.artifacts.staging import scratch
 from tasks.corpus.record import read_record
 from tasks.records import Artifact, EvaluationRecord, OrderComparison, Release, StageRecord
-from tasks.reporting import drawing, history, plots, report, summary
+from tasks.reporting import report
 from tasks.reporting.history import read_metrics
 from tasks.reporting.summary import summary_lines
 from tasks.running.progress import progress_bar
@@ -33,7 +33,7 @@ def destination(settings: Settings) -> str:
     return redact(f"{settings.tracking_uri} {settings.endpoint_url or 'aws'} {settings.bucket}")
 
 
-@step(drawing, history, plots, report, summary)
+@step()
 def register(
     recipe: Recipe,
     family: Artifact,

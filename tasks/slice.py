@@ -2,18 +2,19 @@
 
 from pathlib import Path
 
-from elastic_core import resolve, router
+from elastic_core import resolve
 from elastic_core.budget import Budget
 from elastic_core.files import checkpoint, slicing
 from elastic_core.training import job
 from tasks import artifacts
 from tasks.records import Artifact
+from tasks.running.digests import artifact
 from tasks.running.progress import progress_bar
-from tasks.running.steps import artifact, fingerprint, new_directory, step
+from tasks.running.steps import fingerprint, new_directory, step
 from tasks.settings import Settings
 
 
-@step(checkpoint, slicing)
+@step()
 def slice_budget(family: Artifact, budget: str, pad_ffn: bool, workspace: str) -> Artifact:
     """The slice of one budget."""
     source, directory = Path(family.path), new_directory(workspace, f"slice-{budget}")
@@ -33,7 +34,7 @@ def fetch_part(manifest: str, part: str, workspace: str) -> Artifact:
     return artifact(directory)
 
 
-@step(checkpoint, job, resolve, router, slicing)
+@step()
 def slice_size(family: Artifact, budget: Budget, pad_ffn: bool, workspace: str) -> Artifact:
     """Cut the largest subnet within `budget` that the router prefers, of the trained sizes or between them."""
     source, directory = Path(family.path), new_directory(workspace, f"slice-{budget.name}")

@@ -6,23 +6,22 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 
-from elastic_core import model
 from elastic_core.budget import Dtype
 from elastic_core.files import checkpoint
 from elastic_core.files.shards import staged_directory
 from elastic_core.geometry import ModelConfig
 from elastic_core.model import ElasticNemotronH
 from elastic_core.recipe import DataConfig, Distillation, Pretraining
-from elastic_core.training import curriculum, job, losses, parallel, resume, train
 from elastic_core.training.job import TrainJob
 from tasks import artifacts
 from tasks.corpus import build as data
-from tasks.corpus import chats, documents, tokenizer
+from tasks.corpus import tokenizer
 from tasks.corpus.record import TRAIN_FILE
 from tasks.corpus.sources import fetch_data
 from tasks.records import Artifact
+from tasks.running.digests import artifact
 from tasks.running.progress import stage_progress
-from tasks.running.steps import artifact, fingerprint, new_directory, step
+from tasks.running.steps import new_directory, step, work_directory
 from tasks.running.training import train as run_training
 from tasks.settings import Settings
 
@@ -31,7 +30,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
 
 
-@step(checkpoint)
+@step()
 def fetch_teacher(path: str, identity: str, workspace: str) -> Artifact:
     """Bring a stock Nemotron-H checkpoint here from a directory, `s3://` or the Hub, and check it as a whole."""
     if path.startswith("s3://"):
@@ -47,7 +46,7 @@ def fetch_teacher(path: str, identity: str, workspace: str) -> Artifact:
     return artifact(directory)
 
 
-@step(chats, data, documents, tokenizer)
+@step()
 def train_tokenizer(
     pretraining: Pretraining, corpus: DataConfig, identity: tuple[str, ...], workspace: str
 ) -> Artifact:
@@ -61,12 +60,12 @@ def train_tokenizer(
     return artifact(directory)
 
 
-@step(checkpoint, curriculum, job, losses, model, parallel, resume, train, on_gpu=True)
+@step(on_gpu=True)
 def pretrain_teacher(
     pretraining: Pretraining, tokenizer: Artifact, corpus: Artifact, dtype: Dtype, seed: int, workspace: str
 ) -> Artifact:
     """Train the recipe's own teacher by cross-entropy, with the loop that distils."""
-    work = Path(workspace) / f"pretrain-{fingerprint(pretraining, tokenizer, corpus, dtype, seed)[:16]}"
+    work = work_directory(workspace, "pretrain")
     start, output = work / "start", work / "checkpoint"
     if not start.exists():
         write_fresh_model(start, pretraining.model, Path(tokenizer.path), seed)

@@ -10,17 +10,22 @@ from elastic_core.schema import build
 from flows.serving.failures import explain_failure
 from flows.serving.guard import guard_run
 from tasks import distill, evaluate, rank, teacher  # noqa: F401 - each adds its steps to those that need a GPU
-from tasks.running.gpu import shown_on
-from tasks.running.steps import ON_GPU, run
+from tasks.running.code import differences
+from tasks.running.gpu import shown_on, worker_of
+from tasks.running.steps import MAKINGS, ON_GPU, run
 
 
 @flow(name="gpu-step", on_failure=[explain_failure])
-def gpu_step(step: str, inputs: dict[str, Any], show_on: UUID | None = None) -> None:
+def gpu_step(
+    step: str, inputs: dict[str, Any], deployment: str, runs: dict[str, str], show_on: UUID | None = None
+) -> None:
     """Do a step that the pipeline sends here; its result goes to the cache that both share.
 
     Args:
         step: The name of the step.
         inputs: What the step is given, by name.
+        deployment: The deployment that this is a run of; in the cache's key it stands for the devices of its workers.
+        runs: The code and the libraries of the step where the pipeline runs; those here must be the same.
         show_on: The run on whose page the step's progress appears.
     """
     guard_run()
@@ -28,5 +33,9 @@ def gpu_step(step: str, inputs: dict[str, Any], show_on: UUID | None = None) -> 
         raise ValueError(f"step {step!r} is not one of {', '.join(ON_GPU)}; the worker and the run differ in version")
     task = ON_GPU[step]
     hints = typing.get_type_hints(task.fn)
+    given = {name: build(hints[name], value, f"{step}.{name}") for name, value in inputs.items()}
+    worker_of.set(deployment)
+    if changed := differences(runs, MAKINGS[step](given).runs):
+        raise ValueError(f"{step}: the worker is not as the run that asks: {changed}; install the same in both")
     shown_on.set(show_on)
-    run(task, **{name: build(hints[name], value, f"{step}.{name}") for name, value in inputs.items()})
+    run(task, **given)

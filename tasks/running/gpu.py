@@ -23,6 +23,7 @@ from prefect.exceptions import PrefectException
 
 from elastic_core.files.locks import held
 from elastic_core.schema import to_dict
+from tasks.running.code import kernels
 from tasks.settings import ServiceError
 
 DEPLOYMENT_VARIABLE = "ELASTIC_GPU_DEPLOYMENT"
@@ -34,7 +35,25 @@ ATTEMPTS = 5
 # The flow run on whose page a step shows its progress, where that is another than the one it runs in.
 shown_on: ContextVar[UUID | None] = ContextVar("shown_on", default=None)
 
+# The deployment that this process does a step for. In the step's key its name stands for the device.
+worker_of: ContextVar[str | None] = ContextVar("worker_of", default=None)
+
 logger = logging.getLogger(__name__)
+
+
+def device() -> str:
+    """What a step for a GPU is done on: the deployment that does it, or the device of this machine and its kernels.
+
+    The machine of a run may have no GPU, and its workers have. So that it finds what they made without asking them, a
+    deployment's name stands for the devices of its workers; how many there are is no part of it, for a stage goes on
+    with more of them and with fewer.
+    """
+    deployment = worker_of.get() or os.environ.get(DEPLOYMENT_VARIABLE)
+    if deployment:
+        return f"workers of {deployment}"
+    if not torch.cuda.is_available():
+        return "cpu"
+    return ", ".join(filter(None, (torch.cuda.get_device_name(), f"CUDA {torch.version.cuda}", kernels())))
 
 
 @contextmanager
@@ -58,16 +77,22 @@ def _devices() -> list[str]:
     return sorted(f"cuda-{number.strip()}" for number in numbers) if torch.cuda.is_available() else ["cpu"]
 
 
-def run_on_workers(deployment: str, step: str, inputs: Mapping[str, Any], key: str) -> None:
+def run_on_workers(deployment: str, step: str, inputs: Mapping[str, Any], key: str, runs: Mapping[str, str]) -> None:
     """Have a run of `deployment` do the step, which leaves its result in the cache; a run that crashes is repeated.
 
     A run that already does the step with this `key`, for another caller or from before this one was restarted, is
-    waited for instead. Waits through outages of Prefect's server. Raises a ServiceError that says why where the run
-    fails.
+    waited for instead. `runs` is the code and the libraries that the step has here, and must have there. Waits through
+    outages of Prefect's server. Raises a ServiceError that says why where the run fails.
     """
     context = FlowRunContext.get()
     caller = context.flow_run.id if context is not None and context.flow_run is not None else None
-    parameters = {"step": step, "inputs": to_dict(inputs), "show_on": str(caller) if caller else None}
+    parameters = {
+        "step": step,
+        "inputs": to_dict(inputs),
+        "deployment": deployment,
+        "runs": dict(runs),
+        "show_on": str(caller) if caller else None,
+    }
     for attempt in range(1, ATTEMPTS + 1):
         started, joined = start_run(deployment, _label(step, inputs), parameters, key)
         logger.info("%s waits for %s, as run %s", step, "another's worker" if joined else "a worker", started.name)

@@ -1,9 +1,11 @@
 """What every step of the pipeline shares: its cache key, its retries, and its place in the workspace.
 
-A step's key is made of its inputs' content and of the code that computes it, so that running again after a change
-starts at the first step that the change reaches.
+A step's key is made of its inputs' content, of the code and the libraries that compute its result and, on a GPU, of the
+device, so that running again after a change starts at the first step that the change reaches. The directory that a step
+works in carries the same key.
 """
 
+import functools
 import hashlib
 import inspect
 import json
@@ -11,11 +13,12 @@ import logging
 import os
 import secrets
 import time
+import typing
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import fields, is_dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 from prefect import Task
@@ -23,8 +26,10 @@ from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.results import ResultStore, get_result_store
 
 from elastic_core.files.locks import held
-from tasks.records import Artifact, Release, StageRecord
-from tasks.running.gpu import DEPLOYMENT_VARIABLE, device_to_oneself, run_on_workers
+from tasks.records import Artifact, Release
+from tasks.running import code
+from tasks.running.digests import can_be_made, check_inputs, damage, recorded, remedy, set_aside
+from tasks.running.gpu import DEPLOYMENT_VARIABLE, device, device_to_oneself, run_on_workers
 from tasks.running.patience import DELAYS, JITTER, RETRIES, say_waiting
 from tasks.settings import ServiceError, home_directory, is_transient
 
@@ -36,38 +41,73 @@ R = TypeVar("R")
 # They say where results and reports go, not what they are: no part of a key.
 UNKEYED = {"workspace", "run_id"}
 
-# Each step's key as a function of its inputs by name, and the steps that need a GPU.
-KEYS: dict[str, Callable[[Mapping[str, Any]], str]] = {}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Making:
+    """What a result depends on: the step's inputs by content, what it runs (code.runs), and on a GPU the device."""
+
+    step: str
+    inputs: str
+    runs: dict[str, str]
+    device: str
+
+    @property
+    def key(self) -> str:
+        return fingerprint(self)
+
+    @property
+    def note(self) -> Path:
+        """Where it is noted how these inputs' result was made last."""
+        return home_directory() / "made" / f"{self.step}-{self.inputs[:32]}.json"
+
+
+# How each step's result is made, as a function of its inputs by name; and the steps that need a GPU.
+MAKINGS: dict[str, Callable[[Mapping[str, Any]], Making]] = {}
 ON_GPU: dict[str, Task[Any, Any]] = {}
 
+# The key of the step that runs.
+_own_key: ContextVar[str] = ContextVar("own_key")
 
-def step(*code: ModuleType, on_gpu: bool = False, cached: bool = True) -> Callable[[Callable[P, R]], Task[P, R]]:
+
+def step(*, on_gpu: bool = False, cached: bool = True) -> Callable[[Callable[P, R]], Task[P, R]]:
     """Make a function a step: persisted, cached by content, retried after transient faults.
 
-    `code` names the modules whose source is part of the key, beside the function's own. A step `on_gpu` has the
-    machine's devices to itself, here or on the workers that the environment names. One that is not `cached` depends on
-    what the registry holds, and is done each time.
+    Its inputs are compared with their records before it runs. A step `on_gpu` has the machine's devices to itself, here
+    or on the workers that the environment names. One that is not `cached` depends on what the registry holds, and is
+    done each time.
     """
 
     def decorate(function: Callable[P, R]) -> Task[P, R]:
-        own = inspect.getmodule(function)
-        modules = (*code, own) if own else code
+        name, signature = function.__name__, inspect.signature(function)
 
-        def key(parameters: Mapping[str, Any]) -> str:
-            inputs = {name: value for name, value in parameters.items() if name not in UNKEYED}
-            return fingerprint(function.__name__, code_digest(*modules), inputs)
+        def making(parameters: Mapping[str, Any]) -> Making:
+            bound = signature.bind(**parameters)
+            bound.apply_defaults()
+            inputs = {name: value for name, value in bound.arguments.items() if name not in UNKEYED}
+            where = device() if on_gpu else ""
+            return Making(step=name, inputs=fingerprint(inputs), runs=code.runs(function), device=where)
+
+        @functools.wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            inputs = signature.bind(*args, **kwargs).arguments
+            check_inputs(inputs)
+            token = _own_key.set(making(inputs).key)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _own_key.reset(token)
 
         made = Task(
-            function,
+            checked,
             persist_result=cached,
             result_serializer="json",
-            cache_policy=CacheKeyFnPolicy(cache_key_fn=lambda _, parameters: key(parameters)) if cached else NO_CACHE,
+            cache_policy=CacheKeyFnPolicy(cache_key_fn=lambda _, given: making(given).key) if cached else NO_CACHE,
             retries=RETRIES,
             retry_delay_seconds=list(DELAYS),
             retry_jitter_factor=JITTER,
             retry_condition_fn=_is_worth_retrying,
         )
-        KEYS[made.name] = key
+        MAKINGS[made.name] = making
         if on_gpu:
             ON_GPU[made.name] = made
         return made
@@ -76,17 +116,21 @@ def step(*code: ModuleType, on_gpu: bool = False, cached: bool = True) -> Callab
 
 
 def run(step: Task[P, R], *inputs: P.args, **named: P.kwargs) -> R:
-    """Run a step, or take its result from the cache; what a cached result names and is gone is made again.
+    """Run a step, or take its result from the cache; a cached result that is gone or damaged is made again.
 
     Where the step fails, its exception carries a note that names it.
     """
     began = time.monotonic()
     try:
-        with _turn(step, named) as done_elsewhere:
-            state = step(*inputs, **named, return_state=True)
-            if state.name == "Cached" and _is_gone(state.result()):
-                state = step.with_options(refresh_cache=True)(*inputs, **named, return_state=True)
+        known = _known(step, named, say=True)
+        with nullcontext(False) if known is not None else _turn(step, named) as done_elsewhere:
+            if known is None:
+                known = _known(step, named)  # another may have made it meanwhile
+            task = step.with_options(refresh_cache=known is None)
+            state = task(*inputs, **named, return_state=True)
             record = state.result()
+        if step.persist_result and known is None:
+            _note(MAKINGS[step.name](named), record)
     except Exception as error:
         error.add_note(f"step: {step.name}")
         raise
@@ -102,37 +146,106 @@ def _turn(step: Task[Any, Any], inputs: Mapping[str, Any]) -> Iterator[bool]:
     A cached step is made by one run at a time: who finds another making it waits, and then takes its result.
     """
     deployment = os.environ.get(DEPLOYMENT_VARIABLE)
+    making = MAKINGS[step.name](inputs)
     if not step.persist_result:
         yield False
-    elif step.name in ON_GPU and deployment:
-        done = not _is_known(step, inputs)
-        if done:
-            run_on_workers(deployment, step.name, inputs, KEYS[step.name](inputs))
-            if not _is_known(step, inputs):
-                raise ServiceError(
-                    f"{step.name} was done by {deployment}, but its result is not seen here; give its workers the same "
-                    "ELASTIC_HOME and PREFECT_LOCAL_STORAGE_PATH, on a file system that both see"
-                )
-        yield done
+        return
+    _say_why(making)
+    if step.name in ON_GPU and deployment:
+        run_on_workers(deployment, step.name, inputs, making.key, making.runs)
+        if _known(step, inputs) is None:
+            raise ServiceError(
+                f"{step.name} was done by {deployment}, but its result is not seen here; give its workers the same "
+                "ELASTIC_HOME and PREFECT_LOCAL_STORAGE_PATH, on a file system that both see"
+            )
+        yield True
     else:
         home = home_directory()
-        lock = home / "locks" / f"{step.name}-{KEYS[step.name](inputs)[:16]}"
+        lock = home / "locks" / f"{step.name}-{making.key[:16]}"
         with ExitStack() as stack:
             stack.enter_context(held(lock, waits=f"waiting for {step.name}, which another run is making"))
-            if step.name in ON_GPU and not _is_known(step, inputs):
+            if step.name in ON_GPU and _known(step, inputs) is None:
                 stack.enter_context(device_to_oneself(home))
             yield False
 
 
-def _is_known(step: Task[Any, Any], inputs: Mapping[str, Any]) -> bool:
-    """Whether the cache has the step's result, with its files."""
-    store, key = get_result_store().update_for_task(step), KEYS[step.name](inputs)
-    assert isinstance(store, ResultStore), "a coroutine only inside another"
-    return bool(store.exists(key)) and not _is_gone(store.read(key).result)
+def _known(step: Task[Any, Any], inputs: Mapping[str, Any], *, say: bool = False) -> Any:
+    """The step's result from the cache, when it and its files are as they were recorded; else None.
+
+    What is damaged is set aside, and a line about it is logged where `say` asks for one. A ServiceError where it cannot
+    be made again: files of the user's own.
+    """
+    if not step.persist_result:
+        return None
+    making = MAKINGS[step.name](inputs)
+    store: ResultStore = get_result_store().update_for_task(step, _sync=True)  # type: ignore[call-arg, assignment]
+    if not store.exists(making.key):
+        return None
+    record = _read(store, making, step)
+    if record is None and say:
+        logger.warning("%s: its record in the cache, %s, is damaged; it is made again", step.name, making.key)
+    if isinstance(record, Release):
+        return record if record.exists() else None
+    for made in recorded(record):
+        if spoiled := damage(made):
+            if not can_be_made(made):
+                raise ServiceError(f"{spoiled}; {remedy(made)}")
+            if say:
+                logger.warning("%s; %s makes it again", spoiled, step.name)
+            set_aside(made)
+            return None
+    return record
 
 
-def _is_gone(record: Any) -> bool:
-    return isinstance(record, Artifact | StageRecord | Release) and not record.exists()
+def _read(store: ResultStore, making: Making, step: Task[Any, Any]) -> Any:
+    """The record of a result in the cache; None where it is torn, or is not the one that was noted when it was made."""
+    try:
+        record = store.read(making.key).result
+        noted = _noted(making).get("result")
+        return record if _is_result(record, step) and noted in (None, fingerprint(record)) else None
+    except (ValueError, TypeError, KeyError, AttributeError):  # what Prefect raises for a torn file
+        return None
+
+
+def _is_result(record: Any, step: Task[Any, Any]) -> bool:
+    """Whether a step returns such records; one of a class that is no more is read as plain data."""
+    hint = typing.get_type_hints(step.fn).get("return")
+    return not isinstance(hint, type) or isinstance(record, hint)
+
+
+def _note(making: Making, record: Any) -> None:
+    """Note how a result was made, and what it is."""
+    making.note.parent.mkdir(parents=True, exist_ok=True)
+    part = making.note.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps({**asdict(making), "result": fingerprint(record)}, indent=1))
+    part.replace(making.note)
+
+
+def _noted(making: Making) -> dict[str, Any]:
+    """The note about a result that was made in this way; {} where there is none."""
+    note = _last_note(making)
+    return note if all(note.get(name) == value for name, value in asdict(making).items()) else {}
+
+
+def _last_note(making: Making) -> dict[str, Any]:
+    """The note about what was made last of these inputs, in whatever way; one that cannot be read is none."""
+    try:
+        note = json.loads(making.note.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+def _say_why(making: Making) -> None:
+    """Tell what has changed since a result was made of the same inputs."""
+    note = _last_note(making)
+    if not note:
+        return
+    changed = [code.differences(note["runs"], making.runs)]
+    if note["device"] != making.device:
+        changed.append(f"it was made on {note['device']}, and this is {making.device}")
+    if any(changed):
+        logger.warning("%s is made again: %s", making.step, "; ".join(filter(None, changed)))
 
 
 def _is_worth_retrying(task: Any, run: Any, state: Any) -> bool:
@@ -164,9 +277,9 @@ def _content(value: Any) -> Any:
     return value
 
 
-def code_digest(*modules: ModuleType) -> str:
-    """SHA-256 over the source of modules."""
-    return hashlib.sha256("".join(inspect.getsource(module) for module in modules).encode()).hexdigest()
+def work_directory(workspace: str, name: str) -> Path:
+    """Where the running step works, in the workspace: the same place at each attempt, another once its key changes."""
+    return Path(workspace) / f"{name}-{_own_key.get()[:16]}"
 
 
 def new_directory(workspace: str, name: str) -> Path:
@@ -174,12 +287,3 @@ def new_directory(workspace: str, name: str) -> Path:
     root = Path(workspace)
     root.mkdir(parents=True, exist_ok=True)
     return root / f"{name}-{secrets.token_hex(4)}"
-
-
-def artifact(directory: Path) -> Artifact:
-    """A finished directory as an artifact, with the digest over its files' names and bytes."""
-    total = hashlib.sha256()
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            total.update(f"{path.relative_to(directory)}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return Artifact(path=str(directory), digest=total.hexdigest())

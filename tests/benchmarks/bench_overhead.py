@@ -38,7 +38,7 @@ from tasks import tracking
 from tasks.corpus.record import TRAIN_FILE
 from tasks.distill import distill
 from tasks.records import Artifact, StageRecord
-from tasks.running.steps import artifact
+from tasks.running.digests import artifact
 from tasks.settings import BUCKET, Settings
 
 SECONDS = 600.0

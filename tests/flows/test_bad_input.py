@@ -39,7 +39,7 @@ from flows.cli import PREFECT_LOGGING, main
 from tasks.artifacts import Store
 from tasks.corpus.tokenizer import load_tokenizer, train_tokenizer
 from tasks.rank import reorder_teacher
-from tasks.running.steps import artifact
+from tasks.running.digests import artifact
 from tasks.running.training import train
 from tasks.settings import BUCKET, ENDPOINT_S3, HOME, TRACKING_URI, Settings
 from tasks.teacher import write_fresh_model

@@ -21,7 +21,7 @@ from elastic_core.training.curriculum import generator
 from elastic_core.training.job import run_job
 from flows.cli import app
 from tasks.rank import reorder_teacher
-from tasks.running.steps import artifact
+from tasks.running.digests import artifact
 
 TABLE = random_table(CONFIG, AXES.bind(CONFIG), Serving(context=64, dtype="float32"), monotonic=True)
 SERVED = "ctx=64,dtype=float32,prefill=8"  # so that weights, caches and activations all weigh

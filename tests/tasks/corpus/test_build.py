@@ -26,7 +26,7 @@ from tasks.corpus.chats import Chat
 from tasks.corpus.documents import Document, digest_files, iter_documents, source_files
 from tasks.corpus.record import HELDOUT_FILE, RECORD_FILE, TRAIN_FILE, DataRecord, check_length, read_record
 from tasks.corpus.tokenizer import load_tokenizer, tokenizer_files, train_tokenizer
-from tasks.running.steps import artifact
+from tasks.running.digests import artifact
 
 EOS = 2
 VOCAB_SIZE = 270

@@ -11,6 +11,7 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
+from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.settings import (
     PREFECT_API_URL,
@@ -100,16 +101,21 @@ def test_a_step_that_another_run_is_making_is_waited_for_and_its_result_taken(
     def waiting() -> list[str]:
         return [text for text in caplog.messages if text == "waiting for make, which another run is making"]
 
-    with caplog.at_level(logging.INFO), ThreadPoolExecutor(3) as pool:
-        first, second, other = (pool.submit(copy_context().run, steps.run, make, seed=seed) for seed in (1, 1, 2))
-        try:
-            deadline = time.monotonic() + 60
-            while (sorted(made) != [1, 2] or not waiting()) and time.monotonic() < deadline:
-                time.sleep(0.02)
-        finally:
-            go_on.set()
-        assert first.result(60) == second.result(60)
-        assert other.result(60) == 22
+    @flow
+    def three_runs() -> None:
+        with ThreadPoolExecutor(3) as pool:
+            first, second, other = (pool.submit(copy_context().run, steps.run, make, seed=seed) for seed in (1, 1, 2))
+            try:
+                deadline = time.monotonic() + 60
+                while (sorted(made) != [1, 2] or not waiting()) and time.monotonic() < deadline:
+                    time.sleep(0.02)
+            finally:
+                go_on.set()
+            assert first.result(60) == second.result(60)
+            assert other.result(60) == 22
+
+    with caplog.at_level(logging.INFO):
+        three_runs()
     assert sorted(made) == [1, 2] and len(waiting()) == 1
 
 

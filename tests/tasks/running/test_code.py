@@ -1,0 +1,132 @@
+"""Laws of what a step runs: all of its code and nothing else, by what it does and not by how it looks."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tasks import data, distill, evaluate, rank, register, slice, teacher
+from tasks.running import code
+
+STEPS = {
+    step.name: step.fn
+    for step in (
+        teacher.fetch_teacher,
+        teacher.train_tokenizer,
+        teacher.pretrain_teacher,
+        data.prepare_data,
+        rank.rank_importance,
+        rank.reorder_teacher,
+        distill.distill,
+        slice.slice_budget,
+        evaluate.evaluate,
+        register.register,
+    )
+}
+TRAIN = "elastic_core.training.train"
+
+
+@pytest.fixture
+def edit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str, str], None]]:
+    """Changes the source of a module as `code` reads it."""
+    read, edited = code._source, dict[str, str]()
+    monkeypatch.setattr(code, "_source", lambda name: edited.get(name) or read(name))
+
+    def change(module: str, old: str, new: str) -> None:
+        source = edited.get(module) or read(module)
+        assert old in source, old
+        edited[module] = source.replace(old, new)
+        forget()
+
+    def forget() -> None:
+        for known in (code._parsed, code.code_of, code.runs):
+            known.cache_clear()
+
+    yield change
+    forget()
+
+
+def test_all_that_a_training_process_imports_of_ours_is_code_of_distill() -> None:
+    program = "import elastic_core.training.job, json, sys; print(json.dumps(list(sys.modules)))"
+    loaded = json.loads(subprocess.check_output([sys.executable, "-c", program], text=True, cwd=Path.cwd()))
+    ours = {name for name in loaded if name.partition(".")[0] in code.PACKAGES}
+    assert TRAIN in ours
+    assert ours <= code.code_of(STEPS["distill"]).modules.keys()
+
+
+@pytest.mark.parametrize(
+    ("step", "runs", "does_not"),
+    [
+        ("distill", ["elastic_core.model", "elastic_core.layers.ssm", TRAIN], ["tasks.corpus.build", "tasks.register"]),
+        ("pretrain_teacher", [TRAIN], ["tasks.corpus.build", "elastic_core.importance"]),
+        ("fetch_teacher", ["elastic_core.files.checkpoint"], [TRAIN, "elastic_core.model"]),
+        ("train_tokenizer", ["tasks.corpus.tokenizer", "tasks.corpus.build"], ["elastic_core.model"]),
+        ("prepare_data", ["tasks.corpus.build", "tasks.corpus.documents"], ["elastic_core.model"]),
+        ("rank_importance", ["elastic_core.importance", "elastic_core.model"], ["elastic_core.files.slicing"]),
+        ("slice_budget", ["elastic_core.files.slicing"], ["elastic_core.resolve", TRAIN]),
+        ("evaluate", ["elastic_core.generate", "elastic_core.layers.kernels"], ["tasks.corpus.build", "tasks.rank"]),
+        ("register", ["tasks.reporting.report", "tasks.reporting.plots"], ["elastic_core.importance"]),
+    ],
+)
+def test_a_step_depends_on_the_modules_that_it_runs(step: str, runs: list[str], does_not: list[str]) -> None:
+    modules = code.code_of(STEPS[step]).modules.keys()
+    assert {*runs, f"{STEPS[step].__module__}.{step}"} <= modules
+    assert not modules & {*does_not}
+    assert not [name for name in modules if name.startswith(code.PLUMBING)]
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_libraries_that_a_step_imports_have_versions(name: str) -> None:
+    versions = code.libraries(code.code_of(STEPS[name]).packages)
+    assert "torch" in versions and all(versions.values())
+    assert not versions.keys() & {"prefect", "mlflow", "boto3", "pytest", "rich"}
+
+
+def test_comments_docstrings_and_layout_are_not_code(edit: Callable[[str, str, str], None]) -> None:
+    before = code.code_of(STEPS["distill"])
+    edit(TRAIN, "class _Tally:\n", "class _Tally:  # of a step\n\n\n")
+    edit(TRAIN, '"""What a stage trains with.', '"""With what a stage trains.')
+    assert code.code_of(STEPS["distill"]) == before
+
+
+def test_one_changed_operator_is_another_step_for_those_that_run_it_alone(
+    edit: Callable[[str, str, str], None],
+) -> None:
+    before = {name: code.runs(function) for name, function in STEPS.items()}
+    edit(TRAIN, "(loss / micro_steps).backward()", "(loss * micro_steps).backward()")
+    changed = {name for name, function in STEPS.items() if code.runs(function) != before[name]}
+    assert {"distill", "pretrain_teacher"} <= changed
+    assert not changed & {"fetch_teacher", "train_tokenizer", "prepare_data", "slice_budget"}
+    assert code.differences(before["distill"], code.runs(STEPS["distill"])) == f"{TRAIN} changed"
+
+
+def test_a_neighbour_of_a_step_in_its_module_is_not_its_code(edit: Callable[[str, str, str], None]) -> None:
+    before = {name: code.code_of(STEPS[name]) for name in ("fetch_teacher", "pretrain_teacher")}
+    edit("tasks.teacher", "kl_weight=0.0", "kl_weight=0.5")
+    assert code.code_of(STEPS["fetch_teacher"]) == before["fetch_teacher"]
+    assert code.code_of(STEPS["pretrain_teacher"]) != before["pretrain_teacher"]
+
+
+def test_what_is_imported_for_type_checkers_alone_is_not_run(edit: Callable[[str, str, str], None]) -> None:
+    before = code.code_of(STEPS["distill"]).modules.keys()
+    edit(TRAIN, "class TokenRows:", "if TYPE_CHECKING:\n    import tasks.promote\n\n\nclass TokenRows:")
+    assert code.code_of(STEPS["distill"]).modules.keys() == before
+    edit(TRAIN, "if TYPE_CHECKING:\n", "if True:\n")
+    assert "tasks.promote" in code.code_of(STEPS["distill"]).modules
+
+
+def test_differences_are_one_line() -> None:
+    before = {"torch": "2.13.0", "elastic_core.model": "a", "numpy": "1", "scipy": "1", "tasks.rank": "x"}
+    now = {"torch": "2.14.0", "elastic_core.model": "b", "numpy": "2", "tasks.rank": "x", "datasets": "5"}
+    assert code.differences(before, before) == ""
+    assert code.differences(before, now) == (
+        "datasets was not used and is 5, elastic_core.model changed, numpy was 1 and is 2 and 2 more"
+    )
+
+
+def test_the_version_of_the_project_names_the_commit() -> None:
+    commit = subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], text=True).strip()
+    assert code.project_version().removesuffix(".dirty").endswith(f"+g{commit}")
