@@ -206,7 +206,7 @@ class Pretraining(Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Teacher(Strict):
-    """The checkpoint to start from: `path` (directory, `s3://...` or Hub name) or `pretrain`, one of them.
+    """The checkpoint to start from: `path` (directory, `s3://...` or `org/name[@revision]`) or `pretrain`, one of them.
 
     `model` is the geometry expected at `path`: it lets `elastic plan` work without a download, and is checked against
     the checkpoint's config.json when that is fetched.

@@ -4,7 +4,6 @@ import logging
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 
 from elastic_core.budget import Dtype
 from elastic_core.files import checkpoint
@@ -16,6 +15,7 @@ from elastic_core.training.job import TrainJob
 from tasks import artifacts
 from tasks.corpus import build as data
 from tasks.corpus import tokenizer
+from tasks.corpus.hub import bring_model, parse_model
 from tasks.corpus.record import TRAIN_FILE
 from tasks.corpus.sources import fetch_data
 from tasks.records import Artifact
@@ -39,7 +39,8 @@ def fetch_teacher(path: str, identity: str, workspace: str) -> Artifact:
     elif Path(path).is_dir():
         directory = Path(path).absolute()
     else:
-        directory = Path(snapshot_download(path, allow_patterns=CHECKPOINT_FILES))
+        directory = new_directory(workspace, "teacher")
+        bring_model(parse_model(path), identity, CHECKPOINT_FILES, directory)
     config = checkpoint.open_checkpoint(directory).config
     tokenizer.check_tokenizer(directory, config.vocab_size)
     logger.info("teacher %s: %d layers, hidden size %d", path, config.num_layers, config.hidden_size)

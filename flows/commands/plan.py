@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from elastic_core.cost import LatencyTable, budget_cost
@@ -14,25 +15,34 @@ from elastic_core.recipe import Recipe
 from elastic_core.schema import to_dict
 from elastic_core.subnet import Subnet
 from flows.commands.terminal import text_table, wide_console
+from tasks.corpus.hub import HUB, bring_config, parse_model
 from tasks.reporting.numbers import human_bytes, human_count, percent
+from tasks.settings import ServiceError
 
 MEMORY_TITLES = {"parameters": "weights", "optimizer": "AdamW"}
 
 
 def teacher_geometry(recipe: Recipe) -> ModelConfig:
-    """The teacher's geometry, from the recipe or a directory; ValueError where it would have to be downloaded."""
+    """The teacher's geometry: from the recipe, from a directory, or from the config.json that the Hub has."""
     teacher = recipe.teacher
     if teacher.pretrain is not None:
         return teacher.pretrain.model
     assert teacher.path is not None, "config.Teacher has one of path and pretrain"
     if Path(teacher.path).is_dir():
         return read_config(Path(teacher.path))
-    if teacher.model is None:
+    if teacher.model is not None:
+        return teacher.model
+    if "://" in teacher.path and not teacher.path.startswith(HUB):
         raise ValueError(
             f"teacher.path {teacher.path!r} is not a directory here; put the geometry of its config.json under "
             "teacher.model, or name a directory"
         )
-    return teacher.model
+    with TemporaryDirectory() as directory:
+        try:
+            bring_config(parse_model(teacher.path), Path(directory))
+        except (ValueError, ServiceError) as error:
+            raise ValueError(f"{error}; or put the geometry of its config.json under teacher.model") from error
+        return read_config(Path(directory))
 
 
 def parse_gpus(text: str) -> tuple[int, ...]:

@@ -20,6 +20,8 @@ from datasets import IterableDataset, load_dataset
 
 from elastic_core.recipe import DataSource
 from tasks.corpus.chats import Chat, Row, Unusable, read_chat
+from tasks.corpus.hub import HUB, parse_dataset
+from tasks.settings import is_transient
 
 STDLIB = "stdlib://"
 SUFFIXES = {
@@ -80,7 +82,7 @@ def iter_documents(
     refusals = refusals or Refusals(source)
     cache_dir = str(directory / "cache")
     rows: Iterator[tuple[str, Row | str]]
-    if source.path.startswith("hf://"):
+    if source.path.startswith(HUB):
         rows = _hub_rows(source, cache_dir)
     else:
         rows = _file_rows(source, source_files(source, fetch=fetch, directory=directory), cache_dir)
@@ -234,28 +236,26 @@ def _naming(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if is_transient(error) or isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
             raise
         raise ValueError(f"{name}: {first_line(error)}; mend or remove it") from error
 
 
 def _hub_rows(source: DataSource, cache_dir: str) -> Iterator[tuple[str, Row | str]]:
-    """The rows of `hf://org/name[/config][@revision]`, streamed."""
-    name, _, revision = source.path.removeprefix("hf://").partition("@")
-    org, _, rest = name.partition("/")
-    repository, _, subset = rest.partition("/")
-    if not org or not repository:
-        raise ValueError(f"{source.path}: a Hub dataset is hf://org/name or hf://org/name/config; correct the path")
+    """The rows of `hf://[datasets/]org/name[/config][@revision]`, streamed."""
+    hub = parse_dataset(source.path)
     try:
         rows = load_dataset(
-            f"{org}/{repository}",
-            subset or None,
+            hub.repository,
+            hub.config,
             split=source.split,
-            revision=revision or None,
+            revision=hub.revision,
             streaming=True,
             cache_dir=cache_dir,
         )
     except ValueError as error:
+        if is_transient(error):
+            raise
         raise ValueError(f"{source.path}: {first_line(error)}; correct it in data.sources") from error
     for number, row in enumerate(rows, 1):
         yield f"{source.path} row {number}", row

@@ -144,8 +144,11 @@ def test_a_local_teacher_is_read_from_its_config(tmp_path: Path) -> None:
     )
 
 
-def test_a_teacher_of_unknown_geometry_is_refused() -> None:
-    assert "put the geometry of its config.json under teacher.model" in refused(NANO, "teacher={path: org/model}")
+@pytest.mark.parametrize("path", ["org/model", "org/model@v1", "hf://org/model", "s3://bucket/model"])
+def test_a_teacher_of_unknown_geometry_is_refused(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    line = refused(NANO, f"teacher={{path: '{path}'}}")
+    assert f"'{path}'" in line and "put the geometry of its config.json under teacher.model" in line
 
 
 def test_a_geometry_beside_a_trained_teacher_is_refused() -> None:
