@@ -258,7 +258,10 @@ class Router(Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation(Strict):
-    """What is measured of every budget: held-out tokens, and problems answered by generation (exact match)."""
+    """What is measured of every budget: held-out tokens, and problems answered by generation (exact match).
+
+    A problem is a chat whose last message is the answer; its template is given `chat_template_kwargs`.
+    """
 
     heldout_tokens: int = 1_000_000
     sequence_length: int = 8192
@@ -266,6 +269,7 @@ class Evaluation(Strict):
     problems: str | None = None
     max_problems: int = 256
     max_new_tokens: int = 512
+    chat_template_kwargs: dict[str, TemplateArgument] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         positive(self, "heldout_tokens", "sequence_length", "batch_size", "max_problems", "max_new_tokens")

@@ -275,19 +275,23 @@ def generate(
 
     from elastic_core.files.checkpoint import read_family
     from elastic_core.generate import decode
+    from tasks.corpus.chats import Chat
+    from tasks.corpus.problems import encode_prompts
     from tasks.corpus.tokenizer import load_tokenizer
     from tasks.evaluate import stop_tokens
 
     model, subnet = _load(checkpoint, budget)
     tokenizer = load_tokenizer(checkpoint)
     if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        question = Chat([{"role": "user", "content": prompt}])
+        ids = encode_prompts(tokenizer, [(question, "the prompt")], {})[0].ids
+    else:
+        ids = tokenizer.encode(prompt, add_special_tokens=False)
     switch = {switch_after: read_family(checkpoint).budget(then).subnet} if then else None
     text: list[int] = []
     for token in decode(
         model,
-        torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)], device=model.embeddings.weight.device),
+        torch.tensor([ids], device=model.embeddings.weight.device),
         subnet,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

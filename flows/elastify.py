@@ -20,7 +20,7 @@ from tasks.promote import Verdict, promote
 from tasks.rank import compare_orders, rank_importance, reorder_teacher
 from tasks.records import Artifact, EvaluationRecord, OrderComparison, Release
 from tasks.register import destination, register
-from tasks.running.preflight import check_corpus, check_model, check_problems
+from tasks.running.preflight import check_corpus, check_ends, check_model, check_problems
 from tasks.running.recipe_run import identities, link_release, tracked
 from tasks.running.steps import run
 from tasks.settings import Settings
@@ -143,6 +143,7 @@ def prepare(recipe: Recipe, workspace: str) -> tuple[Artifact, Artifact]:
         assert path is not None and identity is not None, "config.Teacher has one of path and pretrain"
         teacher = run(fetch_teacher, path=path, identity=identity, workspace=workspace)
         check_model(recipe, read_config(Path(teacher.path)))
+        check_ends(tokenizer=teacher)
         check_problems(recipe.evaluation, tokenizer=teacher)
         corpus = run(prepare_data, config=recipe.data, identity=sources, tokenizer=teacher, workspace=workspace)
         check_corpus(recipe, corpus)

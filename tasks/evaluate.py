@@ -1,6 +1,5 @@
 """Measure every budget on held-out data: the slices themselves, beside the teacher and beside cutting alone."""
 
-import json
 import statistics
 import time
 from collections import Counter
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from elastic_core.budget import Dtype
 from elastic_core.cost import subnet_params
@@ -25,8 +24,9 @@ from elastic_core.training.curriculum import generator
 from elastic_core.training.losses import distillation_loss
 from elastic_core.training.tokens import TokenBatch, TokenRows
 from tasks import tracking
-from tasks.corpus.documents import first_line
+from tasks.corpus.problems import Problem, encode_questions, read_problems
 from tasks.corpus.record import HELDOUT_FILE, read_record
+from tasks.corpus.tokenizer import load_tokenizer
 from tasks.records import Artifact, BudgetEvaluation, EvaluationRecord
 from tasks.running.progress import progress_bar
 from tasks.running.steps import fingerprint, step
@@ -34,16 +34,6 @@ from tasks.settings import Settings
 
 DECODED_TOKENS = 64
 DECODE_REPEATS = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """A question in chat form, and the one answer that counts."""
-
-    messages: list[dict[str, str]]
-    answer: str
-    task: str
-    where: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +61,7 @@ def evaluate(
     teaching = job.load_model(Path(teacher.path), device, load_as)
     full = full_subnet(teaching.config)
     batches = heldout_batches(Path(corpus.path) / HELDOUT_FILE, settings, teaching.config.vocab_size)
-    tokenizer = AutoTokenizer.from_pretrained(teacher.path, local_files_only=True)
+    tokenizer = load_tokenizer(Path(teacher.path))
     problems = read_problems(Path(settings.problems), settings.max_problems) if settings.problems else []
     teacher_answers = answer(teaching, tokenizer, problems, settings)
     teacher_loss, _ = heldout_loss(teaching, full, batches)
@@ -189,58 +179,30 @@ def shuffled_copy(source: ElasticNemotronH, order: reorder.Order) -> ElasticNemo
     return shuffled.requires_grad_(False)
 
 
-def read_problems(path: Path, limit: int) -> list[Problem]:
-    """The first `limit` problems of a JSONL file whose rows hold `messages`, the last of them the answer."""
-    problems = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[:limit], start=1):
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-            *question, reply = row["messages"]
-            answer, task = reply["content"].strip(), row.get("task", "all")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{where}: expected a JSON object with messages, the last one the answer") from None
-        problems.append(Problem(messages=question, answer=answer, task=task, where=where))
-    return problems
-
-
-def encode_questions(tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> list[list[int]]:
-    """The prompt of each problem in tokens; ValueError where the chat template refuses one."""
-    prompts = []
-    for problem in problems:
-        try:
-            prompt = tokenizer.apply_chat_template(problem.messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:
-            raise ValueError(
-                f"{problem.where}: the tokenizer's chat template refuses it ({first_line(error)}); mend it"
-            ) from error
-        prompts.append(tokenizer.encode(prompt, add_special_tokens=False))
-    return prompts
-
-
 def answer(
-    submodel: ElasticNemotronH, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], settings: Evaluation
+    submodel: ElasticNemotronH, tokenizer: PreTrainedTokenizerFast, problems: list[Problem], settings: Evaluation
 ) -> Answers | None:
-    """Answer every problem greedily; None without problems."""
+    """Answer every problem greedily; None without problems. What counts is what follows the last thought."""
     if not problems:
         return None
+    prompts = encode_questions(tokenizer, problems, settings.chat_template_kwargs)
     completions = complete(
         submodel,
-        encode_questions(tokenizer, problems),
+        [prompt.ids for prompt in prompts],
         full_subnet(submodel.config),
         max_new_tokens=settings.max_new_tokens,
         stop_tokens=stop_tokens(submodel.config),
     )
     asked, right = Counter(problem.task for problem in problems), Counter[str]()
-    for problem, completion in zip(problems, completions, strict=True):
-        right[problem.task] += str(tokenizer.decode(completion)).strip() == problem.answer
+    for problem, prompt, completion in zip(problems, prompts, completions, strict=True):
+        right[problem.task] += prompt.answer(str(tokenizer.decode(completion))) == problem.answer
     return Answers(
         accuracy=right.total() / len(problems), by_task={task: right[task] / asked[task] for task in sorted(asked)}
     )
 
 
 def stop_tokens(config: ModelConfig) -> set[int]:
-    """The token ids that end a text."""
+    """The token ids that end generation: those of generation_config.json, where there is one (stock_config.py)."""
     eos = config.eos_token_id
     return set(eos) if isinstance(eos, tuple) else {eos} if eos is not None else set()
 
@@ -285,7 +247,7 @@ def measure(model: Artifact, corpus: Artifact, settings: Evaluation) -> Measurem
     batches = heldout_batches(Path(corpus.path) / HELDOUT_FILE, settings, loaded.config.vocab_size)
     loss, _ = heldout_loss(loaded, full_subnet(loaded.config), batches)
     problems = read_problems(Path(settings.problems), settings.max_problems) if settings.problems else []
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer = load_tokenizer(directory)
     answers = answer(loaded, tokenizer, problems, settings)
     return Measurement(cross_entropy=loss, accuracy=answers.accuracy if answers else None)
 

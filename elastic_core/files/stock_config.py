@@ -46,6 +46,8 @@ _ALIASES = {
 # What a time_step_limit without an upper end says there: NVIDIA's files, those that transformers 5 writes, and others.
 _UNLIMITED = (math.inf, {"__float__": "Infinity"}, "Infinity", "inf")
 
+_GENERATION = "generation_config.json"
+
 # Where a written config keeps the time_step_min that fresh weights begin at; see write_config.
 _INITIAL_MIN = "initial_time_step_min"
 
@@ -71,7 +73,10 @@ _LETTERS = {
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """The geometry in a stock checkpoint's config.json; CheckpointError for a model that is not supported."""
+    """The geometry in a stock checkpoint's config.json; CheckpointError for a model that is not supported.
+
+    The eos is that of generation_config.json where it names one, because that ends generation in every engine.
+    """
     path = regular_file(directory, "config.json")
     found = read_json(path)
     if "model_type" not in found:
@@ -90,7 +95,21 @@ def read_config(directory: Path) -> ModelConfig:
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
     _check_numbers(path, config)
-    return config
+    return _with_generations_eos(directory, config)
+
+
+def _with_generations_eos(directory: Path, config: ModelConfig) -> ModelConfig:
+    if not (directory / _GENERATION).exists():
+        return config
+    path = regular_file(directory, _GENERATION)
+    eos = read_json(path).get("eos_token_id")
+    if eos is None or eos == []:
+        return config
+    if not all(type(token) is int for token in (eos if isinstance(eos, list) else [eos])):
+        raise CheckpointError(f"{path}: eos_token_id is {eos!r}; expected a token or a list of them")
+    changed = dataclasses.replace(config, eos_token_id=tuple(eos) if isinstance(eos, list) else eos)
+    _check_numbers(path, changed)
+    return changed
 
 
 def _unaliased(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:

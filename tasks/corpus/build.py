@@ -114,7 +114,7 @@ def _write_source(
             learned += sample.count_learned
         content.update(digest)
         taken += 1
-        if taken == source.max_documents or tokens == source.max_tokens:
+        if tokens == source.max_tokens:
             break
     if not taken:
         raise ValueError(f"{source.path}: the dataset is empty; add documents or take it out of data.sources")

@@ -80,13 +80,7 @@ def iter_documents(
     where there are too many.
     """
     refusals = refusals or Refusals(source)
-    cache_dir = str(directory / "cache")
-    rows: Iterator[tuple[str, Row | str]]
-    if source.path.startswith(HUB):
-        rows = _hub_rows(source, cache_dir)
-    else:
-        rows = _file_rows(source, source_files(source, fetch=fetch, directory=directory), cache_dir)
-    for where, row in rows:
+    for where, row in iter_rows(source, fetch=fetch, directory=directory):
         try:
             content = _content(row, source, where)
         except Unusable as fault:
@@ -96,6 +90,19 @@ def iter_documents(
             refusals.empty += 1
         else:
             yield Document(content, where)
+
+
+def iter_rows(source: DataSource, *, fetch: Fetch, directory: Path) -> Iterator[tuple[str, Row | str]]:
+    """Where each row of a source stands, and the row, or the line of JSON that it is. A text file is one row."""
+    cache_dir = str(directory / "cache")
+    if source.path.startswith(HUB):
+        return _hub_rows(source, cache_dir)
+    return _file_rows(source, source_files(source, fetch=fetch, directory=directory), cache_dir)
+
+
+def parse_row(row: Row | str, where: str) -> tuple[Row, bool]:
+    """A row's fields, and whether they come from columns, which lend every struct the keys of all others."""
+    return (_parse(row, where), False) if isinstance(row, str) else (row, True)
 
 
 # --- files ---
@@ -167,7 +174,6 @@ def _format_of(path: Path) -> str | None:
 
 
 def _file_rows(source: DataSource, files: dict[str, Path], cache_dir: str) -> Iterator[tuple[str, Row | str]]:
-    """Where each row stands, and the row, or the line of JSON that it is. A text file is one row."""
     formats = {_format_of(file) for file in files.values()} if source.format == "auto" else {source.format}
     if len(formats) > 1 or None in formats:
         found = ", ".join(sorted({file.suffix or file.name for file in files.values()}))
@@ -262,8 +268,7 @@ def _hub_rows(source: DataSource, cache_dir: str) -> Iterator[tuple[str, Row | s
 
 
 def _content(row: Row | str, source: DataSource, where: str) -> str | Chat:
-    columns = not isinstance(row, str)
-    fields = _parse(row, where) if isinstance(row, str) else row
+    fields, columns = parse_row(row, where)
     if fields.get(source.messages_field) is not None:
         return read_chat(fields, source, where, columns=columns)
     text = fields.get(source.field)

@@ -1,6 +1,7 @@
 """Documents as token ids: what a document says is characters, what its chat template adds are special tokens."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import islice
 
 from transformers import PreTrainedTokenizerFast
 
@@ -31,8 +32,11 @@ class Encoder:
     def samples(
         self, documents: Iterable[Document], source: DataSource, refusals: Refusals
     ) -> Iterator[tuple[Document, list[Sample]]]:
-        """Each document as what is trained on: one sample, or of a chat whose earlier thoughts are dropped several."""
-        for batch in _batches(self._rendered(documents, source, refusals)):
+        """Up to `max_documents` documents as what is trained on.
+
+        A document is one sample; a chat whose earlier thoughts are dropped is several.
+        """
+        for batch in _batches(islice(self._rendered(documents, source, refusals), source.max_documents)):
             texts = [text for _, of_document in batch for text in of_document]
             learn_all = source.train_on == "all"
             pieces = [(piece, text) for text in texts for piece in text.pieces(learn_all)]

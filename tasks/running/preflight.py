@@ -1,5 +1,6 @@
 """Check at the start what a run will need hours later."""
 
+import logging
 from pathlib import Path
 
 from prefect.client.orchestration import get_client
@@ -11,12 +12,15 @@ from elastic_core.planning.profile import recipe_table
 from elastic_core.recipe import Evaluation, Recipe
 from tasks.artifacts import check_bucket
 from tasks.corpus.documents import first_line
+from tasks.corpus.ends import end_warnings
+from tasks.corpus.problems import encode_questions, read_problems
 from tasks.corpus.record import check_length, read_record
 from tasks.corpus.tokenizer import load_tokenizer
-from tasks.evaluate import encode_questions, read_problems
 from tasks.records import Artifact
 from tasks.settings import PREFECT_API, ServiceError, Settings, redact, remedy
 from tasks.tracking import CHECK_SECONDS, check_server
+
+logger = logging.getLogger(__name__)
 
 # What gives a checkpoint's tensors their shapes.
 GEOMETRY = (
@@ -69,10 +73,16 @@ def _check_geometry(expected: ModelConfig, found: ModelConfig, path: str | None)
 
 
 def check_problems(evaluation: Evaluation, tokenizer: Artifact) -> None:
-    """ValueError for a problem that cannot be read, or that the teacher's chat template refuses."""
+    """ValueError for a problem that cannot be read, or that the teacher's chat template refuses or loses."""
     if evaluation.problems is not None:
         problems = read_problems(Path(evaluation.problems), evaluation.max_problems)
-        encode_questions(load_tokenizer(Path(tokenizer.path)), problems)
+        encode_questions(load_tokenizer(Path(tokenizer.path)), problems, evaluation.chat_template_kwargs)
+
+
+def check_ends(tokenizer: Artifact) -> None:
+    """Say in a line each what the teacher's files tell differently about the end of a text."""
+    for warning in end_warnings(Path(tokenizer.path)):
+        logger.warning("%s", warning)
 
 
 def check_corpus(recipe: Recipe, corpus: Artifact) -> None:

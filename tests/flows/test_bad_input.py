@@ -381,11 +381,11 @@ def test_a_dataset_that_the_hub_does_not_give_is_refused(
 
 
 BAD_PROBLEMS: dict[str, tuple[str, str]] = {
-    "line that is no JSON": ("beep\n", r"problems.jsonl, line 1: expected a JSON object with messages"),
-    "line without messages": ('{"text": "a"}\n', r"problems.jsonl, line 1: expected a JSON object with messages"),
+    "line that is no JSON": ("beep\n", r"problems.jsonl line 1 is not JSON"),
+    "line without messages": ('{"text": "a"}\n', r"problems.jsonl line 1 has no 'messages', the last of which is the"),
     "role that the template refuses": (
         ROLE.replace("}]", '}, {"role": "assistant", "content": "3"}]'),
-        r"problems.jsonl, line 1: the tokenizer's chat template refuses it \(role robot is not",
+        r"problems.jsonl line 1: the chat template refuses it \(role robot is not",
     ),
 }
 

@@ -268,3 +268,28 @@ def test_a_bad_config_is_refused_in_one_line_that_names_file_and_field(
         read_config(tmp_path)
     assert "\n" not in str(caught.value)
     assert str(tmp_path / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "eos"), [({"eos_token_id": [2, 11]}, (2, 11)), ({"eos_token_id": 11}, 11), ({"max_length": 9}, 7)]
+)
+def test_the_eos_of_generation_config_goes_before_that_of_config(
+    tiny_config: ModelConfig, tmp_path: Path, written: dict[str, object], eos: object
+) -> None:
+    write_config(dataclasses.replace(tiny_config, eos_token_id=7), tmp_path, torch.float32)
+    assert read_config(tmp_path).eos_token_id == 7
+    (tmp_path / "generation_config.json").write_text(json.dumps(written))
+    assert read_config(tmp_path).eos_token_id == eos
+
+
+@pytest.mark.parametrize(
+    ("eos", "fault"),
+    [("</s>", "eos_token_id is '</s>'; expected a token or a list of them"), ([2, 10**6], "expected a token below")],
+)
+def test_an_eos_that_is_no_token_is_refused_with_its_file(
+    tiny_config: ModelConfig, tmp_path: Path, eos: object, fault: str
+) -> None:
+    write_config(tiny_config, tmp_path, torch.float32)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(CheckpointError, match=f"generation_config.json: .*{fault}"):
+        read_config(tmp_path)

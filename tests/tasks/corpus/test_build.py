@@ -176,6 +176,60 @@ def test_sources_follow_one_another_and_stop_at_their_limits(
     assert record.train.tokens + record.heldout.tokens == sum(lengths[:7]) + sum(lengths[:5]) - 1
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 20, 33, 57])
+def test_max_tokens_is_exact(prepare: Prepare, tmp_path: Path, tokens: int) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", text_rows())
+    few, _ = prepare(replace(source, max_documents=20))
+    wanted = few.sources[0].tokens + tokens
+    record, directory = prepare(replace(source, max_tokens=wanted))
+    assert record.sources[0].tokens == record.train.tokens + record.heldout.tokens == wanted
+    _, longest = prepare(source)
+    for file in (TRAIN_FILE, HELDOUT_FILE):
+        found = stream(directory, file)
+        assert found == stream(longest, file)[: len(found)]
+
+
+def test_only_what_the_assistant_writes_is_learned(
+    prepare: Prepare, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    source = replace(write_jsonl(tmp_path / "a.jsonl", [{"messages": chat} for chat in CHATS]), train_on="assistant")
+    record, directory = prepare(source)
+    learned = 0
+    for split in (record.train, record.heldout):
+        tensors = load_file(directory / split.file)
+        tokens, mask = tensors["tokens"], tensors["learned"].bool()
+        assert split.learned == int(mask.sum()) < split.tokens == len(tokens)
+        answers = [reply["content"] for _, reply in CHATS]
+        assert set(tokenizer.decode(tokens[mask]).split("</s>")) <= {*answers, ""}
+        starts = tensors["document_starts"].tolist()
+        assert [tokenizer.convert_ids_to_tokens(int(tokens[start])) for start in starts] == ["<|user|>"] * len(starts)
+        learned += split.learned
+    assert learned == record.sources[0].learned
+
+
+def test_rows_that_cannot_be_used_are_skipped_up_to_a_stated_number(prepare: Prepare, tmp_path: Path) -> None:
+    bad = [{"no": 1}, {"messages": [{"role": "critic", "content": "x"}]}, {"text": 7}]
+    source = write_jsonl(tmp_path / "a.jsonl", [*text_rows(TEXTS[:10]), *bad, {"text": ""}, *text_rows(TEXTS[10:])])
+    (taken,) = prepare(replace(source, max_skipped=3))[0].sources
+    assert (taken.documents, taken.skipped, taken.empty) == (len(TEXTS), 3, 1)
+    assert sorted(re.findall(r"line (\d+)", " ".join(taken.first_skipped))) == ["11", "12", "13"]
+    with pytest.raises(ValueError, match=r"one more than max_skipped=2, and the first was: .* line 11 has neither"):
+        prepare(replace(source, max_skipped=2))
+    with pytest.raises(ValueError, match="line 11 has neither"):
+        prepare(source)
+
+
+def test_max_documents_counts_those_that_can_be_used_and_reads_no_further(prepare: Prepare, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [{"no": 1}, *text_rows(TEXTS[:12]), {"no": 2}, *text_rows(TEXTS[12:])])
+    (taken,) = prepare(replace(source, max_skipped=1, max_documents=12))[0].sources
+    assert (taken.documents, taken.skipped) == (12, 1)
+
+
+def test_skipped_rows_are_no_text_for_a_tokenizer(tmp_path: Path) -> None:
+    source = replace(write_jsonl(tmp_path / "a.jsonl", [{"no": 1}, *text_rows(["a", "b"])]), max_skipped=1)
+    assert list(iter_texts(DataConfig(sources=(source,)), fetch=refuse)) == ["a", "b"]
+
+
 def test_progress_counts_up_to_the_totals(tokenizer_dir: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     config = DataConfig(sources=(write_jsonl(tmp_path / "a.jsonl", text_rows()),), heldout_fraction=HALF)
