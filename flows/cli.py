@@ -14,6 +14,8 @@ import typer
 from elastic_core.budget import Dtype
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from elastic_core.model import ElasticNemotronH
     from elastic_core.subnet import Subnet
 
@@ -212,7 +214,7 @@ def pull(
 
     with registry_services(home_directory()):
         settings = Settings.from_environment(need_bucket=False)
-        version = tracking.resolve(settings.tracking_uri, model)
+        version = tracking.resolve(settings.registry, model)
         with bar(f"pulling {version.name}:{version.version}") as report:
             artifacts.fetch(
                 artifacts.open_store(settings),
@@ -228,6 +230,7 @@ def pull(
 def gc(
     older_than: Annotated[float, typer.Option(min=0.0, help="Days in which nothing was written to it.")] = 7.0,
     delete: Annotated[bool, typer.Option("--delete", help="Remove what is found, instead of only listing it.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove published versions without asking.")] = False,
 ) -> None:
     """List or remove what is of no use: versions that nothing in the registry points to, and interrupted writes."""
     from flows.commands.garbage import collect
@@ -235,7 +238,18 @@ def gc(
     from tasks.settings import Settings, make_home
 
     with embedded_services(make_home(), share=True):
-        collect(Settings.from_environment(), older_than_days=older_than, delete=delete)
+        collect(Settings.from_environment(), older_than_days=older_than, delete=delete, confirm=_confirmed(yes))
+
+
+def _confirmed(yes: bool) -> "Callable[[str], bool]":
+    """Asks in the terminal; where nobody can answer, a ValueError unless `yes`."""
+
+    def confirm(question: str) -> bool:
+        if not yes and not sys.stdin.isatty():
+            raise ValueError(f"{question} Nobody is there to say so: add --yes")
+        return yes or typer.confirm(question)
+
+    return confirm
 
 
 @app.command("eval")

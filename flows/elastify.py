@@ -16,7 +16,7 @@ from tasks.corpus.record import read_record
 from tasks.data import prepare_data
 from tasks.distill import distill
 from tasks.evaluate import evaluate
-from tasks.promote import Verdict, promote
+from tasks.promote import Verdict, decide
 from tasks.rank import compare_orders, rank_importance, reorder_teacher
 from tasks.records import Artifact, EvaluationRecord, OrderComparison, Release
 from tasks.register import destination, register
@@ -120,13 +120,13 @@ def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationReco
             run_id=run_id,
             workspace=workspace,
         )
-        verdict = run(
-            promote,
+        verdict = decide(
             release=release,
             evaluation=evaluation,
             teacher=teacher,
             corpus=corpus,
-            measured_by=recipe.evaluation,
+            settings=recipe.evaluation,
+            dtype=recipe.dtype,
             gate=recipe.promotion,
         )
         link_release(settings, run_id, release)

@@ -40,7 +40,7 @@ def evaluation(
     guard_run()
     machine = Settings.from_environment()
     workspace = str(machine.home / "workspace")
-    version = tracking.resolve(machine.tracking_uri, model)
+    version = tracking.resolve(machine.registry, model)
     name = f"{version.name}:{version.version}"
     directory = run(
         fetch_part,

@@ -29,7 +29,7 @@ def export(model: str, budget: Annotated[Budget, checked(Budget)], pad_ffn: bool
     guard_run()
     settings = Settings.from_environment()
     workspace = str(settings.home / "workspace")
-    origin = tracking.resolve(settings.tracking_uri, model)
+    origin = tracking.resolve(settings.registry, model)
     source = f"{origin.name}:{origin.version}"
     manifest = origin.tags[tracking.MANIFEST]
     family = run(fetch_part, manifest=manifest, part=WHOLE, workspace=workspace)

@@ -18,6 +18,7 @@ from elastic_core.generate import complete, decode
 from elastic_core.geometry import ModelConfig
 from elastic_core.model import Cache, ElasticNemotronH
 from elastic_core.recipe import Evaluation
+from elastic_core.schema import to_dict
 from elastic_core.subnet import Subnet, full_subnet, keep_layers
 from elastic_core.training import job
 from elastic_core.training.curriculum import generator
@@ -27,13 +28,18 @@ from tasks import tracking
 from tasks.corpus.problems import Problem, encode_questions, read_problems
 from tasks.corpus.record import HELDOUT_FILE, read_record
 from tasks.corpus.tokenizer import load_tokenizer
-from tasks.records import Artifact, BudgetEvaluation, EvaluationRecord
+from tasks.records import Artifact, BudgetEvaluation, Conditions, EvaluationRecord
+from tasks.running.code import code_of
 from tasks.running.progress import progress_bar
 from tasks.running.steps import fingerprint, step
 from tasks.settings import Settings
 
 DECODED_TOKENS = 64
 DECODE_REPEATS = 3
+
+# No held-out loss depends on these; `tokens` says how much was there of the tokens asked for.
+NOT_OF_THE_LOSS = {"heldout_tokens", "batch_size"}
+NOT_OF_THE_LOSS |= {"problems", "max_problems", "max_new_tokens", "chat_template_kwargs"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +103,7 @@ def evaluate(
             )
             report(done + 1, len(slices))
     return EvaluationRecord(
+        conditions=conditions(Path(corpus.path), settings, batches, dtype, device),
         teacher_params=subnet_params(teaching.config, full),
         teacher_cross_entropy=teacher_loss,
         teacher_accuracy=teacher_answers.accuracy if teacher_answers else None,
@@ -132,6 +139,22 @@ def heldout_batches(path: Path, settings: Evaluation, vocab_size: int) -> list[T
     if predicted(batches) == 0:
         raise ValueError(f"{path}: none of its first {count} sequences holds a token to learn; hold out more documents")
     return batches
+
+
+def conditions(
+    corpus: Path, settings: Evaluation, batches: list[TokenBatch], dtype: Dtype, device: torch.device
+) -> Conditions:
+    """Under what a loss on these batches of the corpus is measured."""
+    record = read_record(corpus)
+    return Conditions(
+        heldout_sha256=record.heldout.sha256,
+        tokenizer_sha256=record.tokenizer_sha256,
+        tokens=predicted(batches),
+        settings={name: value for name, value in to_dict(settings).items() if name not in NOT_OF_THE_LOSS},
+        dtype=dtype,
+        device=device.type,
+        code=fingerprint([code_of(function).modules for function in (heldout_batches, heldout_loss)]),
+    )
 
 
 def predicted(batches: list[TokenBatch]) -> int:

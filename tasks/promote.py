@@ -1,13 +1,18 @@
-"""The gate to `champion`: the family moves as a whole when no budget is worse than the champion it replaces."""
+"""The gate to `champion`: the family moves as a whole when no budget is worse than the champion it replaces.
+
+Two losses are compared only where they were measured under the same conditions. A champion that was measured under
+others is measured anew: by a step for the GPU, in the recipe's dtype, one model at a time.
+"""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from elastic_core.budget import Dtype
 from elastic_core.files import checkpoint
 from elastic_core.recipe import Evaluation, Promotion
 from elastic_core.subnet import full_subnet
@@ -18,9 +23,10 @@ from tasks.artifacts.staging import scratch
 from tasks.corpus.documents import digest_files
 from tasks.corpus.record import HELDOUT_FILE, read_record
 from tasks.corpus.tokenizer import load_tokenizer, tokenizer_files
-from tasks.evaluate import heldout_batches, heldout_loss, predicted
-from tasks.records import Artifact, EvaluationRecord, Release
-from tasks.running.steps import step
+from tasks.evaluate import conditions, heldout_batches, heldout_loss, predicted
+from tasks.records import Artifact, BudgetEvaluation, Conditions, EvaluationRecord, Release
+from tasks.running.patience import patiently
+from tasks.running.steps import run, step
 from tasks.settings import Settings
 
 
@@ -32,74 +38,151 @@ class Verdict:
     reason: str
 
 
-@step(cached=False)
-def promote(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A loss in nats a token of the teacher's, and what it was measured under; or why there is none."""
+
+    cross_entropy: float
+    conditions: Conditions | None
+    impossible: str = ""
+
+
+class CannotMeasure(ValueError):
+    """No loss of this model can be compared with one of the teacher's tokenizer."""
+
+
+def decide(
     release: Release,
     evaluation: EvaluationRecord,
     teacher: Artifact,
     corpus: Artifact,
-    measured_by: Evaluation,
+    settings: Evaluation,
+    dtype: Dtype,
     gate: Promotion,
 ) -> Verdict:
-    """Move `champion` of all budgets to this release, or of none."""
-    settings = Settings.from_environment()
-    heldout_digest = read_record(Path(corpus.path)).heldout.sha256
-    models = {budget: model.rsplit(":", 1) for budget, model in release.models.items()}
-    versions = {name: int(version) for name, version in models.values()}
-    champions = {name: tracking.champion(settings.tracking_uri, name) for name in versions}
-    if versions == {name: present and present.version for name, present in champions.items()}:
+    """Measure the champions whose losses cannot be compared as they are registered, and promote the release or not."""
+    present = patiently("looking up the champions", lambda: list(rivals(release, evaluation)))
+    measured = {
+        f"{champion.name}:{champion.version}": run(
+            measure_champion,
+            manifest=champion.tags[tracking.MANIFEST],
+            part=champion.tags[tracking.BUDGET],
+            teacher=teacher,
+            corpus=corpus,
+            settings=settings,
+            dtype=dtype,
+        )
+        for _, champion in present
+        if tracking.MANIFEST in champion.tags and not is_comparable(champion, evaluation.conditions)
+    }
+    return run(promote, release=release, evaluation=evaluation, measured=measured, gate=gate)
+
+
+@step(on_gpu=True)
+def measure_champion(
+    manifest: str, part: str, teacher: Artifact, corpus: Artifact, settings: Evaluation, dtype: Dtype
+) -> Measured:
+    """Measure a part of a published version on the held-out part of the corpus, as `evaluate` does."""
+    machine = Settings.from_environment()
+    with scratch(machine.home, "champion") as room:
+        directory = room / "model"
+        artifacts.fetch(artifacts.open_store(machine), manifest, part, directory)
+        try:
+            return loss_on(directory, Path(teacher.path), Path(corpus.path), settings, dtype)
+        except CannotMeasure as error:
+            return Measured(cross_entropy=0.0, conditions=None, impossible=str(error))
+
+
+@step(cached=False)
+def promote(release: Release, evaluation: EvaluationRecord, measured: dict[str, Measured], gate: Promotion) -> Verdict:
+    """Move `champion` of all budgets to this release, or of none. `measured` has champions by NAME:VERSION."""
+    registry = Settings.from_environment().registry
+    versions = {name: int(version) for name, version in (m.rsplit(":", 1) for m in release.models.values())}
+    present = {name: tracking.champion(registry, name) for name in versions}
+    if versions == {name: champion and champion.version for name, champion in present.items()}:
         return Verdict(promoted=True, reason="it is the champion already")
-    worse = []
-    for measured in evaluation.budgets:
-        name, _ = models[measured.budget]
-        present = champions[name]
-        if not math.isfinite(measured.cross_entropy):
-            worse.append(f"{name}: cross-entropy {measured.cross_entropy}")
-        elif present is not None and present.version != versions[name]:
-            loss = champion_loss(settings, present, teacher, corpus, measured_by, heldout_digest)
-            if measured.cross_entropy > loss * (1 + gate.margin):
-                worse.append(f"{name}: cross-entropy {measured.cross_entropy:.4f} against the champion's {loss:.4f}")
-    if worse:
-        return Verdict(promoted=False, reason=f"stays candidate; {'; '.join(worse)}")
-    tracking.set_alias(settings.tracking_uri, tracking.CHAMPION, versions)
-    if not any(champions.values()):
+    lost = [
+        f"{release.models[budget.budget].rsplit(':', 1)[0]}: cross-entropy {budget.cross_entropy}"
+        for budget in evaluation.budgets
+        if not math.isfinite(budget.cross_entropy)
+    ]
+    lost += [
+        f"{champion.name}: {reason}"
+        for budget, champion in rivals(release, evaluation)
+        if (reason := why_worse(budget, champion, evaluation.conditions, measured, gate.margin))
+    ]
+    if lost:
+        return Verdict(promoted=False, reason=f"stays candidate; {'; '.join(lost)}")
+    tracking.set_alias(registry, tracking.CHAMPION, versions)
+    if not any(present.values()):
         return Verdict(promoted=True, reason="there was no champion yet")
     return Verdict(promoted=True, reason=f"no budget is worse than its champion by more than {gate.margin:.1%}")
 
 
-def champion_loss(
-    settings: Settings,
+def rivals(release: Release, evaluation: EvaluationRecord) -> Iterator[tuple[BudgetEvaluation, tracking.ModelVersion]]:
+    """Each budget that has a finite loss, with the champion whose place it would take."""
+    registry = Settings.from_environment().registry
+    for budget in evaluation.budgets:
+        name, version = release.models[budget.budget].rsplit(":", 1)
+        champion = tracking.champion(registry, name)
+        if champion is not None and champion.version != int(version) and math.isfinite(budget.cross_entropy):
+            yield budget, champion
+
+
+def is_comparable(champion: tracking.ModelVersion, under: Conditions) -> bool:
+    """Whether the loss that it is registered with was measured under these conditions."""
+    return champion.tags.get(tracking.MEASURED) == under.digest and "cross_entropy" in champion.metrics
+
+
+def why_worse(
+    budget: BudgetEvaluation,
     champion: tracking.ModelVersion,
-    teacher: Artifact,
-    corpus: Artifact,
-    measured_by: Evaluation,
-    heldout_digest: str,
-) -> float:
-    """The champion's cross-entropy on this held-out set: as registered, or measured anew where the set has changed."""
-    if champion.tags.get(tracking.HELDOUT_DIGEST) == heldout_digest:
-        return champion.metrics["cross_entropy"]
-    store = artifacts.open_store(settings)
-    with scratch(settings.home, "champion") as room:
-        directory = room / "model"
-        artifacts.fetch(store, champion.tags[tracking.MANIFEST], champion.tags[tracking.BUDGET], directory)
-        return loss_on(directory, Path(teacher.path), Path(corpus.path), measured_by)
+    under: Conditions,
+    measured: Mapping[str, Measured],
+    margin: float,
+) -> str:
+    """Why a budget may not take the champion's place; empty where it may."""
+    anew = measured.get(f"{champion.name}:{champion.version}")
+    if is_comparable(champion, under):
+        loss = champion.metrics["cross_entropy"]
+    elif tracking.MANIFEST not in champion.tags:
+        return f"its champion, version {champion.version}, was not registered by elastic and cannot be measured"
+    elif anew is None:
+        return f"version {champion.version} has become its champion meanwhile; run again to be compared with that"
+    elif anew.conditions is None:
+        return f"its champion cannot be measured: {anew.impossible}; to replace it, move the alias by hand"
+    elif anew.conditions != under:
+        found = asdict(anew.conditions)
+        differing = [name for name, value in asdict(under).items() if value != found[name]]
+        return (
+            f"its champion was measured by another {' and '.join(differing)} "
+            f"({', '.join(str(found[name]) for name in differing)}); evaluate both on one machine"
+        )
+    else:
+        loss = anew.cross_entropy
+    if budget.cross_entropy > loss * (1 + margin):
+        return f"cross-entropy {budget.cross_entropy:.4f} against the champion's {loss:.4f}"
+    return ""
 
 
-def loss_on(directory: Path, teacher: Path, corpus: Path, measured_by: Evaluation) -> float:
+def loss_on(directory: Path, teacher: Path, corpus: Path, settings: Evaluation, dtype: Dtype) -> Measured:
     """Cross-entropy of a stock checkpoint on the held-out part of a corpus, in nats a token of the teacher's.
 
     A model with another tokenizer reads the same text in its own tokens: what it loses is divided by the teacher's.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = job.load_model(directory, device, torch.float32)
-    batches = heldout_batches(corpus / HELDOUT_FILE, measured_by, checkpoint.read_config(teacher).vocab_size)
+    loaded = job.load_model(directory, device, job.DTYPES[dtype])
+    batches = heldout_batches(corpus / HELDOUT_FILE, settings, checkpoint.read_config(teacher).vocab_size)
     own = batches
     if digest_files(tokenizer_files(directory)) != read_record(corpus).tokenizer_sha256:
         theirs, its = load_tokenizer(teacher), load_tokenizer(directory)
         own = [retokenised(text, theirs, its) for batch in batches for text in documents(batch)]
         own = [text for text in own if text.learned]
-    loss, _ = heldout_loss(model, full_subnet(model.config), own)
-    return loss * predicted(own) / predicted(batches)
+    loss, _ = heldout_loss(loaded, full_subnet(loaded.config), own)
+    return Measured(
+        cross_entropy=loss * predicted(own) / predicted(batches),
+        conditions=conditions(corpus, settings, batches, dtype, device),
+    )
 
 
 def documents(batch: TokenBatch) -> Iterator[torch.Tensor]:
@@ -109,10 +192,7 @@ def documents(batch: TokenBatch) -> Iterator[torch.Tensor]:
     for row, first, end in batch.packing.spans if batch.packing else whole_rows:
         targets_T = batch.targets_BT[row, first:end]
         if (targets_T[:-1] == IGNORED).any():
-            raise ValueError(
-                "a champion with another tokenizer cannot be measured where held-out text is learned in part; "
-                "promote by hand with `elastic promote`"
-            )
+            raise CannotMeasure("it has another tokenizer, and held-out text is learned in part")
         text_T = torch.cat([batch.inputs_BT[row, first : first + 1], targets_T])
         yield text_T if targets_T[-1] != IGNORED else text_T[:-1]
 

@@ -4,8 +4,11 @@ A record is a step's persisted result. The next step's cache key is made of its 
 never computed twice and a path may move.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from elastic_core.comparison import Cut
 from tasks import tracking
@@ -54,9 +57,36 @@ class BudgetEvaluation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationRecord:
-    """The teacher, and every budget from the largest to the smallest, on the same held-out data."""
+class Conditions:
+    """What a held-out loss depends on beside the model; two losses are compared only where these are equal.
 
+    `tokens` are those predicted, `settings` what else of the evaluation a loss depends on, `device` is cuda or cpu, and
+    `code` the digest of the code that computes a loss.
+    """
+
+    heldout_sha256: str
+    tokenizer_sha256: str
+    tokens: int
+    settings: Mapping[str, Any]
+    dtype: str
+    device: str
+    code: str
+
+    @property
+    def text(self) -> str:
+        """The one spelling of them, for people and for the digest."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRecord:
+    """The teacher, and every budget from the largest to the smallest, under the same conditions."""
+
+    conditions: Conditions
     teacher_params: int
     teacher_cross_entropy: float
     teacher_accuracy: float | None
@@ -80,16 +110,20 @@ class OrderComparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Release:
-    """A registered version of the family: where its objects and its registry entries are."""
+    """A registered version of the family: where its objects and its registry entries are.
+
+    The version is of the objects' content; a `registration` is of these objects with what was measured of them.
+    """
 
     family: str
     version: str
+    registration: str
     uri: str
     models: Mapping[str, str]
     run_id: str
     report: str
 
     def exists(self) -> bool:
-        """Whether the registry still holds it: a number may have gone to another version of the family since."""
-        uri = Settings.from_environment().tracking_uri
-        return tracking.are_registered(uri, self.models.values(), self.version)
+        """Whether the registry still holds it: a number may have gone to another registration since."""
+        uri = Settings.from_environment().registry
+        return tracking.are_registered(uri, self.models.values(), self.registration)

@@ -14,9 +14,8 @@ from elastic_core.schema import to_dict
 from elastic_core.subnet import full_subnet
 from tasks import artifacts, tracking
 from tasks.artifacts import nested
-from tasks.artifacts.manifest import Manifest, NestedPart
+from tasks.artifacts.manifest import Manifest, NestedPart, directory_digest
 from tasks.artifacts.staging import scratch
-from tasks.corpus.record import read_record
 from tasks.records import Artifact, EvaluationRecord, OrderComparison, Release, StageRecord
 from tasks.reporting import report
 from tasks.reporting.history import read_metrics
@@ -25,12 +24,12 @@ from tasks.running.progress import progress_bar
 from tasks.running.steps import fingerprint, step
 from tasks.settings import ServiceError, Settings, redact
 
-STORAGE, PULL = "elastic.storage", "elastic.pull"
+STORAGE, PULL, CONDITIONS = "elastic.storage", "elastic.pull", "elastic.measured_under"
 
 
 def destination(settings: Settings) -> str:
     """Where a family is published and registered, without secrets: part of the key of the steps that do so."""
-    return redact(f"{settings.tracking_uri} {settings.endpoint_url or 'aws'} {settings.bucket}")
+    return redact(f"{settings.tracking_uri} {settings.registry} {settings.endpoint_url or 'aws'} {settings.bucket}")
 
 
 @step()
@@ -46,14 +45,19 @@ def register(
     run_id: str,
     workspace: str,
 ) -> Release:
-    """Publish every file under a new version, manifest last, and register all budgets as candidates, or none."""
+    """Publish what is not published yet, manifest last, and register all budgets as candidates, or none.
+
+    The version is of the parts' content, of how they are stored, and of the registry that they are for. The same
+    content with other measurements is another registration of the same objects.
+    """
     settings = Settings.from_environment()
     store = artifacts.open_store(settings)
     described = checkpoint.read_family(Path(family.path))
-    heldout_digest = read_record(Path(corpus.path)).heldout.sha256
-    metadata = {"lineage": described.lineage, "recipe": to_dict(recipe), "heldout_sha256": heldout_digest}
-    version = fingerprint(family, slices, metadata)[:12]
-    report_directory = Path(workspace) / f"report-{version}"  # the same at each attempt
+    parts = {**slices, WHOLE: family}
+    registry = tracking.identity(settings.registry)
+    version = fingerprint(parts, recipe.storage, registry)[:12]
+    registration = fingerprint(version, evaluation)[:12]
+    report_directory = Path(workspace) / f"report-{registration}"  # the same at each attempt
     report.write_report(
         report_directory,
         recipe=recipe,
@@ -65,17 +69,21 @@ def register(
         model=checkpoint.read_config(Path(family.path)),
         links={"objects": artifacts.version_uri(settings.bucket, recipe.family, version), "MLflow run": run_id},
     )
-    directories = {name: Path(slice_.path) for name, slice_ in slices.items()} | {WHOLE: Path(family.path)}
-    manifest = publish(store, recipe, version, described, directories, metadata, Path(workspace))
+    manifest = artifacts.published(store, recipe.family, version)
+    if manifest is None:
+        metadata = {"lineage": described.lineage, **marked_for(registry, settings)}
+        manifest = publish(store, recipe, version, described, parts, metadata, Path(workspace))
+    check_published(manifest, parts)
     deliver_curves(settings, run_id, recipe.stages, stages, Path(workspace))
     tracking.log_files(settings.tracking_uri, run_id, report_directory, "report")
     models = tracking.register_family(
-        settings.tracking_uri,
+        settings.registry,
         family=recipe.family,
         version=version,
         manifest_uri=artifacts.manifest_uri(settings.bucket, recipe.family, version),
         run_id=run_id,
-        members=list(members(settings, recipe, manifest, evaluation, described, heldout_digest)),
+        members=list(members(settings, recipe, manifest, evaluation, described)),
+        registration=registration,
     )
     if not artifacts.is_published(store, manifest):  # until now nothing pointed to it
         raise ServiceError(f"{version} of {recipe.family} was removed by elastic gc; try again", transient=True)
@@ -83,6 +91,7 @@ def register(
     return Release(
         family=recipe.family,
         version=version,
+        registration=registration,
         uri=artifacts.version_uri(settings.bucket, recipe.family, version),
         models={budget: f"{model.name}:{model.version}" for budget, model in models.items()},
         run_id=run_id,
@@ -90,18 +99,35 @@ def register(
     )
 
 
+def marked_for(registry: str, settings: Settings) -> dict[str, Any]:
+    """What a manifest says of the registry that points to it: `elastic gc` removes only what its own has published."""
+    return {artifacts.REGISTRY: {"id": registry, "uri": redact(settings.registry)}}
+
+
+def check_published(manifest: Manifest, parts: Mapping[str, Artifact]) -> None:
+    """A ServiceError unless a version holds these parts; they were published before where nothing was to be sent."""
+    for name, part in parts.items():
+        there = directory_digest((file.path, file.sha256) for file in manifest.part(name))
+        if there != part.digest:
+            raise ServiceError(
+                f"{manifest.family} {manifest.version} is published with another {name!r} than {part.path} holds: one "
+                "of them was changed; remove that directory and run again"
+            )
+
+
 def publish(
     store: artifacts.Store,
     recipe: Recipe,
     version: str,
     family: checkpoint.Family,
-    directories: Mapping[str, Path],
+    made: Mapping[str, Artifact],
     metadata: Mapping[str, Any],
     workspace: Path,
 ) -> Manifest:
     """Upload the slices and the family, each whole or, where the recipe says so, as shells."""
+    directories: Mapping[str, Path] = {name: Path(part.path) for name, part in made.items()}
     parts: tuple[NestedPart, ...] = ()
-    with scratch(workspace, "shells") as made:
+    with scratch(workspace, "shells") as room:
         if recipe.storage == "nested":
             model = checkpoint.read_config(directories[WHOLE])
             subnets = {budget.name: budget.subnet for budget in reversed(family.budgets)} | {WHOLE: full_subnet(model)}
@@ -111,7 +137,7 @@ def publish(
                     for name, subnet in subnets.items()
                 ],
                 model,
-                made,
+                room,
             )
         with progress_bar(f"publishing {recipe.family} {version}") as progress:
             return artifacts.publish(
@@ -144,7 +170,6 @@ def members(
     manifest: Manifest,
     evaluation: EvaluationRecord,
     family: checkpoint.Family,
-    heldout_digest: str,
 ) -> Iterator[tracking.Member]:
     """One registered model a budget, with what was measured of it, and how to get it."""
     lines = summary_lines(evaluation)
@@ -168,7 +193,9 @@ def members(
             source=f"{artifacts.version_uri(settings.bucket, recipe.family, manifest.version)}/{measured.budget}",
             metrics=metrics,
             tags={
-                tracking.HELDOUT_DIGEST: heldout_digest,
+                tracking.HELDOUT_DIGEST: evaluation.conditions.heldout_sha256,
+                tracking.MEASURED: evaluation.conditions.digest,
+                CONDITIONS: evaluation.conditions.text,
                 STORAGE: recipe.storage,
                 PULL: command,
                 "elastic.params": str(measured.params),
@@ -183,20 +210,23 @@ def members(
 def register_size(model: str, slice_: Artifact, budget: Budget) -> str:
     """Publish a slice as a version of its own and register it as a candidate; NAME:VERSION."""
     settings = Settings.from_environment()
-    origin = tracking.resolve(settings.tracking_uri, model)
+    origin = tracking.resolve(settings.registry, model)
     family = origin.tags[tracking.FAMILY]
-    version = f"{origin.tags[tracking.VERSION]}-{slice_.digest[:12]}"
+    registry = tracking.identity(settings.registry)
+    parts = {budget.name: slice_}
+    version = f"{origin.tags[tracking.VERSION]}-{fingerprint(parts, registry)[:12]}"
     params = subnet_params(config := checkpoint.read_config(Path(slice_.path)), full_subnet(config))
     store = artifacts.open_store(settings)
-    manifest = artifacts.publish(
+    manifest = artifacts.published(store, family, version) or artifacts.publish(
         store,
         family=family,
         version=version,
         directories={budget.name: Path(slice_.path)},
-        metadata={"cut_from": origin.tags[tracking.MANIFEST], "budget": str(budget)},
+        metadata={"cut_from": origin.tags[tracking.MANIFEST], **marked_for(registry, settings)},
     )
+    check_published(manifest, parts)
     made = tracking.register_family(
-        settings.tracking_uri,
+        settings.registry,
         family=family,
         version=version,
         manifest_uri=artifacts.manifest_uri(settings.bucket, family, version),

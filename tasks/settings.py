@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TRACKING_URI = "MLFLOW_TRACKING_URI"
+REGISTRY_URI = "MLFLOW_REGISTRY_URI"
 ENDPOINT_S3 = "AWS_ENDPOINT_URL_S3"
 ENDPOINT = "AWS_ENDPOINT_URL"
 BUCKET = "ELASTIC_BUCKET"
@@ -153,6 +154,8 @@ def redact(text: str) -> str:
 class Settings:
     """The machine's side of a run. `bucket` is "" where only reading by URI is wanted; no endpoint means AWS itself.
 
+    Models are registered where runs are tracked, unless there is a `registry_uri`.
+
     Manifests are signed with the private key in the file `signing_key`, and believed only if signed by the key whose
     public half is in `verification_key`; either may be missing.
     """
@@ -165,14 +168,11 @@ class Settings:
     kms_key_id: str | None = None
     signing_key: Path | None = None
     verification_key: Path | None = None
+    registry_uri: str | None = None
 
     def __post_init__(self) -> None:
-        scheme = self.tracking_uri.partition("://")[0]
-        if scheme in ("", "file", self.tracking_uri):
-            shown = redact(self.tracking_uri)
-            raise ValueError(
-                f"{TRACKING_URI}={shown!r} is not a server or database URI; use http://..., or sqlite:///..."
-            )
+        for name, uri in ((TRACKING_URI, self.tracking_uri), (REGISTRY_URI, self.registry)):
+            _check_mlflow(name, uri)
         if self.bucket and not _BUCKET_NAME.fullmatch(self.bucket):
             raise ValueError(
                 f"{BUCKET}={self.bucket!r} is not a bucket name: 3-63 of a-z 0-9 . - and no s3:// before it"
@@ -185,12 +185,18 @@ class Settings:
         if self.kms_key_id and not self.encryption.startswith("aws:kms"):
             raise ValueError(f"{KMS_KEY} is set but {ENCRYPTION} is {self.encryption!r}; set {ENCRYPTION}=aws:kms")
 
+    @property
+    def registry(self) -> str:
+        """The URI of MLflow's model registry."""
+        return self.registry_uri or self.tracking_uri
+
     def __repr__(self) -> str:
         endpoint = redact(self.endpoint_url) if self.endpoint_url else None
         return (
             f"Settings(tracking_uri={redact(self.tracking_uri)!r}, bucket={self.bucket!r}, endpoint_url={endpoint!r}, "
             f"home={str(self.home)!r}, encryption={self.encryption!r}, kms_key_id={self.kms_key_id!r}, "
-            f"signing_key={self.signing_key}, verification_key={self.verification_key})"
+            f"signing_key={self.signing_key}, verification_key={self.verification_key}, "
+            f"registry_uri={redact(self.registry_uri) if self.registry_uri else None!r})"
         )
 
     @classmethod
@@ -211,6 +217,7 @@ class Settings:
             kms_key_id=environ.get(KMS_KEY) or None,
             signing_key=_file(environ, SIGNING_KEY),
             verification_key=_file(environ, VERIFICATION_KEY),
+            registry_uri=environ.get(REGISTRY_URI) or None,
         )
 
 
@@ -245,6 +252,17 @@ def make_home(environ: Mapping[str, str] = os.environ) -> Path:
             f"the state directory {home} cannot be written ({error.strerror}); make room, or set {HOME} to another"
         ) from error
     return home
+
+
+def _check_mlflow(name: str, uri: str) -> None:
+    scheme = uri.partition(":")[0]
+    if scheme == "databricks-uc":
+        raise ValueError(
+            f"{name}={redact(uri)!r}: Unity Catalog registers MLflow's own model format alone, copied into its own "
+            "storage, and no checkpoint in S3; use an MLflow server"
+        )
+    if "://" not in uri or scheme in ("", "file"):
+        raise ValueError(f"{name}={redact(uri)!r} is not a server or database URI; use http://..., or sqlite:///...")
 
 
 def _file(environ: Mapping[str, str], name: str) -> Path | None:

@@ -12,7 +12,7 @@ import pytest
 from botocore.client import BaseClient
 from objects import PART, make, noise, publish_one, uri_of
 
-from tasks.artifacts import Store, check_bucket, fetch, find_garbage, publish, read_manifest, remove_garbage
+from tasks.artifacts import REGISTRY, Store, check_bucket, fetch, find_garbage, publish, read_manifest, remove_garbage
 from tasks.settings import Settings
 from tasks.tracking import log_files, open_run
 
@@ -119,11 +119,11 @@ def test_a_collector_may_do_what_collecting_garbage_does(
     store: Store, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for version in ("live", "dead"):
-        publish(store, family="nano", version=version, directories={"s": source}, metadata={})
+        publish(store, family="nano", version=version, directories={"s": source}, metadata={REGISTRY: {"id": "1"}})
     for key in ("families/nano/live/s/x", "families/nano/dead/s/x", "mlflow/nano/x"):
         begin_upload(store, key)
     before, live = datetime.now(UTC) + timedelta(days=1), {uri_of(store, "live")}
     with recorded(monkeypatch) as needed:
-        for found in find_garbage(store, live, before):
+        for found in find_garbage(store, "1", live, before):
             assert remove_garbage(store, found, lambda: live, before)
     assert_least("collector", needed)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -18,40 +18,65 @@ from tasks.settings import Settings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """Something that may go, and the way to remove it, which says whether it went."""
+    """Something that may go, and the way to remove it, which says whether it went; or why it is `kept`."""
 
     kind: str
     what: str
     files: int
     size: int
     remove: Callable[[], bool]
+    kept: str = ""
 
 
-def collect(settings: Settings, *, older_than_days: float, delete: bool) -> None:
-    """Print a table of what nothing was written to for so many days and is of no use; remove it if `delete`."""
+def collect(settings: Settings, *, older_than_days: float, delete: bool, confirm: Callable[[str], bool]) -> None:
+    """Print a table of what nothing was written to for so many days and is of no use; remove it if `delete`.
+
+    Versions that were published are removed only where `confirm` says yes to a question about them.
+    """
     before = datetime.now(UTC) - timedelta(days=older_than_days)
     store = artifacts.open_store(settings)
-    points_to = partial(tracking.pointed_to, settings.tracking_uri)
     with closing(store.client):
         found = [
-            Found(
-                kind=garbage.kind,
-                what=garbage.uri,
-                files=garbage.objects,
-                size=garbage.size,
-                remove=partial(artifacts.remove_garbage, store, garbage, points_to, before),
-            )
-            for garbage in artifacts.find_garbage(store, points_to(), before)
+            *_in_bucket(store, settings, before),
+            *(
+                _left_over(path, before)
+                for directory in (settings.home, settings.home / "workspace")
+                for path in left_overs(directory, before)
+            ),
         ]
-        found += [
-            _left_over(path, before)
-            for directory in (settings.home, settings.home / "workspace")
-            for path in left_overs(directory, before)
-        ]
-        outcomes = [("removed" if one.remove() else "kept: in use again") if delete else "found" for one in found]
-    _print(found, outcomes)
-    if found and not delete:
-        Console().print("nothing was removed; --delete removes it")
+        if not delete:
+            _print(found, [f"kept: {one.kept}" if one.kept else "found" for one in found])
+            if found:
+                Console().print("nothing was removed; --delete removes it")
+            return
+        published = [one for one in found if one.kind == "version"]
+        if published:
+            _print(published, ["found" for _ in published])
+            size = bytes_text(sum(one.size for one in published))
+            if not confirm(f"Remove {len(published)} published version(s), {size}, from s3://{settings.bucket}?"):
+                found = [replace(one, kept="not confirmed") if one.kind == "version" else one for one in found]
+        _print(found, [_outcome(one) for one in found])
+
+
+def _in_bucket(store: artifacts.Store, settings: Settings, before: datetime) -> list[Found]:
+    registry, points_to = tracking.identity(settings.registry), partial(tracking.pointed_to, settings.registry)
+    return [
+        Found(
+            kind=garbage.kind,
+            what=garbage.uri,
+            files=garbage.objects,
+            size=garbage.size,
+            remove=partial(artifacts.remove_garbage, store, garbage, points_to, before),
+            kept=garbage.owner,
+        )
+        for garbage in artifacts.find_garbage(store, registry, points_to(), before)
+    ]
+
+
+def _outcome(found: Found) -> str:
+    if found.kept:
+        return f"kept: {found.kept}"
+    return "removed" if found.remove() else "kept: in use again"
 
 
 def _left_over(path: Path, before: datetime) -> Found:

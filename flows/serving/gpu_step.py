@@ -9,7 +9,7 @@ from prefect import flow
 from elastic_core.schema import build
 from flows.serving.failures import explain_failure
 from flows.serving.guard import guard_run
-from tasks import distill, evaluate, rank, teacher  # noqa: F401 - each adds its steps to those that need a GPU
+from tasks import distill, evaluate, promote, rank, teacher  # noqa: F401 - each adds its steps to those that need a GPU
 from tasks.running.code import differences
 from tasks.running.gpu import shown_on, worker_of
 from tasks.running.steps import MAKINGS, ON_GPU, run

@@ -50,5 +50,5 @@ def show_outcome(
 
 def model_link(settings: Settings, model: str) -> str:
     """A registered version, NAME:VERSION, in Markdown: with the address of its page where it has one."""
-    url = tracking.model_url(settings.tracking_uri, model)
+    url = tracking.model_url(settings.registry, model)
     return f"[{model}]({url})" if url else f"`{model}`"

@@ -25,6 +25,7 @@ from tasks.settings import (
     ENDPOINT_S3,
     HOME,
     PREFECT_API,
+    REGISTRY_URI,
     TRACKING_URI,
     ServiceError,
     Settings,
@@ -88,10 +89,10 @@ def registry_services(home: Path) -> Iterator[None]:
 
     Its objects are then where its s3:// URIs say: at the endpoint of the environment, or on AWS.
     """
-    named, running = os.environ.get(TRACKING_URI), read_running(home)
+    named, running = os.environ.get(REGISTRY_URI) or os.environ.get(TRACKING_URI), read_running(home)
     ours = {service.where for service in running.services} if running is not None else set()
     if named and named not in ours | set(tracking_environment(home).values()):
-        with applied(basic_environment(home)):
+        with applied(basic_environment(home) | {TRACKING_URI: os.environ.get(TRACKING_URI) or named}):
             yield
     else:
         with embedded_services(make_home(), share=True):

@@ -25,8 +25,10 @@ from tasks.artifacts.fetching import read_manifest as read_manifest
 from tasks.artifacts.garbage import Garbage as Garbage
 from tasks.artifacts.garbage import find_garbage as find_garbage
 from tasks.artifacts.garbage import remove_garbage as remove_garbage
+from tasks.artifacts.manifest import REGISTRY as REGISTRY
 from tasks.artifacts.publishing import is_published as is_published
 from tasks.artifacts.publishing import publish as publish
+from tasks.artifacts.publishing import published as published
 from tasks.artifacts.publishing import published_versions as published_versions
 from tasks.artifacts.publishing import put_file as put_file
 from tasks.artifacts.publishing import upload_directory as upload_directory

@@ -3,6 +3,7 @@
 Pure: no network, no file. `tasks.artifacts` stores and obeys manifests.
 """
 
+import hashlib
 import json
 import re
 import unicodedata
@@ -20,6 +21,8 @@ MAX_FILES = 10_000
 MAX_OBJECT_BYTES = 5 << 40  # S3's own limit
 MAX_PATH_BYTES = 900  # S3 takes 1024 for the whole key
 MAX_DEPTH = 16
+
+REGISTRY = "registry"  # in a manifest's metadata: the `id` and the `uri` of the registry that points to the version
 
 # Stands in a manifest's place while `elastic gc` removes the version, so that nobody can publish or read it.
 TOMBSTONE = b'{"removed by": "elastic gc"}\n'
@@ -86,6 +89,11 @@ class Manifest:
         """A nested part and all below it, from the smallest; nothing where parts are stored whole."""
         names = [part.name for part in self.nested]
         return self.nested[: names.index(name) + 1] if name in names else ()
+
+
+def directory_digest(files: Iterable[tuple[str, str]]) -> str:
+    """SHA-256 over a directory's files: the path and the SHA-256 of each, in the order of `sorted(Path)`."""
+    return hashlib.sha256("".join(f"{path}\0{sha256}\n" for path, sha256 in files).encode()).hexdigest()
 
 
 def manifest_json(manifest: Manifest) -> bytes:

@@ -40,6 +40,7 @@ from tasks.artifacts.manifest import (
     NestedPart,
     check_paths,
     manifest_json,
+    parse_manifest,
 )
 from tasks.artifacts.signing import sign
 from tasks.artifacts.staging import sha256_of
@@ -87,6 +88,13 @@ def publish(
         manifest = sign(manifest, store.signing_key)
     _put_manifest(store, target, manifest, published)
     return manifest
+
+
+def published(store: Store, family: str, version: str) -> Manifest | None:
+    """The manifest of a version that is there as a whole; None where there is none yet, or `elastic gc` removes it."""
+    uri = manifest_uri(store.bucket, family, version)
+    body = manifest_bytes(store, uri)
+    return None if body in (None, TOMBSTONE) else parse_manifest(body, uri)
 
 
 def is_published(store: Store, manifest: Manifest) -> bool:

@@ -17,6 +17,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from tasks.artifacts.manifest import directory_digest
 from tasks.records import Artifact, StageRecord
 from tasks.settings import ServiceError, home_directory
 
@@ -31,8 +32,7 @@ Known = tuple[int, int, int, int, str]
 def artifact(directory: Path) -> Artifact:
     """A finished directory as an artifact, with the SHA-256 of each file, and the digest over names and bytes."""
     files = _digests(directory)
-    total = hashlib.sha256("".join(f"{name}\0{digest}\n" for name, digest in files.items()).encode()).hexdigest()
-    return Artifact(path=str(directory), digest=total, files=files)
+    return Artifact(path=str(directory), digest=directory_digest(files.items()), files=files)
 
 
 def file_digest(path: Path) -> str:

@@ -34,7 +34,8 @@ def check_services() -> None:
     """ServiceError, one line, unless Prefect and MLflow answer and the bucket takes what we write."""
     settings = Settings.from_environment()
     check_prefect(PREFECT_API_URL.value())
-    check_server(settings.tracking_uri)
+    for uri in sorted({settings.tracking_uri, settings.registry}):
+        check_server(uri)
     check_bucket(settings)
 
 

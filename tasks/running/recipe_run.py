@@ -17,7 +17,7 @@ from tasks.corpus.sources import file_identity, source_identity, teacher_identit
 from tasks.records import Release
 from tasks.running.patience import patiently
 from tasks.running.steps import fingerprint
-from tasks.settings import ServiceError, Settings
+from tasks.settings import ServiceError, Settings, redact
 
 PREFECT_RUN = "elastic.prefect_run"
 
@@ -76,7 +76,8 @@ def tracked(recipe: Recipe, settings: Settings) -> Iterator[str]:
 def link_release(settings: Settings, run_id: str, release: Release) -> None:
     """Say in MLflow, on the run and on the registered versions, where everything is."""
     uri, page = settings.tracking_uri, prefect_url()
-    models = [f"- [{model}](#/models/{model.replace(':', '/versions/')})" for model in release.models.values()]
+    here = "" if settings.registry == uri else f"{redact(settings.registry).rstrip('/')}/"
+    models = [f"- [{model}]({here}#/models/{model.replace(':', '/versions/')})" for model in release.models.values()]
     lines = [f"Family {release.family}, version {release.version}, objects at `{release.uri}`:", "\n".join(models)]
     if release.run_id != run_id:
         lines.append(f"This run took every step from the cache; the curves are in run `{release.run_id}`.")
@@ -85,8 +86,8 @@ def link_release(settings: Settings, run_id: str, release: Release) -> None:
     note = {tracking.NOTE: "\n\n".join(lines)}
     patiently("linking the release", partial(tracking.set_tags, uri, run_id, note))
     if page:
-        tags = {PREFECT_RUN: page}
-        patiently("linking the release", partial(tracking.tag_versions, uri, release.models.values(), tags))
+        tags, registered = {PREFECT_RUN: page}, release.models.values()
+        patiently("linking the release", partial(tracking.tag_versions, settings.registry, registered, tags))
 
 
 def prefect_url() -> str:

@@ -16,13 +16,16 @@ from tasks.tracking.registry import CHAMPION as CHAMPION
 from tasks.tracking.registry import FAMILY as FAMILY
 from tasks.tracking.registry import HELDOUT_DIGEST as HELDOUT_DIGEST
 from tasks.tracking.registry import MANIFEST as MANIFEST
+from tasks.tracking.registry import MEASURED as MEASURED
 from tasks.tracking.registry import NUMBER as NUMBER
+from tasks.tracking.registry import REGISTRATION as REGISTRATION
 from tasks.tracking.registry import VERSION as VERSION
 from tasks.tracking.registry import Member as Member
 from tasks.tracking.registry import ModelVersion as ModelVersion
 from tasks.tracking.registry import are_registered as are_registered
 from tasks.tracking.registry import by_alias as by_alias
 from tasks.tracking.registry import champion as champion
+from tasks.tracking.registry import identity as identity
 from tasks.tracking.registry import model_name as model_name
 from tasks.tracking.registry import model_url as model_url
 from tasks.tracking.registry import pointed_to as pointed_to

@@ -15,10 +15,13 @@ if TYPE_CHECKING:
 
 NUMBER = "{number}"
 HELDOUT_DIGEST = "elastic.heldout_sha256"
+MEASURED = "elastic.measured_sha256"
 FAMILY, VERSION, BUDGET, MANIFEST = "elastic.family", "elastic.version", "elastic.budget", "elastic.manifest"
+REGISTRATION = "elastic.registration"
 METRIC_PREFIX = "metric."
 CANDIDATE, CHAMPION = "candidate", "champion"
 VERSIONS_A_PAGE = 1000
+FIRST_EXPERIMENT = "0"  # MLflow makes it with its database
 
 _log = logging.getLogger(__name__)
 
@@ -67,26 +70,55 @@ def model_url(uri: str, model: str) -> str | None:
     return page_of(uri, f"models/{model.replace(':', '/versions/')}")
 
 
+def identity(uri: str) -> str:
+    """What tells this registry from others: when its first experiment was made, which is the same by any URI.
+
+    The URI itself, redacted, where there is no such experiment.
+    """
+    from mlflow.exceptions import MlflowException
+
+    with explained(uri, "asking which registry this is"):
+        try:
+            made = client_of(uri).get_experiment(FIRST_EXPERIMENT).creation_time
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            made = None
+    return str(made) if made else redact(uri)
+
+
 def register_family(
-    uri: str, *, family: str, version: str, manifest_uri: str, run_id: str, members: Sequence[Member]
+    uri: str,
+    *,
+    family: str,
+    version: str,
+    manifest_uri: str,
+    run_id: str,
+    members: Sequence[Member],
+    registration: str = "",
 ) -> dict[str, ModelVersion]:
     """Make a version of every budget's model, all or none, and move the alias `candidate` to them; by budget.
 
-    Versions carry the family's version as a tag, so that a repeated call finds what an earlier one made.
+    Versions carry `registration` as a tag (the family's version, if nothing else is given), so that a repeated call
+    finds what an earlier one made. Registrations of the same files share the family's version.
     """
+    registration = registration or version
     names = {member.budget: model_name(family, member.budget) for member in members}
     if not names or not NAME.fullmatch(version):
         raise ValueError(f"family {family!r} version {version!r} needs a plain version name and at least one budget")
     with explained(uri, f"registering version {version!r} of family {family!r}"):
         client = client_of(uri)
-        before = {name: {int(entry.version) for entry in _tagged(client, name, version)} for name in names.values()}
+        before = {
+            name: {int(entry.version) for entry in _tagged(client, name, registration)} for name in names.values()
+        }
+        identifying = {FAMILY: family, VERSION: version, MANIFEST: manifest_uri, REGISTRATION: registration}
         try:
             made = {
-                member.budget: _register(client, names[member.budget], family, version, manifest_uri, run_id, member)
+                member.budget: _register(client, names[member.budget], identifying, run_id, member)
                 for member in members
             }
         except BaseException:
-            _unregister(client, version, before)
+            _unregister(client, registration, before)
             raise
         candidates = [int(_aliases(client, entry.name).get(CANDIDATE, 0)) for entry in made.values()]
     # A late repetition must not take the alias back from a newer family.
@@ -95,12 +127,14 @@ def register_family(
     return made
 
 
-def are_registered(uri: str, models: Collection[str], version: str) -> bool:
-    """Whether all of these registered versions, each NAME:VERSION, are there and are of this version of the family."""
+def are_registered(uri: str, models: Collection[str], registration: str) -> bool:
+    """Whether all of these registered versions, each NAME:VERSION, are there and were made by this registration."""
     with explained(uri, f"looking up {', '.join(models)}"):
         client = client_of(uri)
         named = [model.rsplit(":", 1) for model in models]
-        return all(number in {str(entry.version) for entry in _tagged(client, name, version)} for name, number in named)
+        return all(
+            number in {str(entry.version) for entry in _tagged(client, name, registration)} for name, number in named
+        )
 
 
 def champion(uri: str, name: str) -> ModelVersion | None:
@@ -175,28 +209,28 @@ def resolve(uri: str, reference: str) -> ModelVersion:
 
 
 def _register(
-    client: "MlflowClient", name: str, family: str, version: str, manifest_uri: str, run_id: str, member: Member
+    client: "MlflowClient", name: str, identifying: Mapping[str, str], run_id: str, member: Member
 ) -> ModelVersion:
-    found = _tagged(client, name, version)
+    registration, manifest_uri = identifying[REGISTRATION], identifying[MANIFEST]
+    found = _tagged(client, name, registration)
     if not found:
-        _ensure_model(client, name, f"Budget {member.budget} of the elastic family {family}.")
-        identity = {FAMILY: family, VERSION: version, BUDGET: member.budget, MANIFEST: manifest_uri}
+        _ensure_model(client, name, f"Budget {member.budget} of the elastic family {identifying[FAMILY]}.")
         metrics = {f"{METRIC_PREFIX}{key}": repr(float(value)) for key, value in member.metrics.items()}
         client.create_model_version(
             name,
             member.source,
             run_id=run_id,
-            tags={**member.tags, **metrics, **identity},
+            tags={**member.tags, **metrics, **identifying, BUDGET: member.budget},
             description=member.description,
             await_creation_for=0,
         )
-        found = _tagged(client, name, version)
+        found = _tagged(client, name, registration)
     _fill_in_number(client, found[0])
     for twin in found[1:]:  # a create whose answer was lost is sent again
         _delete_version(client, name, str(twin.version))
     entry = _model_version(client.get_model_version(name, str(found[0].version)))
     if (entry.source, entry.tags[MANIFEST]) != (member.source, manifest_uri):
-        raise ServiceError(f"{name} has a version {version!r} with other files, {entry.source}: use a new version")
+        raise ServiceError(f"{name} has {registration!r} with other files, {entry.source}: use a new version")
     return entry
 
 
@@ -210,13 +244,13 @@ def _fill_in_number(client: "MlflowClient", entry: Any) -> None:
         client.update_model_version(entry.name, number, entry.description.replace(NUMBER, number))
 
 
-def _unregister(client: "MlflowClient", version: str, before: Mapping[str, set[int]]) -> None:
+def _unregister(client: "MlflowClient", registration: str, before: Mapping[str, set[int]]) -> None:
     """Take back what a failed registration made, by name; what MLflow cannot do now, the next attempt completes."""
     from mlflow.exceptions import MlflowException
 
     for name, kept in before.items():
         try:
-            for entry in _tagged(client, name, version):
+            for entry in _tagged(client, name, registration):
                 if int(entry.version) not in kept:
                     _delete_version(client, name, str(entry.version))
             if not client.search_model_versions(f"name = '{name}'", max_results=1):
@@ -259,9 +293,9 @@ def _ensure_model(client: "MlflowClient", name: str, description: str) -> None:
             raise
 
 
-def _tagged(client: "MlflowClient", name: str, version: str) -> list[Any]:
-    """The versions of a model that carry the family's version, oldest first."""
-    query = f"name = '{name}' AND tags.`{VERSION}` = '{version}'"
+def _tagged(client: "MlflowClient", name: str, registration: str) -> list[Any]:
+    """The versions of a model that a registration made, oldest first."""
+    query = f"name = '{name}' AND tags.`{REGISTRATION}` = '{registration}'"
     return sorted(client.search_model_versions(query), key=lambda entry: int(entry.version))
 
 

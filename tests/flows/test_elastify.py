@@ -112,6 +112,36 @@ def test_what_was_deleted_from_the_registry_is_registered_anew(finished, command
         assert {tracking.resolve(uri, f"micro-{budget}").version for budget in "lms"} == {1}
 
 
+def test_an_evaluation_of_another_length_registers_anew_measures_the_champions_anew_and_sends_no_object(
+    finished, command
+):
+    """The files that are published stay as they are, and more registered versions point to them."""
+
+    def published() -> tuple[set[str], dict[str, tracking.ModelVersion]]:
+        with embedded_services(command.home):
+            settings = Settings.from_environment()
+            store = open_store(settings)
+            listed = store.client.list_objects_v2(Bucket=store.bucket, Prefix="families/")["Contents"]
+            entries = {b: tracking.by_alias(settings.registry, f"micro-{b}", tracking.CANDIDATE) for b in "lms"}
+            return {entry["Key"] for entry in listed}, entries
+
+    objects, before = published()
+    steps = cached(again := completed(command, "evaluation.sequence_length=16"))
+    assert steps["distill"] == [True, True] and steps["slice_budget"] == [True] * 3
+    assert steps["evaluate"] == steps["register"] == [False]
+    assert steps["measure_champion"] == [False] * 3 and "no budget is worse" in again.stdout
+    now, after = published()
+    assert now == objects
+    for budget, entry in after.items():
+        assert entry.version == before[budget].version + 1
+        assert (entry.source, entry.tags["elastic.version"]) == (
+            before[budget].source,
+            before[budget].tags["elastic.version"],
+        )
+        assert entry.metrics["cross_entropy"] != before[budget].metrics["cross_entropy"]
+        assert entry.tags["elastic.measured_sha256"] != before[budget].tags["elastic.measured_sha256"]
+
+
 def test_changing_a_stage_runs_again_from_that_stage_on(finished, command):
     steps = cached(completed(command, "stages.1.steps=6"))
     assert steps["distill"] == [True, False]

@@ -110,7 +110,7 @@ def assert_gc_leaves_nothing(command: Command, place: Place) -> None:
     listed = command("gc", "--older-than", "0")
     assert listed.returncode == 0, listed.stderr
     assert all(key in listed.stdout or key.split("/")[2] in listed.stdout for key in lost), (lost, listed.stdout)
-    removed = command("gc", "--older-than", "0", "--delete")
+    removed = command("gc", "--older-than", "0", "--delete", "--yes")
     assert removed.returncode == 0, removed.stderr
     assert not place.unreferenced()
 

@@ -25,9 +25,11 @@ AWAY = (BotoCoreError, ClientError, MlflowException, OSError)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run made: digests of the files of its version, and its curves as (step, value), a repetition twice."""
+    """What a run made: digests of the files of its version, and its curves as (step, value), a repetition twice.
 
-    version: str
+    The version itself is another in every registry.
+    """
+
     files: Mapping[str, str]
     curves: Mapping[str, list[tuple[int, float]]]
 
@@ -61,7 +63,6 @@ class Place:
         assert run.info.status == "FINISHED"
         curves = {key: self.client.get_metric_history(run_id, key) for key in run.data.metrics}
         return Outcome(
-            version=manifest.version,
             files={file.path: file.sha256 for file in manifest.files},
             curves={key: sorted((point.step, point.value) for point in points) for key, points in curves.items()},
         )
@@ -121,8 +122,8 @@ def partial_versions(place: Place) -> list[str]:
         manifest = read_manifest(place.store, uri)
         there, root = stored(place.store), f"{FAMILIES}{manifest.family}/{manifest.version}"
         listed += [f"{uri}: {file.path}" for file in manifest.files if there.get(f"{root}/{file.path}") != file.size]
-    sizes = Counter(entry.tags[tracking.VERSION] for entry in entries)
-    versions = {(entry.name, str(entry.version)): entry.tags[tracking.VERSION] for entry in entries}
+    sizes = Counter(entry.tags[tracking.REGISTRATION] for entry in entries)
+    versions = {(entry.name, str(entry.version)): entry.tags[tracking.REGISTRATION] for entry in entries}
     for model in aliased:
         for alias, number in model.aliases.items():
             if sizes[versions[model.name, str(number)]] < len(BUDGETS):

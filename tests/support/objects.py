@@ -7,11 +7,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tasks.artifacts import Store, manifest_uri, publish
+from tasks.artifacts import REGISTRY, Store, manifest_uri, publish
 from tasks.artifacts.manifest import Manifest
 
 MIB = 1 << 20
 PART = 5 * MIB  # the fixture's, and the smallest that S3 takes
+MARK = {REGISTRY: {"id": "ours", "uri": "sqlite:///ours.db"}}  # the registry that made-up versions are for
 SMALL, LARGE = 100_007, 2 * PART + 7  # bytes of a file that is sent whole, and of one in three parts
 
 
@@ -43,7 +44,8 @@ def checkpoint(size: int = SMALL, seed: int = 0) -> dict[str, bytes]:
 
 
 def publish_one(store: Store, directory: Path, version: str = "1", **options: Any) -> Manifest:
-    return publish(store, family="nano", version=version, directories={"s": directory}, metadata={"step": 7}, **options)
+    metadata = {"step": 7, **MARK}
+    return publish(store, family="nano", version=version, directories={"s": directory}, metadata=metadata, **options)
 
 
 def uri_of(store: Store, version: str = "1") -> str:

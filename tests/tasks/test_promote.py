@@ -1,15 +1,21 @@
 """The gate to champion: what passes it, and one scale for models of different tokenizers."""
 
 import json
+import math
 import uuid
-from collections.abc import Callable
-from dataclasses import replace
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from mlflow import MlflowClient
+from objects import MARK
+from records import evaluated, measured
 
 from elastic_core.files.checkpoint import write_weights
 from elastic_core.geometry import ModelConfig
@@ -19,14 +25,15 @@ from elastic_core.subnet import full_subnet
 from elastic_core.training.curriculum import generator
 from elastic_core.training.job import load_model
 from tasks import tracking
+from tasks.artifacts import Store, manifest_uri, publish
 from tasks.corpus.build import build_corpus
-from tasks.corpus.record import HELDOUT_FILE, read_record
+from tasks.corpus.record import HELDOUT_FILE
 from tasks.corpus.tokenizer import load_tokenizer, train_tokenizer
-from tasks.evaluate import heldout_batches, heldout_loss, predicted
-from tasks.promote import Verdict, documents, loss_on, promote
-from tasks.records import Artifact, BudgetEvaluation, EvaluationRecord, Release
+from tasks.evaluate import conditions, heldout_batches, heldout_loss, predicted
+from tasks.promote import Measured, Verdict, decide, documents, loss_on, promote
+from tasks.records import Conditions, EvaluationRecord, Release
+from tasks.running.digests import artifact
 from tasks.settings import Settings
-from tasks.tracking import HELDOUT_DIGEST
 
 WORDS = ["the", "cat", "dog", "sat", "ran", "on", "under", "mat", "and", "then", "it", "saw", "red", "blue"]
 TEXTS = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(2, 60)) for i in range(1, 80)]
@@ -76,7 +83,7 @@ def test_a_model_of_the_corpuss_tokenizer_is_measured_on_its_tokens(teacher: Pat
     batches = heldout_batches(corpus / HELDOUT_FILE, MEASURED, 290)
     model = load_model(teacher, torch.device("cpu"), torch.float32)
     expected, _ = heldout_loss(model, full_subnet(model.config), batches)
-    assert loss_on(teacher, teacher, corpus, MEASURED) == expected
+    assert loss_on(teacher, teacher, corpus, MEASURED, "float32").cross_entropy == expected
 
 
 @pytest.mark.parametrize("vocab_size", [264, 278])
@@ -97,124 +104,250 @@ def test_a_model_of_another_tokenizer_reads_the_same_text(
         nats -= sum(float(F.log_softmax(logits[t], -1)[ids[t + 1]]) for t in range(len(ids) - 1))
         longer += len(ids) > len(text)
     assert longer > len(texts) / 2  # else the two tokenizers would be one
-    assert loss_on(other, teacher, corpus, MEASURED) == pytest.approx(nats / predicted(batches), rel=SAME)
+    found = loss_on(other, teacher, corpus, MEASURED, "float32").cross_entropy
+    assert found == pytest.approx(nats / predicted(batches), rel=SAME)
 
 
 # The gate
 
 BUDGETS = ("m", "s")
-Gate = Callable[..., tuple[Release, Verdict]]
+FULL = torch.device("cpu")
 
 
-@pytest.fixture
-def gate(settings: Settings, teacher: Path, corpus: Path) -> Gate:
-    """Register a family whose budgets have these losses, or take one that is registered, and ask for promotion."""
-    family = f"nano{uuid.uuid4().hex[:10]}"
-    run_id = tracking.open_run(settings.tracking_uri, experiment=family, run_key="a", run_name="a")
-    digest = read_record(corpus).heldout.sha256
-    evaluated: dict[str, EvaluationRecord] = {}
+@pytest.fixture(scope="module")
+def here(corpus: Path) -> Conditions:
+    """What a loss is measured under on this machine."""
+    return conditions(corpus, MEASURED, heldout_batches(corpus / HELDOUT_FILE, MEASURED, 290), "float32", FULL)
 
-    def measured(budget: str, loss: float) -> BudgetEvaluation:
-        return BudgetEvaluation(
-            budget=budget,
-            params=1,
-            weight_bytes=4,
-            memory_bytes=8,
-            cross_entropy=loss,
-            kl=0.0,
-            cut_cross_entropy=loss,
-            random_cut_cross_entropy=loss,
-            tokens_per_second=1.0,
-        )
 
-    def register(losses: tuple[float, ...]) -> Release:
-        version = uuid.uuid4().hex[:12]
+@dataclass
+class Gate:
+    """Registers families whose budgets have given losses, and asks for their promotion."""
+
+    registry: str
+    family: str
+    run_id: str
+    teacher: Path
+    corpus: Path
+    here: Conditions
+    manifest: str = "s3://b/nowhere/manifest.json"
+    evaluations: dict[str, EvaluationRecord] = field(default_factory=dict)
+
+    def register(self, *losses: float, under: Conditions | None = None, **tags: str) -> Release:
+        under, registration = under or self.here, uuid.uuid4().hex[:12]
         members = [
             tracking.Member(
                 budget=budget,
-                source=f"s3://b/{version}/{budget}",
+                source=f"s3://b/{registration}/{budget}",
                 metrics={"cross_entropy": loss},
-                tags={HELDOUT_DIGEST: digest},
+                tags={tracking.MEASURED: under.digest, **tags},
             )
             for budget, loss in zip(BUDGETS, losses, strict=True)
         ]
         made = tracking.register_family(
-            settings.tracking_uri,
-            family=family,
-            version=version,
-            manifest_uri=f"s3://b/{version}/manifest.json",
-            run_id=run_id,
+            self.registry,
+            family=self.family,
+            version=registration,
+            manifest_uri=self.manifest,
+            run_id=self.run_id,
             members=members,
         )
-        models = {budget: f"{entry.name}:{entry.version}" for budget, entry in made.items()}
-        release = Release(family=family, version=version, uri="s3://b", models=models, run_id=run_id, report="")
-        evaluated[version] = EvaluationRecord(
-            teacher_params=1,
-            teacher_cross_entropy=1.0,
-            teacher_accuracy=None,
-            heldout_tokens=400,
-            problems=0,
-            budgets=tuple(map(measured, BUDGETS, losses)),
+        self.evaluations[registration] = evaluated(*map(measured, BUDGETS, losses), conditions=under)
+        return Release(
+            family=self.family,
+            version=registration,
+            registration=registration,
+            uri="s3://b",
+            models={budget: f"{entry.name}:{entry.version}" for budget, entry in made.items()},
+            run_id=self.run_id,
+            report="",
         )
-        return release
 
-    def ask(*losses: float, release: Release | None = None) -> tuple[Release, Verdict]:
-        release = release or register(losses)
-        verdict = promote.fn(
+    def ask(self, release: Release, margin: float = 0.01) -> Verdict:
+        return decide(
             release,
-            evaluated[release.version],
-            Artifact(path=str(teacher), digest=""),
-            Artifact(path=str(corpus), digest=""),
+            self.evaluations[release.registration],
+            artifact(self.teacher),
+            artifact(self.corpus),
             MEASURED,
-            Promotion(margin=0.01),
+            "float32",
+            Promotion(margin=margin),
         )
-        return release, verdict
 
-    return ask
+    def __call__(self, *losses: float, **options: Any) -> tuple[Release, Verdict]:
+        release = self.register(*losses, **options)
+        return release, self.ask(release)
+
+    def champions(self) -> set[str | None]:
+        """The registrations that are champions of the budgets."""
+        found = [tracking.champion(self.registry, f"{self.family}-{budget}") for budget in BUDGETS]
+        return {entry.tags[tracking.REGISTRATION] if entry else None for entry in found}
 
 
-def champions(settings: Settings, release: Release) -> set[str | None]:
-    """The versions of the family that are champions of its budgets."""
-    names = [model.rsplit(":", 1)[0] for model in release.models.values()]
-    found = [tracking.champion(settings.tracking_uri, name) for name in names]
-    return {entry.tags[tracking.VERSION] if entry else None for entry in found}
+@pytest.fixture
+def gate(settings: Settings, teacher: Path, corpus: Path, here: Conditions, monkeypatch: pytest.MonkeyPatch) -> Gate:
+    monkeypatch.setattr("tasks.promote.run", lambda step, **inputs: step.fn(**inputs))  # with no Prefect around it
+    family, uri = f"nano{uuid.uuid4().hex[:10]}", settings.registry
+    run_id = tracking.open_run(uri, experiment=family, run_key="a", run_name="a")
+    return Gate(registry=uri, family=family, run_id=run_id, teacher=teacher, corpus=corpus, here=here)
 
 
-def test_a_family_becomes_champion_where_no_budget_is_worse_than_its_champion(gate: Gate, settings: Settings) -> None:
-    first, verdict = gate(2.0, 3.0)
+def test_a_family_becomes_champion_where_no_budget_is_worse_than_its_champion(gate: Gate) -> None:
+    _, verdict = gate(2.0, 3.0)
     assert verdict == Verdict(promoted=True, reason="there was no champion yet")
     second, verdict = gate(2.01, 2.5)  # within the margin, and better
-    assert verdict.promoted and champions(settings, first) == {second.version}
+    assert verdict.promoted and gate.champions() == {second.registration}
     third, verdict = gate(1.0, 2.6)
     assert not verdict.promoted and f"{third.family}-s" in verdict.reason and f"{third.family}-m" not in verdict.reason
-    assert champions(settings, third) == {second.version}
+    assert gate.champions() == {second.registration}
 
 
-@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_what_has_no_finite_loss_never_becomes_champion(loss: float, gate: Gate, settings: Settings) -> None:
-    nobody, verdict = gate(2.0, loss)
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_what_has_no_finite_loss_never_becomes_champion(loss: float, gate: Gate) -> None:
+    _, verdict = gate(2.0, loss)
     assert not verdict.promoted and str(loss) in verdict.reason
-    assert champions(settings, nobody) == {None}
+    assert gate.champions() == {None}
     champion, _ = gate(2.0, 3.0)
     _, verdict = gate(2.0, loss)
-    assert not verdict.promoted and champions(settings, champion) == {champion.version}
+    assert not verdict.promoted and gate.champions() == {champion.registration}
 
 
-def test_a_verdict_is_of_the_champion_that_there_is_now(gate: Gate, settings: Settings) -> None:
+def test_a_verdict_is_of_the_champion_that_there_is_now(gate: Gate) -> None:
     first, _ = gate(2.0, 3.0)
-    assert gate(release=first)[1] == Verdict(promoted=True, reason="it is the champion already")
+    assert gate.ask(first) == Verdict(promoted=True, reason="it is the champion already")
     worse, verdict = gate(2.2, 3.3)
     assert not verdict.promoted
     by_hand = {name: int(version) for name, version in (model.rsplit(":", 1) for model in worse.models.values())}
-    tracking.set_alias(settings.tracking_uri, tracking.CHAMPION, by_hand)
-    assert gate(release=first)[1].promoted
-    assert champions(settings, first) == {first.version}
+    tracking.set_alias(gate.registry, tracking.CHAMPION, by_hand)
+    assert gate.ask(first).promoted
+    assert gate.champions() == {first.registration}
 
 
-def test_a_release_exists_while_the_registry_holds_that_version_of_it(gate: Gate, settings: Settings) -> None:
+# Losses that were not measured alike
+
+OTHERWISE = {
+    "data": {"heldout_sha256": "f" * 64},
+    "tokenizer": {"tokenizer_sha256": "f" * 64},
+    "tokens": {"tokens": 7},
+    "sequence length": {"settings": {"sequence_length": 20}},
+    "precision": {"dtype": "bfloat16"},
+    "device": {"device": "cuda"},
+    "code": {"code": "f" * 64},
+}
+
+
+@pytest.fixture
+def published(gate: Gate, store: Store) -> Gate:
+    """A gate whose families point to objects that are there: the teacher is each of their sizes."""
+    parts = dict.fromkeys(BUDGETS, gate.teacher)
+    publish(store, family=gate.family, version="1", directories=parts, metadata=MARK)
+    gate.manifest = manifest_uri(store.bucket, gate.family, "1")
+    return gate
+
+
+@contextmanager
+def models_loaded(patch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
+    """The directories of the models that the gate loads, never two of them at once."""
+    loaded: list[Path] = []
+    held: list[weakref.ref[ElasticNemotronH]] = []
+
+    def load(directory: Path, *how: Any) -> ElasticNemotronH:
+        assert not [model for model in held if model() is not None], "two models are held at once"
+        loaded.append(directory)
+        made = load_model(directory, *how)
+        held.append(weakref.ref(made))
+        return made
+
+    with patch.context() as during:
+        during.setattr("elastic_core.training.job.load_model", load)
+        yield loaded
+
+
+@pytest.mark.parametrize("change", OTHERWISE.values(), ids=OTHERWISE)
+def test_a_champion_that_was_measured_otherwise_is_measured_anew(
+    change: dict[str, Any], published: Gate, here: Conditions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it is registered with, a loss far below its own, would keep every other family from its place."""
+    own = loss_on(published.teacher, published.teacher, published.corpus, MEASURED, "float32").cross_entropy
+    champion, _ = published(own / 9, own / 9, under=replace(here, **change))
+    with models_loaded(monkeypatch) as loaded:
+        _, verdict = published(own * 1.02, own * 1.02)
+        assert not verdict.promoted and f"against the champion's {own:.4f}" in verdict.reason
+        assert published.champions() == {champion.registration}
+        assert len(loaded) == len(BUDGETS)
+        better, verdict = published(own * 0.99, own * 0.99)
+        assert verdict.promoted and published.champions() == {better.registration}
+
+
+def test_a_champion_that_was_measured_alike_is_neither_fetched_nor_measured(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with models_loaded(monkeypatch) as loaded:
+        gate(2.0, 3.0)
+        _, verdict = gate(1.9, 2.9)  # its objects are nowhere
+    assert verdict.promoted and not loaded
+
+
+def test_a_champion_of_before_conditions_were_recorded_is_measured_anew(
+    published: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    champion, _ = published(0.001, 0.001)
+    client = MlflowClient(tracking_uri=published.registry, registry_uri=published.registry)
+    for model in champion.models.values():
+        client.delete_model_version_tag(*model.rsplit(":", 1), tracking.MEASURED)
+    with models_loaded(monkeypatch) as loaded:
+        assert published(1.0, 1.0)[1].promoted and len(loaded) == len(BUDGETS)
+
+
+def test_a_champion_that_can_only_be_measured_otherwise_keeps_its_place(published: Gate, here: Conditions) -> None:
+    """As where the family was evaluated on a GPU and this machine has none."""
+    champion, _ = published(9.0, 9.0)
+    _, verdict = published(1.0, 1.0, under=replace(here, device="cuda", dtype="bfloat16"))
+    assert not verdict.promoted and published.champions() == {champion.registration}
+    assert "its champion was measured by another dtype and device (float32, cpu)" in verdict.reason
+
+
+def test_a_champion_that_comes_meanwhile_is_not_replaced_unseen(gate: Gate, here: Conditions) -> None:
+    gate(2.0, 3.0, under=replace(here, tokens=7))
+    release = gate.register(1.0, 1.0)
+    verdict = promote.fn(release, gate.evaluations[release.registration], {}, Promotion())
+    assert not verdict.promoted and "run again to be compared" in verdict.reason
+
+
+def test_a_champion_that_cannot_be_measured_on_this_text_keeps_its_place(gate: Gate, here: Conditions) -> None:
+    champion, _ = gate(2.0, 3.0, under=replace(here, tokens=7))
+    release = gate.register(1.0, 1.0)
+    none = Measured(cross_entropy=0.0, conditions=None, impossible="it has another tokenizer")
+    verdict = promote.fn(
+        release, gate.evaluations[release.registration], dict.fromkeys(champion.models.values(), none), Promotion()
+    )
+    assert not verdict.promoted and "cannot be measured: it has another tokenizer" in verdict.reason
+
+
+def test_a_champion_that_somebody_else_registered_keeps_its_place(gate: Gate) -> None:
+    client = MlflowClient(tracking_uri=gate.registry, registry_uri=gate.registry)
+    for budget in BUDGETS:
+        client.create_registered_model(f"{gate.family}-{budget}")
+        client.create_model_version(f"{gate.family}-{budget}", "s3://b/x", await_creation_for=0)
+        client.set_registered_model_alias(f"{gate.family}-{budget}", tracking.CHAMPION, "1")
+    _, verdict = gate(1.0, 1.0)
+    assert not verdict.promoted and "version 1, was not registered by elastic" in verdict.reason
+
+
+def test_conditions_are_told_apart_by_what_a_loss_depends_on_and_nothing_else(corpus: Path, here: Conditions) -> None:
+    def under(settings: Evaluation) -> Conditions:
+        return conditions(corpus, settings, heldout_batches(corpus / HELDOUT_FILE, settings, 290), "float32", FULL)
+
+    for same in ({"batch_size": 1}, {"problems": "x.jsonl"}, {"max_problems": 3}, {"max_new_tokens": 9}):
+        assert under(replace(MEASURED, **same)).digest == here.digest
+    for other in ({"sequence_length": 20}, {"heldout_tokens": 200}):
+        assert under(replace(MEASURED, **other)).digest != here.digest
+
+
+def test_a_release_exists_while_the_registry_holds_that_registration_of_it(gate: Gate) -> None:
     release, _ = gate(2.0, 3.0)
     assert release.exists()
-    assert not replace(release, version="another").exists()
-    client = MlflowClient(tracking_uri=settings.tracking_uri, registry_uri=settings.tracking_uri)
+    assert not replace(release, registration="another").exists()
+    client = MlflowClient(tracking_uri=gate.registry, registry_uri=gate.registry)
     client.delete_registered_model(f"{release.family}-s")
     assert not release.exists()

@@ -462,6 +462,7 @@ def register(uri: str, family: str, version: str = "1", **options: Any) -> dict[
         version=version,
         manifest_uri=manifest_uri("b", family, version),
         run_id=options.pop("run_id", "0" * 32),
+        registration=options.pop("registration", ""),
         members=members(family, version, **options),
     )
 
@@ -525,6 +526,35 @@ def test_what_every_registered_version_points_to_is_known_over_pages(
     mine = {uri for uri in tracking.pointed_to(tracking_uri) if f"/{family}/" in uri}
     roots = [f"s3://b/families/{family}/{version}" for version in ("1", "2")]
     assert mine == {f"{root}/{name}" for root in roots for name in (*BUDGETS, "manifest.json")}
+
+
+def test_another_registration_of_the_same_version_makes_new_models_that_point_to_the_same_objects(
+    tracking_uri: str, family: str, client: MlflowClient
+) -> None:
+    """The objects are needed until neither points to them."""
+    first = register(tracking_uri, family, registration="first")
+    second = register(tracking_uri, family, registration="second", perplexity=3.0)
+    again = register(tracking_uri, family, registration="first")
+    assert {b: e.version for b, e in again.items()} == {b: e.version for b, e in first.items()}
+    assert registered(client, family) == {f"{family}-{budget}": [1, 2] for budget in BUDGETS}
+    assert [e.source for e in second.values()] == [e.source for e in first.values()]
+    assert second["s"].metrics["perplexity"] == 3.0 and "perplexity" not in first["s"].metrics
+    assert by_alias(tracking_uri, f"{family}-s", "candidate").version == 2
+    models = [f"{family}-{budget}:2" for budget in BUDGETS]
+    assert tracking.are_registered(tracking_uri, models, "second")
+    assert not tracking.are_registered(tracking_uri, models, "first")
+    for number in ("1", "2"):
+        assert first["s"].source in tracking.pointed_to(tracking_uri)
+        client.delete_model_version(f"{family}-s", number)
+    assert first["s"].source not in tracking.pointed_to(tracking_uri)
+
+
+def test_a_registry_is_the_same_one_by_any_uri_and_another_one_is_not(tracking_uri: str, tmp_path: Path) -> None:
+    path = tracking_uri.removeprefix("sqlite:///")
+    assert tracking.identity(f"sqlite:///{Path(path).parent}/../{Path(path).parent.name}/mlflow.db") == (
+        mine := tracking.identity(tracking_uri)
+    )
+    assert tracking.identity(f"sqlite:///{tmp_path}/mlflow.db") != mine
 
 
 def test_registering_again_makes_nothing_new(tracking_uri: str, family: str, client: MlflowClient) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from objects import contents, failing, make, publish_one, stored, uri_of
+from objects import MARK, contents, failing, make, publish_one, stored, uri_of
 
 from tasks.artifacts import (
+    REGISTRY,
     Garbage,
     Store,
     fetch,
@@ -56,7 +57,7 @@ def put(store: Store, key: str) -> None:
 
 
 def remove_all(store: Store, live: set[str], before: datetime = LATER) -> list[bool]:
-    return [remove_garbage(store, found, lambda: live, before) for found in find_garbage(store, live, before)]
+    return [remove_garbage(store, found, lambda: live, before) for found in find_garbage(store, "ours", live, before)]
 
 
 def described(found: list[Garbage]) -> dict[tuple[str, str], tuple[int, int]]:
@@ -79,24 +80,24 @@ def test_only_what_is_of_no_use_is_found_with_its_bytes_and_removed(
     put(store, "families/.probe-0123")
     begin_upload(store, "families/nano/live/s/a")
     begin_upload(store, "mlflow/nano/run/report.html")
-    found = find_garbage(store, live, LATER)
+    found = find_garbage(store, "ours", live, LATER)
     size = stored(store)["families/nano/dead/manifest.json"]
     assert described(found) == {
         ("probe", ".probe-0123"): (1, 5),
         ("version", "nano/dead/"): (2, 5 + size),
-        ("version", "nano/begun/"): (2, 3 + 4),
+        ("begun", "nano/begun/"): (2, 3 + 4),
         ("upload", "nano/live/s/a"): (1, 4),
         ("upload", ""): (1, 4),
     }
     assert remove_all(store, live) == [True] * len(found)
     assert stored(store) == before and uploads(store) == {"teachers/nano/model.safetensors"}
-    assert find_garbage(store, live, LATER) == [] and not is_published(store, dead)
+    assert find_garbage(store, "ours", live, LATER) == [] and not is_published(store, dead)
 
 
 def test_finding_removes_nothing(store: Store, live: set[str], tmp_path: Path) -> None:
     begun(store, tmp_path)
     before = stored(store), uploads(store)
-    assert find_garbage(store, live, LATER)
+    assert find_garbage(store, "ours", live, LATER)
     assert (stored(store), uploads(store)) == before
 
 
@@ -105,7 +106,7 @@ def test_what_is_young_is_left_alone(store: Store, live: set[str], tmp_path: Pat
     begun(store, tmp_path)
     put(store, "families/.probe-0123")
     begin_upload(store, "families/nano/live/s/a")
-    assert find_garbage(store, live, EARLIER) == []
+    assert find_garbage(store, "ours", live, EARLIER) == []
 
 
 def test_a_version_with_a_similar_name_is_not_taken_for_the_live_one(
@@ -113,18 +114,42 @@ def test_a_version_with_a_similar_name_is_not_taken_for_the_live_one(
 ) -> None:
     for version in ("live2", "liv"):
         publish_one(store, make(tmp_path / version, {"a": b"1"}), version)
-    found = find_garbage(store, live, LATER)
+    found = find_garbage(store, "ours", live, LATER)
     assert {one.uri.rstrip("/").rpartition("/")[2] for one in found} == {"live2", "liv"}
 
 
-def test_a_registry_that_points_to_nothing_here_is_the_wrong_one(store: Store, live: set[str]) -> None:
-    for wrong in (set(), {"s3://another-bucket/families/nano/live/manifest.json"}):
-        with pytest.raises(ServiceError, match=r"points to none of the 2 versions in .*MLFLOW_TRACKING_URI"):
-            find_garbage(store, wrong, LATER)
+@pytest.mark.parametrize(
+    ("metadata", "owner"),
+    [
+        ({REGISTRY: {"id": "theirs", "uri": "http://***@theirs"}}, "published for the registry http://***@theirs"),
+        ({REGISTRY: {"id": "theirs"}}, "published for the registry theirs"),
+        ({REGISTRY: "ours"}, "it does not say for which registry"),
+        ({}, "it does not say for which registry"),
+    ],
+)
+def test_what_was_published_for_another_registry_or_does_not_say_is_left_alone_and_said(
+    metadata: dict[str, Any], owner: str, store: Store, live: set[str], tmp_path: Path
+) -> None:
+    source = make(tmp_path / "theirs", {"a": b"1"})
+    publish(store, family="nano", version="theirs", directories={"s": source}, metadata=metadata)
+    before = stored(store)
+    (found,) = find_garbage(store, "ours", live, LATER)
+    assert (found.kind, found.owner) == ("foreign", owner)
+    assert remove_all(store, live) == [False] and stored(store) == before
+
+
+def test_a_manifest_that_cannot_be_read_keeps_its_version(store: Store, live: set[str]) -> None:
+    put(store, "families/nano/odd/manifest.json")
+    (found,) = find_garbage(store, "ours", live, LATER)
+    assert (found.kind, found.owner) == ("foreign", "its manifest cannot be read")
+
+
+def test_all_that_a_registry_published_may_go(store: Store, live: set[str]) -> None:
+    assert remove_all(store, set()) == [True, True] and not stored(store)
 
 
 def test_an_empty_bucket_and_one_with_only_begun_versions_need_no_registry(store: Store, tmp_path: Path) -> None:
-    assert find_garbage(store, set(), LATER) == []
+    assert find_garbage(store, "ours", set(), LATER) == []
     begun(store, tmp_path)
     assert remove_all(store, set()) == [True]
     assert not stored(store) and not uploads(store)
@@ -150,7 +175,7 @@ def before_operation(store: Store, operation: str, key: str, act: Callable[[], o
 
 def test_a_version_that_is_registered_meanwhile_is_left_as_it_was(store: Store, live: set[str], tmp_path: Path) -> None:
     dead = publish_one(store, make(tmp_path / "dead", {"a": b"1"}), "dead")
-    (found,) = find_garbage(store, live, LATER)
+    (found,) = find_garbage(store, "ours", live, LATER)
     registered = {uri_of(store, "dead")}
     assert not remove_garbage(store, found, lambda: live | registered, LATER)
     assert is_published(store, dead)
@@ -161,7 +186,7 @@ def test_a_version_that_is_registered_meanwhile_is_left_as_it_was(store: Store, 
 def test_a_version_that_is_published_meanwhile_is_left_as_it_was(store: Store, live: set[str], tmp_path: Path) -> None:
     source = make(tmp_path / "begun", {"x": b"333"})
     upload_directory(store, source, f"{version_uri(store.bucket, 'nano', 'begun')}/s")
-    (found,) = find_garbage(store, live, LATER)
+    (found,) = find_garbage(store, "ours", live, LATER)
     manifest = []
 
     def publish_now() -> None:
@@ -174,7 +199,7 @@ def test_a_version_that_is_published_meanwhile_is_left_as_it_was(store: Store, l
 
 def test_a_version_that_is_written_to_meanwhile_is_left_as_it_was(store: Store, live: set[str], tmp_path: Path) -> None:
     begun(store, tmp_path)
-    (found,) = find_garbage(store, live, LATER)
+    (found,) = find_garbage(store, "ours", live, LATER)
     before = stored(store)
     assert not remove_garbage(store, found, lambda: live, EARLIER)
     assert stored(store) == before
@@ -227,7 +252,7 @@ def test_an_interrupted_removal_can_be_neither_read_nor_published_and_is_ended_b
 ) -> None:
     source = make(tmp_path / "dead", {"a": b"1"})
     publish_one(store, source, "dead")
-    (found,) = find_garbage(store, live, LATER)
+    (found,) = find_garbage(store, "ours", live, LATER)
     with failing(store, "DeleteObjects", on_call=1), pytest.raises(ConnectionResetError):
         remove_garbage(store, found, lambda: live, LATER)
     with pytest.raises(ServiceError, match="is being removed by elastic gc"):
@@ -244,6 +269,6 @@ def test_more_objects_than_one_call_takes_are_removed(
 ) -> None:
     monkeypatch.setattr("tasks.artifacts.garbage.MAX_DELETED", 3)
     source = make(tmp_path / "many", {f"{n}": b"1" for n in range(10)})
-    publish(store, family="nano", version="many", directories={"s": source}, metadata={})
+    publish(store, family="nano", version="many", directories={"s": source}, metadata=MARK)
     assert remove_all(store, live) == [True]
     assert not [key for key in stored(store) if "/many/" in key]

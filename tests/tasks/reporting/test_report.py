@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from records import CONDITIONS
 
 from elastic_core import cost
 from elastic_core.budget import Budget
@@ -91,6 +92,7 @@ def budget(name: str, **changes: object) -> BudgetEvaluation:
 
 def evaluation(*budgets: BudgetEvaluation, **changes: object) -> EvaluationRecord:
     record = EvaluationRecord(
+        conditions=CONDITIONS,
         teacher_params=PARAMS["l"],
         teacher_cross_entropy=TEACHER_LOSS,
         teacher_accuracy=0.6,
