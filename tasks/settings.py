@@ -27,6 +27,7 @@ PREFECT_API = "PREFECT_API_URL"
 EMBEDDED = "ELASTIC_EMBEDDED"
 
 LEAST_ROOM = 1 << 20  # bytes; with less nothing of ours can work
+TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
 ENCRYPTIONS = ("none", "AES256", "aws:kms", "aws:kms:dsse")
 
 _BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -255,14 +256,15 @@ def make_home(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def _check_mlflow(name: str, uri: str) -> None:
-    scheme = uri.partition(":")[0]
-    if scheme == "databricks-uc":
+    """ValueError unless MLflow at this URI can hold what we record and register."""
+    scheme, shown = uri.partition(":")[0], redact(uri)
+    if scheme in ("databricks", "databricks-uc", "uc"):
         raise ValueError(
-            f"{name}={redact(uri)!r}: Unity Catalog registers MLflow's own model format alone, copied into its own "
-            "storage, and no checkpoint in S3; use an MLflow server"
+            f"{name}={shown!r}: Databricks names experiments by paths of its workspace, and Unity Catalog registers "
+            "MLflow's own model format alone and no checkpoint in S3; use an MLflow server or a database of your own"
         )
-    if "://" not in uri or scheme in ("", "file"):
-        raise ValueError(f"{name}={redact(uri)!r} is not a server or database URI; use http://..., or sqlite:///...")
+    if scheme.partition("+")[0] not in TRACKING_SCHEMES or "://" not in uri:
+        raise ValueError(f"{name}={shown!r} is not a server or database URI; use http://..., or sqlite:///...")
 
 
 def _file(environ: Mapping[str, str], name: str) -> Path | None:

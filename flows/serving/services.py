@@ -100,9 +100,13 @@ def registry_services(home: Path) -> Iterator[None]:
 
 
 def basic_environment(home: Path) -> dict[str, str]:
-    """What every process of ours is to have: the state directory, where results go, a heartbeat, and no telemetry."""
+    """What every process of ours is to have: the state directory, where results go, a heartbeat, and no telemetry.
+
+    A proxy is not asked for servers of this machine, whichever of them are ours.
+    """
     wanted = {**QUIET, **HEARTBEAT, RESULTS: str(home / "prefect" / "storage")}
-    return {name: value for name, value in wanted.items() if not os.environ.get(name)} | {HOME: str(home)}
+    unset = {name: value for name, value in wanted.items() if not os.environ.get(name)}
+    return unset | {HOME: str(home)} | _without_proxy()
 
 
 def embedded(logs: Mapping[str, str]) -> dict[str, str]:
@@ -124,7 +128,7 @@ def start_store(store: ObjectStore, stack: ExitStack) -> dict[str, str]:
     """Start it, for as long as the stack lasts, and return what its clients need to know."""
     stack.callback(store.stop)
     store.start()
-    return store.environment() | _without_proxy()
+    return store.environment()
 
 
 def make_bucket() -> None:
@@ -195,13 +199,13 @@ def _borrowed(store: ObjectStore, running: Running | None) -> dict[str, str]:
     while time.monotonic() < deadline:
         with suppress(FileNotFoundError):
             if answers(store.url):
-                return store.environment() | _without_proxy()
+                return store.environment()
         time.sleep(0.1)
     raise ServiceError(f"the command that uses {store.directory.parent} has no object store up; wait for it to end")
 
 
 def _without_proxy() -> dict[str, str]:
     """Keep a configured HTTP proxy from taking requests for this machine."""
-    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
-    hosts = ",".join(filter(None, (known, "127.0.0.1", "localhost")))
+    known = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",")
+    hosts = ",".join(dict.fromkeys(filter(None, (*known, "127.0.0.1", "localhost"))))
     return {"no_proxy": hosts, "NO_PROXY": hosts}

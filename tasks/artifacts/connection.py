@@ -20,6 +20,7 @@ from botocore.exceptions import (
     NoCredentialsError,
     PartialCredentialsError,
     ProfileNotFound,
+    ProxyConnectionError,
     SSLError,
 )
 from botocore.exceptions import ConnectionError as BotoConnectionError
@@ -271,6 +272,12 @@ def explain(error: Exception, where: str) -> ServiceError:
     what = redact(" ".join(str(error).split())[:200])
     if isinstance(error, SSLError):
         return ServiceError(f"{where}: TLS fails ({what}); check the endpoint's certificate and AWS_CA_BUNDLE")
+    if isinstance(error, ProxyConnectionError):
+        return ServiceError(
+            f"{where}: cannot reach S3 through the proxy that the environment names; check HTTPS_PROXY and HTTP_PROXY, "
+            "or name the host in no_proxy",
+            transient=True,
+        )
     if isinstance(error, BotoConnectionError | HTTPClientError | IncompleteReadError):
         return ServiceError(
             f"{where}: cannot reach S3 ({type(error).__name__}); "

@@ -1,15 +1,17 @@
 """How MLflow is reached: its client, what it needs of the environment, and its failures as errors of one line."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
-from tasks.settings import TRACKING_URI, ServiceError, redact, remedy
+from tasks.settings import TRACKING_URI, ServiceError, is_transient, redact, remedy
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
 
 # For the owner of the process to set: MLflow's own limits keep a call to a dead server for four minutes, these for six
 # seconds. Four requests in a row are lost once in 600 calls where a fifth of all requests is.
@@ -122,7 +124,12 @@ def first_line(error: BaseException) -> str:
 
 
 def _unreachable(uri: str) -> ServiceError:
-    return ServiceError(f"MLflow at {redact(uri)} does not answer; {remedy(TRACKING_URI)}", transient=True)
+    from requests.utils import get_environ_proxies
+
+    line = f"MLflow at {redact(uri)} does not answer; {remedy(TRACKING_URI)}"
+    if is_server(uri) and (proxy := get_environ_proxies(uri).get(urlsplit(uri).scheme)):
+        line += f", and the proxy in between, {redact(proxy)}: it is not asked for hosts that no_proxy names"
+    return ServiceError(line, transient=True)
 
 
 @contextmanager
@@ -133,9 +140,33 @@ def explained(uri: str, doing: str) -> Iterator[None]:
     except ServiceError:
         raise
     except Exception as error:
-        raise ServiceError(
-            f"MLflow at {redact(uri)}, {doing}: {first_line(error)}", transient=_is_passing(error)
-        ) from error
+        said = _refusal(error) or first_line(error)
+        raise ServiceError(f"MLflow at {redact(uri)}, {doing}: {said}", transient=_is_passing(error)) from error
+
+
+def _refusal(error: Exception) -> str | None:
+    """What to do about a server that wants a login, refuses it, or is not MLflow; None for other errors."""
+    from mlflow.exceptions import MlflowException
+
+    if not isinstance(error, MlflowException):
+        return None
+    if "not in a valid JSON format" in str(error):
+        return "the answer is not MLflow's but some page, perhaps of a login; check MLFLOW_TRACKING_URI"
+    status = _status_of(error)
+    if status == 401:
+        return (
+            "it wants a login (401); set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+            "MLFLOW_TRACKING_TOKEN, to one that it knows"
+        )
+    if status == 403:
+        return "this login may not do that (403); ask for the permission, or use another login"
+    return None
+
+
+def _status_of(error: "MlflowException") -> int:
+    """The HTTP status of an answer; MLflow's own errors are given one by their code."""
+    answered = re.search(r"failed with error code (\d{3}) !=", str(error))
+    return int(answered[1]) if answered else int(error.get_http_status_code())
 
 
 def _is_passing(error: Exception) -> bool:
@@ -144,9 +175,11 @@ def _is_passing(error: Exception) -> bool:
     from tasks.artifacts import explain
 
     if isinstance(error, MlflowException):
-        status = int(error.get_http_status_code())
+        if "not in a valid JSON format" in str(error):
+            return False
+        status = _status_of(error)
         return status in (409, 429) or (status >= 500 and status != 501)
-    if isinstance(error, ConnectionError | TimeoutError):
+    if is_transient(error):
         return True
     return explain(error, "").transient  # MLflow lets errors of the file store through
 

@@ -5,19 +5,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-# Of (method, path, headers): the status, the body, and headers beside its length.
+# The status, the body, and headers beside its length: an answer to a method, a path, headers and a body.
 Answer = tuple[int, bytes, dict[str, str]]
-Respond = Callable[[str, str, dict[str, str]], Answer]
+Respond = Callable[[str, str, dict[str, str], bytes], Answer]
 
 
 @contextmanager
 def answering(respond: Respond) -> Iterator[str]:
-    """Its URL. Bodies of requests are read and dropped."""
+    """Its URL, for as long as the block lasts."""
 
     class Handler(BaseHTTPRequestHandler):
         def _answer(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            status, body, headers = respond(self.command, self.path, dict(self.headers))
+            sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            status, body, headers = respond(self.command, self.path, dict(self.headers), sent)
             self.send_response_only(status)
             for name, value in headers.items():
                 self.send_header(name, value)

@@ -20,7 +20,7 @@ class Hub:
     asked: list[str] = field(default_factory=list)
     url: str = ""
 
-    def respond(self, method: str, target: str, headers: dict[str, str]) -> Answer:
+    def respond(self, method: str, target: str, headers: dict[str, str], body: bytes) -> Answer:
         path = urlsplit(target).path
         self.asked.append(path)
         if self.first:

@@ -1,5 +1,6 @@
 """Laws of runs, curves and registered families, against a real MLflow store and a real S3 server."""
 
+import base64
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ from typing import Any
 
 import mlflow
 import pytest
+from answers import Answer, answering
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
@@ -126,6 +128,67 @@ def test_a_database_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_bytes(b"no database at all, but rather long " * 100)
     with pytest.raises(ServiceError, match="not a database"):
         check_server(f"sqlite:///{tmp_path}/mlflow.db")
+
+
+def guarded(method: str, path: str, headers: dict[str, str], body: bytes) -> Answer:
+    """An MLflow behind a login: nobody is 401, one who may not is 403."""
+    given = headers.get("Authorization", "")
+    if given == f"Basic {base64.b64encode(b'ana:hunter2').decode()}":
+        return 200, b'{"experiments": []}', {"Content-Type": "application/json"}
+    return (403 if given else 401), b"You are not authenticated. Please see the documentation", {}
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        (
+            {},
+            r"it wants a login \(401\); set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW",
+        ),
+        (
+            {"MLFLOW_TRACKING_USERNAME": "bob", "MLFLOW_TRACKING_PASSWORD": "x"},
+            r"this login may not do that \(403\); ask for the permission, or use another login",
+        ),
+    ],
+    ids=["nobody", "another"],
+)
+def test_a_registry_that_wants_a_login_says_so_in_one_line_and_is_asked_once(
+    variables: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with answering(guarded) as url, pytest.raises(ServiceError, match=says) as caught:
+        check_server(url)
+    assert "\n" not in str(caught.value) and not is_transient(caught.value)
+
+
+def test_a_registry_lets_in_whom_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ana")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
+    with answering(guarded) as url:
+        check_server(url)
+
+
+def test_a_page_where_mlflow_should_be_is_told_from_it() -> None:
+    page = (200, b"<html>Sign in</html>", {"Content-Type": "text/html"})
+    with (
+        answering(lambda *_: page) as url,
+        pytest.raises(ServiceError, match="some page, perhaps of a login") as caught,
+    ):
+        check_server(url)
+    assert "\n" not in str(caught.value) and not is_transient(caught.value)
+
+
+def test_a_proxy_that_is_away_is_named_and_not_asked_for_hosts_of_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy = f"http://user:hunter2@127.0.0.1:{closed_port()}"
+    monkeypatch.setenv("http_proxy", proxy)
+    monkeypatch.setenv("no_proxy", "")
+    with answering(lambda *_: (200, b'{"experiments": []}', {})) as url:
+        with pytest.raises(ServiceError, match="and the proxy in between, http://\\*") as caught:
+            check_server(url)
+        assert "hunter2" not in str(caught.value) and is_transient(caught.value)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        check_server(url)
 
 
 # Runs

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from forward import http_proxy
 
 from tasks.artifacts import check_bucket, open_store, parse_uri
 from tasks.settings import ServiceError, Settings, is_transient
@@ -98,6 +99,28 @@ def test_bad_access_is_one_line_that_holds_no_secret(
     line = str(caught.value)
     assert "\n" not in line and SECRET not in line and "hunter2" not in line and "Signature=" not in line
     assert is_transient(caught.value) == transient
+
+
+def test_s3_is_reached_through_the_proxy_of_the_environment(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "")
+    with http_proxy() as (proxy, asked):
+        monkeypatch.setenv("http_proxy", proxy)
+        check_bucket(settings)
+        assert asked and all(url.startswith(str(settings.endpoint_url)) for url in asked)
+        before = len(asked)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        check_bucket(settings)
+        assert len(asked) == before
+
+
+def test_a_proxy_that_is_away_is_named(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{closed_port()}")
+    with pytest.raises(ServiceError, match="through the proxy that the environment names; check HTTPS_PROXY") as caught:
+        check_bucket(settings)
+    assert is_transient(caught.value)
 
 
 def test_a_server_that_overwrites_is_found_out(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
