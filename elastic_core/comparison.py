@@ -1,7 +1,7 @@
 """What an order of importance is worth: what cutting one axis alone loses in that order, and in random ones.
 
-A ranking that loses no less than a random order costs a family quality that no training says anything about. The cuts
-are measured before any training, with forward passes only.
+A ranking that loses no less than a random order costs quality that no later number of a run shows. The cuts are
+measured before any training, with forward passes only.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ _ORDER_OF = {
 class Cut:
     """The teacher with one axis cut from `full` to `size`, all others whole, with no training.
 
-    `by_importance` is what the cut loses in the order of importance: its cross-entropy above the whole teacher's, in
-    nats a token. `at_random` is the same for each of several random orders.
+    `by_importance` is what the cut loses in the order of importance: the KL divergence from the whole teacher, in nats
+    a token. `at_random` is the same for each of several random orders.
     """
 
     axis: str
@@ -75,7 +75,7 @@ def compare_orders(
     model: ElasticNemotronH,
     axes: Axes,
     layer_ranking: Sequence[int],
-    loss: Callable[[Subnet], float],
+    distance: Callable[[Subnet], float],
     *,
     random_orders: int,
     generator: torch.Generator,
@@ -83,27 +83,27 @@ def compare_orders(
 ) -> tuple[Cut, ...]:
     """Cut each elastic axis alone, at its middle and its smallest choice, by importance and in random orders.
 
-    `model` is in the order of importance; `layer_ranking` ranks its layers. `loss` gives the cross-entropy of `model`
-    at a subnet. It is called 1 + cuts x (1 + random_orders) times: 55 for the 9 cuts of the 12B recipe and 5 random
-    orders. For a random order the components of the axis are permuted inside `model`, tensor by tensor, so that one
-    copy of the weights is all there ever is; the model computes the same function afterwards, but its order of
+    `model` is in the order of importance; `layer_ranking` ranks its layers. `distance` says how far `model` at a subnet
+    is from the whole `model`. It is called cuts x (1 + random_orders) times: 54 for the 9 cuts of the 12B recipe and 5
+    random orders. For a random order the components of the axis are permuted inside `model`, tensor by tensor, so that
+    there is never a second copy of the weights. Afterwards the model computes the same function, but its order of
     importance is lost.
     """
     config, wanted = model.config, sizes_to_compare(axes, model.config)
     full = full_subnet(config)
-    total, done = 1 + sum(map(len, wanted.values())) * (1 + random_orders), 0
+    total, done = sum(map(len, wanted.values())) * (1 + random_orders), 0
 
     def measured(subnet: Subnet) -> float:
         nonlocal done
-        found, done = loss(subnet), done + 1
+        found, done = distance(subnet), done + 1
         if progress is not None:
             progress(done, total)
         return found
 
     def lost(axis: str, sizes: Sequence[int], ranking: Sequence[int]) -> list[float]:
-        return [measured(cut_axis(full, axis, size, ranking)) - whole for size in sizes]
+        return [measured(cut_axis(full, axis, size, ranking)) for size in sizes]
 
-    whole, cuts = measured(full), list[Cut]()
+    cuts = list[Cut]()
     for axis, sizes in wanted.items():
         by_importance, at_random = lost(axis, sizes, layer_ranking), []
         for _ in range(random_orders):

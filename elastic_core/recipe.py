@@ -229,7 +229,7 @@ class Importance(Strict):
 
     `mamba_scores`: absolute sums |s| over the tokens, s the input of the SSM; signed sums s, which is the letter of
     arXiv 2511.16664 and lets channels of both signs cancel. What cutting in the order of importance loses is compared
-    with `random_orders` random orders, on `comparison_tokens` held-out tokens.
+    with `random_orders` random orders on `comparison_tokens` held-out tokens.
     """
 
     samples: int = 1024
@@ -237,7 +237,7 @@ class Importance(Strict):
     batch_size: int = 1
     depth_samples: int = 64
     mamba_scores: MambaScores = "absolute"
-    comparison_tokens: int = 65_536
+    comparison_tokens: int = 32_768
     random_orders: int = 5
 
     def __post_init__(self) -> None:

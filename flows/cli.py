@@ -75,7 +75,7 @@ def plan(
     gpus: Annotated[str, typer.Option(help="Numbers of GPUs to plan for.")] = "1,8,64",
     gpu_memory: Annotated[str, typer.Option(help="Memory of a GPU.")] = "80GB",
     tflops: Annotated[float, typer.Option(help="TFLOP/s of a GPU at its peak, in the dtype of the recipe.")] = 989.0,
-    mfu: Annotated[float, typer.Option(help="The share of it that training reaches.")] = 0.4,
+    mfu: Annotated[float, typer.Option(help="The share of --tflops that training reaches.")] = 0.4,
     price: Annotated[float, typer.Option(help="Dollars for a GPU-hour.")] = 2.5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -103,13 +103,19 @@ def plan(
 
 @app.command()
 def up(
-    recipe: Annotated[Path, typer.Argument(help="The recipe that the forms begin with.")] = Path(
+    recipe: Annotated[Path, typer.Argument(help="The recipe that the forms are filled in with.")] = Path(
         "infra/recipes/tiny.yaml"
     ),
     schedule: Annotated[str, typer.Option(help="When to look for a new teacher or new data (cron).")] = "0 3 * * *",
-    prefect_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Else 4200, or a free one.")] = None,
-    mlflow_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Else 5000, or a free one.")] = None,
-    s3_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Else a free one.")] = None,
+    prefect_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Prefect's port; by default 4200, or a free one.")
+    ] = None,
+    mlflow_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="MLflow's port; by default 5000, or a free one.")
+    ] = None,
+    s3_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="The object store's port; by default a free one.")
+    ] = None,
 ) -> None:
     """Serve: Prefect and MLflow with their UIs, object store, workers, deployments, until Ctrl-C or `elastic down`."""
     from flows.commands.recipes import load_recipe
@@ -141,11 +147,11 @@ def down() -> None:
 
 @app.command()
 def profile(
-    source: Annotated[Path, typer.Argument(help="A recipe, or an elastic checkpoint: what may be chosen.")],
+    source: Annotated[Path, typer.Argument(help="A recipe or an elastic checkpoint, whose choices are measured.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The latency table to write, JSON.")],
-    context: Annotated[int, typer.Option(help="Tokens that a sequence has when the step is timed.")] = 4096,
+    context: Annotated[int, typer.Option(help="Tokens in the context of the step that is timed.")] = 4096,
     batch: Annotated[int, typer.Option(help="Sequences decoded at once.")] = 1,
-    dtype: Annotated[Dtype, typer.Option(help="What is computed in.")] = "bfloat16",
+    dtype: Annotated[Dtype, typer.Option(help="The dtype to compute in.")] = "bfloat16",
 ) -> None:
     """Measure on this device how long a decoding step takes at every choice of the axes, for latency budgets."""
     import torch
@@ -177,7 +183,7 @@ def slice_(
     ] = None,
     latency: Annotated[str | None, typer.Option(help="At most this long a decoding step: 12ms.")] = None,
     profile: Annotated[
-        Path | None, typer.Option(help="The latency table to count by, of `elastic profile`; else the family's own.")
+        Path | None, typer.Option(help="A latency table of `elastic profile`; by default the family's own.")
     ] = None,
     pad_ffn: Annotated[bool, typer.Option(help="Pad FFN layers to one width, for stock transformers.")] = False,
 ) -> None:
@@ -191,7 +197,7 @@ def slice_(
     if len(given) + (budget is not None) != 1:
         raise ValueError(f"give one of --budget, {', '.join(sizes)}")
     if profile is not None and latency is None:
-        raise ValueError("--profile is what --latency is counted by; give both, or neither")
+        raise ValueError("--profile is the table that --latency is read from; give both, or neither")
     if budget is not None:
         subnet, takes = read_family(checkpoint).budget(budget).subnet, ""
     else:
@@ -257,7 +263,7 @@ def evaluate(
     checkpoint: Directory,
     heldout: Annotated[Path, typer.Option(help="Held-out tokens: heldout.safetensors of a prepared corpus.")],
     budget: Annotated[
-        str | None, typer.Option(help="A budget of an elastic checkpoint; the whole model if none.")
+        str | None, typer.Option(help="A budget of an elastic checkpoint; by default the whole model.")
     ] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens to measure on.")] = 100_000,
     sequence_length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 256,
@@ -277,12 +283,12 @@ def generate(
     checkpoint: Directory,
     prompt: Annotated[str, typer.Argument(help="What to say to the model; a user's turn where there is a template.")],
     budget: Annotated[
-        str | None, typer.Option(help="A budget of an elastic checkpoint; the whole model if none.")
+        str | None, typer.Option(help="A budget of an elastic checkpoint; by default the whole model.")
     ] = None,
     then: Annotated[str | None, typer.Option(help="The budget to switch to after --switch-after tokens.")] = None,
     switch_after: Annotated[int, typer.Option(min=0, help="New tokens before the switch.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Temperature of sampling; 0 is greedy.")] = 0.0,
 ) -> None:
     """Generate text at any budget, or let a small budget begin and a larger one go on."""
     import torch

@@ -30,6 +30,6 @@ def retrain(recipe: Annotated[Recipe, checked(Recipe)], force: bool = False) -> 
     """
     guard_run()
     if not force and is_made(recipe, Settings.from_environment()):
-        return Completed(name=UNCHANGED, message="neither the teacher, nor the data, nor the recipe changed")
+        return Completed(name=UNCHANGED, message="the teacher, the data and the recipe are unchanged")
     _, _, release, verdict = elastify(recipe)
     return Completed(message=f"{release.family} {release.version}: {verdict.reason}")

@@ -112,7 +112,7 @@ def compare_orders(
             loaded,
             axes.bind(loaded.config),
             checkpoint.read_family(Path(reordered.path)).layer_ranking,
-            lambda subnet: heldout_loss(loaded, subnet, batches)[0],
+            lambda subnet: heldout_loss(loaded, subnet, batches, teacher=loaded)[1],
             random_orders=settings.random_orders,
             generator=generator(seed, "random orders"),
             progress=report,

@@ -97,7 +97,7 @@ class EvaluationRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OrderComparison:
-    """What cutting each axis alone loses in the order of importance and in random orders, on the same held-out data."""
+    """What cutting each axis alone loses in the order of importance and in random ones, on `heldout_tokens` tokens."""
 
     heldout_tokens: int
     cuts: tuple[Cut, ...]

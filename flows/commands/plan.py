@@ -16,7 +16,7 @@ from elastic_core.schema import to_dict
 from elastic_core.subnet import Subnet
 from flows.commands.terminal import text_table, wide_console
 from tasks.corpus.hub import HUB, bring_config, parse_model
-from tasks.reporting.numbers import human_bytes, human_count, percent
+from tasks.reporting.numbers import human_bytes, human_count, human_seconds, percent
 from tasks.settings import ServiceError
 
 MEMORY_TITLES = {"parameters": "weights", "optimizer": "AdamW"}
@@ -205,7 +205,9 @@ def _dollars(dollars: float) -> str:
 
 
 def _hours(hours: float) -> str:
-    return f"{hours / 24:.1f} days" if hours >= 48 else f"{hours:.1f} h" if hours >= 2 else f"{60 * hours:.2g} min"
+    if hours < 1 / 3600:
+        return "< 1 s"
+    return f"{hours / 24:.1f} days" if hours >= 48 else human_seconds(3600 * hours)
 
 
 # Sentences

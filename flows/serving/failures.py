@@ -37,9 +37,9 @@ def failed_step(error: BaseException) -> str:
 def advice(error: BaseException) -> str:
     """What to do next, by the kind of fault."""
     if isinstance(error, TrainerDied):
-        return "Look at the log of training that is named above; run again, it goes on from its last checkpoint."
+        return "Look at the training log named above. A new run continues from the last checkpoint."
     if is_transient(error):
-        return "See to the service or the disk that is named above; run again, it goes on at this step."
+        return "Check the service or the disk named above. A new run continues at this step."
     if isinstance(error, ValueError | ServiceError):
-        return "Correct what is named above and start a new run; what was finished is taken from the cache."
-    return "This is a defect: report it with the traceback in this run's log. A new run goes on at this step."
+        return "Correct what is named above and start a new run. Finished steps come from the cache."
+    return "This is a defect: report it with the traceback in this run's log. A new run continues at this step."

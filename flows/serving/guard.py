@@ -18,7 +18,7 @@ MOST_CRASHES, WITHIN = 5, timedelta(days=1)
 
 
 def guard_run() -> None:
-    """End with the worker, so that nobody believes a run dead that goes on; and begin no run that only crashes."""
+    """Exit when the worker dies, so that no orphan trains on; refuse to start after five crashes in a row."""
     if "PREFECT__FLOW_RUN_ID" in os.environ:  # Prefect's own, for the process of a run
         die_with_parent()
         _show_our_lines()
@@ -26,14 +26,14 @@ def guard_run() -> None:
 
 
 def _show_our_lines() -> None:
-    """Give our loggers Prefect's level; it gives those that it is told of its handler alone, and they stay silent."""
+    """Prefect adds its handler to extra_loggers but leaves their level at WARNING: set it, or INFO lines are lost."""
     settings = get_current_settings().logging
     for name in settings.extra_loggers or ():
         logging.getLogger(name).setLevel(settings.level)
 
 
 def _refuse_crash_loop() -> None:
-    """ServiceError where the runs of this deployment crash one after the other, so that they are not begun for ever."""
+    """ServiceError where the last runs of this deployment crashed one after the other, so that a crash loop ends."""
     context = FlowRunContext.get()
     this = context.flow_run if context is not None else None
     if this is None or this.deployment_id is None:
@@ -49,6 +49,6 @@ def _refuse_crash_loop() -> None:
     crashed = [run for run in last if run.state and run.state.is_crashed() and run.state.timestamp > since]
     if len(crashed) == MOST_CRASHES:
         raise ServiceError(
-            f"the last {MOST_CRASHES} runs crashed within a day, so this one is not begun; see their logs and the "
-            "machine's memory, then start a run to go on"
+            f"the last {MOST_CRASHES} runs crashed within a day, so this one was not started; look at their logs and "
+            "at the machine's memory, then start a new run"
         )

@@ -8,10 +8,8 @@ from prefect.artifacts import create_image_artifact, create_link_artifact, creat
 from tasks import tracking
 from tasks.promote import Verdict
 from tasks.records import EvaluationRecord, OrderComparison, Release
-from tasks.reporting.summary import markdown_table, order_table, order_warnings, summary_table
+from tasks.reporting.summary import ORDERS, markdown_table, order_table, order_warnings, summary_table
 from tasks.settings import Settings
-
-ORDERS = "What cutting one axis of the teacher loses with no training, in nats a token:"
 
 
 def link_curves(settings: Settings, run_id: str) -> None:

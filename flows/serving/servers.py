@@ -278,7 +278,7 @@ def is_free(port: int) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Free ports that no system gives to outgoing connections, which would take one before a server binds it."""
+    """Free ports below the ephemeral range: no outgoing connection takes one between choosing and binding."""
     shuffled = secrets.SystemRandom().sample(PORTS, len(PORTS))
     return list(islice(filter(is_free, shuffled), count))
 

@@ -35,7 +35,7 @@ from tasks.settings import (
 RESULTS = "PREFECT_LOCAL_STORAGE_PATH"
 HEARTBEAT = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}  # seconds; an automation takes a silent run for dead
 
-# Credentials of another place would be sent along with ours, or looked up before them.
+# boto3 would prefer these over the embedded store's keys: they are unset while it is in use.
 FOREIGN = ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_DEFAULT_PROFILE")
 
 
@@ -201,7 +201,9 @@ def _borrowed(store: ObjectStore, running: Running | None) -> dict[str, str]:
             if answers(store.url):
                 return store.environment()
         time.sleep(0.1)
-    raise ServiceError(f"the command that uses {store.directory.parent} has no object store up; wait for it to end")
+    raise ServiceError(
+        f"the elastic command that uses {store.directory.parent} has no object store running; wait for it to end"
+    )
 
 
 def _without_proxy() -> dict[str, str]:

@@ -257,7 +257,7 @@ def _draw_orders(run: Run) -> "Figure | None":
     panel.set_xscale("log")
     panel.set_yticks(range(len(cuts)), [cut_title(cut) for cut in cuts], color=INK)
     panel.invert_yaxis()
-    panel.set_xlabel("nats a token lost")
+    panel.set_xlabel("KL to the teacher, nats a token")
     panel.xaxis.set_major_formatter("{x:g}")
     legend(figure, panel)
     return figure
@@ -315,7 +315,7 @@ PLOTS = (
     Plot(
         "orders",
         "The order of importance",
-        "What cutting one axis of the teacher loses with no training, in the order of importance and in random orders.",
+        "KL to the teacher where one axis of it is cut with no training, by importance and in random orders.",
         _draw_orders,
     ),
     Plot("loss", "Loss by budget", "The faint line is every step, the full line its rolling mean.", _draw_loss),
@@ -332,7 +332,9 @@ PLOTS = (
         "The router's expected parameters; dashed, the budget's target; the marker at the end, the size deployed.",
         _draw_params,
     ),
-    Plot("storage", "Storage", "What the weights of all sizes take, by way of storing them.", _draw_storage),
+    Plot(
+        "storage", "Storage", "Bytes that the weights of all sizes take, in three ways of storing them.", _draw_storage
+    ),
     Plot(
         "anatomy",
         "Anatomy",

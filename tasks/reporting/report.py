@@ -23,6 +23,7 @@ from tasks.reporting.history import read_stages
 from tasks.reporting.numbers import fixed, human_bytes, human_count, human_seconds, percent
 from tasks.reporting.plots import KIND_TITLES, Plot, draw_all, span
 from tasks.reporting.summary import (
+    ORDERS,
     by_size,
     markdown_table,
     order_table,
@@ -120,7 +121,7 @@ def _markdown(run: Run) -> str:
     lines = [f"- **{name}**: {line}" for name, line in summary_lines(run.evaluation).items()]
     parts = [f"# {run.recipe.family}", "\n".join(lines), markdown_table(summary_table(run.evaluation)).rstrip()]
     if run.orders.cuts:
-        parts.append("What cutting one axis of the teacher loses with no training, in nats a token:")
+        parts.append(ORDERS)
         parts.append(markdown_table(order_table(run.orders)).rstrip())
         parts += [f"Warning: {warning}." for warning in order_warnings(run.orders)]
     return "\n\n".join(parts) + "\n"
@@ -304,10 +305,9 @@ tell from noise.</p>
 {% if orders %}
 <h2>Order of importance</h2>
 {{ table(orders) }}
-<p class="note">What one axis of the teacher loses when it alone is cut, with no training: cross-entropy above the whole
-teacher's, in nats a token, on {{ compared_tokens }} held-out tokens. At random is the mean and the standard deviation
-of {{ random_orders }} random orders. Importance loses less where it is below that mean by more than the mean's standard
-error.</p>
+<p class="note">KL to the teacher, in nats a token on {{ compared_tokens }} held-out tokens, where one axis of it alone
+is cut, with no training. At random is the mean and the standard deviation of {{ random_orders }} random orders.
+Importance loses less where it is below that mean by more than the mean's standard error.</p>
 
 {% endif %}
 <h2>Plots</h2>

@@ -75,11 +75,16 @@ def summary_lines(evaluation: EvaluationRecord) -> dict[str, str]:
     for budget in by_size(evaluation):
         loss, share = above_teacher(evaluation, budget), recovered(evaluation, budget)
         lines[budget.budget] = (
-            f"{percent(budget.params / evaluation.teacher_params)} of the parameters, "
-            f"{loss:+.3f} nats a token {'over' if loss >= 0 else 'below'} the teacher"
+            f"{percent(budget.params / evaluation.teacher_params)} of the parameters, loss {_beside_teacher(loss)}"
             + (f", {percent(share)} of what cutting lost is recovered" if share is not None else "")
         )
     return lines
+
+
+def _beside_teacher(difference: float) -> str:
+    if difference == 0:
+        return "equal to the teacher's"
+    return f"{abs(difference):.3f} nats a token {'above' if difference > 0 else 'below'} the teacher's"
 
 
 def above_teacher(evaluation: EvaluationRecord, budget: BudgetEvaluation) -> float:
@@ -89,6 +94,8 @@ def above_teacher(evaluation: EvaluationRecord, budget: BudgetEvaluation) -> flo
 
 # The order of importance
 
+ORDERS = "KL to the teacher, in nats a token, where one axis of it is cut with no training:"
+
 
 def cut_title(cut: Cut) -> str:
     """A cut in words: FFN neurons 384 to 192."""
@@ -96,7 +103,7 @@ def cut_title(cut: Cut) -> str:
 
 
 def order_table(orders: OrderComparison) -> list[dict[str, str]]:
-    """What each cut loses in the order of importance and in random orders, as rows of text by column title."""
+    """KL to the teacher of each cut, by importance and in random orders, as rows of text by column title."""
     return [
         {
             "cut": cut_title(cut),
@@ -111,8 +118,8 @@ def order_table(orders: OrderComparison) -> list[dict[str, str]]:
 def order_warnings(orders: OrderComparison) -> list[str]:
     """A line for each cut that loses no less in the order of importance than in a random order."""
     return [
-        f"{cut_title(cut)}: the order of importance is no better than a random one; the cut loses "
-        f"{fixed(cut.by_importance, 4)} nats a token, in random orders {_at_random(cut)}"
+        f"{cut_title(cut)}: the order of importance is no better than a random one; KL to the teacher of the cut "
+        f"alone: {fixed(cut.by_importance, 4)}, in random orders {_at_random(cut)}"
         for cut in orders.doubtful
     ]
 

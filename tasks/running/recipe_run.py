@@ -68,7 +68,7 @@ def tracked(recipe: Recipe, settings: Settings) -> Iterator[str]:
         try:
             tracking.finish_run(uri, run_id, failed=True)
         except ServiceError as error:
-            logger.warning("%s; it stays open there", error)
+            logger.warning("the run stays open in MLflow: %s", error)
         raise
     patiently("ending the run", partial(tracking.finish_run, uri, run_id))
 

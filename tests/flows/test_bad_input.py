@@ -602,7 +602,7 @@ BAD_COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "slice: table without a latency": (
         "slice {family} --params 2e4 --profile {file} -o {out}",
-        r"--profile is what --latency is counted by; give both, or neither",
+        r"--profile is the table that --latency is read from; give both, or neither",
     ),
     "profile: no recipe": ("profile {out} -o {out}.json", r"out: cannot be read .*; name a recipe"),
     "profile: no recipe but a file": ("profile {file} -o {out}", r"file: is not a recipe"),

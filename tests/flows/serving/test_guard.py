@@ -1,4 +1,4 @@
-"""When a run is not begun."""
+"""When a run is not started."""
 
 from datetime import timedelta
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ def test_runs_that_only_crash_are_not_begun_for_ever(served: Served, monkeypatch
         for _ in range(guard.MOST_CRASHES):
             guard.guard_run()
             enter(client, deployment, Crashed())
-        with pytest.raises(ServiceError, match=r"the last 5 runs crashed within a day.*start a run to go on"):
+        with pytest.raises(ServiceError, match=r"the last 5 runs crashed within a day.*start a new run"):
             guard.guard_run()
         with monkeypatch.context() as patch:
             patch.setattr(guard, "WITHIN", timedelta(0))
