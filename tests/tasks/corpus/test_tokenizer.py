@@ -34,7 +34,7 @@ UNICODE = [
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(SENTENCES, path, vocab_size=VOCAB_SIZE)
+    train_tokenizer(SENTENCES, path, vocab_size=VOCAB_SIZE, max_length=512)
     return path
 
 
@@ -48,6 +48,11 @@ def test_stock_auto_tokenizer_loads_what_was_trained(tokenizer: PreTrainedTokeni
     assert len(tokenizer) == VOCAB_SIZE
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
     assert tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == list(range(len(SPECIAL_TOKENS)))
+
+
+def test_a_batch_is_padded_on_the_left_and_the_longest_sequence_is_the_models(tokenizer: PreTrainedTokenizerFast):
+    assert tokenizer.model_max_length == 512
+    assert tokenizer(["a", "a a a"], padding=True)["input_ids"][0][0] == tokenizer.pad_token_id
 
 
 @pytest.mark.parametrize("text", UNICODE + SENTENCES[:1], ids=ascii)
@@ -95,7 +100,7 @@ def test_chat_template_refuses_an_unknown_role(tokenizer: PreTrainedTokenizerFas
 
 
 def test_same_texts_give_the_same_bytes(directory: Path, tmp_path: Path) -> None:
-    train_tokenizer(iter(SENTENCES), tmp_path, vocab_size=VOCAB_SIZE)
+    train_tokenizer(iter(SENTENCES), tmp_path, vocab_size=VOCAB_SIZE, max_length=512)
     names = sorted(file.name for file in directory.iterdir())
     assert names == sorted(file.name for file in tmp_path.iterdir())
     for name in names:

@@ -1,0 +1,243 @@
+"""Slices in the engines that people serve with: vLLM and llama.cpp give the elastic model's logits and answers.
+
+Each engine lives in an environment of its own (`make test-all` makes them): vLLM pins another torch, llama.cpp's
+converter another transformers. The programs beside this file run there.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from elastic_core.files.checkpoint import write_weights
+from elastic_core.files.slicing import slice_checkpoint
+from elastic_core.generate import complete
+from elastic_core.geometry import FFN, ModelConfig
+from elastic_core.model import ElasticNemotronH
+from elastic_core.subnet import Subnet, full_subnet
+from tasks.corpus.tokenizer import SPECIAL_TOKENS, train_tokenizer
+
+pytestmark = pytest.mark.services
+
+HERE = Path(__file__).parent
+LOG_PROBABILITY = 1e-4  # a dozen layers in float32, summed in other orders; measured: 1e-5
+SECONDS = 600  # an engine that hangs should end
+
+CONFIG = ModelConfig(
+    hybrid_override_pattern="M-M*-M-M*-M-",
+    hidden_size=128,
+    intermediate_size=384,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    mamba_num_heads=8,
+    mamba_head_dim=32,
+    ssm_state_size=32,
+    n_groups=2,
+    vocab_size=512,
+    chunk_size=64,
+    max_position_embeddings=1024,
+)
+FULL = full_subnet(CONFIG)
+LAYERS = len(CONFIG.layers_of(FFN))
+
+
+def cut(**changes: Any) -> Subnet:
+    return dataclasses.replace(FULL, **changes)
+
+
+SUBNETS = {
+    "l": FULL,
+    "m": cut(hidden=112, ffn=(320,) * LAYERS, mamba_heads=(6,) * 5),
+    "s": cut(
+        hidden=80,
+        ffn=(192,) * LAYERS,
+        mamba_heads=(4,) * 5,
+        mamba_head_dim=24,
+        attention_heads=(2, 2),
+        layers=(0, 1, 3, 4, 5, 6, 7, 9, 10, 11),
+    ),
+    "between": cut(hidden=96, ffn=(256,) * LAYERS, mamba_heads=(6,) * 5, mamba_head_dim=24),
+    "per layer": cut(hidden=112, ffn=(320, 256, 192, 384, 256), mamba_heads=(6,) * 5),
+}
+
+TEXTS = ["def f(x):\n    return 12", "naïve café, 中文", "</s><|user|> spelled", " two  spaces "]
+CHATS = [
+    [{"role": "user", "content": "What is 3 + 4?"}],
+    [
+        {"role": "system", "content": "Answer in one word."},
+        {"role": "user", "content": "The capital of France?"},
+        {"role": "assistant", "content": "Paris"},
+        {"role": "user", "content": "And of Italy?"},
+    ],
+]
+NEW_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Family:
+    """An elastic model with its slices by name."""
+
+    model: ElasticNemotronH
+    slices: dict[str, Path]
+    tokenizer: PreTrainedTokenizerFast
+
+    def prompts(self) -> list[list[int]]:
+        """A token, some tokens, and more of them than a chunk of the scan has."""
+        some = torch.randint(CONFIG.vocab_size, (200,), generator=torch.Generator().manual_seed(5)).tolist()
+        return [some[:1], some[:40], some]
+
+    def scores(self, name: str) -> list[torch.Tensor]:
+        """Log-probabilities after each position of each prompt."""
+        with torch.no_grad():
+            hidden = [self.model(torch.tensor([ids]), SUBNETS[name]) for ids in self.prompts()]
+            return [self.model.logits(states)[0].double().log_softmax(-1) for states in hidden]
+
+    def answers(self, name: str) -> list[list[int]]:
+        asked = [self.tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in CHATS]
+        stop = {self.tokenizer.eos_token_id}
+        return complete(self.model, asked, SUBNETS[name], max_new_tokens=NEW_TOKENS, stop_tokens=stop)
+
+
+def unwritten(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The special tokens, and parts of characters."""
+    parts = [token for token in range(CONFIG.vocab_size) if "\ufffd" in tokenizer.decode([token])]
+    return [*range(len(SPECIAL_TOKENS)), *parts]
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """Random weights with decided answers, and time steps far below transformers' old least one, 0.001."""
+    root = tmp_path_factory.mktemp("engines")
+    library = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:30]
+    tokenizer = train_tokenizer(
+        (path.read_text() for path in library),
+        root / "tokenizer",
+        vocab_size=CONFIG.vocab_size,
+        max_length=CONFIG.max_position_embeddings,
+    )
+    generator = torch.Generator().manual_seed(1)
+    model = ElasticNemotronH(CONFIG)
+    model.initialise(generator)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2:
+                weight.normal_(std=1.5 / math.sqrt(weight.shape[1]), generator=generator)
+            if name.endswith("dt_bias"):
+                weight.uniform_(-12.0, -2.0, generator=generator)  # softplus: from 6e-6 to 0.1
+        model.lm_head.weight[unwritten(tokenizer)] = 0.0  # never the likeliest: llama.cpp shows no scores beside them
+    write_weights(root / "family", CONFIG, model.state_dict(), torch.float32, source=root / "tokenizer")
+    for name, subnet in SUBNETS.items():
+        slice_checkpoint(root / "family", subnet, root / name.replace(" ", "-"), pad_ffn=True)
+    slices = {name: root / name.replace(" ", "-") for name in SUBNETS}
+    return Family(model=model.eval(), slices=slices, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def engines() -> Path:
+    folder = os.environ.get("ENGINES")
+    if not folder:
+        pytest.skip("ENGINES is not set; `make test-all` makes the engines' environments and sets it")
+    return Path(folder)
+
+
+def ask(python: Path, program: str, question: dict[str, Any], **environment: str) -> Any:
+    """Run a program of this folder with another Python; what it prints, from JSON."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LANG") if name in os.environ}
+    offline = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [python, HERE / program],
+        input=json.dumps(question),
+        env=kept | offline | environment,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def vllm(engines: Path, family: Family) -> dict[str, Any]:
+    """All slices in vLLM, in one process, for importing it takes longer than they do."""
+    return ask(
+        engines / "vllm/bin/python",
+        "ask_vllm.py",
+        {
+            "models": {name: str(path) for name, path in family.slices.items()},
+            "prompts": family.prompts(),
+            "chats": CHATS,
+            "new_tokens": NEW_TOKENS,
+        },
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_NO_USAGE_STATS="1",
+    )
+
+
+@pytest.fixture(scope="module")
+def llamacpp(engines: Path, family: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All slices in llama.cpp, converted by its own converter."""
+    python, files = engines / "llamacpp/bin/python", tmp_path_factory.mktemp("gguf")
+    models = {name: {"from": str(path), "to": str(files / f"{path.name}.gguf")} for name, path in family.slices.items()}
+    converter = str(engines / "llamacpp/converter")
+    ask(python, "convert.py", {"models": list(models.values()), "converter": converter})
+    return ask(
+        python,
+        "ask_llamacpp.py",
+        {
+            "models": {name: model["to"] for name, model in models.items()},
+            "vocab_size": CONFIG.vocab_size,
+            "prompts": family.prompts(),
+            "chats": CHATS,
+            "new_tokens": NEW_TOKENS,
+        },
+    )
+
+
+@pytest.mark.parametrize("engine", ["vllm", "llamacpp"])
+@pytest.mark.parametrize("name", SUBNETS)
+def test_a_slice_in_an_engine_gives_the_elastic_models_logits_and_answers(
+    name: str, engine: str, family: Family, request: pytest.FixtureRequest
+) -> None:
+    found = request.getfixturevalue(engine)[name]
+    for ours, theirs in zip(family.scores(name), found["scores"], strict=True):
+        rows = torch.tensor(theirs, dtype=torch.float64)
+        assert rows.shape[0] and (rows - ours[-len(rows) :]).abs().max() < LOG_PROBABILITY
+    stop = family.tokenizer.eos_token_id
+    assert [[token for token in answer if token != stop] for answer in found["answers"]] == family.answers(name)
+
+
+def test_the_models_time_steps_tell_the_clamp(family: Family) -> None:
+    """What the tests above would not see: they need a model that another clamp changes by far more than they allow."""
+    clamped = ElasticNemotronH(dataclasses.replace(CONFIG, time_step_limit=(0.001, None))).eval()
+    clamped.load_state_dict(family.model.state_dict())
+    tokens = torch.tensor([family.prompts()[1]])
+    with torch.no_grad():
+        other, ours = (m.logits(m(tokens, FULL)).log_softmax(-1) for m in (clamped, family.model))
+    assert (other - ours).abs().max() > 100 * LOG_PROBABILITY
+
+
+def test_a_trained_tokenizer_is_the_same_in_transformers_4(engines: Path, family: Family) -> None:
+    directory = family.slices["s"]
+    question = {"model": str(directory), "texts": TEXTS, "chats": CHATS}
+    found = ask(engines / "llamacpp/bin/python", "ask_transformers4.py", question)
+    here = AutoTokenizer.from_pretrained(directory)
+    assert found["version"].startswith("4.57.")
+    assert found["texts"] == [here(text)["input_ids"] for text in TEXTS]
+    assert found["chats"] == [
+        here.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in CHATS
+    ]
+    assert found["batch"] == here(TEXTS, padding=True)["input_ids"]
+    assert sorted(found["special"]) == sorted(here.all_special_tokens)
+    assert found["longest"] == here.model_max_length == CONFIG.max_position_embeddings
