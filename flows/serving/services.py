@@ -5,6 +5,7 @@ and so is what `elastic up` has running in the same directory.
 """
 
 import json
+import logging
 import os
 import signal
 import threading
@@ -35,6 +36,10 @@ from tasks.settings import (
 RESULTS = "PREFECT_LOCAL_STORAGE_PATH"
 HEARTBEAT = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}  # seconds; an automation takes a silent run for dead
 
+WAITING_SECONDS = 1.0
+
+_log = logging.getLogger(__name__)
+
 # boto3 would prefer these over the embedded store's keys: they are unset while it is in use.
 FOREIGN = ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_DEFAULT_PROFILE")
 
@@ -46,15 +51,12 @@ def embedded_services(home: Path, *, share: bool = False, prefect: bool = False)
     Prefect's server is started only where it is asked for; readers of the registry do without.
 
     Yields the variables that were set. One command at a time owns `home`: a second uses the servers of `elastic up`,
-    or with `share` (readers) those of any owner for as long as they run, and is refused with a ServiceError otherwise.
+    or with `share` (readers) those of any owner for as long as they run; otherwise it waits for the first to end. Where
+    nothing is to be started any number run beside each other.
     """
     home = home.absolute()
-    with owned(home) as owner, ExitStack() as stack:
-        running = None if owner else read_running(home)
-        if not owner and not share and running is None:
-            raise ServiceError(
-                f"another elastic command is using {home}; wait for it, or set {HOME} to another directory"
-            )
+    with ExitStack() as stack:
+        owner, running = _turn(home, stack, share=share or _names_all(prefect=prefect))
         defined = basic_environment(home)
         if not os.environ.get(TRACKING_URI):
             defined |= tracking_environment(home)
@@ -97,6 +99,32 @@ def registry_services(home: Path) -> Iterator[None]:
     else:
         with embedded_services(make_home(), share=True):
             yield
+
+
+def _turn(home: Path, stack: ExitStack, *, share: bool) -> tuple[bool, Running | None]:
+    """Whether this command owns `home`, for as long as the stack lasts, and else the `elastic up` that does."""
+    waiting = False
+    while True:
+        with ExitStack() as attempt:
+            owner = attempt.enter_context(owned(home))
+            running = None if owner else read_running(home)
+            if owner or share or running is not None:
+                stack.push(attempt.pop_all())
+                return owner, running
+        if not waiting:
+            _log.warning(
+                "another elastic command is using %s, and this one waits for it to end; Ctrl-C, and set %s to another "
+                "directory, to run beside it",
+                home,
+                HOME,
+            )
+        waiting = True
+        time.sleep(WAITING_SECONDS)
+
+
+def _names_all(*, prefect: bool) -> bool:
+    """Whether the environment names every service, so that none is started."""
+    return names_a_store() and bool(os.environ.get(TRACKING_URI)) and (not prefect or bool(os.environ.get(PREFECT_API)))
 
 
 def basic_environment(home: Path) -> dict[str, str]:

@@ -1,8 +1,6 @@
 """Laws of fetching, against a real S3 server."""
 
-import fcntl
 import json
-import os
 import shutil
 import socket
 import threading
@@ -39,6 +37,7 @@ from tasks.artifacts import (
     read_manifest,
     upload_directory,
 )
+from tasks.artifacts.staging import staged
 from tasks.settings import ServiceError, Settings, is_transient
 
 
@@ -166,15 +165,8 @@ def test_an_empty_directory_may_be_filled(store: Store, tmp_path: Path) -> None:
 
 def test_two_fetches_into_one_directory_do_not_meet(store: Store, tmp_path: Path) -> None:
     publish_one(store, make(tmp_path / "in", {"a": b"1"}))
-    holder = tmp_path / ".out.partial"
-    holder.mkdir()
-    handle = os.open(holder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        with pytest.raises(ServiceError, match="another process") as caught:
-            fetch(store, uri_of(store), "s", tmp_path / "out")
-    finally:
-        os.close(handle)
+    with staged(tmp_path / "out", "another's"), pytest.raises(ServiceError, match="another process") as caught:
+        fetch(store, uri_of(store), "s", tmp_path / "out")
     assert is_transient(caught.value)
 
 

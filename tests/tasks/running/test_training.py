@@ -16,9 +16,10 @@ from disk import fill
 from trainee import STAGE, metrics_of, train_job, write_family, write_tokens
 
 from elastic_core.recipe import Optimizer
+from elastic_core.training.faults import Fault, describe
 from elastic_core.training.job import METRICS
 from tasks.reporting.history import read_metrics
-from tasks.running.training import Tail, TrainerDied, processes_for, train
+from tasks.running.training import End, Tail, TrainerDied, processes_for, train
 from tasks.settings import ServiceError, is_transient
 
 
@@ -85,6 +86,28 @@ def test_a_fault_of_the_job_ends_every_process_at_once_and_for_good(processes, s
     steps = (tmp_path / "work/metrics.jsonl").read_text().splitlines()
     assert len(steps) == len(set(steps)), "a step was tried again"
     assert not (tmp_path / "work/family").exists()
+
+
+COLLECTIVE = Fault(kind="collective", message="DistBackendError: invalid usage")
+MEMORY = Fault(kind="memory", message="OutOfMemoryError: CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("fault", "exits", "last_step", "may_pass"),
+    [
+        (None, {"1": -9}, -1, True),
+        (COLLECTIVE, {"0": 2, "1": -9}, -1, True),
+        (COLLECTIVE, {"0": 2, "1": 2}, -1, False),
+        (COLLECTIVE, {"0": 2, "1": 2}, 40, True),
+        (MEMORY, {"0": 2}, -1, False),
+        (MEMORY, {"0": 2}, 0, True),
+        (describe(ValueError("lower the rate")), {"0": 2, "1": -9}, 40, False),
+        (describe(RuntimeError("shapes differ")), {"0": 2}, 40, False),
+        (None, {"0": 1}, -1, False),
+    ],
+)
+def test_another_start_helps_the_killed_and_who_was_short_of_something_halfway(fault, exits, last_step, may_pass):
+    assert End(fault=fault, exits=exits, code=1, last_step=last_step, said="").may_pass == may_pass
 
 
 def in_every_trainer(code: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
