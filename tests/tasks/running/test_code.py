@@ -112,7 +112,7 @@ def test_a_neighbour_of_a_step_in_its_module_is_not_its_code(edit: Callable[[str
 
 def test_what_is_imported_for_type_checkers_alone_is_not_run(edit: Callable[[str, str, str], None]) -> None:
     before = code.code_of(STEPS["distill"]).modules.keys()
-    edit(TRAIN, "class TokenRows:", "if TYPE_CHECKING:\n    import tasks.promote\n\n\nclass TokenRows:")
+    edit(TRAIN, "class _Tally:", "if TYPE_CHECKING:\n    import tasks.promote\n\n\nclass _Tally:")
     assert code.code_of(STEPS["distill"]).modules.keys() == before
     edit(TRAIN, "if TYPE_CHECKING:\n", "if True:\n")
     assert "tasks.promote" in code.code_of(STEPS["distill"]).modules
