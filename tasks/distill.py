@@ -9,6 +9,7 @@ from elastic_core.training.job import METRICS, TrainJob
 from tasks import tracking
 from tasks.corpus.record import TRAIN_FILE
 from tasks.records import Artifact, StageRecord
+from tasks.running.code import CODE, project_version
 from tasks.running.digests import artifact, file_digest
 from tasks.running.progress import stage_progress
 from tasks.running.steps import step, work_directory
@@ -56,6 +57,7 @@ def distill(
                 output=str(output),
                 dtype=dtype,
                 seed=seed,
+                lineage={CODE: project_version()},
             ),
             on_step=on_step,
         )

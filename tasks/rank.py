@@ -23,6 +23,7 @@ from tasks.corpus.record import HELDOUT_FILE, TRAIN_FILE
 from tasks.evaluate import heldout_batches, heldout_loss, predicted
 from tasks.records import Artifact, OrderComparison
 from tasks.reporting.summary import order_warnings
+from tasks.running.code import CODE, project_version
 from tasks.running.digests import artifact
 from tasks.running.progress import progress_bar
 from tasks.running.steps import new_directory, step
@@ -75,7 +76,11 @@ def reorder_teacher(
     fresh = router.Router(elastic, len(budgets), settings.hidden_size)
     fresh.initialise(generator(seed, "router"))
     family = checkpoint.Family(
-        axes=axes, budgets=(), layer_ranking=order.layers, lineage=dict(lineage), latency_table=latency_table
+        axes=axes,
+        budgets=(),
+        layer_ranking=order.layers,
+        lineage={**lineage, CODE: project_version()},
+        latency_table=latency_table,
     )
 
     def beside(staging: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from tasks.records import Artifact, EvaluationRecord, OrderComparison, Release, 
 from tasks.reporting import report
 from tasks.reporting.history import read_metrics
 from tasks.reporting.summary import summary_lines
+from tasks.running.code import CODE
+from tasks.running.digests import forget
 from tasks.running.progress import progress_bar
 from tasks.running.steps import fingerprint, step
 from tasks.settings import ServiceError, Settings, redact
@@ -67,7 +70,11 @@ def register(
         subnets={budget.name: budget.subnet for budget in described.budgets},
         layer_ranking=described.layer_ranking,
         model=checkpoint.read_config(Path(family.path)),
-        links={"objects": artifacts.version_uri(settings.bucket, recipe.family, version), "MLflow run": run_id},
+        links={
+            "objects": artifacts.version_uri(settings.bucket, recipe.family, version),
+            "MLflow run": run_id,
+            CODE: str(described.lineage[CODE]),
+        },
     )
     manifest = artifacts.published(store, recipe.family, version)
     if manifest is None:
@@ -124,10 +131,10 @@ def publish(
     metadata: Mapping[str, Any],
     workspace: Path,
 ) -> Manifest:
-    """Upload the slices and the family, each whole or, where the recipe says so, as shells."""
+    """Upload the slices and the family, each whole or, where the recipe says so, as shells; every byte is compared."""
     directories: Mapping[str, Path] = {name: Path(part.path) for name, part in made.items()}
     parts: tuple[NestedPart, ...] = ()
-    with scratch(workspace, "shells") as room:
+    with scratch(workspace, "shells") as room, hashed_again(made):
         if recipe.storage == "nested":
             model = checkpoint.read_config(directories[WHOLE])
             subnets = {budget.name: budget.subnet for budget in reversed(family.budgets)} | {WHOLE: full_subnet(model)}
@@ -146,9 +153,21 @@ def publish(
                 version=version,
                 directories=directories,
                 metadata=metadata,
+                recorded={name: part.files for name, part in made.items()},
                 nested=parts,
                 progress=progress,
             )
+
+
+@contextmanager
+def hashed_again(made: Mapping[str, Artifact]) -> Iterator[None]:
+    """Where a file turns out not to be as it was recorded, let the next look at these hash all of it."""
+    try:
+        yield
+    except artifacts.NotAsRecorded:
+        for part in made.values():
+            forget(Path(part.path))
+        raise
 
 
 def deliver_curves(
@@ -222,6 +241,7 @@ def register_size(model: str, slice_: Artifact, budget: Budget) -> str:
         family=family,
         version=version,
         directories={budget.name: Path(slice_.path)},
+        recorded={budget.name: slice_.files},
         metadata={"cut_from": origin.tags[tracking.MANIFEST], **marked_for(registry, settings)},
     )
     check_published(manifest, parts)

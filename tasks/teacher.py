@@ -19,6 +19,7 @@ from tasks.corpus.hub import bring_model, parse_model
 from tasks.corpus.record import TRAIN_FILE
 from tasks.corpus.sources import fetch_data
 from tasks.records import Artifact
+from tasks.running.code import CODE, project_version
 from tasks.running.digests import artifact
 from tasks.running.progress import stage_progress
 from tasks.running.steps import new_directory, step, work_directory
@@ -87,6 +88,7 @@ def pretrain_teacher(
                 output=str(output),
                 dtype=dtype,
                 seed=seed,
+                lineage={CODE: project_version()},
             ),
             on_step=on_step,
         )

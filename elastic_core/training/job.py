@@ -51,7 +51,7 @@ class TrainJob:
     """What to train and where. Paths are directories, but for `tokens`, the flat stream to train on.
 
     `student` is an elastic checkpoint, or a stock one to pretrain; `work` holds the checkpoints and `metrics.jsonl`;
-    `output` appears when the stage is complete, and not before.
+    `output` appears when the stage is complete, and not before. `lineage` is added to that of the family.
     """
 
     stage: Stage
@@ -63,6 +63,7 @@ class TrainJob:
     output: str
     dtype: Dtype
     seed: int
+    lineage: dict[str, str]
 
 
 def run_job(job: TrainJob, world: World) -> None:
@@ -234,7 +235,8 @@ def export(job: TrainJob, run: StageRun, family: checkpoint.Family | None) -> No
         if family is not None and run.router is not None:
             shutil.copyfile(source / checkpoint.ORDER_FILE, directory / checkpoint.ORDER_FILE)
             shards.write_tensors(directory / checkpoint.ROUTER_FILE, run.router.state_dict())
-            checkpoint.write_family(directory, resolved_family(family, run.router, run.budgets))
+            trained = dataclasses.replace(family, lineage={**family.lineage, **job.lineage})
+            checkpoint.write_family(directory, resolved_family(trained, run.router, run.budgets))
 
     checkpoint.write_checkpoint(Path(job.output), config, plan, blocks, source=source, beside=beside)
 

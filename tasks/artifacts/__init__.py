@@ -26,6 +26,7 @@ from tasks.artifacts.garbage import Garbage as Garbage
 from tasks.artifacts.garbage import find_garbage as find_garbage
 from tasks.artifacts.garbage import remove_garbage as remove_garbage
 from tasks.artifacts.manifest import REGISTRY as REGISTRY
+from tasks.artifacts.publishing import NotAsRecorded as NotAsRecorded
 from tasks.artifacts.publishing import is_published as is_published
 from tasks.artifacts.publishing import publish as publish
 from tasks.artifacts.publishing import published as published

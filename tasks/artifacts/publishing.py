@@ -50,6 +50,10 @@ MAX_PARTS = 10_000  # S3's own limit
 READ_BYTES = 1 << 20
 
 
+class NotAsRecorded(ServiceError):
+    """A file that was to be published is not the one that its maker recorded."""
+
+
 def publish(
     store: Store,
     *,
@@ -57,6 +61,7 @@ def publish(
     version: str,
     directories: Mapping[str, Path],
     metadata: Mapping[str, Any],
+    recorded: Mapping[str, Mapping[str, str]] | None = None,
     nested: Sequence[NestedPart] = (),
     progress: Progress | None = None,
 ) -> Manifest:
@@ -64,7 +69,8 @@ def publish(
 
     A retry continues: objects that already hold the right bytes are skipped. `metadata` must not change between
     retries (no clock in it). Other content under a version that exists, or was begun, is a ServiceError. `nested`
-    says what the directories hold where they are shells.
+    says what the directories hold where they are shells. `recorded` has the SHA-256 of each file by part, as its maker
+    recorded it; for shells, of the files that they make up. Other bytes are NotAsRecorded, and are not published.
     """
     target = manifest_uri(store.bucket, family, version)
     root = f"{FAMILIES}{family}/{version}"
@@ -73,15 +79,17 @@ def publish(
         for part, directory in sorted(directories.items())
         for relative, path in _local_files(directory)
     ]
+    expected = _expected(sources, recorded or {}, nested)
     published = manifest_bytes(store, target)
     if published == TOMBSTONE:
         raise ServiceError(f"{target} is being removed by elastic gc; try again when that is done", transient=True)
     if published is not None:
         records = tuple(
-            FileRecord(path=relative, size=path.stat().st_size, sha256=sha256_of(path)) for relative, path in sources
+            _as_recorded(FileRecord(path=relative, size=path.stat().st_size, sha256=sha256_of(path)), path, expected)
+            for relative, path in sources
         )
     else:
-        records = _upload(store, root, sources, progress)
+        records = _upload(store, root, sources, progress, expected)
         _check_complete(store, root, records)
     manifest = Manifest(family=family, version=version, files=records, metadata=metadata, nested=tuple(nested))
     if store.signing_key is not None:
@@ -95,6 +103,31 @@ def published(store: Store, family: str, version: str) -> Manifest | None:
     uri = manifest_uri(store.bucket, family, version)
     body = manifest_bytes(store, uri)
     return None if body in (None, TOMBSTONE) else parse_manifest(body, uri)
+
+
+def _expected(
+    sources: Sequence[tuple[str, Path]], recorded: Mapping[str, Mapping[str, str]], nested: Sequence[NestedPart]
+) -> dict[str, str]:
+    """The recorded SHA-256 by path in the version, of what is published whole; shells are compared here and now."""
+    shells = {part.name: {file.path: file.sha256 for file in part.files} for part in nested}
+    whole = {part: files for part, files in recorded.items() if part not in shells}
+    expected = {f"{part}/{name}": digest for part, files in whole.items() for name, digest in files.items()}
+    found = {relative for relative, _ in sources if relative.partition("/")[0] in whole}
+    different = found ^ expected.keys()
+    for part in recorded.keys() & shells.keys():
+        different |= {f"{part}/{name}" for name, _ in recorded[part].items() ^ shells[part].items()}
+    if different:
+        raise NotAsRecorded(f"{min(different)} is not as it was recorded; nothing is published: run again")
+    return expected
+
+
+def _as_recorded(record: FileRecord, path: Path, expected: Mapping[str, str]) -> FileRecord:
+    if (digest := expected.get(record.path, record.sha256)) != record.sha256:
+        raise NotAsRecorded(
+            f"{path} is damaged: its SHA-256 is {record.sha256[:12]}, and {digest[:12]} on record; it is not "
+            "published: run again"
+        )
+    return record
 
 
 def is_published(store: Store, manifest: Manifest) -> bool:
@@ -116,7 +149,7 @@ def put_file(store: Store, path: Path, uri: str, *, progress: Progress | None = 
     bucket, key = parse_uri(uri)
     store = replace(store, bucket=bucket)
     with explained(uri):
-        return _upload_file(store, path, key, path.name, Meter(progress, path.stat().st_size))
+        return _upload_file(store, path, key, path.name, Meter(progress, path.stat().st_size), {})
 
 
 def published_versions(store: Store, family: str) -> tuple[str, ...]:
@@ -181,18 +214,24 @@ def _local_files(directory: Path) -> list[tuple[str, Path]]:
 
 
 def _upload(
-    store: Store, root: str, sources: Sequence[tuple[str, Path]], progress: Progress | None
+    store: Store,
+    root: str,
+    sources: Sequence[tuple[str, Path]],
+    progress: Progress | None,
+    expected: Mapping[str, str] | None = None,
 ) -> tuple[FileRecord, ...]:
     meter = Meter(progress, sum(path.stat().st_size for _, path in sources))
     records = []
     for relative, path in sources:
         key = f"{root}/{relative}"
         with explained(f"s3://{store.bucket}/{key}"):
-            records.append(_upload_file(store, path, key, relative, meter))
+            records.append(_upload_file(store, path, key, relative, meter, expected or {}))
     return tuple(records)
 
 
-def _upload_file(store: Store, path: Path, key: str, relative: str, meter: Meter) -> FileRecord:
+def _upload_file(
+    store: Store, path: Path, key: str, relative: str, meter: Meter, expected: Mapping[str, str]
+) -> FileRecord:
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_OBJECT_BYTES:
@@ -201,11 +240,18 @@ def _upload_file(store: Store, path: Path, key: str, relative: str, meter: Meter
         if stored is None:
             sent = _send(store, file, key, size, meter)
             if sent is not None:
-                return _unchanged(FileRecord(path=relative, size=size, sha256=sent), file, path)
+                record = _unchanged(FileRecord(path=relative, size=size, sha256=sent), file, path)
+                try:
+                    return _as_recorded(record, path, expected)
+                except NotAsRecorded:
+                    store.client.delete_object(Bucket=store.bucket, Key=key)  # of a version that no manifest names yet
+                    raise
             stored = head(store, key) or {}
             file.seek(0)
         digest, checksum = _digests(file, _part_bytes(store, size))
-        record = _unchanged(FileRecord(path=relative, size=size, sha256=digest), file, path)
+        record = _as_recorded(
+            _unchanged(FileRecord(path=relative, size=size, sha256=digest), file, path), path, expected
+        )
         if not _holds(store, key, stored, record, checksum):
             raise ServiceError(
                 f"s3://{store.bucket}/{key} holds other bytes than {path}; nothing is overwritten: use a new version"

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 PROJECT = "elastic-family"
+CODE = "code"  # the name of the project's version in a lineage
 PACKAGES = ("elastic_core", "tasks", "flows")
 PLUMBING = ("tasks.running", "tasks.artifacts", "tasks.tracking", "tasks.settings", "tasks.records")
 # Used on a GPU alone, where they are installed.

@@ -112,6 +112,11 @@ def set_aside(record: Artifact | StageRecord) -> None:
         directory.rename(directory.with_name(f"{directory.name}.damaged-{secrets.token_hex(4)}"))
 
 
+def forget(directory: Path) -> None:
+    """Have a directory's files hashed again at the next look, whatever is known of them."""
+    _notes(directory).unlink(missing_ok=True)
+
+
 def _digests(directory: Path, paths: list[Path] | None = None) -> dict[str, str]:
     """The SHA-256 of files (of all in a directory), by name below it, in order; those not yet known are hashed."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file()) if paths is None else paths

@@ -15,11 +15,13 @@ from elastic_core.schema import to_dict
 from tasks import tracking
 from tasks.corpus.sources import file_identity, source_identity, teacher_identity
 from tasks.records import Release
+from tasks.running.code import CODE, project_version
 from tasks.running.patience import patiently
 from tasks.running.steps import fingerprint
 from tasks.settings import ServiceError, Settings, redact
 
 PREFECT_RUN = "elastic.prefect_run"
+CODE_TAG = f"elastic.{CODE}"
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ def tracked(recipe: Recipe, settings: Settings) -> Iterator[str]:
         experiment=recipe.family,
         run_key=key,
         run_name=f"{recipe.family}-{key[:8]}",
-        tags={PREFECT_RUN: page} if (page := prefect_url()) else {},
+        tags={CODE_TAG: project_version()} | ({PREFECT_RUN: page} if (page := prefect_url()) else {}),
         artifact_root=f"s3://{settings.bucket}/mlflow/{recipe.family}" if not tracking.is_server(uri) else None,
     )
     run_id = patiently("opening the run", opened)

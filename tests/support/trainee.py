@@ -92,6 +92,7 @@ def train_job(family: Path, tokens: Path, work: Path, **changes: Any) -> TrainJo
         "output": str(work / "family"),
         "dtype": "float32",
         "seed": 0,
+        "lineage": {"code": "1.0"},
     }
     work.mkdir(exist_ok=True)
     return TrainJob(**{**settings, **changes})
