@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 PROJECT = "elastic-family"
+DIGEST_LENGTH = 64  # of SHA-256 in hex
 CODE = "code"  # the name of the project's version in a lineage
 PACKAGES = ("elastic_core", "tasks", "flows")
 PLUMBING = ("tasks.running", "tasks.artifacts", "tasks.tracking", "tasks.settings", "tasks.records")
@@ -207,7 +208,7 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     told = [
         f"{name} changed"
-        if name.partition(".")[0] in PACKAGES
+        if len(before.get(name, "")) == DIGEST_LENGTH or len(now.get(name, "")) == DIGEST_LENGTH
         else f"{name} was {before.get(name, 'not used')} and is {now.get(name, 'not used')}"
         for name in changed
     ]

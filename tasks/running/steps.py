@@ -26,7 +26,7 @@ from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.results import ResultStore, get_result_store
 
 from elastic_core.files.locks import held
-from tasks.records import Artifact, Release
+from tasks.records import Artifact, Release, StageRecord
 from tasks.running import code
 from tasks.running.digests import can_be_made, check_inputs, damage, recorded, remedy, set_aside
 from tasks.running.gpu import DEPLOYMENT_VARIABLE, device, device_to_oneself, run_on_workers
@@ -179,7 +179,9 @@ def _known(step: Task[Any, Any], inputs: Mapping[str, Any], *, say: bool = False
         return None
     making = MAKINGS[step.name](inputs)
     store: ResultStore = get_result_store().update_for_task(step, _sync=True)  # type: ignore[call-arg, assignment]
-    if not store.exists(making.key):
+    if not store.exists(making.key):  # nor does a torn one
+        if say and _noted(making):
+            logger.warning("%s: its record in the cache, %s, is gone or torn; it is made again", step.name, making.key)
         return None
     record = _read(store, making, step)
     if record is None and say:
@@ -266,6 +268,8 @@ def fingerprint(*values: Any) -> str:
 def _content(value: Any) -> Any:
     if isinstance(value, Artifact):
         return value.digest
+    if isinstance(value, StageRecord):
+        return [value.family.digest, value.metrics_sha256]
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: _content(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):

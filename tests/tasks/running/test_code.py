@@ -119,8 +119,8 @@ def test_what_is_imported_for_type_checkers_alone_is_not_run(edit: Callable[[str
 
 
 def test_differences_are_one_line() -> None:
-    before = {"torch": "2.13.0", "elastic_core.model": "a", "numpy": "1", "scipy": "1", "tasks.rank": "x"}
-    now = {"torch": "2.14.0", "elastic_core.model": "b", "numpy": "2", "tasks.rank": "x", "datasets": "5"}
+    before = {"torch": "2.13.0", "elastic_core.model": "a" * 64, "numpy": "1", "scipy": "1", "tasks.rank": "x"}
+    now = {"torch": "2.14.0", "elastic_core.model": "b" * 64, "numpy": "2", "tasks.rank": "x", "datasets": "5"}
     assert code.differences(before, before) == ""
     assert code.differences(before, now) == (
         "datasets was not used and is 5, elastic_core.model changed, numpy was 1 and is 2 and 2 more"
