@@ -21,7 +21,7 @@ from elastic_core.files.shards import read_tensors, write_tensors
 from elastic_core.files.slicing import slice_checkpoint
 from elastic_core.geometry import ModelConfig
 from elastic_core.subnet import full_subnet
-from tasks.artifacts import Store, fetch, manifest_uri, nested, publish, read_manifest
+from tasks.artifacts import NotAsRecorded, Store, fetch, manifest_uri, nested, publish, read_manifest
 from tasks.artifacts.manifest import FileRecord, Manifest, NestedPart, manifest_json
 from tasks.settings import ServiceError, is_transient
 
@@ -387,3 +387,17 @@ def test_an_interrupted_pull_over_a_smaller_size_leaves_that_one(store: Store, f
     assert contents(tmp_path / "out") == family.files("s")
     fetch(store, family.uri, "m", tmp_path / "out")
     assert contents(tmp_path / "out") == family.files("m")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_shells_of_what_is_not_as_it_was_recorded_are_not_published(store: Store, made: Any, part: str) -> None:
+    directories, shells, parts = made
+    recorded = {
+        name: {file: hashlib.sha256(content).hexdigest() for file, content in contents(directory).items()}
+        for name, directory in directories.items()
+    }
+    recorded[part]["model.safetensors"] = "0" * 64
+    told = f"{part}/model.safetensors is not as it was recorded; nothing is published"
+    with pytest.raises(NotAsRecorded, match=told):
+        publish(store, family="nano", version="1", directories=shells, metadata={}, nested=parts, recorded=recorded)
+    assert not stored(store)

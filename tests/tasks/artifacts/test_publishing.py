@@ -2,7 +2,7 @@
 
 import hashlib
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -26,6 +26,7 @@ from objects import (
 )
 
 from tasks.artifacts import (
+    NotAsRecorded,
     Store,
     exists,
     fetch,
@@ -269,3 +270,46 @@ def test_names_of_families_and_versions_are_plain(store: Store, tmp_path: Path, 
         publish(store, family=name, version="1", directories={"s": source}, metadata={})
     with pytest.raises(ValueError, match="is not a name"):
         publish(store, family="nano", version=name, directories={"s": source}, metadata={})
+
+
+# What is recorded
+
+
+def spoil(directory: Path) -> None:
+    """A bit of a weight, as a disk loses one."""
+    file = directory / "model-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def lose_the_tokenizer(directory: Path) -> None:
+    (directory / "tokenizer/vocab ü.json").unlink()
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE], ids=["at once", "in parts"])
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (
+            spoil,
+            r"in/model-00001.safetensors is damaged: its SHA-256 is \w{12}, and \w{12} on record; it is not published",
+        ),
+        (lose_the_tokenizer, r"s/tokenizer/vocab ü.json is not as it was recorded; nothing is published"),
+    ],
+    ids=["a flipped bit", "no tokenizer"],
+)
+def test_what_is_not_as_it_was_recorded_is_not_published_and_leaves_no_object_in_the_way(
+    fault: Callable[[Path], None], says: str, size: int, store: Store, tmp_path: Path
+) -> None:
+    directory = make(tmp_path / "in", checkpoint(size))
+    recorded = {"s": {name: hashlib.sha256(content).hexdigest() for name, content in contents(directory).items()}}
+    fault(directory)
+    with pytest.raises(NotAsRecorded, match=says):
+        publish_one(store, directory, recorded=recorded)
+    assert not exists(store, uri_of(store))
+    mended = make(tmp_path / "mended", checkpoint(size))
+    publish_one(store, mended, recorded=recorded)
+    fault(mended)
+    with pytest.raises(NotAsRecorded):
+        publish_one(store, mended, recorded=recorded)
