@@ -9,7 +9,7 @@ from dataclasses import field as dataclass_field
 from typing import Literal
 
 from elastic_core.budget import Budget, Dtype, check_order
-from elastic_core.geometry import Axes, FfnLayout, ModelConfig
+from elastic_core.geometry import Axes, ModelConfig
 from elastic_core.schema import Strict, checked_name, multiple_of, not_negative, positive
 
 Storage = Literal["materialised", "nested"]
@@ -23,7 +23,8 @@ class DataSource(Strict):
 
     A row that holds `messages_field` goes through the tokenizer's chat template; any other row is its `field`. The
     template is given the row's `tools_field`, the arguments in `chat_template_kwargs` here and in a column of that
-    name, and `enable_thinking` where `reasoning_field` says on or off.
+    name, and `enable_thinking` where `reasoning_field` says on or off. Where nothing says so, a turn without a thought
+    is rendered with thinking turned off, if the template can.
 
     `special_tokens` text: a special token that a document spells is characters. tokens: it is that token.
     `train_on` assistant: of a chat only what the assistant writes is learned; a text is learned whole.
@@ -291,8 +292,7 @@ class Recipe(Strict):
 
     `latency_table` is the file of `elastic profile` that latency budgets are counted by. `storage` is how slices are
     published: each whole, for every MLflow client, or nested in one another, for `elastic pull`, at the storage of the
-    largest. `ffn_layout` is how slices hold FFN widths that differ by layer: padded with zeros to one width, or as a
-    list, which vLLM, transformers and llama.cpp do not load.
+    largest.
     """
 
     family: str
@@ -308,7 +308,7 @@ class Recipe(Strict):
     promotion: Promotion = field(default_factory=Promotion)
     latency_table: str | None = None
     dtype: Dtype = "bfloat16"
-    ffn_layout: FfnLayout = "padded"
+    pad_ffn: bool = False
     storage: Storage = "materialised"
     seed: int = 0
 

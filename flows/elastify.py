@@ -13,6 +13,7 @@ from flows.serving.failures import explain_failure
 from flows.serving.guard import guard_run
 from flows.serving.page import link_curves, show_outcome
 from tasks.corpus.record import read_record
+from tasks.corpus.sources import problems_digest
 from tasks.data import prepare_data
 from tasks.distill import distill
 from tasks.evaluate import evaluate
@@ -91,7 +92,7 @@ def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationReco
                 slice_budget,
                 family=family,
                 budget=budget.name,
-                ffn_layout=recipe.ffn_layout,
+                pad_ffn=recipe.pad_ffn,
                 workspace=workspace,
             )
             for budget in recipe.budgets
@@ -104,6 +105,7 @@ def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationReco
             slices=slices,
             corpus=corpus,
             settings=recipe.evaluation,
+            problems_digest=problems_digest(recipe.evaluation.problems),
             dtype=recipe.dtype,
             seed=recipe.seed,
         )

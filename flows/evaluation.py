@@ -12,7 +12,7 @@ from flows.serving.failures import explain_failure
 from flows.serving.guard import guard_run
 from flows.serving.page import model_link
 from tasks import tracking
-from tasks.corpus.sources import source_identity
+from tasks.corpus.sources import problems_digest, source_identity
 from tasks.data import prepare_data
 from tasks.evaluate import Measurement, log_measurement, measure
 from tasks.reporting.numbers import fixed, percent
@@ -50,7 +50,8 @@ def evaluation(
     )
     identity = tuple(source_identity(source) for source in data.sources)
     corpus = run(prepare_data, config=data, identity=identity, tokenizer=directory, workspace=workspace)
-    measured = run(measure, model=directory, corpus=corpus, settings=settings)
+    digest = problems_digest(settings.problems)
+    measured = run(measure, model=directory, corpus=corpus, settings=settings, problems_digest=digest)
     log_measurement(machine, version, corpus, measured)
     rows = [{"model": name, "loss": fixed(measured.cross_entropy, 4), "accuracy": percent(measured.accuracy, 1)}]
     create_markdown_artifact(

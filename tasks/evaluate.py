@@ -58,6 +58,7 @@ def evaluate(
     slices: dict[str, Artifact],
     corpus: Artifact,
     settings: Evaluation,
+    problems_digest: str | None,
     dtype: Dtype,
     seed: int,
 ) -> EvaluationRecord:
@@ -262,7 +263,7 @@ class Measurement:
 
 
 @step(on_gpu=True)
-def measure(model: Artifact, corpus: Artifact, settings: Evaluation) -> Measurement:
+def measure(model: Artifact, corpus: Artifact, settings: Evaluation, problems_digest: str | None) -> Measurement:
     """Measure a stock checkpoint on a corpus's held-out part."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     directory = Path(model.path)

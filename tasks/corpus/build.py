@@ -15,7 +15,7 @@ from pathlib import Path
 from elastic_core.files.shards import staged_directory, write_json
 from elastic_core.recipe import DataConfig, DataSource
 from elastic_core.schema import to_dict
-from tasks.corpus.documents import Document, Fetch, Refusals, digest_files, iter_documents
+from tasks.corpus.documents import Document, Fetch, Tally, digest_files, iter_documents
 from tasks.corpus.encoding import Encoder
 from tasks.corpus.ends import end_tokens
 from tasks.corpus.record import HELDOUT_FILE, RECORD_FILE, TRAIN_FILE, DataRecord, SourceRecord
@@ -51,9 +51,9 @@ def build_corpus(
 
         sources = []
         for i, source in enumerate(config.sources):
-            refusals = Refusals(source)
-            found = iter_documents(source, fetch=fetch, directory=Path(work, str(i)), refusals=refusals)
-            sources.append(_write_source(source, encoder.samples(found, source, refusals), refusals, write))
+            tally = Tally(source)
+            found = iter_documents(source, fetch=fetch, directory=Path(work, str(i)), tally=tally)
+            sources.append(_write_source(source, encoder.samples(found, source, tally), tally, write))
         if not train.documents or not heldout.documents:
             raise ValueError(
                 f"{train.documents + heldout.documents} documents leave {train.documents} to train on and "
@@ -97,7 +97,7 @@ def is_heldout(digest: bytes, fraction: float, seed: int) -> bool:
 def _write_source(
     source: DataSource,
     encoded: Iterable[tuple[Document, list[Sample]]],
-    refusals: Refusals,
+    tally: Tally,
     write: Callable[[bytes, Sample], None],
 ) -> SourceRecord:
     """Write documents until the source ends or a limit is reached; the last one is cut at `max_tokens`."""
@@ -118,19 +118,27 @@ def _write_source(
             break
     if not taken:
         raise ValueError(f"{source.path}: the dataset is empty; add documents or take it out of data.sources")
-    if refusals.skipped:
+    if tally.skipped:
         logger.warning(
             "%s: %d rows cannot be used and were skipped; the first: %s",
             source.path,
-            refusals.skipped,
-            refusals.first[0],
+            tally.skipped,
+            tally.first[0],
+        )
+    if tally.unthought:
+        logger.warning(
+            "%s: %d turns have no thought and are rendered with thinking turned off; say `reasoning: off` in the rows, "
+            "or chat_template_kwargs: {enable_thinking: ...} in the source, if that is known",
+            source.path,
+            tally.unthought,
         )
     return SourceRecord(
         documents=taken,
         tokens=tokens,
         learned=learned,
-        empty=refusals.empty,
-        skipped=refusals.skipped,
-        first_skipped=tuple(refusals.first),
+        empty=tally.empty,
+        skipped=tally.skipped,
+        first_skipped=tuple(tally.first),
+        unthought=tally.unthought,
         sha256=content.hexdigest(),
     )

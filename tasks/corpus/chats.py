@@ -75,15 +75,17 @@ def without_none(value: Any) -> Any:
     return value
 
 
-def strings(value: Any) -> Iterator[str]:
+def strings(value: Any) -> list[str]:
     """The texts in a value, at any depth, keys not among them."""
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from strings(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from strings(inner)
+        return [value]
+    found: list[str] = []
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        if isinstance(inner, str):
+            found.append(inner)
+        elif isinstance(inner, dict | list):
+            found += strings(inner)
+    return found
 
 
 def functions(entries: Iterable[Row]) -> list[Row]:

@@ -51,16 +51,19 @@ class Document:
         return hashlib.sha256(text.encode()).digest()
 
 
-class Refusals:
-    """The rows of a source that cannot be used, up to `max_skipped` of them, and those without content."""
+class Tally:
+    """Counts what a source holds beside documents: rows that cannot be used, and rows without content.
+
+    `unthought` turns have no thought, were not said to have none, and are rendered with thinking turned off.
+    """
 
     def __init__(self, source: DataSource) -> None:
         self._source = source
-        self.skipped = self.empty = 0
+        self.skipped = self.empty = self.unthought = 0
         self.first: list[str] = []
 
     def add(self, fault: Unusable) -> None:
-        """Count a row; ValueError where the source may skip no more of them."""
+        """Count a row that cannot be used; ValueError where the source may skip no more of them."""
         self.skipped += 1
         if len(self.first) < SHOWN:
             self.first.append(str(fault))
@@ -71,23 +74,23 @@ class Refusals:
 
 
 def iter_documents(
-    source: DataSource, *, fetch: Fetch, directory: Path, refusals: Refusals | None = None
+    source: DataSource, *, fetch: Fetch, directory: Path, tally: Tally | None = None
 ) -> Iterator[Document]:
     """The documents of a source, in a fixed order; rows with empty content are passed over.
 
     `directory` takes what has to be fetched, and the lock files of `datasets`; it can go when the iterator ends.
-    ValueError names the file, the row and the remedy. Rows that cannot be used are counted in `refusals`, which raises
-    where there are too many.
+    ValueError names the file, the row and the remedy. `tally` counts the rows that cannot be used, and raises where
+    there are too many.
     """
-    refusals = refusals or Refusals(source)
+    tally = tally or Tally(source)
     for where, row in iter_rows(source, fetch=fetch, directory=directory):
         try:
             content = _content(row, source, where)
         except Unusable as fault:
-            refusals.add(fault)
+            tally.add(fault)
             continue
         if content == "" or (isinstance(content, Chat) and not content.messages):
-            refusals.empty += 1
+            tally.empty += 1
         else:
             yield Document(content, where)
 

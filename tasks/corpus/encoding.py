@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from elastic_core.recipe import DataSource
 from tasks.corpus.chats import Chat, Unusable
-from tasks.corpus.documents import Document, Refusals
+from tasks.corpus.documents import Document, Tally
 from tasks.corpus.rendering import Template, Text, render_chat
 from tasks.corpus.token_file import Sample
 
@@ -30,19 +30,17 @@ class Encoder:
         self._backend.no_truncation()
 
     def samples(
-        self, documents: Iterable[Document], source: DataSource, refusals: Refusals
+        self, documents: Iterable[Document], source: DataSource, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
         """Up to `max_documents` documents as what is trained on.
 
         A document is one sample; a chat whose earlier thoughts are dropped is several.
         """
-        for batch in _batches(islice(self._rendered(documents, source, refusals), source.max_documents)):
-            texts = [text for _, of_document in batch for text in of_document]
-            learn_all = source.train_on == "all"
-            pieces = [(piece, text) for text in texts for piece in text.pieces(learn_all)]
-            encoded = iter(self.encode([(piece, text) for (piece, _), text in pieces]))
-            for document, of_document in batch:
-                yield document, [self._sample(text, text.pieces(learn_all), encoded) for text in of_document]
+        for batch in _batches(islice(self._rendered(documents, source, tally), source.max_documents)):
+            cut = [[(text, self._pieces(text, source)) for text in texts] for _, texts in batch]
+            encoded = iter(self.encode([(piece, text) for texts in cut for text, found in texts for piece, _ in found]))
+            for (document, _), texts in zip(batch, cut, strict=True):
+                yield document, [self._sample(text, pieces, encoded) for text, pieces in texts]
 
     def encode(self, pieces: Sequence[tuple[str, Text]]) -> list[list[int]]:
         """The ids of pieces of texts, each encoded by itself."""
@@ -54,6 +52,16 @@ class Encoder:
             for as_characters in (True, False)
         }
         return [[i for _, as_characters in of_piece for i in next(ids[as_characters])] for of_piece in parts]
+
+    def _pieces(self, text: Text, source: DataSource) -> list[tuple[str, bool]]:
+        """The pieces of a text to be encoded by themselves, each learned or not. After a special token is no cut."""
+        pieces: list[tuple[str, bool]] = []
+        for piece, learned in text.pieces(source.train_on == "all"):
+            if pieces and pieces[-1][1] == learned and self.template.special_end(pieces[-1][0]) is not None:
+                pieces[-1] = pieces[-1][0] + piece, learned
+            else:
+                pieces.append((piece, learned))
+        return pieces
 
     def _parts(self, piece: str, text: Text) -> list[tuple[str, bool]]:
         """The piece, or what stands between the template's special tokens and these; and whether it is characters."""
@@ -79,25 +87,28 @@ class Encoder:
             of_piece = next(encoded)
             ids += of_piece
             mask += bytes([learned]) * len(of_piece)
-        if not self._ends_itself(text, ids):
+        if not self._ends_itself(text):
             ids.append(self._eos)
             mask.append(learned)
         return Sample(ids, None if all(mask) else bytes(mask))
 
-    def _ends_itself(self, text: Text, ids: list[int]) -> bool:
+    def _ends_itself(self, text: Text) -> bool:
         if text.characters:
             return False
         last = self.template.last_special(text.text)
         return last is not None and self._tokenizer.convert_tokens_to_ids(last) in self._ends
 
     def _rendered(
-        self, documents: Iterable[Document], source: DataSource, refusals: Refusals
+        self, documents: Iterable[Document], source: DataSource, tally: Tally
     ) -> Iterator[tuple[Document, list[Text]]]:
         for document in documents:
             try:
-                yield document, self._texts(document, source)
+                texts = self._texts(document, source)
             except Unusable as fault:
-                refusals.add(fault)
+                tally.add(fault)
+            else:
+                tally.unthought += texts[0].unthought
+                yield document, texts
 
     def _texts(self, document: Document, source: DataSource) -> list[Text]:
         as_tokens = source.special_tokens == "tokens"

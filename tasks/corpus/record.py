@@ -14,7 +14,10 @@ TRAIN_FILE, HELDOUT_FILE, RECORD_FILE = "train.safetensors", "heldout.safetensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitRecord:
-    """One split: the name of its file, the file's SHA-256, and what it holds."""
+    """One split: the name of its file, the file's SHA-256, and what it holds.
+
+    A chat whose earlier thoughts are dropped by its template is several documents of a split.
+    """
 
     file: str
     documents: int
@@ -28,6 +31,7 @@ class SourceRecord:
     """What was taken from one source, wherever it lay. `sha256` is over the digests of its documents, in order.
 
     Rows without content are `empty`; those that cannot be used are `skipped`, the first of them with their reasons.
+    `unthought` turns of chats have no thought, were not said to have none, and were rendered with thinking turned off.
     """
 
     documents: int
@@ -36,6 +40,7 @@ class SourceRecord:
     empty: int
     skipped: int
     first_skipped: tuple[str, ...]
+    unthought: int
     sha256: str
 
 

@@ -9,9 +9,10 @@ because the rest is in the texts before it, thoughts and all.
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from itertools import islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -41,7 +42,8 @@ class Text:
     """A rendered chat, or a part of one, with the spans that the model writes.
 
     `context`: what is not written stands in an earlier text of the chat, too. `characters`: no special token in it is
-    one. `marker` stands after the first character of those that are none, where others are.
+    one. `marker` stands after the first character of those that are none, where others are. `unthought` turns have no
+    thought, were not said to have none, and are rendered with thinking turned off.
     """
 
     text: str
@@ -49,6 +51,7 @@ class Text:
     context: bool = False
     marker: str = ""
     characters: bool = False
+    unthought: int = 0
 
     def pieces(self, learn_all: bool) -> list[tuple[str, bool]]:
         """The text cut where the model begins and ends to write, as it meets it, and whether each piece is learned."""
@@ -70,9 +73,9 @@ class Template:
         self.source = "\n".join(template.values()) if isinstance(template, dict) else template or ""
         # Whether the template has anything to do with thoughts.
         self.thinks = re.search("think|reason", self.source, re.IGNORECASE) is not None
-        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        alternatives = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
-        self.special = re.compile(alternatives or r"(?!)")
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} - {""}
+        self.special = re.compile(_any_of(special) if special else "(?!)")
+        self._last_characters = tuple({token[-1] for token in special})
         self.frame = cache(self._frame)
         self.takes_no_switch = cache(self._takes_no_switch)
 
@@ -90,8 +93,15 @@ class Template:
 
     def last_special(self, text: str) -> str | None:
         """The special token that a text ends in, if it does; white space may follow it."""
-        end = len(text.rstrip())
-        return next((m[0] for m in self.special.finditer(text, max(0, end - LONGEST), end) if m.end() == end), None)
+        return self.special_end(text.rstrip())
+
+    def special_end(self, text: str) -> str | None:
+        """The special token that a text ends in, if it does."""
+        if not text.endswith(self._last_characters):
+            return None
+        return next(
+            (m[0] for m in self.special.finditer(text, max(0, len(text) - LONGEST)) if m.end() == len(text)), None
+        )
 
     def _frame(self, arguments: str) -> tuple[str, str] | None:
         """What stands before and after every answer of a template without thoughts; None where it cannot be told."""
@@ -149,21 +159,27 @@ class _Rendering:
             raise Unusable(f"{where} holds messages but the tokenizer has no chat template; add one to it")
         self._template, self._where = template, where
         self._arguments = {**arguments, **chat.arguments}
-        self._private = _unused(chat)
         self._marker = ""
-        self._added = 0
+        self._added = self._unthought = 0
         self._messages, self._tools = chat.messages, chat.tools
         self._turns = {i: self._parse(i, m) for i, m in enumerate(chat.messages) if m["role"] == ASSISTANT}
-        if not special_tokens and any(template.special.search(text) for text in strings([chat.messages, chat.tools])):
+        self._said = "\0".join(strings([chat.messages, chat.tools]))
+        if not special_tokens and template.special.search(self._said):
             self._mark()
         if self._arguments.get(THINKING) is False:
             self._switch_off()
+
+    @cached_property
+    def _private(self) -> list[str]:
+        """Three characters that the chat does not hold."""
+        held = set(self._said)
+        return list(islice((character for character in map(chr, _PRIVATE) if character not in held), 3))
 
     # --- the three ways to render ---
 
     def in_one_go(self) -> list[Text] | None:
         """The text of a chat without thoughts, calls and tools by a template without thoughts; None for any other."""
-        frame = None if self._template.thinks else self._template.frame(json.dumps(self._arguments))
+        frame = None if self._template.thinks else self._template.frame(json.dumps(self._arguments, default=str))
         if frame is None or self._tools or self._messages[-1]["role"] != ASSISTANT:
             return None
         if any(turn.thought or turn.calls for turn in self._turns.values()):
@@ -195,10 +211,11 @@ class _Rendering:
             span = (start, start + self._template.written_end(completion))
             if texts and prompt.startswith(texts[-1].text):
                 last = texts.pop()
-                texts.append(Text(prompt + completion, (*last.written, span), last.context, self._marker))
+                texts.append(replace(last, text=prompt + completion, written=(*last.written, span)))
             else:
                 texts.append(Text(prompt + completion, (span,), bool(texts), self._marker))
-        return self._ended(texts, read)
+        texts = self._ended(texts, read)
+        return [replace(texts[0], unthought=self._unthought), *texts[1:]]
 
     def prompt(self) -> Text:
         """The generation prompt of the next turn."""
@@ -222,9 +239,11 @@ class _Rendering:
                     continue
                 fault_of_form = fault_of(prompt or "", whole, turn, form)
                 if fault_of_form is None:
+                    self._unthought += arguments is not self._arguments
                     return prompt or "", whole[len(prompt or "") :], form
             composed = self._composed(prompt, before, turn, arguments)
             if not isinstance(composed, str):
+                self._unthought += arguments is not self._arguments
                 return composed
             faults.append(self._line(len(before), lost or composed))
         raise Unusable(faults[0])
@@ -326,7 +345,7 @@ class _Rendering:
                 f"it ends in a message of {read[-1]['role']}, with which the chat template drops the thought before; "
                 "remove that message"
             )
-        return [*texts, Text(whole, last.written, last.context, self._marker)]
+        return [*texts, replace(last, text=whole)]
 
     def _lost(self, messages: list[Row], text: str, arguments: Mapping[str, Any], since: int = 0) -> str:
         """What of the messages from `since` on, and of the tools, does not stand in a text; "" where all does.
@@ -400,7 +419,7 @@ class _Rendering:
     def _switch_off(self) -> None:
         """Say /no_think where the template is told so by a word in the messages."""
         said = any(NO_THINK in text for message in self._messages for text in strings(message.get("content")))
-        if said or not self._template.takes_no_switch(json.dumps(self._arguments)):
+        if said or not self._template.takes_no_switch(json.dumps(self._arguments, default=str)):
             return
         first = self._messages[0]
         if first["role"] == "system":
@@ -420,6 +439,15 @@ class _Rendering:
         return f"{self._where}: message {place + 1 - self._added} ({ASSISTANT}): {fault}"
 
 
+def _any_of(texts: Iterable[str]) -> str:
+    """A pattern for the longest of some texts; what several begin with is in it once, as there may be a thousand."""
+    after: dict[str, set[str]] = {}
+    for text in filter(None, texts := set(texts)):
+        after.setdefault(text[0], set()).add(text[1:])
+    branches = "|".join(re.escape(first) + _any_of(rest) for first, rest in sorted(after.items()))
+    return f"(?:{branches}){'?' * ('' in texts)}" if branches else ""
+
+
 def _mapped(change: Callable[[str], str], value: Any) -> Any:
     """A value with every text in it changed, keys left as they are."""
     if isinstance(value, str):
@@ -427,10 +455,3 @@ def _mapped(change: Callable[[str], str], value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _mapped(change, inner) for key, inner in value.items()}
     return [_mapped(change, inner) for inner in value] if isinstance(value, list) else value
-
-
-def _unused(chat: Chat) -> list[str]:
-    """Three characters that a chat does not hold."""
-    held = set("".join(strings([chat.messages, chat.tools])))
-    free = (character for character in map(chr, _PRIVATE) if character not in held)
-    return [next(free) for _ in range(3)]

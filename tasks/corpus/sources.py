@@ -5,7 +5,7 @@ from pathlib import Path
 
 from elastic_core.recipe import DataSource
 from tasks import artifacts
-from tasks.corpus.documents import STDLIB, source_files
+from tasks.corpus.documents import STDLIB, digest_files, source_files
 from tasks.corpus.hub import HUB, commit_of, parse_dataset, parse_model
 from tasks.running.steps import fingerprint
 from tasks.settings import Settings
@@ -40,6 +40,13 @@ def teacher_identity(path: str) -> str:
 
 def _objects(uri: str) -> list[tuple[str, str]]:
     return artifacts.list_objects(artifacts.open_store(Settings.from_environment(need_bucket=False)), uri)
+
+
+def problems_digest(path: str | None) -> str | None:
+    """SHA-256 of the files of problems; None without any."""
+    if path is None:
+        return None
+    return digest_files(source_files(DataSource(path=path), fetch=fetch_data, directory=Path()).values())
 
 
 def file_identity(file: Path) -> tuple[str, int, int]:

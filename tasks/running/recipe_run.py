@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 from prefect.context import FlowRunContext
 from prefect.settings import get_current_settings
@@ -13,7 +12,7 @@ from prefect.utilities.urls import url_for
 from elastic_core.recipe import Recipe
 from elastic_core.schema import to_dict
 from tasks import tracking
-from tasks.corpus.sources import file_identity, source_identity, teacher_identity
+from tasks.corpus.sources import problems_digest, source_identity, teacher_identity
 from tasks.records import Release
 from tasks.running.code import CODE, project_version
 from tasks.running.patience import patiently
@@ -29,7 +28,7 @@ logger = logging.getLogger(__name__)
 def run_key(recipe: Recipe) -> str:
     """The name of a recipe's run: the same for the same recipe on the same teacher, data and problems."""
     teacher, sources = identities(recipe)
-    problems = file_identity(Path(recipe.evaluation.problems)) if recipe.evaluation.problems else None
+    problems = problems_digest(recipe.evaluation.problems)
     return fingerprint(recipe, teacher, sources, problems)[:32]
 
 

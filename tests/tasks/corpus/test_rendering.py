@@ -17,8 +17,10 @@ from templates import TEMPLATES, write_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from elastic_core.recipe import DataSource
-from tasks.corpus.documents import Refusals, iter_documents
+from tasks.corpus.chats import Chat
+from tasks.corpus.documents import Document, Tally, iter_documents
 from tasks.corpus.encoding import Encoder
+from tasks.corpus.rendering import Template, _Rendering
 from tasks.corpus.token_file import Sample
 from tasks.corpus.tokenizer import load_tokenizer
 
@@ -335,6 +337,15 @@ CASES = {
         ["⟦s⟧⟦User⟧2+2?⟦Assistant⟧<think>\n‹</think>\n\n4⟦end⟧›"],
         ASSISTANT_ONLY,
     ),
+    "a thought in the answer, by a template without thoughts": Case(
+        "chatml",
+        chat(ASKED, says(f"{THOUGHT}4"), user("3?"), says("3")),
+        [
+            "⟦im_start⟧user\n2+2?⟦im_end⟧\n⟦im_start⟧assistant\n‹<think>\nadd\n</think>\n\n4⟦im_end⟧›\n"
+            "⟦im_start⟧user\n3?⟦im_end⟧\n⟦im_start⟧assistant\n‹3⟦im_end⟧›\n"
+        ],
+        ASSISTANT_ONLY,
+    ),
     "a thought beside the answer, by a template without thoughts": Case(
         "chatml",
         chat(ASKED, says("4", reasoning_content="add")),
@@ -444,7 +455,7 @@ def samples(
 ) -> list[Sample]:
     source = DataSource(path=str(write_row(directory, row, kind)), **options)
     found = iter_documents(source, fetch=lambda uri, to: to, directory=directory / "work")
-    _, made = next(Encoder(tokenizer, ()).samples([next(found)], source, Refusals(source)))
+    _, made = next(Encoder(tokenizer, ()).samples([next(found)], source, Tally(source)))
     return made
 
 
@@ -496,3 +507,79 @@ def test_what_would_be_lost_is_refused_with_its_place(
     where = f"{tmp_path}/rows.{kind} {'line' if kind == 'jsonl' else 'row'} 1"
     assert str(failure.value).removeprefix(where).lstrip(": ").startswith(fault)
     assert str(failure.value).startswith(where)
+
+
+PLAIN = {
+    "one turn": [ASKED, says("4")],
+    "two turns": [system("Be exact."), ASKED, says("4"), user("3?"), says("3\n")],
+    "special tokens": [user("<end> <|im_end|></s>"), says("<|user|><|eot|> ends")],
+    "content that repeats": [user("assistant"), says("user"), user("user"), says("assistant")],
+    "white space": [user(" a "), says("\n b \n"), user("c"), says(" d")],
+    "nothing": [user("a"), says("")],
+}
+
+
+@pytest.mark.parametrize("template", ["ours", "chatml", "llama"])
+@pytest.mark.parametrize("messages", PLAIN.values(), ids=PLAIN)
+def test_the_short_way_of_plain_chats_gives_what_turn_by_turn_gives(
+    tokenizers: dict[str, PreTrainedTokenizerFast],
+    monkeypatch: pytest.MonkeyPatch,
+    template: str,
+    messages: list[Row],
+) -> None:
+    tokenizer = tokenizers[template]
+
+    def made() -> list[str]:
+        source = DataSource(path="x", train_on="assistant")
+        documents = [Document(Chat(messages), "here")]
+        (_, found), *_ = Encoder(tokenizer, ()).samples(documents, source, Tally(source))
+        return [shown(sample, tokenizer) for sample in found]
+
+    assert _Rendering(Chat(messages), Template(tokenizer), "", {}, False).in_one_go() or template == "llama"
+    short = made()
+    monkeypatch.setattr(_Rendering, "in_one_go", lambda self: None)
+    assert made() == short
+
+
+@pytest.mark.parametrize("template", ["ours", "chatml", "bare"])
+@pytest.mark.parametrize("messages", PLAIN.values(), ids=PLAIN)
+def test_chats_have_the_tokens_that_transformers_gives_them(
+    tokenizers: dict[str, PreTrainedTokenizerFast], template: str, messages: list[Row]
+) -> None:
+    # transformers encodes prompt and answer together. Where white space meets there, it reads other tokens than a model
+    # that is asked: no white space around the answers, and no llama, whose prompt ends in a token of two newlines.
+    messages = [{**message, "content": message["content"].strip()} for message in messages]
+    tokenizer = tokenizers[template]
+    source = DataSource(path="x")
+    (_, (sample,)), *_ = Encoder(tokenizer, ()).samples([Document(Chat(messages), "")], source, Tally(source))
+    expected = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, sanitize_control_tokens=True)
+    assert sample.ids == expected
+
+
+def test_a_null_that_json_writes_into_arguments_stays_and_one_that_parquet_invents_goes(
+    tokenizers: dict[str, PreTrainedTokenizerFast], tmp_path: Path
+) -> None:
+    row = chat(user("Rome?"), says("", tool_calls=calls("weather", {"city": "Rome", "at": {"day": None, "of": "May"}})))
+    for kind, at in (("jsonl", '{"day": null, "of": "May"}'), ("parquet", '{"of": "May"}')):
+        (sample,) = samples(tmp_path, tokenizers["hermes"], row, kind, {})
+        assert f'{{"city": "Rome", "at": {at}}}' in shown(sample, tokenizers["hermes"]), kind
+
+
+def test_turns_without_a_thought_are_counted_where_nothing_says_that_they_have_none(
+    tokenizers: dict[str, PreTrainedTokenizerFast],
+) -> None:
+    source = DataSource(path="x")
+    tally = Tally(source)
+    silent, said = [ASKED, says("4"), user("3?"), says("3", reasoning_content="so")], {"enable_thinking": False}
+    documents = [Document(Chat(silent), ""), Document(Chat(silent[:2], arguments=said), "")]
+    list(Encoder(tokenizers["nemotron3"], ()).samples(documents, source, tally))
+    assert tally.unthought == 1
+
+
+def test_a_thousand_special_tokens_are_found_as_one_by_one(tmp_path: Path) -> None:
+    tokens = [*(f"<SPECIAL_{i}>" for i in range(1000)), "<s>", "<s>>", "[INST]"]
+    tokenizer = write_tokenizer(tmp_path, "bare")
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    text = "<SPECIAL_1><SPECIAL_10>x<SPECIAL_1000><s>><s>[INST]<end>"
+    found = [match[0] for match in Template(tokenizer).special.finditer(text)]
+    assert found == ["<SPECIAL_1>", "<SPECIAL_10>", "<s>>", "<s>", "[INST]", "<end>"]
