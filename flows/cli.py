@@ -234,17 +234,30 @@ def pull(
 
 @app.command()
 def gc(
-    older_than: Annotated[float, typer.Option(min=0.0, help="Days in which nothing was written to it.")] = 7.0,
+    older_than: Annotated[float, typer.Option(min=0.0, help="Days in which it was not used.")] = 7.0,
+    max_size: Annotated[
+        str | None, typer.Option(help="Of the workspace, such as 500GB: what is superseded goes earlier, down to it.")
+    ] = None,
     delete: Annotated[bool, typer.Option("--delete", help="Remove what is found, instead of only listing it.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Remove published versions without asking.")] = False,
 ) -> None:
-    """List or remove what is of no use: versions that nothing in the registry points to, and interrupted writes."""
+    """List or remove what is of no use: versions that nothing in the registry points to, what was interrupted, and
+    what later runs have superseded in the workspace.
+    """
+    from elastic_core.budget import parse_bytes
     from flows.commands.garbage import collect
     from flows.serving.services import embedded_services
     from tasks.settings import Settings, make_home
 
+    max_bytes = None if max_size is None else parse_bytes(max_size, "--max-size")
     with embedded_services(make_home(), share=True):
-        collect(Settings.from_environment(), older_than_days=older_than, delete=delete, confirm=_confirmed(yes))
+        collect(
+            Settings.from_environment(),
+            older_than_days=older_than,
+            max_bytes=max_bytes,
+            delete=delete,
+            confirm=_confirmed(yes),
+        )
 
 
 def _confirmed(yes: bool) -> "Callable[[str], bool]":

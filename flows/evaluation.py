@@ -18,6 +18,7 @@ from tasks.evaluate import Measurement, log_measurement, measure
 from tasks.reporting.numbers import fixed, percent
 from tasks.reporting.summary import markdown_table
 from tasks.running.steps import run
+from tasks.running.usage import noting
 from tasks.settings import Settings
 from tasks.slice import fetch_part
 
@@ -42,16 +43,17 @@ def evaluation(
     workspace = str(machine.home / "workspace")
     version = tracking.resolve(machine.registry, model)
     name = f"{version.name}:{version.version}"
-    directory = run(
-        fetch_part,
-        manifest=version.tags[tracking.MANIFEST],
-        part=version.tags[tracking.BUDGET],
-        workspace=workspace,
-    )
-    identity = tuple(source_identity(source) for source in data.sources)
-    corpus = run(prepare_data, config=data, identity=identity, tokenizer=directory, workspace=workspace)
-    digest = problems_digest(settings.problems)
-    measured = run(measure, model=directory, corpus=corpus, settings=settings, problems_digest=digest)
+    with noting(machine.home):
+        directory = run(
+            fetch_part,
+            manifest=version.tags[tracking.MANIFEST],
+            part=version.tags[tracking.BUDGET],
+            workspace=workspace,
+        )
+        identity = tuple(source_identity(source) for source in data.sources)
+        corpus = run(prepare_data, config=data, identity=identity, tokenizer=directory, workspace=workspace)
+        digest = problems_digest(settings.problems)
+        measured = run(measure, model=directory, corpus=corpus, settings=settings, problems_digest=digest)
     log_measurement(machine, version, corpus, measured)
     rows = [{"model": name, "loss": fixed(measured.cross_entropy, 4), "accuracy": percent(measured.accuracy, 1)}]
     create_markdown_artifact(

@@ -13,6 +13,7 @@ from flows.serving.page import model_link
 from tasks import tracking
 from tasks.register import register_size
 from tasks.running.steps import run
+from tasks.running.usage import noting
 from tasks.settings import Settings
 from tasks.slice import fetch_part, slice_size
 
@@ -32,9 +33,10 @@ def export(model: str, budget: Annotated[Budget, checked(Budget)], pad_ffn: bool
     origin = tracking.resolve(settings.registry, model)
     source = f"{origin.name}:{origin.version}"
     manifest = origin.tags[tracking.MANIFEST]
-    family = run(fetch_part, manifest=manifest, part=WHOLE, workspace=workspace)
-    cut = run(slice_size, family=family, budget=budget, pad_ffn=pad_ffn, workspace=workspace)
-    registered = run(register_size, model=source, slice_=cut, budget=budget)
+    with noting(settings.home):
+        family = run(fetch_part, manifest=manifest, part=WHOLE, workspace=workspace)
+        cut = run(slice_size, family=family, budget=budget, pad_ffn=pad_ffn, workspace=workspace)
+        registered = run(register_size, model=source, slice_=cut, budget=budget)
     create_markdown_artifact(
         key="export",
         description=registered,

@@ -13,6 +13,7 @@ from rich.table import Table
 from elastic_core.budget import bytes_text
 from tasks import artifacts, tracking
 from tasks.artifacts.staging import left_overs, remove_left_over
+from tasks.running import usage
 from tasks.settings import Settings
 
 
@@ -28,9 +29,17 @@ class Found:
     kept: str = ""
 
 
-def collect(settings: Settings, *, older_than_days: float, delete: bool, confirm: Callable[[str], bool]) -> None:
-    """Print a table of what nothing was written to for so many days and is of no use; remove it if `delete`.
+def collect(
+    settings: Settings,
+    *,
+    older_than_days: float,
+    max_bytes: int | None,
+    delete: bool,
+    confirm: Callable[[str], bool],
+) -> None:
+    """Print a table of what was not used for so many days and is of no use; remove it if `delete`.
 
+    What is superseded in the workspace goes earlier, the least recently used first, until that has `max_bytes`.
     Versions that were published are removed only where `confirm` says yes to a question about them.
     """
     before = datetime.now(UTC) - timedelta(days=older_than_days)
@@ -43,6 +52,7 @@ def collect(settings: Settings, *, older_than_days: float, delete: bool, confirm
                 for directory in (settings.home, settings.home / "workspace")
                 for path in left_overs(directory, before)
             ),
+            *_in_workspace(settings, before, max_bytes),
         ]
         if not delete:
             _print(found, [f"kept: {one.kept}" if one.kept else "found" for one in found])
@@ -71,6 +81,46 @@ def _in_bucket(store: artifacts.Store, settings: Settings, before: datetime) -> 
         )
         for garbage in artifacts.find_garbage(store, registry, points_to(), before)
     ]
+
+
+def _in_workspace(settings: Settings, before: datetime, max_bytes: int | None) -> list[Found]:
+    def find() -> usage.Superseded:
+        return usage.superseded(settings.home, tracking.aliased(settings.registry), before.timestamp(), max_bytes)
+
+    def remove_entry(path: Path) -> bool:
+        if path not in find().entries:
+            return False
+        if path.is_dir():
+            gone = path.with_name(f".{path.name}.partial")  # a name that no step looks for, and that the next gc finds
+            path.rename(gone)
+            remove_left_over(gone)
+        else:
+            path.unlink()
+        return True
+
+    def remove_records() -> bool:
+        there = find()
+        for path in (*there.results, *there.lists, *(file.with_suffix(".lock") for file in there.lists)):
+            path.unlink(missing_ok=True)
+        return True
+
+    found = find()
+    rows = [
+        Found(
+            kind="superseded",
+            what=str(path),
+            files=sum(1 for file in (path, *path.rglob("*")) if file.is_file()),
+            size=usage.size_of(path),
+            remove=partial(remove_entry, path),
+        )
+        for path in found.entries
+    ]
+    records = (*found.results, *found.lists)
+    if records:
+        size = sum(map(usage.size_of, records))
+        what = f"results and lists of runs in {settings.home}"
+        rows.append(Found(kind="superseded", what=what, files=len(records), size=size, remove=remove_records))
+    return rows
 
 
 def _outcome(found: Found) -> str:

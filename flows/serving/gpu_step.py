@@ -13,6 +13,8 @@ from tasks import distill, evaluate, promote, rank, teacher  # noqa: F401 - each
 from tasks.running.code import differences
 from tasks.running.gpu import shown_on, worker_of
 from tasks.running.steps import MAKINGS, ON_GPU, run
+from tasks.running.usage import noting
+from tasks.settings import home_directory
 
 
 @flow(name="gpu-step", on_failure=[explain_failure])
@@ -38,4 +40,5 @@ def gpu_step(
     if changed := differences(runs, MAKINGS[step](given).runs):
         raise ValueError(f"{step}: the worker is not as the run that asks: {changed}; install the same in both")
     shown_on.set(show_on)
-    run(task, **given)
+    with noting(home_directory()):
+        run(task, **given)

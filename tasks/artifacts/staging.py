@@ -68,10 +68,11 @@ def scratch(parent: Path, name: str) -> Iterator[Path]:
 def left_overs(directory: Path, before: datetime) -> list[Path]:
     """The unfinished directories in `directory` that nobody holds, and in which nothing was written since `before`."""
     found = (path for path in directory.glob(".*.partial") if _is_directory(path))
-    return sorted(path for path in found if _last_written(path) < before.timestamp() and not is_held(lock_beside(path)))
+    return sorted(path for path in found if last_written(path) < before.timestamp() and not is_held(lock_beside(path)))
 
 
-def _last_written(directory: Path) -> float:
+def last_written(directory: Path) -> float:
+    """When a file, or anything in a directory, was last written, in seconds since 1970."""
     newest = directory.lstat().st_mtime
     for path in directory.rglob("*"):
         with suppress(FileNotFoundError):

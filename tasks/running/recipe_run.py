@@ -17,6 +17,7 @@ from tasks.records import Release
 from tasks.running.code import CODE, project_version
 from tasks.running.patience import patiently
 from tasks.running.steps import fingerprint
+from tasks.running.usage import noting
 from tasks.settings import ServiceError, Settings, redact
 
 PREFECT_RUN = "elastic.prefect_run"
@@ -64,7 +65,8 @@ def tracked(recipe: Recipe, settings: Settings) -> Iterator[str]:
     run_id = patiently("opening the run", opened)
     patiently("opening the run", partial(tracking.log_params, uri, run_id, to_dict(recipe)))
     try:
-        yield run_id
+        with noting(settings.home, recipe.family):
+            yield run_id
     except BaseException:
         try:
             tracking.finish_run(uri, run_id, failed=True)

@@ -27,7 +27,7 @@ from prefect.results import ResultStore, get_result_store
 
 from elastic_core.files.locks import held
 from tasks.records import Artifact, Release, StageRecord
-from tasks.running import code
+from tasks.running import code, usage
 from tasks.running.digests import can_be_made, check_inputs, damage, recorded, remedy, set_aside
 from tasks.running.gpu import DEPLOYMENT_VARIABLE, device, device_to_oneself, run_on_workers
 from tasks.running.patience import DELAYS, JITTER, RETRIES, say_waiting
@@ -129,8 +129,11 @@ def run(step: Task[P, R], *inputs: P.args, **named: P.kwargs) -> R:
             task = step.with_options(refresh_cache=known is None)
             state = task(*inputs, **named, return_state=True)
             record = state.result()
-        if step.persist_result and known is None:
-            _note(MAKINGS[step.name](named), record)
+        if step.persist_result:
+            making = MAKINGS[step.name](named)
+            if known is None:
+                _note(making, record)
+            usage.note(making.key, record)
     except Exception as error:
         error.add_note(f"step: {step.name}")
         raise

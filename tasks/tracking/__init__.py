@@ -22,6 +22,7 @@ from tasks.tracking.registry import REGISTRATION as REGISTRATION
 from tasks.tracking.registry import VERSION as VERSION
 from tasks.tracking.registry import Member as Member
 from tasks.tracking.registry import ModelVersion as ModelVersion
+from tasks.tracking.registry import aliased as aliased
 from tasks.tracking.registry import are_registered as are_registered
 from tasks.tracking.registry import by_alias as by_alias
 from tasks.tracking.registry import champion as champion

@@ -20,7 +20,7 @@ FAMILY, VERSION, BUDGET, MANIFEST = "elastic.family", "elastic.version", "elasti
 REGISTRATION = "elastic.registration"
 METRIC_PREFIX = "metric."
 CANDIDATE, CHAMPION = "candidate", "champion"
-VERSIONS_A_PAGE = 1000
+VERSIONS_A_PAGE, MODELS_A_PAGE = 1000, 100
 FIRST_EXPERIMENT = "0"  # MLflow makes it with its database
 
 _log = logging.getLogger(__name__)
@@ -181,6 +181,23 @@ def pointed_to(uri: str) -> set[str]:
             page = client.search_model_versions(max_results=VERSIONS_A_PAGE, page_token=token)
             for entry in page:
                 found |= {where for where in (entry.source, entry.tags.get(MANIFEST)) if where}
+            token = page.token
+            if not token:
+                return found
+
+
+def aliased(uri: str) -> set[str]:
+    """The registrations that are a candidate or a champion of any model."""
+    found: set[str] = set()
+    with explained(uri, "listing candidates and champions"):
+        client, token = client_of(uri), None
+        while True:
+            page = client.search_registered_models(max_results=MODELS_A_PAGE, page_token=token)
+            for model in page:
+                for alias, number in model.aliases.items():
+                    if alias in (CANDIDATE, CHAMPION):
+                        tags = client.get_model_version(model.name, str(number)).tags
+                        found |= {tags[REGISTRATION]} if REGISTRATION in tags else set()
             token = page.token
             if not token:
                 return found

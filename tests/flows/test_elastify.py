@@ -200,6 +200,29 @@ def test_gc_lists_what_an_interrupted_run_left_and_removes_it_only_when_told(fin
     assert after == before - {"families/micro/begun/s/x"}
 
 
+def test_gc_frees_what_is_superseded_and_leaves_all_that_the_next_run_takes_from_its_cache(finished, command):
+    def aliased(alias: str) -> dict[str, int]:
+        entries = (tracking.by_alias(uri, f"micro-{budget}", alias) for budget in "lms")
+        return {entry.name: entry.version for entry in entries}
+
+    with embedded_services(command.home):
+        uri = Settings.from_environment().registry
+        before = {alias: aliased(alias) for alias in (tracking.CANDIDATE, tracking.CHAMPION)}
+    other = completed(command, "stages.1.steps=7")
+    kept = command("gc", "--older-than", "0", "--max-size", "0B")
+    assert kept.returncode == 0 and str(other.directory("slice-s")) not in kept.stdout.replace("\n", "")
+    with embedded_services(command.home):
+        for alias, versions in before.items():
+            tracking.set_alias(uri, alias, versions)
+    completed(command)
+    removed = command("gc", "--older-than", "0", "--delete", "--yes")
+    assert removed.returncode == 0, removed.stderr
+    assert not other.directory("stage2").exists() and not other.directory("slice-s").exists()
+    assert all(directory.exists() for directory in finished.directories)
+    steps = cached(completed(command))
+    assert steps.pop("promote") == [False] and all(all(times) for times in steps.values())
+
+
 def kill_inside(command: Command, stage: str, after_step: int) -> None:
     """Start the run, and kill -9 it and its training once the stage has passed a step."""
     process = command.start("run", str(command.recipe))

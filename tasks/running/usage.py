@@ -1,0 +1,170 @@
+"""What runs use of the state directory, and what of it nobody needs any more.
+
+Each run keeps a list, `runs/TIME-xxxx.jsonl`, of the results that it took or made and of their directories, and holds
+the lock beside it while it goes on. These runs' results are needed: those in progress, the last run of each family, the
+last one of each that came to its end, and those whose registration is a candidate or a champion. A run that is in
+progress, or that was interrupted and may be started again, has begun directories that are on no list yet: whatever was
+used since it began is needed too. Everything else in the workspace is superseded.
+"""
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elastic_core.files.locks import held, is_held
+from tasks.artifacts.staging import last_written
+from tasks.records import Release, StageRecord
+from tasks.running.digests import recorded
+
+RUNS, WORKSPACE = "runs", "workspace"
+RESULTS = Path("prefect", "storage")  # where Prefect keeps results, unless told otherwise
+
+# The list of the run that this is part of.
+_list: ContextVar[Path | None] = ContextVar("list of what the run uses", default=None)
+
+
+@contextmanager
+def noting(home: Path, family: str = "") -> Iterator[None]:
+    """Keep a list of what the steps of the block use; it ends with a line that says so where the block ends well."""
+    file = home / RUNS / f"{time.time_ns()}-{secrets.token_hex(4)}.jsonl"
+    with held(_lock(file)):
+        began = _list.set(file)
+        try:
+            _add({"family": family, "began": time.time()})
+            yield
+            _add({"finished": True})
+        finally:
+            _list.reset(began)
+
+
+def note(key: str, record: Any) -> None:
+    """Add a step's result to the list of this run, if it keeps one, and mark its directories as used now."""
+    if _list.get() is None:
+        return
+    paths = {Path(made.family.path if isinstance(made, StageRecord) else made.path) for made in recorded(record)}
+    line: dict[str, Any] = {"key": key}
+    if isinstance(record, Release):
+        line["registration"] = record.registration
+        paths.add(Path(record.report).parent)
+    for path in paths:
+        with suppress(OSError):  # it may be the user's own, and not ours to mark
+            os.utime(path)
+    _add({**line, "paths": sorted(map(str, paths))})
+
+
+def _add(line: dict[str, Any]) -> None:
+    file = _list.get()
+    assert file is not None
+    with file.open("a") as opened:
+        opened.write(json.dumps(line) + "\n")
+
+
+def _lock(file: Path) -> Path:
+    return file.with_suffix(".lock")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Use:
+    """What one run used: keys of results, and paths; `open` where it goes on, or ended before its end."""
+
+    file: Path
+    family: str
+    began: float
+    keys: frozenset[str]
+    paths: frozenset[Path]
+    registrations: frozenset[str]
+    finished: bool
+    running: bool
+
+    @property
+    def open(self) -> bool:
+        return self.running or not self.finished
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Superseded:
+    """What nobody needs of the state directory: entries of the workspace, results of steps, lists of what runs used."""
+
+    entries: tuple[Path, ...]
+    results: tuple[Path, ...]
+    lists: tuple[Path, ...]
+
+
+def uses(home: Path) -> list[Use]:
+    """What the runs of this state directory used, the oldest first."""
+    found = (_read(file) for file in sorted((home / RUNS).glob("*.jsonl")))
+    return [use for use in found if use is not None]
+
+
+def _read(file: Path) -> Use | None:
+    lines = []
+    for text in file.read_text().splitlines():
+        with suppress(ValueError):  # a line that a kill tore
+            lines.append(json.loads(text))
+    if not lines or "began" not in lines[0]:
+        return None
+    return Use(
+        file=file,
+        family=lines[0]["family"],
+        began=lines[0]["began"],
+        keys=frozenset(line["key"] for line in lines if "key" in line),
+        paths=frozenset(Path(path) for line in lines for path in line.get("paths", ())),
+        registrations=frozenset(line["registration"] for line in lines if "registration" in line),
+        finished="finished" in lines[-1],
+        running=is_held(_lock(file)),
+    )
+
+
+def needed(found: list[Use], aliased: Collection[str]) -> list[Use]:
+    """The runs whose results are needed; `aliased` are the registrations of candidates and champions."""
+    last = {use.family: use for use in found if use.family}
+    ended = {use.family: use for use in found if use.family and use.finished}
+    chosen = {use.file for use in (*last.values(), *ended.values())}
+    return [use for use in found if use.running or use.file in chosen or use.registrations & set(aliased)]
+
+
+def superseded(home: Path, aliased: Collection[str], before: float, max_bytes: int | None = None) -> Superseded:
+    """What is not needed and was last used before a time (seconds since 1970).
+
+    Where the workspace has more than `max_bytes`, also of what is not needed the least recently used, up to there.
+    Nothing where no run has left a list: then what is needed is not known.
+    """
+    found = uses(home)
+    if not found:
+        return Superseded(entries=(), results=(), lists=())
+    kept = needed(found, aliased)
+    used_since = min((use.began for use in kept if use.open), default=float("inf"))
+    workspace = home / WORKSPACE
+    mine = {
+        path.relative_to(workspace).parts[0] for use in kept for path in use.paths if path.is_relative_to(workspace)
+    }
+    entries = [path for path in workspace.glob("*") if not path.name.startswith(".")]
+    free = {path: last_written(path) for path in entries if path.name not in mine}
+    free = {path: used for path, used in sorted(free.items(), key=lambda item: item[1]) if used < used_since}
+    going = {path for path, used in free.items() if used < before}
+    if max_bytes is not None:
+        left = sum(map(size_of, entries)) - sum(map(size_of, going))
+        for path in free:
+            if left > max_bytes and path not in going:
+                going.add(path)
+                left -= size_of(path)
+    keys = {key for use in kept for key in use.keys}
+    results = (path for path in (home / RESULTS).glob("*") if path.is_file() and path.name not in keys)
+    return Superseded(
+        entries=tuple(path for path in free if path in going),
+        results=tuple(sorted(path for path in results if path.stat().st_mtime < min(before, used_since))),
+        lists=tuple(use.file for use in found if use not in kept and use.began < before),
+    )
+
+
+def size_of(path: Path) -> int:
+    """The bytes of a file, or of all below a directory."""
+    files = path.rglob("*") if path.is_dir() else (path,)
+    return sum(file.lstat().st_size for file in files if not file.is_dir())
