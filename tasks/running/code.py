@@ -29,6 +29,9 @@ KERNELS = ("causal_conv1d", "mamba_ssm", "triton")
 
 Function = Callable[..., Any]
 
+# The modules whose files were read, and when each had been written.
+_read_at: dict[str, int] = {}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Code:
@@ -48,7 +51,24 @@ class _Parsed:
 
 @cache
 def code_of(function: Function) -> Code:
-    """Everything that runs when a step's function runs."""
+    """Everything that runs when a step's function runs, as it was when this process asked first."""
+    return _followed(function, _parsed)
+
+
+def check_unchanged(function: Function) -> None:
+    """ValueError where the files of a step's code are no longer those that its key was made of.
+
+    A process goes on with the code that it has loaded, and starts trainers from the files.
+    """
+    if all(_written(name) == at for name, at in _read_at.items()):
+        return
+    if changed := differences(code_of(function).modules, _followed(function, _parse).modules):
+        raise ValueError(
+            f"{function.__name__}: {changed} while this run was going; run again with the code as it is now"
+        )
+
+
+def _followed(function: Function, parse: Callable[[str], "_Parsed"]) -> Code:
     own = _reached(function)
     modules, packages = {f"{function.__module__}.{function.__name__}": own.digest}, set[str]()
     waiting = set(own.imports)
@@ -57,7 +77,7 @@ def code_of(function: Function) -> Code:
         if name.partition(".")[0] not in PACKAGES:
             packages.add(name.partition(".")[0])
         elif name not in modules and not _is_plumbing(name):
-            parsed = _parsed(name)
+            parsed = parse(name)
             modules[name] = parsed.digest
             waiting |= parsed.imports
     return Code(modules=dict(sorted(modules.items())), packages=frozenset(packages - sys.stdlib_module_names))
@@ -69,6 +89,10 @@ def _is_plumbing(name: str) -> bool:
 
 @cache
 def _parsed(name: str) -> _Parsed:
+    return _parse(name)
+
+
+def _parse(name: str) -> _Parsed:
     tree = ast.parse(_source(name))
     return _Parsed(digest=_digest(tree.body), imports=frozenset(_imports(tree.body, name)))
 
@@ -174,8 +198,15 @@ def _is_module(name: str) -> bool:
         return False
 
 
+def _written(name: str) -> int:
+    """When the file of a module was written last, in ns."""
+    origin = _spec(name).origin
+    return Path(origin).stat().st_mtime_ns if origin and Path(origin).exists() else 0
+
+
 def _source(name: str) -> str:
     origin = _spec(name).origin
+    _read_at.setdefault(name, _written(name))
     return Path(origin).read_text(encoding="utf-8") if origin else ""  # a folder without __init__.py
 
 

@@ -64,6 +64,7 @@ class Making:
 # How each step's result is made, as a function of its inputs by name; and the steps that need a GPU.
 MAKINGS: dict[str, Callable[[Mapping[str, Any]], Making]] = {}
 ON_GPU: dict[str, Task[Any, Any]] = {}
+FUNCTIONS: list[Callable[..., Any]] = []
 
 # The key of the step that runs.
 _own_key: ContextVar[str] = ContextVar("own_key")
@@ -91,6 +92,7 @@ def step(*, on_gpu: bool = False, cached: bool = True) -> Callable[[Callable[P, 
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
             inputs = signature.bind(*args, **kwargs).arguments
             check_inputs(inputs)
+            code.check_unchanged(function)
             token = _own_key.set(making(inputs).key)
             try:
                 return function(*args, **kwargs)
@@ -108,6 +110,7 @@ def step(*, on_gpu: bool = False, cached: bool = True) -> Callable[[Callable[P, 
             retry_condition_fn=_is_worth_retrying,
         )
         MAKINGS[made.name] = making
+        FUNCTIONS.append(function)
         if on_gpu:
             ON_GPU[made.name] = made
         return made
@@ -121,6 +124,8 @@ def run(step: Task[P, R], *inputs: P.args, **named: P.kwargs) -> R:
     Where the step fails, its exception carries a note that names it.
     """
     began = time.monotonic()
+    for function in FUNCTIONS:
+        code.runs(function)  # of all steps at the first: their files may change while the run goes on
     try:
         known = _known(step, named, say=True)
         with nullcontext(False) if known is not None else _turn(step, named) as done_elsewhere:

@@ -201,6 +201,7 @@ class Tail:
         """The rows added since the last call; a line that is not whole yet waits."""
         if not self._path.exists():
             return
+        self._position = min(self._position, self._path.stat().st_size)  # a trainer that resumed may have mended it
         with self._path.open("rb") as file:
             file.seek(self._position)
             for line in file:

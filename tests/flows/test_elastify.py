@@ -1,5 +1,6 @@
 """The pipeline as a user has it: real processes, a real object store, a real registry, stock clients."""
 
+import json
 import os
 import re
 import signal
@@ -22,7 +23,8 @@ from elastic_core.subnet import Subnet
 from elastic_core.training.job import load_model
 from flows.serving.services import embedded_services
 from tasks import tracking
-from tasks.artifacts import open_store
+from tasks.artifacts import open_store, read_manifest
+from tasks.running.code import project_version
 from tasks.settings import Settings
 
 pytestmark = pytest.mark.services
@@ -49,6 +51,21 @@ def test_a_run_ends_with_the_table_the_registry_names_and_where_to_look(finished
         elements = sum(t.numel() for path in slice_directory.glob("*.safetensors") for t in load_file(path).values())
         assert elements == budget.params
         assert f"{elements:,}" in finished.stdout
+
+
+def test_the_version_of_the_code_is_in_elastic_json_the_registry_mlflow_and_the_report(finished, command):
+    version = project_version()
+    assert read_family(finished.family).lineage["code"] == version
+    (report,) = (command.home / "workspace").glob("report-*/results.json")
+    assert json.loads(report.read_text())["links"]["code"] == version
+    with embedded_services(command.home):
+        settings = Settings.from_environment()
+        registered = tracking.resolve(settings.registry, "micro-s:1")
+        store = open_store(settings)
+        manifest = read_manifest(store, registered.tags[tracking.MANIFEST])
+        run = MlflowClient(tracking_uri=settings.tracking_uri).get_run(registered.run_id)
+    assert registered.tags["elastic.code"] == run.data.tags["elastic.code"] == version
+    assert manifest.metadata["lineage"]["code"] == version
 
 
 def assert_stock_logits(elastic_directory: Path, subnet: Subnet, slice_directory: Path) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -32,7 +33,7 @@ from tasks.records import Artifact, StageRecord
 from tasks.running import code
 from tasks.running.digests import artifact, file_digest
 from tasks.running.gpu import DEPLOYMENT_VARIABLE
-from tasks.running.steps import MAKINGS, new_directory, run, step, work_directory
+from tasks.running.steps import FUNCTIONS, MAKINGS, new_directory, run, step, work_directory
 from tasks.settings import HOME, ServiceError
 
 pytestmark = pytest.mark.services
@@ -327,6 +328,23 @@ def test_a_comment_is_no_change(place: Place, monkeypatch: pytest.MonkeyPatch) -
 
 
 # What a run cannot mend
+
+
+def test_a_run_whose_code_is_changed_under_it_stops_before_the_step(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by `git pull`: what is loaded is the old code, what a trainer would load is the new."""
+    read = code._source
+
+    def pulled(name: str) -> str:
+        return read(name).replace("taught * RATE", "taught * RATE ** 2")
+
+    for function in FUNCTIONS:
+        code.runs(function)
+    monkeypatch.setattr(code, "_written", lambda name: time.time_ns())
+    monkeypatch.setattr(code, "_source", pulled)
+    with pytest.raises(ValueError, match=r"learn: \S+\.learn changed while this run was going; run again"):
+        place.pipeline()
 
 
 def test_a_teacher_that_changed_under_a_run_is_refused_and_mended_by_the_user(place: Place) -> None:

@@ -178,6 +178,18 @@ def test_a_torn_line_of_metrics_is_passed_over(tmp_path):
     assert list(tail.rows()) == [{"step": 2}]
 
 
+def test_a_file_of_metrics_that_was_mended_is_read_on_from_its_end(tmp_path):
+    file = tmp_path / METRICS
+    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "l')
+    tail = Tail(file)
+    assert len(list(tail.rows())) == 2
+    file.write_text('{"step": 1}\n')
+    assert list(tail.rows()) == []
+    with file.open("a") as more:
+        more.write('{"step": 2}\n')
+    assert list(tail.rows()) == [{"step": 2}]
+
+
 @pytest.mark.services
 def test_a_disk_that_is_full_is_told_and_training_goes_on_when_it_has_room(start, tmp_path, small_disk):
     stage = replace(STAGE, steps=60)
