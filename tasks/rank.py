@@ -23,7 +23,6 @@ from tasks.corpus.record import HELDOUT_FILE, TRAIN_FILE
 from tasks.evaluate import heldout_batches, heldout_loss, predicted
 from tasks.records import Artifact, OrderComparison
 from tasks.reporting.summary import order_warnings
-from tasks.running.code import CODE, project_version
 from tasks.running.digests import artifact
 from tasks.running.progress import progress_bar
 from tasks.running.steps import new_directory, step
@@ -68,7 +67,10 @@ def reorder_teacher(
     seed: int,
     workspace: str,
 ) -> Artifact:
-    """Permute the teacher into importance order, with an untrained router: the elastic checkpoint at step 0."""
+    """Permute the teacher into importance order, with an untrained router: the elastic checkpoint at step 0.
+
+    The version of the code comes into the lineage with training: here it would make each commit train anew.
+    """
     source, directory = Path(teacher.path), new_directory(workspace, "reordered")
     config = checkpoint.read_config(source)
     order = reorder.read_order(Path(ranking.path), config)
@@ -79,7 +81,7 @@ def reorder_teacher(
         axes=axes,
         budgets=(),
         layer_ranking=order.layers,
-        lineage={**lineage, CODE: project_version()},
+        lineage=dict(lineage),
         latency_table=latency_table,
     )
 
