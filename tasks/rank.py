@@ -4,7 +4,7 @@ The reordered teacher is the elastic checkpoint that distillation starts from.
 """
 
 import logging
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,9 +18,9 @@ from elastic_core.recipe import Evaluation, Importance, Router
 from elastic_core.router import ElasticModel
 from elastic_core.training import job
 from elastic_core.training.curriculum import generator
-from elastic_core.training.tokens import TokenRows
+from elastic_core.training.tokens import TokenBatch, TokenRows
 from tasks.corpus.record import HELDOUT_FILE, TRAIN_FILE
-from tasks.evaluate import heldout_batches, heldout_loss, predicted
+from tasks.evaluate import heldout_loss, predicted
 from tasks.records import Artifact, OrderComparison
 from tasks.reporting.summary import order_warnings
 from tasks.running.digests import artifact
@@ -40,10 +40,7 @@ def rank_importance(
     bound = axes.bind(loaded.config)
     rows = TokenRows(Path(corpus.path) / TRAIN_FILE, settings.sequence_length)
     chosen = torch.randperm(rows.num_rows, generator=generator(seed, "importance")).tolist()
-    batches = [
-        rows.batch(chosen[start : start + settings.batch_size])
-        for start in range(0, min(settings.samples, rows.num_rows), settings.batch_size)
-    ]
+    batches = batches_of(rows, chosen[: settings.samples], settings.batch_size)
     scores = importance.width_scores(loaded, batches, settings.mamba_scores)
     depth_batches = batches[: max(1, settings.depth_samples // settings.batch_size)]
     with progress_bar("ranking layers") as report:
@@ -111,9 +108,10 @@ def compare_orders(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = job.load_model(Path(reordered.path), device, job.DTYPES[dtype])
-    tokens = min(settings.comparison_tokens, evaluation.heldout_tokens)
-    wanted = replace(evaluation, heldout_tokens=tokens)
-    batches = heldout_batches(Path(corpus.path) / HELDOUT_FILE, wanted, loaded.config.vocab_size)
+    rows = TokenRows(Path(corpus.path) / HELDOUT_FILE, evaluation.sequence_length)
+    count = min(rows.num_rows, max(1, settings.comparison_tokens // evaluation.sequence_length))
+    evenly = [place * rows.num_rows // count for place in range(count)]  # the sources lie one after the other
+    batches = batches_of(rows, evenly, evaluation.batch_size)
     with progress_bar("comparing orders") as report:
         cuts = comparison.compare_orders(
             loaded,
@@ -128,3 +126,8 @@ def compare_orders(
     for warning in order_warnings(compared):
         logger.warning("%s", warning)
     return compared
+
+
+def batches_of(rows: TokenRows, chosen: Sequence[int], size: int) -> list[TokenBatch]:
+    """The chosen rows, `size` of them together."""
+    return [rows.batch(chosen[start : start + size]) for start in range(0, len(chosen), size)]

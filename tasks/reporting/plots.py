@@ -315,7 +315,7 @@ PLOTS = (
     Plot(
         "orders",
         "The order of importance",
-        "KL to the teacher where one axis of it is cut with no training, by importance and in random orders.",
+        "KL to the teacher where one axis of it is cut with no training. Orange: importance is no better than random.",
         _draw_orders,
     ),
     Plot("loss", "Loss by budget", "The faint line is every step, the full line its rolling mean.", _draw_loss),
