@@ -52,6 +52,18 @@ def test_what_may_be_left_out_has_a_default() -> None:
     assert general.endpoint_url == "http://s3:1"
 
 
+def test_a_registry_apart_is_named_without_its_secrets_and_is_the_tracking_server_otherwise() -> None:
+    assert Settings.from_environment(ENVIRONMENT).registry == ENVIRONMENT["MLFLOW_TRACKING_URI"]
+    apart = Settings.from_environment({**ENVIRONMENT, "MLFLOW_REGISTRY_URI": "http://me:hunter2@registry:5000"})
+    assert apart.registry == "http://me:hunter2@registry:5000"
+    assert apart.tracking_uri == ENVIRONMENT["MLFLOW_TRACKING_URI"]
+    assert "registry:5000" in repr(apart) and "hunter2" not in repr(apart)
+    with pytest.raises(
+        ValueError, match=r"^MLFLOW_REGISTRY_URI='databricks-uc': .*Unity Catalog registers MLflow's own"
+    ):
+        Settings.from_environment({**ENVIRONMENT, "MLFLOW_REGISTRY_URI": "databricks-uc"})
+
+
 def test_a_remedy_names_the_log_of_our_own_server_or_the_variable_that_was_set_and_no_other() -> None:
     ours = {EMBEDDED: '{"AWS_ENDPOINT_URL_S3": "/srv/logs/seaweedfs.log"}', "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1"}
     named = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
