@@ -381,13 +381,15 @@ class _Rendering:
         if not isinstance(content, str):
             raise Unusable(self._line(place, "its content is not text; mend or remove it"))
         opened, closed = content.lstrip().startswith(OPEN), CLOSE in content
+        # A content that goes on from an opened thought has its end alone; one that speaks of the marks has both inside.
+        ended = opened or (content.count(CLOSE) == 1 and OPEN not in content)
         if not self._template.thinks and not thought and not opened:
             return Turn(message, "", content, "")
         if thought and opened:
             raise Unusable(self._line(place, "it has a thought in its content and one beside it; keep one"))
         if opened and not closed:
             raise Unusable(self._line(place, f"its thought has no {CLOSE}; mend or remove it"))
-        if thought or not (opened or closed):
+        if thought or not ended:
             return Turn(message, thought, content, "")
         inside, _, answer = content.partition(CLOSE)
         inside = inside.lstrip().removeprefix(OPEN)

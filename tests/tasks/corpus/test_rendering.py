@@ -5,6 +5,8 @@ In what is expected a special token is written as its name in double brackets, a
 """
 
 import json
+import random
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +19,7 @@ from templates import TEMPLATES, write_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from elastic_core.recipe import DataSource
-from tasks.corpus.chats import Chat
+from tasks.corpus.chats import Chat, read_chat
 from tasks.corpus.documents import Document, Tally, iter_documents
 from tasks.corpus.encoding import Encoder
 from tasks.corpus.rendering import Template, _Rendering
@@ -260,7 +262,7 @@ CASES = {
     ),
     "Nemotron 3 with the thought in the answer": Case(
         "nemotron3",
-        chat(ASKED, says("<think>\nadd </think>, not stop\n</think>\n4".replace(" </think>, not stop", ""))),
+        chat(ASKED, says("<think>\nadd\n</think>\n4")),
         ["⟦im_start⟧user\n2+2?⟦im_end⟧\n⟦im_start⟧assistant\n⟦think⟧\nadd\n⟦/think⟧\n4⟦im_end⟧\n"],
     ),
     "Nemotron 3 without a thought: asked not to think": Case(
@@ -309,6 +311,26 @@ CASES = {
         "nemotron3",
         chat(user("What is <think>?"), says("A tag.", reasoning_content="recall")),
         ["⟦im_start⟧user\nWhat is <think>?⟦im_end⟧\n⟦im_start⟧assistant\n⟦think⟧\nrecall\n⟦/think⟧\nA tag.⟦im_end⟧\n"],
+    ),
+    "an answer that speaks of thoughts, where their marks are special": Case(
+        "nemotron3",
+        chat(ASKED, says("Use <think> and </think>.")),
+        ["⟦im_start⟧user\n2+2?⟦im_end⟧\n⟦im_start⟧assistant\n⟦think⟧⟦/think⟧Use <think> and </think>.⟦im_end⟧\n"],
+    ),
+    "an answer that speaks of thoughts, where their marks are characters": Case(
+        "qwen3",
+        chat(ASKED, says("Use <think> and </think>.")),
+        [
+            "⟦im_start⟧user\n2+2?⟦im_end⟧\n⟦im_start⟧assistant\n<think>\n\n</think>\n\n"
+            "‹Use <think> and </think>.⟦im_end⟧›\n"
+        ],
+        ASSISTANT_ONLY,
+    ),
+    "a content that goes on from an opened thought": Case(
+        "nemotron3",
+        chat(ASKED, says("add\n</think>\n4")),
+        ["⟦im_start⟧user\n2+2?⟦im_end⟧\n⟦im_start⟧assistant\n⟦think⟧\n‹add\n⟦/think⟧\n4⟦im_end⟧›\n"],
+        ASSISTANT_ONLY,
     ),
     "Qwen 3 writes the thought itself": Case(
         "qwen3",
@@ -583,3 +605,55 @@ def test_a_thousand_special_tokens_are_found_as_one_by_one(tmp_path: Path) -> No
     text = "<SPECIAL_1><SPECIAL_10>x<SPECIAL_1000><s>><s>[INST]<end>"
     found = [match[0] for match in Template(tokenizer).special.finditer(text)]
     assert found == ["<SPECIAL_1>", "<SPECIAL_10>", "<s>>", "<s>", "[INST]", "<end>"]
+
+
+WORDS = (
+    "4",
+    "\n",
+    "\n\n",
+    " ",
+    "<end>",
+    "<|im_end|>",
+    "</s>",
+    "<SPECIAL_12>",
+    "user",
+    '{"a": 1}',
+    "é",
+    "\U0001f600",
+    "<",
+)
+
+
+def random_chat(rng: random.Random) -> list[Row]:
+    def text() -> str:
+        return "".join(rng.choices(WORDS, k=rng.randint(1, 5))) + "x"
+
+    messages = [system(text())] if rng.random() < 0.3 else []
+    for _ in range(rng.randint(1, 3)):
+        how = rng.choice(("within", "beside"))
+        thought, answer = text(), text()
+        reply = says(f"<think>\n{thought}\n</think>\n\n{answer}") if how == "within" else says(answer)
+        messages += [user(text()), {**reply, "reasoning_content": thought} if how == "beside" else reply]
+    return messages
+
+
+@pytest.mark.parametrize("template", [name for name in TEMPLATES if name != "words"])
+def test_every_turn_of_any_chat_is_learned_once_with_its_thought_its_answer_and_one_end(
+    tokenizers: dict[str, PreTrainedTokenizerFast], template: str
+) -> None:
+    rng, tokenizer = random.Random(0), tokenizers[template]
+    source = DataSource(path="x", train_on="assistant")
+    end = tokenizer.convert_ids_to_tokens(tokenizer.eos_token_id).strip("<>").replace("|", "")
+    for _ in range(25):
+        messages = random_chat(rng)
+        chat = read_chat({"messages": messages}, source, "", columns=False)
+        (_, made), *_ = Encoder(tokenizer, ()).samples([Document(chat, "")], source, Tally(source))
+        written = re.findall("‹(.*?)›", "".join(shown(sample, tokenizer) for sample in made), re.DOTALL)
+        assert len(written) == len(messages) // 2
+        for text, message in zip(written, (m for m in messages if m["role"] == "assistant"), strict=True):
+            *_, answer = message["content"].rpartition("</think>")
+            thought = message.get("reasoning_content") or message["content"].split("\n</think>")[0][len("<think>\n") :]
+            inside, after = re.split("</think>|⟦/think⟧", text)
+            assert inside.split("<think>")[-1].strip() == thought.strip()
+            assert re.fullmatch(rf"\s*{re.escape(answer.strip())}\s*⟦{end}⟧", after)
+            assert text.count(f"⟦{end}⟧") == 1
