@@ -8,6 +8,7 @@ import ast
 import hashlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import typing
@@ -22,6 +23,7 @@ from typing import Any
 PROJECT = "elastic-family"
 DIGEST_LENGTH = 64  # of SHA-256 in hex
 CODE = "code"  # the name of the project's version in a lineage
+COMMIT = "ELASTIC_COMMIT"
 PACKAGES = ("elastic_core", "tasks", "flows")
 PLUMBING = ("tasks.running", "tasks.artifacts", "tasks.tracking", "tasks.settings", "tasks.records")
 # Used on a GPU alone, where they are installed.
@@ -172,7 +174,8 @@ def _with_parents(name: str) -> Iterator[str]:
 
 def _digest(body: Iterable[ast.stmt]) -> str:
     """SHA-256 over what statements do: neither comments and docstrings nor the look of the source count."""
-    text = "\n".join(ast.unparse(_Bare().visit(statement)) for statement in body)
+    bare = (_Bare().visit(statement) for statement in body)
+    text = "\n".join(ast.unparse(statement) for statement in bare if statement is not None)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -181,7 +184,7 @@ class _Bare(ast.NodeTransformer):
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-        return ast.Pass() if is_text else self.generic_visit(node)
+        return None if is_text else self.generic_visit(node)
 
 
 def _spec(name: str) -> ModuleSpec:
@@ -220,7 +223,8 @@ def libraries(packages: frozenset[str]) -> dict[str, str]:
 def runs(function: Function) -> dict[str, str]:
     """What a step runs, by name: digests of its modules and of the form of its result, versions of its libraries."""
     code, result = code_of(function), typing.get_type_hints(function).get("return")
-    return code.modules | dict(_forms(result)) | libraries(code.packages)
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return code.modules | dict(_forms(result)) | libraries(code.packages) | {"python": python}
 
 
 def _forms(hint: Any) -> Iterator[tuple[str, str]]:
@@ -236,13 +240,14 @@ def _forms(hint: Any) -> Iterator[tuple[str, str]]:
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     """What a step ran before and runs now, where that is not the same, in one line; "" where it is."""
-    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-    told = [
-        f"{name} changed"
-        if len(before.get(name, "")) == DIGEST_LENGTH or len(now.get(name, "")) == DIGEST_LENGTH
-        else f"{name} was {before.get(name, 'not used')} and is {now.get(name, 'not used')}"
-        for name in changed
-    ]
+    versions, modules = [], []
+    for name in sorted(before.keys() | now.keys()):
+        then, here = before.get(name, "not used"), now.get(name, "not used")
+        if then != here and DIGEST_LENGTH in (len(then), len(here)):
+            modules.append(f"{name} changed")
+        elif then != here:
+            versions.append(f"{name} was {then} and is {here}")
+    told = versions + modules
     more = f" and {len(told) - 3} more" if len(told) > 3 else ""
     return ", ".join(told[:3]) + more
 
@@ -268,9 +273,9 @@ def _version(package: str) -> str:
 def project_version() -> str:
     """The project's version and commit, `0.1.0+g1a2b3c4d5e6f`; `.dirty` where files differ from the commit's.
 
-    Without a checkout the commit is the one that pip installed from, where it was a repository; else there is none.
+    Without a checkout the commit is that of the repository that pip installed from, or the image's; else there is none.
     """
-    commit = _checked_out() or _installed_from()
+    commit = _checked_out() or _installed_from() or os.environ.get(COMMIT, "")[:12]
     return f"{metadata.version(PROJECT)}{f'+g{commit}' if commit else ''}"
 
 

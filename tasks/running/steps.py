@@ -243,7 +243,7 @@ def _last_note(making: Making) -> dict[str, Any]:
         note = json.loads(making.note.read_text())
     except (FileNotFoundError, ValueError):
         return {}
-    return note if isinstance(note, dict) else {}
+    return note if isinstance(note, dict) and note.keys() > asdict(making).keys() else {}
 
 
 def _say_why(making: Making) -> None:

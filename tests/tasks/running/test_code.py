@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ STEPS = {
     )
 }
 TRAIN = "elastic_core.training.train"
+FINITE = "def _check_finite(metrics: StepMetrics) -> None:\n"
 
 
 @pytest.fixture
@@ -89,6 +91,7 @@ def test_comments_docstrings_and_layout_are_not_code(edit: Callable[[str, str, s
     before = code.code_of(STEPS["distill"])
     edit(TRAIN, "class _Tally:\n", "class _Tally:  # of a step\n\n\n")
     edit(TRAIN, '"""What a stage trains with.', '"""With what a stage trains.')
+    edit(TRAIN, FINITE, f'{FINITE}    """New."""\n')
     assert code.code_of(STEPS["distill"]) == before
 
 
@@ -123,10 +126,19 @@ def test_differences_are_one_line() -> None:
     now = {"torch": "2.14.0", "elastic_core.model": "b" * 64, "numpy": "2", "tasks.rank": "x", "datasets": "5"}
     assert code.differences(before, before) == ""
     assert code.differences(before, now) == (
-        "datasets was not used and is 5, elastic_core.model changed, numpy was 1 and is 2 and 2 more"
+        "datasets was not used and is 5, numpy was 1 and is 2, scipy was 1 and is not used and 2 more"
     )
 
 
 def test_the_version_of_the_project_names_the_commit() -> None:
     commit = subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], text=True).strip()
     assert code.project_version().removesuffix(".dirty").endswith(f"+g{commit}")
+
+
+def test_without_a_checkout_the_commit_is_the_images_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(code, "_checked_out", lambda: "")
+    for commit, version in (("ab" * 20, "+gabababababab"), ("", "")):
+        code.project_version.cache_clear()
+        monkeypatch.setenv(code.COMMIT, commit)
+        assert code.project_version() == f"{metadata.version(code.PROJECT)}{version}"
+    code.project_version.cache_clear()
