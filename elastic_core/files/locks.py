@@ -14,6 +14,8 @@ NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 logger = logging.getLogger(__name__)
 
+_told: set[Path] = set()  # directories on file systems without locks
+
 
 class IsHeld(RuntimeError):
     """Another process has the lock."""
@@ -55,12 +57,14 @@ def _acquired(file: Path, patience: float, waits: str | None) -> BaseFileLock:
         if error.errno not in NO_LOCKS:
             raise
         marker = file.with_name(f"{file.name}.held")
-        logger.warning(
-            "%s: this file system has no locks (%s), so %s stands for one; remove that file if its host died",
-            file.parent,
-            error.strerror,
-            marker.name,
-        )
+        if file.parent not in _told:
+            logger.warning(
+                "%s: this file system has no locks (%s), so files such as %s are its locks; remove one whose host died",
+                file.parent,
+                error.strerror,
+                marker.name,
+            )
+        _told.add(file.parent)
         lock = SoftFileLock(marker, thread_local=False)
         _acquire(lock, patience, waits)
     return lock

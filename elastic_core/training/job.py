@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -283,7 +283,8 @@ def main(arguments: list[str]) -> int:
             run_job(job, world)
     except Exception as error:
         logger.exception("process %d ends", rank)
-        report_fault(Path(job.work), rank, error)
+        with suppress(OSError):  # a disk that takes no report either: the exit code says that much
+            report_fault(Path(job.work), rank, error)
         return FAULT
     return 0
 

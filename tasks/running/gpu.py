@@ -30,6 +30,7 @@ DEPLOYMENT_VARIABLE = "ELASTIC_GPU_DEPLOYMENT"
 
 POLL_SECONDS = 1.0
 LONGEST_OUTAGE_SECONDS = 3600.0
+AWAY = "Prefect's server does not answer; it is asked again every second, for an hour at most"
 ATTEMPTS = 5
 
 # The flow run on whose page a step shows its progress, where that is another than the one it runs in.
@@ -113,13 +114,16 @@ def start_run(deployment: str, name: str, parameters: dict[str, Any], key: str) 
     The new run is a child of this one. Waits for a server that is away: a new client of Prefect's, other than one that
     has reached its server before, gives up at the first refusal.
     """
-    asked = time.monotonic()
+    asked, told = time.monotonic(), False
     while True:
         try:
             return _found_or_started(deployment, name, parameters, f"key-{key}")
         except httpx.TransportError as error:
             if time.monotonic() - asked > LONGEST_OUTAGE_SECONDS:
                 raise _stays_away(error) from error
+            if not told:
+                logger.warning("%s: %s", name, AWAY)
+            told = True
             time.sleep(POLL_SECONDS)
 
 
@@ -155,16 +159,19 @@ def _label(step: str, inputs: Mapping[str, Any]) -> str:
 
 
 def _final_state(flow_run: UUID, caller: UUID | None) -> State[Any]:
-    heard = time.monotonic()
+    heard, told = time.monotonic(), False
     with get_client(sync_client=True) as client:
         while True:
             try:
                 state = client.read_flow_run(flow_run).state
                 own = client.read_flow_run(caller).state if caller is not None else None
-                heard = time.monotonic()
+                heard, told = time.monotonic(), False
             except (httpx.HTTPError, PrefectException) as error:
                 if time.monotonic() - heard > LONGEST_OUTAGE_SECONDS:
                     raise _stays_away(error) from error
+                if not told:
+                    logger.warning("%s", AWAY)
+                told = True
             else:
                 if state is not None and state.is_final():
                     return state

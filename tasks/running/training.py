@@ -21,7 +21,7 @@ from elastic_core.budget import bytes_text
 from elastic_core.recipe import Stage
 from elastic_core.schema import to_dict
 from elastic_core.training.faults import Fault, forget_faults, reported_fault
-from elastic_core.training.job import METRICS, TrainJob
+from elastic_core.training.job import FAULT, METRICS, TrainJob
 from tasks.running.processes import ChildProcess
 from tasks.settings import LEAST_ROOM, ServiceError, is_transient
 
@@ -100,7 +100,7 @@ def train(job: TrainJob, *, processes: int | None = None, on_step: OnStep | None
         in_place = in_place + 1 if end.last_step <= furthest else 0
         furthest = max(furthest, end.last_step)
         if not end.may_pass or idle == MOST_IDLE or in_place == MOST_IN_PLACE or _has_full_disk(work):
-            raise _failure(job, end, idle, in_place) from None
+            raise failure(job, end, idle, in_place) from None
         logger.warning("stage %s: %s; it is started again from its last checkpoint", job.stage.name, end.text())
         time.sleep(random.uniform(0.5, 1.5) * 2**in_place)
 
@@ -134,10 +134,10 @@ def _start(job: TrainJob, processes: int, tail: "Tail", on_step: OnStep | None) 
     return End(fault=reported_fault(work), exits=ended, code=code, last_step=last_step, said=_last_words(process))
 
 
-def _failure(job: TrainJob, end: End, idle: int, in_place: int) -> Exception:
+def failure(job: TrainJob, end: End, idle: int, in_place: int) -> Exception:
     """What is raised about a job that is not started again."""
     work, stage = Path(job.work), f"training of stage {job.stage.name}"
-    if _has_full_disk(work):
+    if _has_full_disk(work) or (end.fault is None and FAULT in end.exits.values()):  # no room for a report
         return ServiceError(
             f"{stage} ended, and the disk of {work} is full: {bytes_text(shutil.disk_usage(work).free)} left; make "
             "room and run again, it goes on from its last checkpoint",

@@ -13,7 +13,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.serving.servers import PrefectServer, free_ports
-from tasks.running.gpu import start_run
+from tasks.running.gpu import AWAY, start_run
 
 
 @contextmanager
@@ -28,7 +28,9 @@ def running(server: PrefectServer) -> Iterator[SyncPrefectClient]:
 
 
 @pytest.mark.services
-def test_a_run_that_starts_while_the_server_is_away_is_started_once(tmp_path: Path) -> None:
+def test_a_run_that_starts_while_the_server_is_away_says_so_and_is_started_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     server = PrefectServer(tmp_path / "prefect", tmp_path / "logs", free_ports(1)[0])
     arguments = ("gpu-step/default", "distill stage1", {"step": "distill"}, "0" * 64)
     with temporary_settings({PREFECT_API_URL: f"{server.url}/api"}), ThreadPoolExecutor(1) as pool:
@@ -37,6 +39,7 @@ def test_a_run_that_starts_while_the_server_is_away_is_started_once(tmp_path: Pa
         starting = pool.submit(copy_context().run, start_run, *arguments)
         time.sleep(3.0)
         assert not starting.done()
+        assert caplog.messages.count(f"distill stage1: {AWAY}") == 1
         with running(server) as client:
             started, joined = starting.result(60.0)
             assert not joined

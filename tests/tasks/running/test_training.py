@@ -17,9 +17,9 @@ from trainee import STAGE, metrics_of, train_job, write_family, write_tokens
 
 from elastic_core.recipe import Optimizer
 from elastic_core.training.faults import Fault, describe
-from elastic_core.training.job import METRICS
+from elastic_core.training.job import FAULT, METRICS
 from tasks.reporting.history import read_metrics
-from tasks.running.training import End, Tail, TrainerDied, processes_for, train
+from tasks.running.training import End, Tail, TrainerDied, failure, processes_for, train
 from tasks.settings import ServiceError, is_transient
 
 
@@ -108,6 +108,12 @@ MEMORY = Fault(kind="memory", message="OutOfMemoryError: CUDA out of memory")
 )
 def test_another_start_helps_the_killed_and_who_was_short_of_something_halfway(fault, exits, last_step, may_pass):
     assert End(fault=fault, exits=exits, code=1, last_step=last_step, said="").may_pass == may_pass
+
+
+def test_a_process_that_finds_no_room_for_its_report_is_one_on_a_full_disk(tmp_path):
+    end = End(fault=None, exits={"0": FAULT}, code=1, last_step=40, said="")
+    error = failure(train_job(tmp_path, tmp_path, tmp_path / "work"), end, idle=0, in_place=0)
+    assert is_transient(error) and "is full" in str(error)
 
 
 def in_every_trainer(code: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
