@@ -111,6 +111,16 @@ def prefix(weight: Tensor, *sizes: int) -> Tensor:
     return take(weight, lambda full: [full[tuple(slice(size) for size in sizes)]])
 
 
+def is_matrix(weight: Tensor) -> bool:
+    """Whether a weight is a matrix, and not one of the few and small others: norms, A_log, D, dt_bias, convolutions.
+
+    Those are computed in float32, whatever the matrices are multiplied in, keep the type that they are stored in, and
+    do not decay: a decayed A_log or dt_bias forgets at another speed, and a decayed norm only trades size with the
+    matrix that follows.
+    """
+    return weight.ndim == 2
+
+
 def _join(parts: list[Tensor], dim: int, ndim: int) -> Tensor:
     flat = [part.flatten(dim, dim + part.ndim - ndim) for part in parts]
     return flat[0] if len(flat) == 1 else torch.cat(flat, dim)
@@ -143,6 +153,18 @@ class _Take(torch.autograd.Function):
         return None, None, None
 
 
+def _sums_by_token(tokens_T: Tensor, values_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """The values of equal tokens summed in float32: the sorted tokens, and the sum at the first of each, else zeros.
+
+    A sum in bfloat16 stops growing after a few hundred terms, and a common token has thousands. Sizes do not depend on
+    the data, so that nothing waits for the device.
+    """
+    sorted_T, order_T = tokens_T.sort(stable=True)
+    sums_TD = torch.zeros_like(values_TD, dtype=torch.float32)
+    sums_TD.index_put_((torch.searchsorted(sorted_T, sorted_T),), values_TD[order_T].float(), accumulate=True)
+    return sorted_T, sums_TD
+
+
 class _Embed(torch.autograd.Function):
     """Rows of the embedding at a hidden size; only the rows that were read get a gradient, in place."""
 
@@ -157,8 +179,11 @@ class _Embed(torch.autograd.Function):
     def backward(ctx: Any, grad_BTD: Tensor) -> tuple[None, None, None]:
         (tokens_BT,) = ctx.saved_tensors
         gradient = _gradient(ctx.weight)[:, : ctx.hidden]
+        rows, values = tokens_BT, grad_BTD
+        if gradient.dtype.itemsize < torch.float32.itemsize:
+            rows, values = _sums_by_token(tokens_BT.flatten(), grad_BTD.flatten(0, 1))
         # Not index_add_, whose order of addition on CUDA changes from run to run (C6).
-        gradient.index_put_((tokens_BT,), grad_BTD.to(gradient.dtype), accumulate=True)
+        gradient.index_put_((rows,), values.to(gradient.dtype), accumulate=True)
         return None, None, None
 
 

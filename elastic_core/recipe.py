@@ -54,10 +54,15 @@ class DataSource(Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig(Strict):
-    """What the family is trained and measured on."""
+    """What the family is trained and measured on.
+
+    Sequences are packed with documents. Where `separate_documents`, none is read after another: state, convolution and
+    attention begin anew with each, in training, rankings and held-out losses alike. Else a sequence is one text.
+    """
 
     sources: tuple[DataSource, ...]
     heldout_fraction: float = 0.02
+    separate_documents: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ from elastic_core.cost import subnet_params
 from elastic_core.files import checkpoint, shards
 from elastic_core.files.locks import IsHeld, held
 from elastic_core.geometry import ModelConfig
-from elastic_core.model import ElasticNemotronH
+from elastic_core.model import ElasticNemotronH, is_matrix
 from elastic_core.recipe import Distillation, Stage
 from elastic_core.resolve import resolve_budgets
 from elastic_core.router import ElasticModel, Router
@@ -130,13 +130,17 @@ Wrap = Callable[[ElasticNemotronH], None]
 def load_model(
     directory: Path, device: torch.device, dtype: torch.dtype, wrap: Wrap = lambda model: None
 ) -> ElasticNemotronH:
-    """The model of a stock or elastic checkpoint, with every weight checked.
+    """The model of a stock or elastic checkpoint in `dtype`, with every weight checked.
 
-    `wrap` may shard it, while it has no storage yet; then only this process's rows are read.
+    What is no matrix is not narrowed: an A_log that is stored in float32 stays so. `wrap` may shard the model, while it
+    has no storage yet; then only this process's rows are read.
     """
     opened = checkpoint.open_checkpoint(directory)
     with torch.device("meta"):
         model = ElasticNemotronH(opened.config).to(dtype).requires_grad_(False)
+    for name, weight in model.named_parameters():
+        if not is_matrix(weight) and torch.promote_types(dtype, opened.tensors[name].dtype) != dtype:
+            weight.data = weight.data.float()
     wrap(model)
     model.to_empty(device=device)
     for name, weight in model.state_dict(keep_vars=True).items():
@@ -144,7 +148,7 @@ def load_model(
         parallel.read_rows(weight, [stored])
         if not shards.is_finite(parallel.local_rows(weight)[0]):
             raise checkpoint.CheckpointError(
-                f"{stored.path}: {stored.name}: is too large for {dtype}; load it as {stored.dtype}"
+                f"{stored.path}: {stored.name}: is too large for {weight.dtype}; load it as {stored.dtype}"
             )
     return model
 
@@ -215,15 +219,18 @@ def mend_metrics(path: Path, rows: Sequence[str]) -> None:
 def export(job: TrainJob, run: StageRun, family: checkpoint.Family | None) -> None:
     """Write the trained checkpoint to `job.output`, with the budgets resolved by the router as it now stands.
 
-    The weights stream from the stage's last checkpoint, whose files hold the rows of all processes.
+    The weights stream from the stage's last checkpoint, whose files hold the rows of all processes. Matrices are
+    written in the job's type, all else in the type that it came in.
     """
-    source, dtype, config = Path(job.student), DTYPES[job.dtype], run.student.config
+    source, config = Path(job.student), run.student.config
     pieces = stored_pieces(Path(job.work), job.stage.steps)
     plan = {
-        name: shards.TensorInfo(dtype=dtype, shape=shape) for name, shape in checkpoint.tensor_shapes(config).items()
+        name: shards.TensorInfo(dtype=DTYPES[job.dtype] if len(stored.shape) == 2 else stored.dtype, shape=stored.shape)
+        for name, stored in checkpoint.open_checkpoint(source).tensors.items()
     }
 
     def blocks(name: str) -> Iterator[torch.Tensor]:
+        dtype = plan[name].dtype
         for piece in pieces[f"student.{name}"]:
             for block in piece.blocks(None):
                 rows = block.to(dtype)

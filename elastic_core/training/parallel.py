@@ -21,7 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from elastic_core.files.shards import StoredTensor, staged_directory
-from elastic_core.model import ElasticNemotronH
+from elastic_core.model import ElasticNemotronH, is_matrix
 
 # The longest that processes wait for one of them: it may be writing its part of a checkpoint to a slow disk. One that
 # is gone is no matter of waiting, for torchrun ends the others.
@@ -46,11 +46,18 @@ class World:
         return means
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Make the gradients of parameters that every process holds whole their mean over the processes."""
-        for parameter in parameters:
-            if self.size > 1 and parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= self.size
+        """Make the gradients of those parameters that every process holds whole their mean over the processes.
+
+        All processes run the same budgets under the same noise, so that they have gradients of the same parameters.
+        """
+        whole = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+        if self.size == 1 or not whole:
+            return
+        together = torch.cat([gradient.flatten() for gradient in whole])
+        dist.all_reduce(together)
+        means = (together / self.size).split([gradient.numel() for gradient in whole])
+        for gradient, mean in zip(whole, means, strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
     def from_first(self, value: int) -> int:
         """What the first process has for `value`, in every process."""
@@ -102,23 +109,35 @@ def recompute_layers(model: ElasticNemotronH) -> None:
 
 
 def shard(model: ElasticNemotronH, world: World, dtype: torch.dtype) -> None:
-    """Leave each process its rows of every weight; gather each layer in `dtype` while it runs.
+    """Leave each process its rows of every matrix; gather each layer in `dtype` while it runs.
 
-    Embeddings, last norm and head are one unit, which stays gathered after the forward pass, because the loss uses the
-    head. Gradients are averaged over the processes in float32, after every micro-step.
+    What is no matrix stays whole in every process, in its own type. Embeddings, last norm and head are one unit, which
+    stays gathered after the forward pass, because the loss uses the head. Gradients of matrices are averaged over the
+    processes in float32, after every micro-step; those of the others by `World.average_gradients`, once a step.
     """
     if world.mesh is None:
         return
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    others = {weight for weight in model.parameters() if not is_matrix(weight)}
     for layer in model.layers:
-        fully_shard(layer, mesh=world.mesh, mp_policy=policy)
-    fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(layer, mesh=world.mesh, mp_policy=policy, ignored_params=others)
+    fully_shard(model, mesh=world.mesh, mp_policy=policy, ignored_params=others, reshard_after_forward=False)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     """Scale the gradients so that their common norm, over all processes, is at most `max_norm`; the norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    norms = [torch.nn.utils.get_total_norm(kind) for kind in (sharded, whole) if kind]
+    if not norms:
+        return 0.0
+    parts = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    norm = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts))
+    scale = float((max_norm / (norm + 1e-6)).clamp(max=1.0))
+    for gradient in gradients:
+        gradient.mul_(scale)
+    return float(norm)
 
 
 def local_rows(tensor: Tensor) -> tuple[Tensor, int]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from elastic_core.budget import Budget
 from elastic_core.geometry import Axes, ModelConfig
-from elastic_core.model import ElasticNemotronH
+from elastic_core.model import ElasticNemotronH, is_matrix
 from elastic_core.recipe import Distillation, Stage
 from elastic_core.resolve import resolve_budgets
 from elastic_core.router import (
@@ -91,10 +91,16 @@ class StageRun:
 
 
 def make_optimizer(student: ElasticNemotronH, router: Router | None, stage: Stage) -> torch.optim.Optimizer:
-    """AdamW with the student's parameters in one group and the router's, at their own rate, in another."""
+    """AdamW with the student's matrices in one group, its other weights, which do not decay, in another.
+
+    The embedding decays, as in Megatron, which trained the teachers. The router's parameters have a rate of their own.
+    """
     settings = stage.optimizer
+    matrices = [weight for weight in student.parameters() if is_matrix(weight)]
+    others = [weight for weight in student.parameters() if not is_matrix(weight)]
     groups: list[dict[str, Any]] = [
-        {"params": list(student.parameters()), "peak": settings.learning_rate, "weight_decay": settings.weight_decay}
+        {"params": matrices, "peak": settings.learning_rate, "weight_decay": settings.weight_decay},
+        {"params": others, "peak": settings.learning_rate, "weight_decay": 0.0},
     ]
     if router is not None and stage.router.mode != "frozen":
         groups.append({"params": list(router.parameters()), "peak": stage.router.learning_rate, "weight_decay": 0.0})
@@ -246,10 +252,13 @@ def _autocast(run: StageRun) -> AbstractContextManager[Any]:
 
 
 def _clip(run: StageRun) -> float:
-    """Clip each group's gradient to the stage's norm; the student's norm before that."""
+    """Clip the student's gradient and the router's, each to the stage's norm; the student's norm before that."""
+    trained = [list(run.student.parameters())]
     if run.router is not None:
-        run.world.average_gradients(run.router.parameters())
-    norms = [clip_gradients(group["params"], run.stage.optimizer.max_grad_norm) for group in run.optimizer.param_groups]
+        trained.append(list(run.router.parameters()))
+    for parameters in trained:
+        run.world.average_gradients(parameters)
+    norms = [clip_gradients(parameters, run.stage.optimizer.max_grad_norm) for parameters in trained]
     return norms[0]
 
 

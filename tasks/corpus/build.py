@@ -40,8 +40,8 @@ def build_corpus(
     with (
         staged_directory(output_dir) as staging,
         tempfile.TemporaryDirectory(dir=staging) as work,
-        TokenFile(staging / TRAIN_FILE, Path(work)) as train,
-        TokenFile(staging / HELDOUT_FILE, Path(work)) as heldout,
+        TokenFile(staging / TRAIN_FILE, Path(work), separate=config.separate_documents) as train,
+        TokenFile(staging / HELDOUT_FILE, Path(work), separate=config.separate_documents) as heldout,
     ):
 
         def write(digest: bytes, sample: Sample) -> None:

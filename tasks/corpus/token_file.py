@@ -2,7 +2,7 @@
 
 It holds `tokens` int32 (N,), the documents joined; `document_starts` int64 (D,), the index of each document's first
 token, rising, the first 0; and `learned` uint8 (N,), 1 where a token is a target to learn. A file whose tokens are all
-learned has no `learned`.
+learned has no `learned`; one whose documents are read as one text has no `document_starts`.
 """
 
 import hashlib
@@ -41,11 +41,12 @@ class Sample:
 class TokenFile:
     """Appends documents to a safetensors file.
 
-    Where documents start and what is learned is kept in files in `spool` until `finish` knows the sizes.
+    Where documents start and what is learned is kept in files in `spool` until `finish` knows the sizes. Documents that
+    are not `separate` are read as one text: the file does not say where they start.
     """
 
-    def __init__(self, path: Path, spool: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, spool: Path, *, separate: bool = True) -> None:
+        self.path, self.separate = path, separate
         self.documents = self.tokens = self.learned = 0
         self._file = path.open("wb")
         self._file.write(bytes(HEADER_BYTES))
@@ -76,10 +77,11 @@ class TokenFile:
     def finish(self) -> SplitRecord:
         """Append the other tensors, and write the header into the room left for it; spaces may fill it up."""
         header, end = {"tokens": _entry("I32", self.tokens, 0, 4 * self.tokens)}, 4 * self.tokens
-        header["document_starts"] = _entry("I64", self.documents, end, 8 * self.documents)
-        self._copy(self._starts)
-        if self.learned < self.tokens:
+        if self.separate:
+            header["document_starts"] = _entry("I64", self.documents, end, 8 * self.documents)
             end += 8 * self.documents
+            self._copy(self._starts)
+        if self.learned < self.tokens:
             header["learned"] = _entry("U8", self.tokens, end, self.tokens)
             self._copy(self._mask)
         text = json.dumps(header, separators=(",", ":")).encode().ljust(HEADER_BYTES - 8)

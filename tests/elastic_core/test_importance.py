@@ -12,6 +12,7 @@ from transformers import NemotronHForCausalLM
 from elastic_core.files.reorder import check_order
 from elastic_core.geometry import ModelConfig
 from elastic_core.importance import WidthScores, importance_order, rank_layers, width_scores
+from elastic_core.layers.packing import pack
 from elastic_core.model import ElasticNemotronH
 from elastic_core.recipe import MambaScores
 from elastic_core.training.tokens import TokenBatch
@@ -158,6 +159,20 @@ def test_a_channel_that_is_large_in_both_directions_counts_unless_scores_are_sig
         assert first[0, 0] > 2 * first.flatten()[1:].max()
         assert second.abs().max() < FLOAT32_SUM * first.max()
     assert width_scores(elastic, unpacked([batch])).mamba_HP[0].equal(absolute[0]), "absolute unless asked otherwise"
+
+
+def test_packed_documents_are_ranked_by_as_each_of_them_alone(
+    elastic: ElasticNemotronH, tiny_config: ModelConfig
+) -> None:
+    text = token_batches(tiny_config, count=1)[0][:1]
+    lengths = [3, 1, text.shape[1] - 4]
+    packing = pack(torch.arange(3).repeat_interleave(torch.tensor(lengths))[None])
+    together = [TokenBatch(inputs_BT=text, targets_BT=text, packing=packing, learned=text.numel())]
+    alone = unpacked(text.split(lengths, dim=1))
+    assert_close(width_scores(elastic, together), width_scores(elastic, alone), FLOAT32_BATCHING)
+    assert (
+        rank_layers(elastic, together, 5) == rank_layers(elastic, alone, 5) != rank_layers(elastic, unpacked([text]), 5)
+    )
 
 
 @pytest.mark.parametrize("mamba", typing.get_args(MambaScores))

@@ -19,6 +19,7 @@ from elastic_core.generate import decode
 from elastic_core.geometry import ATTENTION, MAMBA, Axes, ModelConfig
 from elastic_core.layers import ssm
 from elastic_core.layers.kernels import TORCH
+from elastic_core.layers.packing import Packing, pack
 from elastic_core.layers.ssm import time_steps
 from elastic_core.model import Cache, ElasticNemotronH, FeedForward, RMSNorm
 from elastic_core.router import ElasticModel, soft_subnet
@@ -449,3 +450,84 @@ def test_fresh_weights_are_a_function_of_the_generator(tiny_config):
         logits(first, full_subnet(tiny_config)).flatten(0, 1), tokens(tiny_config).flatten()
     )
     assert float(loss) == pytest.approx(torch.log(torch.tensor(float(tiny_config.vocab_size))).item(), rel=0.05)
+
+
+# Packed documents
+
+LENGTHS = [[9, 10], [3, 1, 15]]
+
+
+def packed_documents() -> Packing:
+    rows = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in LENGTHS]
+    packing = pack(torch.stack(rows))
+    assert packing is not None
+    return packing
+
+
+def soft(model: ElasticNemotronH) -> tuple[Subnet, Masks]:
+    elastic = ElasticModel(model.config, AXES.bind(model.config), RANKING)
+    probabilities = {
+        axis: torch.linspace(1, 2, len(elastic.axes.choices(axis))).softmax(0).expand(elastic.rows(axis), -1)
+        for axis in Axes.NAMES
+    }
+    return soft_subnet(elastic, probabilities)
+
+
+FORMS = {
+    "full": lambda model: (full_subnet(model.config), None),
+    "subnet": lambda model: (uniform(model.config, *UNIFORM["every axis"]), None),
+    "soft masks": soft,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_packed_document_is_read_as_it_is_alone(form, model):
+    text, packing = tokens(model.config), packed_documents()
+    subnet, masks = FORMS[form](model)
+    with torch.no_grad():
+        together = model(text, subnet, masks, packing=packing)
+        for row, first, end in packing.spans:
+            alone = model(text[row : row + 1, first:end], subnet, masks)
+            assert difference(together[row : row + 1, first:end], alone) < FLOAT64_OWN_FORMS, (row, first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_no_bit_of_a_packed_document_or_its_gradients_depends_on_the_one_before(form, dtype, tiny_checkpoint):
+    """Hidden states and logits of each row's last document, and every gradient of a loss on them."""
+    model, packing = load(tiny_checkpoint, torch.float32), packed_documents()
+    subnet, masks = FORMS[form](model)
+    text = tokens(model.config)
+    changed = text.clone()
+    for row, first, end in packing.spans:
+        if end < text.shape[1]:
+            changed[row, first:end] = (text[row, first:end] + 7) % model.config.vocab_size
+    found = []
+    for given in (text, changed):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            hidden_BTD = model(given, subnet, masks, packing=packing)
+            last = [hidden_BTD[row, first:end] for row, first, end in packing.spans if end == text.shape[1]]
+            logits = model.logits(torch.cat(last))
+        logits.log_softmax(-1)[:, 3].sum().backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append([hidden_BTD[0, LENGTHS[0][0] :], logits, *gradients])
+        model.zero_grad(set_to_none=True)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_packed_documents_are_not_read_into_a_cache(model):
+    with pytest.raises(ValueError, match="a cache holds one text a row"):
+        model(tokens(model.config), full_subnet(model.config), cache=Cache(), packing=packed_documents())
+
+
+def test_the_embeddings_gradient_is_summed_in_float32_where_the_weights_are_narrower(tiny_config):
+    """As FSDP2 gathers them. A sum in bfloat16 would stop at 256 of 600 equal terms."""
+    narrow, wide = ElasticNemotronH(tiny_config).bfloat16(), ElasticNemotronH(tiny_config)
+    text_BT = torch.cat([torch.full((2, 300), 7), torch.arange(20).expand(2, -1)], dim=1)
+    terms_BTD = torch.rand(2, 320, 32, generator=generator("terms")).bfloat16()
+    for model in (narrow, wide):
+        model._embed(text_BT, 32).backward(terms_BTD.to(model.embeddings.weight.dtype))
+    expected = wide.embeddings.weight.grad
+    assert expected[7, :32].min() > 256
+    assert torch.equal(narrow.embeddings.weight.grad, expected.bfloat16())

@@ -57,10 +57,22 @@ STAGE = Stage(
 ALONE = parallel.World(device=torch.device("cpu"))
 
 
-def write_tokens(path: Path) -> Path:
-    stream = torch.randint(CONFIG.vocab_size, (500,), generator=generator("tokens"), dtype=torch.int32)
-    save_file({"tokens": stream}, path)
+def write_tokens(path: Path, **others: torch.Tensor) -> Path:
+    save_file({"tokens": token_stream(), **others}, path)
     return path
+
+
+def token_stream() -> torch.Tensor:
+    return torch.randint(CONFIG.vocab_size, (500,), generator=generator("tokens"), dtype=torch.int32)
+
+
+def documents_and_mask() -> dict[str, torch.Tensor]:
+    """Documents of 1 to 19 tokens in the stream, and a third of its tokens not learned, whole rows among them."""
+    lengths = torch.randint(1, 20, (200,), generator=generator("documents"))
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    learned = (torch.rand(500, generator=generator("mask")) > 1 / 3).to(torch.uint8)
+    learned[: 5 * STAGE.sequence_length] = 0
+    return {"document_starts": starts[starts < 500], "learned": learned}
 
 
 def write_family(directory: Path) -> Path:

@@ -23,6 +23,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,13 +32,14 @@ from torch import Tensor
 
 from elastic_core.layers import kernels, ssm
 from elastic_core.layers.kernels import TORCH, TRITON, has_causal_conv1d, has_mamba_ssm, select_backend
+from elastic_core.layers.packing import Packing, pack
 
 FLOAT32 = 1e-5  # sums of at most a few hundred float32 terms in another order, relative to the largest value
 TF32 = 1e-2  # on a GPU Triton multiplies float32 matrices with 10 bits of mantissa; results go through three products
 BFLOAT16 = 5e-2  # the same with 7 bits; ssm.py does not round between its products, the kernels do
 
 Inputs = dict[str, Tensor | None]
-Case = tuple[str, Inputs, dict[str, float]]  # function, tensors, other arguments
+Case = tuple[str, Inputs, dict[str, Any]]  # function, tensors, other arguments
 
 # The model computes these in float32 whatever the dtype of the others.
 WIDE = {"dt_BTH", "dt_BH", "A_H", "D_H", "initial_state_BHPN", "state_BHPN"}
@@ -47,7 +49,14 @@ def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def scan_case(tokens: int, *, from_zeros: bool = False) -> Case:
+def documents(*rows: list[int]) -> Packing:
+    """Rows of documents of these lengths."""
+    packing = pack(torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in rows]))
+    assert packing is not None
+    return packing
+
+
+def scan_case(tokens: int, *, from_zeros: bool = False, packing: Packing | None = None) -> Case:
     inputs = {
         "x_BTHP": normal(2, tokens, 4, 16),
         "dt_BTH": F.softplus(normal(2, tokens, 4, seed=1) - 1),
@@ -57,7 +66,7 @@ def scan_case(tokens: int, *, from_zeros: bool = False) -> Case:
         "D_H": normal(4, seed=5),
         "initial_state_BHPN": None if from_zeros else normal(2, 4, 16, 16, seed=6),
     }
-    return "ssd_scan", inputs, {"chunk_size": 16}
+    return "ssd_scan", inputs, {"chunk_size": 16, "packing": packing}
 
 
 def step_case() -> Case:
@@ -73,7 +82,15 @@ def step_case() -> Case:
     return "ssd_step", inputs, {}
 
 
-def conv_case(tokens: int, width: int = 4, *, start: int = 8, step: int = 48, bare: bool = False) -> Case:
+def conv_case(
+    tokens: int,
+    width: int = 4,
+    *,
+    start: int = 8,
+    step: int = 48,
+    bare: bool = False,
+    packing: Packing | None = None,
+) -> Case:
     """x is a view of 32 channels into rows of `step` values, as a projection's output gives it."""
     inputs = {
         "x_BTC": normal(2, tokens, step)[..., start : start + 32],
@@ -81,7 +98,7 @@ def conv_case(tokens: int, width: int = 4, *, start: int = 8, step: int = 48, ba
         "bias_C": None if bare else normal(32, seed=2),
         "initial_BKC": None if bare else normal(2, width - 1, 32, seed=3),
     }
-    return "causal_conv", inputs, {}
+    return "causal_conv", inputs, {"packing": packing}
 
 
 def norm_case(*, masked: bool = False) -> Case:
@@ -94,10 +111,12 @@ def norm_case(*, masked: bool = False) -> Case:
     return "gated_rms_norm", inputs, {"n_groups": 3, "eps": 1e-5}
 
 
+PACKED = [7, 1, 20, 12], [16, 3, 21]
 TRITON_CASES = {
     "scan": scan_case(tokens=40),
     "scan of whole chunks from zeros": scan_case(tokens=32, from_zeros=True),
     "scan of less than a chunk": scan_case(tokens=5),
+    "scan of packed documents": scan_case(tokens=40, from_zeros=True, packing=documents(*PACKED)),
     "step": step_case(),
     "norm": norm_case(),
 }
@@ -106,6 +125,7 @@ CONV_CASES = {
     "conv of fewer tokens than taps": conv_case(tokens=2),
     "conv of one token": conv_case(tokens=1),
     "conv from zeros without bias": conv_case(tokens=9, width=3, bare=True),
+    "conv of packed documents": conv_case(tokens=40, bare=True, packing=documents(*PACKED)),
     "conv of a view that starts off a vector": conv_case(tokens=9, start=3),
     "conv of a view that steps off a vector": conv_case(tokens=9, step=45),
 }
@@ -124,7 +144,8 @@ def run(module: types.ModuleType, case: Case, *, grad: bool, device: str, dtype:
         storage = torch.empty(t.untyped_storage().nbytes() // t.element_size(), dtype=t.dtype).set_(t.untyped_storage())
         moved = storage.to(device, torch.promote_types(dtype, torch.float32) if name in WIDE else dtype)
         inputs[name] = moved.as_strided(t.shape, t.stride(), t.storage_offset()).requires_grad_(grad)
-    outputs = getattr(module, function)(**{name: inputs.get(name) for name in given}, **options)
+    moved_options = {name: v.to(torch.device(device)) if isinstance(v, Packing) else v for name, v in options.items()}
+    outputs = getattr(module, function)(**{name: inputs.get(name) for name in given}, **moved_options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     named = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
     if grad:
@@ -152,7 +173,28 @@ def interpret() -> dict[str, dict[str, float]]:
     torch.cuda.device = lambda _: contextlib.nullcontext()
     torch.cuda.get_device_properties = lambda _: types.SimpleNamespace(multi_processor_count=2)
     found = {name: differences(case, grad=name != "step") for name, case in TRITON_CASES.items()}
-    return found | {f"limit {limit}": time_step_differences(limit) for limit in LIMITS}
+    found |= {f"limit {limit}": time_step_differences(limit) for limit in LIMITS}
+    return found | {"later documents": later_document_differences()}
+
+
+def later_document_differences(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    """What another first document changes in the others of its row, and in the gradients of a loss on them."""
+    name, inputs, options = scan_case(tokens=40, from_zeros=True, packing=documents(*PACKED).to(torch.device(device)))
+    found = []
+    for scale in (1, -3):
+        given = {
+            key: t.to(device, torch.promote_types(dtype, torch.float32) if key in WIDE else dtype).clone()
+            for key, t in inputs.items()
+            if t is not None
+        }
+        for key in ("x_BTHP", "B_BTGN", "C_BTGN"):
+            given[key][1, : PACKED[1][0]] *= scale
+        given["dt_BTH"][1, : PACKED[1][0]] *= abs(scale)
+        given = {key: t.requires_grad_() for key, t in given.items()}
+        later = kernels.ssd_scan(**given, **options)[0][1, PACKED[1][0] :]
+        gradients = torch.autograd.grad(later, list(given.values()), normal(*later.shape, seed=9).to(later))
+        found.append({name: later, **dict(zip(given, gradients, strict=True))})
+    return {key: (found[0][key] - found[1][key]).abs().max().item() for key in found[0]}
 
 
 def time_step_differences(limit: tuple[float, float | None]) -> dict[str, float]:
@@ -168,7 +210,7 @@ def time_step_differences(limit: tuple[float, float | None]) -> dict[str, float]
         A,
         B,
         C,
-        **options,
+        options["chunk_size"],
         D=D,
         dt_bias=bias_H,
         dt_softplus=True,
@@ -193,6 +235,18 @@ def interpreted() -> dict[str, dict[str, float]]:
     child = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     return json.loads(child.stdout)
+
+
+def test_no_bit_of_a_packed_document_depends_on_the_one_before(interpreted: dict[str, dict[str, float]]) -> None:
+    assert not any(interpreted["later documents"].values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_bit_of_a_packed_document_depends_on_the_one_before_on_a_gpu(dtype: torch.dtype) -> None:
+    pytest.importorskip("mamba_ssm")
+    assert not any(later_document_differences("cuda", dtype).values())
 
 
 @pytest.mark.parametrize("limit", LIMITS, ids=str)
@@ -231,17 +285,35 @@ def stand_in_for_causal_conv1d(monkeypatch: pytest.MonkeyPatch) -> None:
     """A package with the conditions of causal-conv1d 1.7 on its inputs, computed by PyTorch."""
 
     def causal_conv1d_fn(
-        x: Tensor, weight: Tensor, bias: Tensor | None, *, initial_states: Tensor, activation: str
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        seq_idx: Tensor | None,
+        initial_states: Tensor | None,
+        activation: str,
     ) -> Tensor:
         assert x.stride(1) == 1
         assert not any(n % 8 for n in (x.storage_offset(), x.stride(0), x.stride(2), x.shape[1]))
-        assert initial_states.stride(1) == 1
-        assert initial_states.dtype == x.dtype
         assert bias is None or bias.dtype == weight.dtype
         assert 2 <= weight.shape[1] <= 4
         assert activation == "silu"
-        padded = torch.cat([initial_states, x], dim=2)
-        return F.silu(F.conv1d(padded, weight.unsqueeze(1), bias, groups=len(weight)))
+        zeros = x.new_zeros(x.shape[0], x.shape[1], weight.shape[1] - 1)
+
+        def convolved(t: Tensor, before: Tensor) -> Tensor:
+            return F.silu(F.conv1d(torch.cat([before, t], dim=-1), weight.unsqueeze(1), bias, groups=len(weight)))
+
+        if seq_idx is not None:
+            assert initial_states is None
+            assert seq_idx.dtype == torch.int32 and seq_idx.is_contiguous()
+            rows = [
+                torch.cat([convolved(row_CT[:, of == n], zeros[0]) for n in of.unique()], dim=1)
+                for row_CT, of in zip(x, seq_idx, strict=True)
+            ]
+            return torch.stack(rows)
+        assert initial_states.stride(1) == 1
+        assert initial_states.dtype == x.dtype
+        return convolved(x, initial_states)
 
     package = types.ModuleType("causal_conv1d")
     package.causal_conv1d_fn = causal_conv1d_fn

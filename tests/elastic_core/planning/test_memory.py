@@ -95,9 +95,9 @@ def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, n_groups: int, eps: floa
 
 FUSED = Backend(
     name="saves what the fused kernels save",
-    scan=lambda *inputs, chunk_size, initial_state_BHPN: Scan.apply(*inputs, chunk_size),
+    scan=lambda *inputs, chunk_size, initial_state_BHPN, packing: Scan.apply(*inputs, chunk_size),
     step=ssm.ssd_step,
-    conv=lambda x, weight, bias, initial: (Conv.apply(x, weight, bias), x[:, -3:]),
+    conv=lambda x, weight, bias, initial, packing: (Conv.apply(x, weight, bias), x[:, -3:]),
     gated_norm=gated_norm,
 )
 

@@ -1,15 +1,27 @@
 """Laws of training in several processes: it is the training of one process, and so is a pass that runs layers twice."""
 
+import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from trainee import ALONE, AXES, CONFIG, STAGE, launch, metrics_of, train_job, write_family, write_tokens
+from trainee import (
+    ALONE,
+    AXES,
+    CONFIG,
+    STAGE,
+    documents_and_mask,
+    launch,
+    metrics_of,
+    train_job,
+    write_family,
+    write_tokens,
+)
 
 from elastic_core.files.shards import read_header
 from elastic_core.model import ElasticNemotronH
@@ -34,10 +46,15 @@ class Case:
     teacher: str
     recompute: bool = False
     dtype: str = "float32"
+    packed: bool = False
+    shift: float | None = None
 
 
 CASES = [Case(mode, teacher) for mode in ("soft", "hard", "frozen") for teacher in ("frozen", "trainable")]
-CASES += [Case("soft", "frozen", recompute=True), Case("soft", "trainable", dtype="bfloat16")]
+CASES += [Case("soft", "frozen", recompute=True), Case("soft", "frozen", packed=True)]
+# A_log and dt_bias of 1, and of what 8 bits round to 1.
+SHIFTED = [Case("frozen", "frozen", dtype="bfloat16", shift=shift) for shift in (0.0, 1.5e-3)]
+CASES += [Case("soft", "trainable", dtype="bfloat16"), *SHIFTED]
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +62,30 @@ def pairs(tmp_path_factory) -> dict[Case, tuple[TrainJob, TrainJob]]:
     """The same training by two processes and by one, which runs in a micro-step what the two run together."""
     directory = tmp_path_factory.mktemp("pairs")
     family, tokens = write_family(directory / "family"), write_tokens(directory / "tokens.safetensors")
+    packed = write_tokens(directory / "packed.safetensors", **documents_and_mask())
+
+    def start(case: Case) -> Path:
+        shifted = directory / f"shifted by {case.shift}"
+        if case.shift is None or shifted.exists():
+            return family if case.shift is None else shifted
+        shutil.copytree(family, shifted)
+        weights = load_file(shifted / "model.safetensors")
+        for name in weights:
+            if name.endswith(("A_log", "dt_bias")):
+                weights[name] = torch.full_like(weights[name], 1 + case.shift)
+        save_file(weights, shifted / "model.safetensors")
+        return shifted
 
     def distilled(case: Case, processes: int) -> TrainJob:
         """Cross-entropy beside the distillation, so that every budget has a gradient far from zero."""
         stage = replace(STAGE, micro_batch_size=2 // processes, router=RouterSchedule(mode=case.mode))
         return train_job(
-            family,
-            tokens,
+            start(case),
+            packed if case.packed else tokens,
             directory / f"{CASES.index(case)}-{processes}",
             stage=replace(stage, recompute=case.recompute and processes == 2),
             distillation=Distillation(teacher=case.teacher, ce_weight=1.0),
-            teacher=str(family) if case.teacher == "frozen" else None,
+            teacher=str(start(case)) if case.teacher == "frozen" else None,
             dtype=case.dtype,
         )
 
@@ -78,6 +108,14 @@ def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(case, pai
         for name, budget in one[step]["budgets"].items():
             assert two[step]["budgets"][name]["loss"] == near(budget["loss"]), (step, name)
             assert two[step]["budgets"][name]["choices"] == near(budget["choices"]), (step, name)
+
+
+@pytest.mark.slow
+def test_in_bfloat16_two_processes_see_what_a_bfloat16_would_round_away_of_A_log_and_dt_bias(pairs):
+    """And so does one process: the loss moves with them."""
+    for processes in range(2):
+        at_one, beside_one = (metrics_of(Path(pairs[case][processes].work))[0]["loss"] for case in SHIFTED)
+        assert at_one != beside_one
 
 
 def test_a_batch_that_does_not_divide_among_the_processes_is_refused():

@@ -1,21 +1,35 @@
 """The stage loop: what it teaches to whom, that it is a function of its inputs, and that a job resumes to the bit."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from trainee import ALONE, BUDGETS, CONFIG, STAGE, train_job, write_family, write_tokens
+from trainee import (
+    ALONE,
+    BUDGETS,
+    CONFIG,
+    STAGE,
+    documents_and_mask,
+    token_stream,
+    train_job,
+    write_family,
+    write_tokens,
+)
 
 from elastic_core.files import checkpoint
 from elastic_core.recipe import Distillation, Optimizer, RouterSchedule, Stage
 from elastic_core.schema import build, to_dict
-from elastic_core.training import job
+from elastic_core.training import curriculum, job
 from elastic_core.training.job import TrainJob
-from elastic_core.training.tokens import TokenRows
-from elastic_core.training.train import StageRun, make_optimizer, resolved_subnets, train_stage
+from elastic_core.training.tokens import IGNORED, TokenRows
+from elastic_core.training.train import StageRun, StepMetrics, make_optimizer, resolved_subnets, train_stage
+
+# A gradient is a sum over the batch's rows, in another order in other micro-batches.
+SUM_ORDER = 1e-5
 
 
 def run_job(settings: TrainJob) -> None:
@@ -109,6 +123,70 @@ def test_accumulating_micro_batches_equals_one_large_batch(family, tokens):
         assert torch.isclose(weight, results[1][name], atol=1e-5).float().mean() > 0.99, name
 
 
+def gradients_of_a_step(family: Path, tokens: Path, stage: Stage) -> tuple[dict[str, torch.Tensor], StepMetrics]:
+    run, gradients = stage_run(family, tokens, stage, Distillation(ce_weight=1.0)), {}
+
+    def keep(*_: object) -> None:
+        weights = run.student.named_parameters()
+        gradients.update({name: weight.grad.clone() for name, weight in weights if weight.grad is not None})
+
+    run.optimizer.register_step_pre_hook(keep)
+    metrics = next(train_stage(run))
+    return gradients, metrics
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
+def test_every_learned_token_of_a_global_batch_weighs_the_same(micro_batch_size, family, tmp_path):
+    """However the rows, of which some learn nothing, fall on micro-batches."""
+    tokens = write_tokens(tmp_path / "tokens.safetensors", **documents_and_mask())
+    whole = replace(STAGE, micro_batch_size=6, budgets={"s": 1}, router=RouterSchedule(mode="frozen"))
+    expected, all_at_once = gradients_of_a_step(family, tokens, whole)
+    found, metrics = gradients_of_a_step(family, tokens, replace(whole, micro_batch_size=micro_batch_size))
+    for name, gradient in expected.items():
+        assert torch.allclose(gradient, found[name], rtol=1e-4, atol=SUM_ORDER * float(gradient.abs().max())), name
+    assert metrics.loss == pytest.approx(all_at_once.loss, rel=SUM_ORDER)
+    for field in ("loss", "kl", "cross_entropy"):
+        one, other = (getattr(m.budgets["s"], field) for m in (metrics, all_at_once))
+        assert one == pytest.approx(other, rel=SUM_ORDER, abs=1e-9), field
+
+
+def test_a_budgets_losses_are_means_over_what_it_learned(family, tmp_path):
+    """Against the plain mean over the rows of its micro-steps, at weights that no step has changed yet."""
+    tokens = write_tokens(tmp_path / "tokens.safetensors", **documents_and_mask())
+    stage = replace(STAGE, micro_batch_size=1, router=RouterSchedule(mode="frozen"))
+    run = stage_run(family, tokens, stage, Distillation(ce_weight=1.0))
+    rows = curriculum.DataOrder(run.data.num_rows, stage, 0).rows(0)
+    names = curriculum.micro_step_budgets(stage, 0, 0, stage.micro_steps(1))
+    nats: dict[str, list[torch.Tensor]] = {}
+    for row, name in zip(rows, names, strict=True):
+        batch = run.data.batch([row])
+        with torch.no_grad():
+            hidden = run.student(batch.inputs_BT, run.subnets[name], packing=batch.packing)
+            log_probs = run.student.logits(hidden).log_softmax(-1)[0]
+        kept = (batch.targets_BT[0] != IGNORED).nonzero()[:, 0]
+        nats.setdefault(name, []).append(-log_probs[kept, batch.targets_BT[0, kept]])
+    metrics = next(train_stage(run))
+    assert len({len(of) for each in nats.values() for of in each}) > 2  # uneven rows, else any mean would do
+    for name, each in nats.items():
+        assert metrics.budgets[name].cross_entropy == pytest.approx(float(torch.cat(each).mean()), rel=SUM_ORDER)
+
+
+def test_what_is_not_learned_of_another_document_leaves_training_alone_to_the_bit(family, tmp_path):
+    """Every second document is learned; what the others say changes no weight and no metric."""
+    starts = torch.arange(0, 500, 5)
+    learned = (torch.arange(500) // 5 % 2).to(torch.uint8)
+    results = []
+    for stream in (token_stream(), torch.where(learned.bool(), token_stream(), token_stream().flip(0))):
+        path = tmp_path / f"{len(results)}.safetensors"
+        save_file({"tokens": stream, "document_starts": starts, "learned": learned}, path)
+        run = stage_run(family, path, STAGE, Distillation(ce_weight=1.0))
+        metrics = [replace(m, seconds=0.0) for m in train_stage(run)]
+        results.append((metrics, run.student.state_dict()))
+    (one, ours), (other, theirs) = results
+    assert one == other
+    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+
+
 @pytest.mark.parametrize("mode", ["soft", "frozen"])
 def test_a_job_stopped_after_any_step_and_started_again_ends_in_the_same_bits(
     mode, family, tokens, tmp_path, monkeypatch
@@ -159,9 +237,38 @@ def test_a_trained_family_resolves_to_nested_subnets_and_holds_the_trained_weigh
     assert not torch.equal(old["lm_head.weight"], new["lm_head.weight"])
 
 
-def test_bfloat16_trains_in_mixed_precision_and_exports_bfloat16(family, tokens, tmp_path):
-    run_job(train_job(family, tokens, tmp_path / "work", dtype="bfloat16"))
-    assert load_file(tmp_path / "work/family/model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+def test_bfloat16_trains_in_mixed_precision_and_exports_what_is_no_matrix_in_the_type_it_came_in(
+    family, tokens, tmp_path
+):
+    """The types of NVIDIA's checkpoints: A_log and D in float32, all else in bfloat16."""
+    shutil.copytree(family, tmp_path / "start")
+    file = tmp_path / "start/model.safetensors"
+    stored = {
+        name: weight if name.endswith(("A_log", ".D")) else weight.bfloat16()
+        for name, weight in load_file(file).items()
+    }
+    save_file(stored, file)
+    run_job(train_job(tmp_path / "start", tokens, tmp_path / "work", dtype="bfloat16"))
+    trained = load_file(tmp_path / "work/family/model.safetensors")
+    assert {name: weight.dtype for name, weight in trained.items()} == {name: w.dtype for name, w in stored.items()}
+    loaded = job.load_model(tmp_path / "start", torch.device("cpu"), torch.bfloat16)
+    for name, weight in loaded.named_parameters():
+        assert weight.dtype == stored[checkpoint.disk_name(name)].dtype
+        assert torch.equal(weight, stored[checkpoint.disk_name(name)])
+    wide = job.load_model(tmp_path / "start", torch.device("cpu"), torch.float32)
+    assert {weight.dtype for weight in wide.parameters()} == {torch.float32}
+
+
+def test_weights_decay_where_they_are_matrices(family, tokens):
+    trained = []
+    for decay in (0.0, 0.5):
+        run = stage_run(
+            family, tokens, replace(STAGE, optimizer=Optimizer(learning_rate=1e-2, warmup_steps=0, weight_decay=decay))
+        )
+        next(train_stage(run))
+        trained.append(run.student.state_dict())
+    for name, weight in trained[0].items():
+        assert torch.equal(weight, trained[1][name]) == (weight.ndim != 2), name
 
 
 def test_a_loss_that_is_not_finite_ends_the_stage_and_says_where(family, tokens, tmp_path):

@@ -28,6 +28,19 @@ def test_a_file_all_of_whose_tokens_are_learned_holds_no_mask(tmp_path: Path) ->
     assert record.sha256 == hashlib.sha256((tmp_path / "train.safetensors").read_bytes()).hexdigest()
 
 
+def test_documents_that_are_not_separate_are_one_text(tmp_path: Path) -> None:
+    with TokenFile(tmp_path / "train.safetensors", tmp_path, separate=False) as file:
+        for document in (Sample([5, 6, 2]), Sample([7, 2], b"\x00\x01")):
+            file.append(document)
+        record = file.finish()
+    tensors = load_file(tmp_path / "train.safetensors")
+    assert {name: tensor.tolist() for name, tensor in tensors.items()} == {
+        "tokens": [5, 6, 2, 7, 2],
+        "learned": [1, 1, 1, 0, 1],
+    }
+    assert (record.documents, record.tokens, record.learned) == (2, 5, 4)
+
+
 @pytest.mark.parametrize("at", range(3))
 def test_the_mask_covers_every_token_wherever_the_first_unlearned_one_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
