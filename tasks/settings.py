@@ -24,7 +24,7 @@ SIGNING_KEY = "ELASTIC_SIGNING_KEY_FILE"
 VERIFICATION_KEY = "ELASTIC_VERIFICATION_KEY_FILE"
 PREFECT_API = "PREFECT_API_URL"
 # Ours alone: the logs of the servers that elastic started, by the variables that it set to their addresses.
-EMBEDDED = "ELASTIC_EMBEDDED"
+EMBEDDED = "_ELASTIC_EMBEDDED"
 
 LEAST_ROOM = 1 << 20  # bytes; with less nothing of ours can work
 TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
