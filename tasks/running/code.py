@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -30,6 +31,9 @@ PLUMBING = ("tasks.running", "tasks.artifacts", "tasks.tracking", "tasks.setting
 KERNELS = ("causal_conv1d", "mamba_ssm", "triton")
 
 Function = Callable[..., Any]
+
+# Python 3.11 fails where two threads parse at once ("AST constructor recursion depth mismatch").
+_parser = threading.Lock()
 
 # The modules whose files were read, and when each had been written.
 _read_at: dict[str, int] = {}
@@ -71,6 +75,11 @@ def check_unchanged(function: Function) -> None:
 
 
 def _followed(function: Function, parse: Callable[[str], "_Parsed"]) -> Code:
+    with _parser:
+        return _reachable(function, parse)
+
+
+def _reachable(function: Function, parse: Callable[[str], "_Parsed"]) -> Code:
     own = _reached(function)
     modules, packages = {f"{function.__module__}.{function.__name__}": own.digest}, set[str]()
     waiting = set(own.imports)
