@@ -9,6 +9,8 @@ from elastic_core.schema import Strict, multiple_of, positive
 
 MAMBA, ATTENTION, FFN = "M", "*", "-"
 
+FfnLayout = Literal["padded", "list"]  # how a slice holds FFN widths that differ by layer: zeros added, or as they are
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig(Strict):

@@ -9,7 +9,7 @@ from dataclasses import field as dataclass_field
 from typing import Literal
 
 from elastic_core.budget import Budget, Dtype, check_order
-from elastic_core.geometry import Axes, ModelConfig
+from elastic_core.geometry import Axes, FfnLayout, ModelConfig
 from elastic_core.schema import Strict, checked_name, multiple_of, not_negative, positive
 
 Storage = Literal["materialised", "nested"]
@@ -297,7 +297,8 @@ class Recipe(Strict):
 
     `latency_table` is the file of `elastic profile` that latency budgets are counted by. `storage` is how slices are
     published: each whole, for every MLflow client, or nested in one another, for `elastic pull`, at the storage of the
-    largest.
+    largest. `ffn_layout` is how slices hold FFN widths that differ by layer: padded with zeros to one width, or as a
+    list, which vLLM, transformers and llama.cpp do not load.
     """
 
     family: str
@@ -313,7 +314,7 @@ class Recipe(Strict):
     promotion: Promotion = field(default_factory=Promotion)
     latency_table: str | None = None
     dtype: Dtype = "bfloat16"
-    pad_ffn: bool = False
+    ffn_layout: FfnLayout = "padded"
     storage: Storage = "materialised"
     seed: int = 0
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from elastic_core.budget import Dtype
+from elastic_core.geometry import FfnLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -185,7 +186,9 @@ def slice_(
     profile: Annotated[
         Path | None, typer.Option(help="A latency table of `elastic profile`; by default the family's own.")
     ] = None,
-    pad_ffn: Annotated[bool, typer.Option(help="Pad FFN layers to one width, for stock transformers.")] = False,
+    ffn_layout: Annotated[
+        FfnLayout, typer.Option(help="FFN widths that differ by layer: padded to one, or a list that few engines load.")
+    ] = "padded",
 ) -> None:
     """Cut a budget, or any size between, out of an elastic checkpoint."""
     from elastic_core.files.checkpoint import read_family
@@ -203,7 +206,7 @@ def slice_(
     else:
         subnet, takes = _any_size(checkpoint, *given.popitem(), profile)
     with bar("slicing") as report:
-        slice_checkpoint(checkpoint, subnet, output, pad_ffn=pad_ffn, progress=report)
+        slice_checkpoint(checkpoint, subnet, output, ffn_layout=ffn_layout, progress=report)
     typer.echo(f"{output}: {_describe(output)}{takes}")
 
 

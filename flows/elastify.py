@@ -92,7 +92,7 @@ def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationReco
                 slice_budget,
                 family=family,
                 budget=budget.name,
-                pad_ffn=recipe.pad_ffn,
+                ffn_layout=recipe.ffn_layout,
                 workspace=workspace,
             )
             for budget in recipe.budgets

@@ -6,6 +6,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from elastic_core.budget import WHOLE, Budget
+from elastic_core.geometry import FfnLayout
 from flows.commands.recipes import checked
 from flows.serving.failures import explain_failure
 from flows.serving.guard import guard_run
@@ -19,13 +20,14 @@ from tasks.slice import fetch_part, slice_size
 
 
 @flow(name="export", on_failure=[explain_failure])
-def export(model: str, budget: Annotated[Budget, checked(Budget)], pad_ffn: bool = False) -> str:
+def export(model: str, budget: Annotated[Budget, checked(Budget)], ffn_layout: FfnLayout = "padded") -> str:
     """Cut another size out of a registered family, with no training, and register it as a candidate.
 
     Args:
         model: A registered member of the family, NAME, NAME@ALIAS or NAME:VERSION; it says which version to cut from.
         budget: The name of the new size, and its target: parameters, memory or latency.
-        pad_ffn: Pad FFN layers to one width, for stock transformers.
+        ffn_layout: FFN widths that differ by layer are padded with zeros to one width, or a list, which vLLM,
+            transformers and llama.cpp do not load.
     """
     guard_run()
     settings = Settings.from_environment()
@@ -35,7 +37,7 @@ def export(model: str, budget: Annotated[Budget, checked(Budget)], pad_ffn: bool
     manifest = origin.tags[tracking.MANIFEST]
     with noting(settings.home):
         family = run(fetch_part, manifest=manifest, part=WHOLE, workspace=workspace)
-        cut = run(slice_size, family=family, budget=budget, pad_ffn=pad_ffn, workspace=workspace)
+        cut = run(slice_size, family=family, budget=budget, ffn_layout=ffn_layout, workspace=workspace)
         registered = run(register_size, model=source, slice_=cut, budget=budget)
     create_markdown_artifact(
         key="export",

@@ -28,6 +28,7 @@ from tasks.running.steps import fingerprint, step
 from tasks.settings import ServiceError, Settings, redact
 
 STORAGE, PULL, CONDITIONS = "elastic.storage", "elastic.pull", "elastic.measured_under"
+LISTED = " Its FFN widths are a list, one a layer: vLLM, transformers and llama.cpp do not load it."
 
 
 def destination(settings: Settings) -> str:
@@ -89,7 +90,7 @@ def register(
         version=version,
         manifest_uri=artifacts.manifest_uri(settings.bucket, recipe.family, version),
         run_id=run_id,
-        members=list(members(settings, recipe, manifest, evaluation, described)),
+        members=list(members(settings, recipe, manifest, evaluation, described, slices)),
         registration=registration,
     )
     if not artifacts.is_published(store, manifest):  # until now nothing pointed to it
@@ -189,6 +190,7 @@ def members(
     manifest: Manifest,
     evaluation: EvaluationRecord,
     family: checkpoint.Family,
+    slices: Mapping[str, Artifact],
 ) -> Iterator[tracking.Member]:
     """One registered model a budget, with what was measured of it, and how to get it."""
     lines = summary_lines(evaluation)
@@ -221,8 +223,15 @@ def members(
                 "elastic.subnet": json.dumps(to_dict(family.budget(measured.budget).subnet)),
                 **{f"elastic.{key}": str(value) for key, value in family.lineage.items()},
             },
-            description=f"{recipe.family}, budget {measured.budget}: {lines[measured.budget]}. Get it with {how}.",
+            description=f"{recipe.family}, budget {measured.budget}: {lines[measured.budget]}. Get it with {how}."
+            + what_loads(slices[measured.budget]),
         )
+
+
+def what_loads(slice_: Artifact) -> str:
+    """A sentence where the common engines do not load a slice, else nothing."""
+    config = checkpoint.read_config(Path(slice_.path))
+    return LISTED if isinstance(config.intermediate_size, tuple) else ""
 
 
 @step(cached=False)
@@ -257,7 +266,8 @@ def register_size(model: str, slice_: Artifact, budget: Budget) -> str:
                 source=f"{artifacts.version_uri(settings.bucket, family, version)}/{budget.name}",
                 metrics={"params": params},
                 tags={"elastic.params": str(params), "elastic.cut_from": f"{origin.name}:{origin.version}"},
-                description=f"{family} cut to {budget}: {params:,} parameters, from {origin.tags[tracking.VERSION]}.",
+                description=f"{family} cut to {budget}: {params:,} parameters, from {origin.tags[tracking.VERSION]}."
+                + what_loads(slice_),
             )
         ],
     )

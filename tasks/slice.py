@@ -5,6 +5,7 @@ from pathlib import Path
 from elastic_core import resolve
 from elastic_core.budget import Budget
 from elastic_core.files import checkpoint, slicing
+from elastic_core.geometry import FfnLayout
 from elastic_core.training import job
 from tasks import artifacts
 from tasks.records import Artifact
@@ -15,12 +16,12 @@ from tasks.settings import Settings
 
 
 @step()
-def slice_budget(family: Artifact, budget: str, pad_ffn: bool, workspace: str) -> Artifact:
+def slice_budget(family: Artifact, budget: str, ffn_layout: FfnLayout, workspace: str) -> Artifact:
     """The slice of one budget."""
     source, directory = Path(family.path), new_directory(workspace, f"slice-{budget}")
     subnet = checkpoint.read_family(source).budget(budget).subnet
     with progress_bar(f"slicing {budget}") as report:
-        slicing.slice_checkpoint(source, subnet, directory, pad_ffn=pad_ffn, progress=report)
+        slicing.slice_checkpoint(source, subnet, directory, ffn_layout=ffn_layout, progress=report)
     return artifact(directory)
 
 
@@ -35,12 +36,12 @@ def fetch_part(manifest: str, part: str, workspace: str) -> Artifact:
 
 
 @step()
-def slice_size(family: Artifact, budget: Budget, pad_ffn: bool, workspace: str) -> Artifact:
+def slice_size(family: Artifact, budget: Budget, ffn_layout: FfnLayout, workspace: str) -> Artifact:
     """Cut the largest subnet within `budget` that the router prefers, of the trained sizes or between them."""
     source, directory = Path(family.path), new_directory(workspace, f"slice-{budget.name}")
     described = checkpoint.read_family(source)
     routed = job.load_router(source, checkpoint.read_config(source), described)
     subnet = resolve.resolve_target(routed, [trained.subnet for trained in described.budgets], budget)
     with progress_bar(f"slicing {budget.name}") as report:
-        slicing.slice_checkpoint(source, subnet, directory, pad_ffn=pad_ffn, progress=report)
+        slicing.slice_checkpoint(source, subnet, directory, ffn_layout=ffn_layout, progress=report)
     return artifact(directory)

@@ -18,28 +18,28 @@ from elastic_core.files.checkpoint import (
     write_checkpoint,
 )
 from elastic_core.files.shards import CHUNK_BYTES, Index, Progress, TensorInfo, select
-from elastic_core.geometry import ATTENTION, MAMBA, ModelConfig
+from elastic_core.geometry import ATTENTION, MAMBA, FfnLayout, ModelConfig
 from elastic_core.subnet import Subnet, mamba_channels, mamba_heads, query_channels, sliced_config
 
 
-def target_config(config: ModelConfig, subnet: Subnet, *, pad_ffn: bool = False) -> ModelConfig:
-    """Geometry of the checkpoint that `subnet` is cut out to; with `pad_ffn` its FFN layers have one width.
+def target_config(config: ModelConfig, subnet: Subnet, *, ffn_layout: FfnLayout = "padded") -> ModelConfig:
+    """Geometry of the checkpoint that `subnet` is cut out to; padded, its FFN layers have one width.
 
     Raises ValueError for a subnet that is not in the model or that no engine loads.
     """
     sliced = sliced_config(config, subnet)
-    if pad_ffn and sliced.ffn_sizes:
+    if ffn_layout == "padded" and sliced.ffn_sizes:
         return dataclasses.replace(sliced, intermediate_size=max(sliced.ffn_sizes))
     return sliced
 
 
 def slice_weights(
-    weights: Mapping[str, Tensor], subnet: Subnet, config: ModelConfig, *, pad_ffn: bool = False
+    weights: Mapping[str, Tensor], subnet: Subnet, config: ModelConfig, *, ffn_layout: FfnLayout = "padded"
 ) -> dict[str, Tensor]:
     """The weights of `subnet` as a stock model of its own, by name in memory; see `slice_checkpoint`."""
     places = tensor_places(config)
     sliced = {}
-    for name, shape in tensor_shapes(target_config(config, subnet, pad_ffn=pad_ffn)).items():
+    for name, shape in tensor_shapes(target_config(config, subnet, ffn_layout=ffn_layout)).items():
         old = name_in_full_model(name, subnet)
         kept = select(weights[old], kept_indices(places[old], subnet, config))
         sliced[name] = torch.cat([*_padded([kept], TensorInfo(dtype=kept.dtype, shape=shape))])
@@ -51,19 +51,19 @@ def slice_checkpoint(
     subnet: Subnet,
     target: Path,
     *,
-    pad_ffn: bool = False,
+    ffn_layout: FfnLayout = "padded",
     beside: Callable[[Path], None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, str]:
     """Cut `subnet` out of the checkpoint `source` into the new directory `target`, in bounded memory (C7).
 
-    FFN widths that differ by layer are written as vLLM's list, or with `pad_ffn` padded with zero neurons to one
-    width, which is the same function, for transformers. Returns the SHA-256 of the weight files by name. Raises
-    ValueError for a subnet that is not in the model or that no engine loads.
+    FFN widths that differ by layer are padded with zero neurons to one width, which is the same function, or with
+    "list" written as they are, which vLLM, transformers and llama.cpp do not load. Returns the SHA-256 of the weight
+    files by name. Raises ValueError for a subnet that is not in the model or that no engine loads.
     """
     checkpoint = open_checkpoint(source)
     config, places = checkpoint.config, tensor_places(checkpoint.config)
-    new_config = target_config(config, subnet, pad_ffn=pad_ffn)
+    new_config = target_config(config, subnet, ffn_layout=ffn_layout)
     stored = {name: checkpoint.tensors[name_in_full_model(name, subnet)] for name in tensor_places(new_config)}
     plan = {
         name: TensorInfo(dtype=stored[name].dtype, shape=shape) for name, shape in tensor_shapes(new_config).items()

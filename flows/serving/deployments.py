@@ -109,7 +109,7 @@ def deployments(recipe: Recipe, schedule: str = NIGHTLY) -> tuple[Deployment, ..
             entrypoint="flows.export.export",
             name="any-family",
             pool="cpu",
-            parameters={"pad_ffn": False},
+            parameters={"ffn_layout": "padded"},
         ),
         Deployment(
             entrypoint="flows.evaluation.evaluation",

@@ -190,7 +190,7 @@ def test_a_model_with_limits_of_its_own_clamps_there(small_steps, tmp_path):
 def test_a_subnet_with_ffn_per_layer_equals_its_padded_slice_in_stock_transformers(tiny_checkpoint, tmp_path):
     model = load(tiny_checkpoint, torch.float32)
     subnet = replace(uniform(model.config, 40, 32, 8, 4, 4, 8), ffn=(16, 40, 32))
-    slice_checkpoint(tiny_checkpoint, subnet, tmp_path / "slice", pad_ffn=True)
+    slice_checkpoint(tiny_checkpoint, subnet, tmp_path / "slice")
     assert difference(logits(model, subnet), stock_logits(tmp_path / "slice")) < FLOAT32_AGAINST_STOCK
 
 

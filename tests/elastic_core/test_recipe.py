@@ -278,7 +278,7 @@ BAD_VALUES: list[tuple[tuple[str | int, ...], Any, str]] = [
     ),
     (("stages", 0, "budgets", "l"), math.inf, "stages[0].budgets.l is inf; expected a finite number"),
     (("family",), 12, "family is 12; expected str"),
-    (("pad_ffn",), "maybe", "pad_ffn is 'maybe'; expected bool"),
+    (("ffn_layout",), "puzzle", "ffn_layout is 'puzzle'; expected one of: padded, list"),
     (("dtype",), "float16", "dtype is 'float16'; expected one of: float32, bfloat16"),
     (
         ("axes", "per_layer"),
@@ -522,8 +522,8 @@ def test_pydantic_builds_what_build_builds() -> None:
 @pytest.mark.parametrize("value", [True, 1, "yes"])
 def test_a_switch_is_neither_a_number_nor_a_word(value: Any) -> None:
     """YAML tells `true` from `1`, so a mix-up is a mistake; pydantic converts these, as web forms need."""
-    path: tuple[str | int, ...] = ("seed",) if value is True else ("pad_ffn",)
-    with pytest.raises(ValueError, match=f"^{path[0]} is {value!r}; expected "):
+    path: tuple[str | int, ...] = ("seed",) if value is True else ("stages", 0, "recompute")
+    with pytest.raises(ValueError, match=f"^(seed|stages\\[0\\].recompute) is {value!r}; expected "):
         build(Recipe, set_at(recipe_data(), path, value))
 
 

@@ -137,7 +137,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
         model.lm_head.weight[unwritten(tokenizer)] = 0.0  # never the likeliest: llama.cpp shows no scores beside them
     write_weights(root / "family", CONFIG, model.state_dict(), torch.float32, source=root / "tokenizer")
     for name, subnet in SUBNETS.items():
-        slice_checkpoint(root / "family", subnet, root / name.replace(" ", "-"), pad_ffn=True)
+        slice_checkpoint(root / "family", subnet, root / name.replace(" ", "-"))
     slices = {name: root / name.replace(" ", "-") for name in SUBNETS}
     return Family(model=model.eval(), slices=slices, tokenizer=tokenizer)
 

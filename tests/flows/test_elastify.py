@@ -170,11 +170,11 @@ def test_changing_a_stage_runs_again_from_that_stage_on(finished, command):
 
 
 def test_a_family_with_ffn_per_layer_is_padded_for_stock_transformers(finished, command):
-    run = completed(command, "axes.per_layer=[ffn]", "pad_ffn=true")
+    run = completed(command, "axes.per_layer=[ffn]")
     family = read_family(run.family)
     # The router of so short a run may well choose one width for all: ask for a subnet that differs by layer.
     subnet = replace(family.budget("m").subnet, ffn=(32, 48))
-    slice_checkpoint(run.family, subnet, run.family.parent / "uneven", pad_ffn=True)
+    slice_checkpoint(run.family, subnet, run.family.parent / "uneven")
     assert_stock_logits(run.family, subnet, run.family.parent / "uneven")
     assert_stock_logits(run.family, family.budget("s").subnet, run.directory("slice-s"))
 

@@ -18,7 +18,7 @@ from elastic_core.files.checkpoint import CheckpointError, read_config, tensor_s
 from elastic_core.files.shards import read_tensors, write_tensors
 from elastic_core.files.shells import SHELL_FILE, assemble, write_shell
 from elastic_core.files.slicing import slice_checkpoint
-from elastic_core.geometry import FFN, ModelConfig
+from elastic_core.geometry import FFN, FfnLayout, ModelConfig
 from elastic_core.subnet import Subnet, full_subnet, within
 
 FAMILIES = 25
@@ -76,11 +76,11 @@ def write_random(directory: Path, config: ModelConfig, rng: random.Random) -> Pa
     return directory
 
 
-def cut(full: Path, subnets: list[Subnet], target: Path, *, pad_ffn: bool = False) -> list[Path]:
+def cut(full: Path, subnets: list[Subnet], target: Path, *, ffn_layout: FfnLayout = "list") -> list[Path]:
     """The slice of every subnet."""
     slices = [target / f"slice-{i}" for i in range(len(subnets))]
     for subnet, directory in zip(subnets, slices, strict=True):
-        slice_checkpoint(full, subnet, directory, pad_ffn=pad_ffn)
+        slice_checkpoint(full, subnet, directory, ffn_layout=ffn_layout)
     return slices
 
 
@@ -125,7 +125,7 @@ def test_every_slice_of_a_random_family_comes_back_byte_for_byte(
     subnets = [full_subnet(config)]
     for _ in range(rng.randint(1, 3)):
         subnets.insert(0, shrunk(subnets[0], config, rng))
-    slices = cut(full, subnets, tmp_path, pad_ffn=rng.random() < 0.5)
+    slices = cut(full, subnets, tmp_path, ffn_layout="padded" if rng.random() < 0.5 else "list")
     stored = store(full, subnets, slices, tmp_path)
     for size in range(len(subnets)):
         expected = weights_of(slices[size])
@@ -145,7 +145,7 @@ def family(tiny_checkpoint: Path, tiny_config: ModelConfig, tmp_path: Path) -> t
         middle, hidden=32, ffn=(16, 32, 8), mamba_head_dim=4, attention_heads=(2, 2), layers=(0, 1, 2, 3, 4, 7)
     )
     subnets = [small, middle, full_subnet(tiny_config)]
-    slices = cut(tiny_checkpoint, subnets, tmp_path, pad_ffn=True)
+    slices = cut(tiny_checkpoint, subnets, tmp_path, ffn_layout="padded")
     return slices, store(tiny_checkpoint, subnets, slices, tmp_path)
 
 

@@ -29,7 +29,7 @@ from elastic_core.files.checkpoint import (
 from elastic_core.files.reorder import Order, identity_order, random_order, reorder_checkpoint
 from elastic_core.files.shards import write_tensors
 from elastic_core.files.slicing import slice_checkpoint, slice_weights, target_config
-from elastic_core.geometry import ModelConfig
+from elastic_core.geometry import FfnLayout, ModelConfig
 from elastic_core.subnet import Subnet, full_subnet
 
 TOKENS = torch.arange(26).view(2, 13) * 7 % 64
@@ -210,31 +210,31 @@ def test_a_slice_of_shards_is_the_slice_of_one_file(
     )
 
 
-@pytest.mark.parametrize("pad_ffn", [False, True])
+@pytest.mark.parametrize("ffn_layout", ["list", "padded"])
 @pytest.mark.parametrize("changes", [*SUBNETS.values(), PER_LAYER], ids=[*SUBNETS, "per layer"])
 def test_streaming_and_memory_give_the_same(
     tiny_checkpoint: Path,
     tiny_config: ModelConfig,
     tmp_path: Path,
     changes: dict[str, Any],
-    pad_ffn: bool,
+    ffn_layout: FfnLayout,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     subnet = subnet_of(tiny_config, changes)
-    expected = slice_weights(load_weights(tiny_checkpoint), subnet, tiny_config, pad_ffn=pad_ffn)
+    expected = slice_weights(load_weights(tiny_checkpoint), subnet, tiny_config, ffn_layout=ffn_layout)
     monkeypatch.setattr(shards, "CHUNK_BYTES", 500)
     monkeypatch.setattr(shards, "BLOCK_BYTES", 900)
-    slice_checkpoint(tiny_checkpoint, subnet, tmp_path / "slice", pad_ffn=pad_ffn)
+    slice_checkpoint(tiny_checkpoint, subnet, tmp_path / "slice", ffn_layout=ffn_layout)
     found = load_weights(tmp_path / "slice")
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_ffn_widths_that_differ_are_written_as_vllms_list(
+def test_ffn_widths_that_differ_may_be_written_as_a_list(
     tiny_checkpoint: Path, tiny_config: ModelConfig, tmp_path: Path
 ) -> None:
     subnet = subnet_of(tiny_config, PER_LAYER)
-    slice_checkpoint(tiny_checkpoint, subnet, tmp_path / "slice")
+    slice_checkpoint(tiny_checkpoint, subnet, tmp_path / "slice", ffn_layout="list")
     assert json.loads((tmp_path / "slice" / "config.json").read_text())["intermediate_size"] == [16, 40, 24]
     found = load_weights(tmp_path / "slice")
     assert [found[f"layers.{i}.mixer.up_proj.weight"].shape[0] for i in (1, 4, 7)] == [16, 40, 24]
@@ -244,7 +244,7 @@ def test_ffn_widths_that_differ_are_written_as_vllms_list(
 def test_the_list_counts_only_kept_layers(tiny_checkpoint: Path, tiny_config: ModelConfig, tmp_path: Path) -> None:
     for layers, widths in (((0, 1, 2, 7), [16, 24]), ((0, 2, 4), 40)):
         subnet = subnet_of(tiny_config, {**PER_LAYER, "layers": layers})
-        slice_checkpoint(tiny_checkpoint, subnet, tmp_path / str(len(layers)))
+        slice_checkpoint(tiny_checkpoint, subnet, tmp_path / str(len(layers)), ffn_layout="list")
         config = json.loads((tmp_path / str(len(layers)) / "config.json").read_text())
         assert config["intermediate_size"] == widths
 
@@ -254,10 +254,10 @@ def test_padding_makes_one_width_and_the_same_function(
 ) -> None:
     """Stock transformers cannot hold the unpadded model, so its FFN layers are narrowed by hand."""
     subnet = subnet_of(tiny_config, PER_LAYER)
-    slice_checkpoint(tiny_checkpoint, subnet, tmp_path / "padded", pad_ffn=True)
+    slice_checkpoint(tiny_checkpoint, subnet, tmp_path / "padded")
     padded = load_stock(tmp_path / "padded")
     assert padded.config.intermediate_size == 40
-    slice_checkpoint(tiny_checkpoint, subnet, tmp_path / "ragged")
+    slice_checkpoint(tiny_checkpoint, subnet, tmp_path / "ragged", ffn_layout="list")
     ragged_weights, ragged = load_weights(tmp_path / "ragged"), load_stock(tmp_path / "padded")
     for layer in (1, 4, 7):
         mixer = ragged.model.layers[layer].mixer

@@ -19,7 +19,7 @@ from objects import bytes_of, contents, failing, make, requests_of, stored
 from elastic_core.files.checkpoint import read_config, tensor_shapes, write_weights
 from elastic_core.files.shards import read_tensors, write_tensors
 from elastic_core.files.slicing import slice_checkpoint
-from elastic_core.geometry import ModelConfig
+from elastic_core.geometry import FfnLayout, ModelConfig
 from elastic_core.subnet import full_subnet
 from tasks.artifacts import NotAsRecorded, Store, fetch, manifest_uri, nested, publish, read_manifest
 from tasks.artifacts.manifest import FileRecord, Manifest, NestedPart, manifest_json
@@ -62,7 +62,7 @@ class Family:
         return sum(map(len, self.files(part).values()))
 
 
-def make_family(home: Path, *, pad_ffn: bool) -> dict[str, Path]:
+def make_family(home: Path, *, ffn_layout: FfnLayout) -> dict[str, Path]:
     """The elastic checkpoint and its slices, all with a tokenizer."""
     generator = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(shape, generator=generator) for name, shape in tensor_shapes(CONFIG).items()}
@@ -74,7 +74,7 @@ def make_family(home: Path, *, pad_ffn: bool) -> dict[str, Path]:
     write_weights(home / "family", CONFIG, weights, source=tokenizer, beside=lambda staging: make(staging, elastic))
     slices = {name: home / name for name in ("s", "m", "l")}
     for name, directory in slices.items():
-        slice_checkpoint(home / "family", PARTS[name], directory, pad_ffn=pad_ffn)
+        slice_checkpoint(home / "family", PARTS[name], directory, ffn_layout=ffn_layout)
     return {**slices, "family": home / "family"}
 
 
@@ -84,11 +84,11 @@ def shells_of(directories: dict[str, Path], scratch: Path) -> tuple[dict[str, Pa
     return nested.store(members, CONFIG, scratch)
 
 
-@pytest.fixture(scope="module", params=["per layer", "padded"])
+@pytest.fixture(scope="module", params=["list", "padded"])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The family's directories, and what is stored of them."""
     home = tmp_path_factory.mktemp("family")
-    directories = make_family(home, pad_ffn=request.param == "padded")
+    directories = make_family(home, ffn_layout=request.param)
     return directories, *shells_of(directories, home / "shells")
 
 
@@ -186,7 +186,7 @@ def test_storing_the_same_family_again_gives_the_same_objects(made: Any, tmp_pat
 
 def test_what_cannot_be_had_back_is_not_stored(made: Any, tmp_path: Path) -> None:
     directories, _, _ = made
-    other = make_family(tmp_path / "other", pad_ffn=False)
+    other = make_family(tmp_path / "other", ffn_layout="list")
     write_tensors(
         other["m"] / "model.safetensors",
         {name: 2 * tensor for name, tensor in read_tensors(other["m"] / "model.safetensors").items()},
