@@ -26,7 +26,7 @@ from tasks.running.recipe_run import identities, link_release, tracked
 from tasks.running.steps import run
 from tasks.settings import Settings
 from tasks.slice import slice_budget
-from tasks.teacher import fetch_teacher, pretrain_teacher, train_tokenizer
+from tasks.teacher import fetch_teacher, license_of, pretrain_teacher, train_tokenizer
 
 
 @flow(name="elastify", on_failure=[explain_failure])
@@ -175,4 +175,5 @@ def lineage(recipe: Recipe, teacher: Artifact, corpus: Artifact) -> dict[str, st
         "corpus_sha256": corpus.digest,
         "heldout_sha256": read_record(Path(corpus.path)).heldout.sha256,
         "seed": str(recipe.seed),
+        **license_of(Path(teacher.path)),
     }

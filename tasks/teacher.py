@@ -4,10 +4,13 @@ import logging
 from pathlib import Path
 
 import torch
+import yaml
 
 from elastic_core.budget import Dtype
 from elastic_core.files import checkpoint
-from elastic_core.files.shards import staged_directory
+from elastic_core.files.card import LICENSE
+from elastic_core.files.shards import regular_file, staged_directory
+from elastic_core.files.side_files import CARD_FILE
 from elastic_core.geometry import ModelConfig
 from elastic_core.model import ElasticNemotronH
 from elastic_core.recipe import DataConfig, Distillation, Pretraining
@@ -28,7 +31,7 @@ from tasks.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.md", "*.jinja", "*.py", "LICENSE*", "NOTICE*"]
 
 
 @step()
@@ -46,6 +49,18 @@ def fetch_teacher(path: str, identity: str, workspace: str) -> Artifact:
     tokenizer.check_tokenizer(directory, config.vocab_size)
     logger.info("teacher %s: %d layers, hidden size %d", path, config.num_layers, config.hidden_size)
     return artifact(directory)
+
+
+def license_of(teacher: Path) -> dict[str, str]:
+    """What the front matter of a teacher's model card says of its license, by the Hub's names; nothing without one."""
+    if not (teacher / CARD_FILE).is_file():
+        return {}
+    opening, _, rest = regular_file(teacher, CARD_FILE).read_text(errors="replace").partition("---\n")
+    try:
+        said = yaml.safe_load(rest.partition("\n---")[0]) if not opening.strip() else None
+    except yaml.YAMLError:
+        said = None
+    return {name: str(said[name]) for name in LICENSE if name in said} if isinstance(said, dict) else {}
 
 
 @step()

@@ -4,7 +4,6 @@
 In memory a tensor is called `layers.0.norm.weight`; on disk `backbone.layers.0.norm.weight`, or `model.layers...`.
 """
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from elastic_core.budget import Budget
 from elastic_core.cost import LatencyTable, budget_cost, subnet_params
+from elastic_core.files.card import family_card
 from elastic_core.files.shards import CheckpointError as CheckpointError
 from elastic_core.files.shards import (
     Progress,
@@ -28,6 +28,7 @@ from elastic_core.files.shards import (
     write_json,
     write_shards,
 )
+from elastic_core.files.side_files import CARD_FILE, copy_side_files, write_generation_config
 from elastic_core.files.stock_config import read_config as read_config
 from elastic_core.files.stock_config import write_config as write_config
 from elastic_core.geometry import ATTENTION, FFN, MAMBA, Axes, ModelConfig
@@ -37,23 +38,6 @@ from elastic_core.subnet import Subnet, check_subnet, conv_channels, in_proj_row
 ORDER_FILE = "order.safetensors"
 ROUTER_FILE = "router.safetensors"
 FAMILY_FILE = "elastic.json"
-
-SIDE_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
-    "NOTICE",
-)
 
 
 # The table of tensors
@@ -283,14 +267,15 @@ def write_checkpoint(
 ) -> dict[str, str]:
     """Write a stock checkpoint that appears whole or not at all; returns the SHA-256 of its weight files by name.
 
-    `blocks(name)` gives each planned tensor as consecutive blocks of rows. The tokenizer's files and the other keys
-    of config.json come from `source`. `beside` is called with the unfinished directory, to add files of its own.
+    `blocks(name)` gives each planned tensor as consecutive blocks of rows. The files that are not weights and the other
+    keys of config.json come from `source`. `beside` is called with the unfinished directory, to add files of its own.
     """
     with staged_directory(directory) as staging:
-        base = read_json(regular_file(source, "config.json")) if source and (source / "config.json").exists() else None
-        write_config(config, staging, _main_dtype(plan.values()), base)
+        base = read_json(regular_file(source, "config.json")) if source and (source / "config.json").exists() else {}
+        write_config(config, staging, main_dtype(plan.values()), base)
         if source:
-            copy_side_files(source, staging)
+            copy_side_files(source, staging, base)
+        write_generation_config(staging, config)
         if beside:
             beside(staging)
         return write_shards(
@@ -302,19 +287,12 @@ def write_checkpoint(
         )
 
 
-def _main_dtype(tensors: Iterable[TensorInfo]) -> torch.dtype:
+def main_dtype(tensors: Iterable[TensorInfo]) -> torch.dtype:
     """The type that most of the data has; single tensors may differ, such as A_log in float32."""
     sizes: dict[torch.dtype, int] = {}
     for tensor in tensors:
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
     return max(sizes, key=lambda dtype: sizes[dtype])
-
-
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files, the generation config, the chat template and the license, those that there are."""
-    for name in SIDE_FILES:
-        if (source / name).exists():
-            shutil.copyfile(regular_file(source, name), target / name)
 
 
 # elastic.json
@@ -371,9 +349,10 @@ def read_family(directory: Path) -> Family:
 
 
 def write_family(directory: Path, family: Family) -> None:
-    """Write elastic.json into a directory that has its config.json; order and router go beside it."""
-    _check_family(family, read_config(directory))
+    """Write elastic.json and a model card into a directory that has its config.json; order and router go beside it."""
+    _check_family(family, config := read_config(directory))
     write_json(directory / FAMILY_FILE, to_dict(family))
+    (directory / CARD_FILE).write_text(family_card(config, family), encoding="utf-8")
 
 
 def _check_family(family: Family, config: ModelConfig) -> None:

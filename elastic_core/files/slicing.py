@@ -1,6 +1,7 @@
 """Cutting a subnet out of an elastic checkpoint: the result is a stock checkpoint that inference engines load."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -8,16 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elastic_core.cost import subnet_params
+from elastic_core.files.card import slice_card
 from elastic_core.files.checkpoint import (
+    FAMILY_FILE,
     Axis,
     Place,
+    main_dtype,
     mamba_indices,
     open_checkpoint,
+    read_config,
+    read_family,
     tensor_places,
     tensor_shapes,
     write_checkpoint,
 )
 from elastic_core.files.shards import CHUNK_BYTES, Index, Progress, TensorInfo, select
+from elastic_core.files.side_files import CARD_FILE
 from elastic_core.geometry import ATTENTION, MAMBA, FfnLayout, ModelConfig
 from elastic_core.subnet import Subnet, mamba_channels, mamba_heads, query_channels, sliced_config
 
@@ -73,7 +81,27 @@ def slice_checkpoint(
         indices = kept_indices(places[name_in_full_model(name, subnet)], subnet, config)
         return _padded(stored[name].blocks(*indices), plan[name])
 
-    return write_checkpoint(target, new_config, plan, blocks, source=source, beside=beside, progress=progress)
+    def with_card(staging: Path) -> None:
+        (staging / CARD_FILE).write_text(_card(source, subnet, new_config, plan), encoding="utf-8")
+        if beside is not None:
+            beside(staging)
+
+    return write_checkpoint(target, new_config, plan, blocks, source=source, beside=with_card, progress=progress)
+
+
+def _card(source: Path, subnet: Subnet, sliced: ModelConfig, plan: Mapping[str, TensorInfo]) -> str:
+    """The slice's model card: named by its budget, where the subnet is that of one."""
+    family = read_family(source) if (source / FAMILY_FILE).exists() else None
+    budgets = family.budgets if family is not None else ()
+    params = subnet_params(read_config(source), subnet)
+    return slice_card(
+        sliced,
+        params=params,
+        zeros=sum(math.prod(planned.shape) for planned in plan.values()) - params,
+        dtype=str(main_dtype(plan.values())).removeprefix("torch."),
+        family=family,
+        name=next((f"Budget {budget.name}" for budget in budgets if budget.subnet == subnet), "A size of its own"),
+    )
 
 
 def name_in_full_model(name: str, subnet: Subnet) -> str:

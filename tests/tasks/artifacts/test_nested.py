@@ -70,11 +70,11 @@ def make_family(home: Path, *, ffn_layout: FfnLayout) -> dict[str, Path]:
         if "mixer" in name and "weight" in name:
             weights[name] = weights[name].bfloat16()
     tokenizer = make(home / "tokenizer", {"tokenizer.json": os.urandom(20_000), "vocab.json": b"{}"})
-    elastic = {"elastic.json": b"{}", "router.safetensors": os.urandom(2_000)}
-    write_weights(home / "family", CONFIG, weights, source=tokenizer, beside=lambda staging: make(staging, elastic))
+    write_weights(home / "family", CONFIG, weights, source=tokenizer)
     slices = {name: home / name for name in ("s", "m", "l")}
     for name, directory in slices.items():
         slice_checkpoint(home / "family", PARTS[name], directory, ffn_layout=ffn_layout)
+    make(home / "family", {"elastic.json": b"{}", "router.safetensors": os.urandom(2_000)})
     return {**slices, "family": home / "family"}
 
 
