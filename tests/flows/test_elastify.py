@@ -226,15 +226,14 @@ def test_gc_frees_what_is_superseded_and_leaves_all_that_the_next_run_takes_from
         uri = Settings.from_environment().registry
         before = {alias: aliased(alias) for alias in (tracking.CANDIDATE, tracking.CHAMPION)}
     other = completed(command, "stages.1.steps=7")
-    kept = command("gc", "--older-than", "0", "--max-size", "0B")
-    assert kept.returncode == 0 and str(other.directory("slice-s")) not in kept.stdout.replace("\n", "")
+    gone = [other.directory("stage2"), other.directory("slice-s")]
     with embedded_services(command.home):
         for alias, versions in before.items():
             tracking.set_alias(uri, alias, versions)
     completed(command)
     removed = command("gc", "--older-than", "0", "--delete", "--yes")
     assert removed.returncode == 0, removed.stderr
-    assert not other.directory("stage2").exists() and not other.directory("slice-s").exists()
+    assert not any(directory.exists() for directory in gone)
     assert all(directory.exists() for directory in finished.directories)
     steps = cached(completed(command))
     assert steps.pop("promote") == [False] and all(all(times) for times in steps.values())
