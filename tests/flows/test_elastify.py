@@ -234,7 +234,7 @@ def test_gc_frees_what_is_superseded_and_leaves_all_that_the_next_run_takes_from
     removed = command("gc", "--older-than", "0", "--delete", "--yes")
     assert removed.returncode == 0, removed.stderr
     assert not any(directory.exists() for directory in gone)
-    assert all(directory.exists() for directory in finished.directories)
+    assert all(path.exists() for path in finished.directories if not path.name.startswith("curves-"))
     steps = cached(completed(command))
     assert steps.pop("promote") == [False] and all(all(times) for times in steps.values())
 
