@@ -26,7 +26,16 @@ DIGEST_LENGTH = 64  # of SHA-256 in hex
 CODE = "code"  # the name of the project's version in a lineage
 COMMIT = "ELASTIC_COMMIT"
 PACKAGES = ("elastic_core", "tasks", "flows")
-PLUMBING = ("tasks.running", "tasks.artifacts", "tasks.tracking", "tasks.settings", "tasks.records")
+PLUMBING = (
+    "tasks.running",
+    "tasks.artifacts",
+    "tasks.tracking",
+    "tasks.settings",
+    "tasks.records",
+    "elastic_core.files.locks",
+    "elastic_core.training.faults",
+    "elastic_core.training.launch",
+)
 # Used on a GPU alone, where they are installed.
 KERNELS = ("causal_conv1d", "mamba_ssm", "triton")
 
