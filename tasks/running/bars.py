@@ -78,4 +78,4 @@ class Pace:
         began, first = self._first
         if not first < done < total:
             return ""
-        return f"{human_seconds((now - began) * (total - done) / (done - first))} left"
+        return f"{human_seconds(round((now - began) * (total - done) / (done - first)))} left"
