@@ -139,14 +139,19 @@ def _content(content: Any, where: str) -> tuple[str | None, list[str]]:
     texts: list[str] = []
     thoughts: list[str] = []
     for part in content:
-        kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        text = part if isinstance(part, str) else part.get(kind, part.get("text")) if isinstance(part, dict) else None
-        if kind in TEXT_PARTS and isinstance(part, dict):
-            text = part.get("text")
+        kind, text = _part(part)
         if kind not in TEXT_PARTS | THOUGHT_PARTS or not isinstance(text, str):
             raise Unusable(f"{where} holds a part of type {kind!r}, and only text can be trained on; remove it")
         (thoughts if kind in THOUGHT_PARTS else texts).append(text)
     return "".join(texts), thoughts
+
+
+def _part(part: Any) -> tuple[str, Any]:
+    """The type of a part of a content, and its text: under `text`, or of a thought under the name of its type."""
+    if not isinstance(part, dict):
+        return ("text", part) if isinstance(part, str) else (type(part).__name__, None)
+    kind = str(part.get("type", "text"))
+    return kind, part.get(kind if kind in THOUGHT_PARTS and kind in part else "text")
 
 
 def _calls(calls: Any, where: str) -> list[Row]:

@@ -45,12 +45,17 @@ def read_problems(path: Path, limit: int) -> list[Problem]:
     Each row holds `messages`, the last of which is the answer; `task` names the kind of problem. ValueError names the
     row and the remedy.
     """
-    if not path.exists() and not any(path.parent.glob(path.name)):
-        raise ValueError(f"{path}: No such file; correct evaluation.problems")
-    source = DataSource(path=str(path))
+    source = problems_source(path)
     with tempfile.TemporaryDirectory() as work:
         rows = iter_rows(source, fetch=lambda uri, to: to, directory=Path(work))
         return [_problem(row, source, where) for where, row in islice(rows, limit)]
+
+
+def problems_source(path: Path) -> DataSource:
+    """The file, directory or glob as a source; ValueError where there is none."""
+    if not path.exists() and not any(path.parent.glob(path.name)):
+        raise ValueError(f"{path}: No such file; correct evaluation.problems")
+    return DataSource(path=str(path))
 
 
 def encode_questions(

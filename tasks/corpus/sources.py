@@ -7,6 +7,7 @@ from elastic_core.recipe import DataSource
 from tasks import artifacts
 from tasks.corpus.documents import STDLIB, digest_files, source_files
 from tasks.corpus.hub import HUB, commit_of, parse_dataset, parse_model
+from tasks.corpus.problems import problems_source
 from tasks.running.steps import fingerprint
 from tasks.settings import Settings
 
@@ -46,7 +47,7 @@ def problems_digest(path: str | None) -> str | None:
     """SHA-256 of the files of problems; None without any."""
     if path is None:
         return None
-    return digest_files(source_files(DataSource(path=path), fetch=fetch_data, directory=Path()).values())
+    return digest_files(source_files(problems_source(Path(path)), fetch=fetch_data, directory=Path()).values())
 
 
 def file_identity(file: Path) -> tuple[str, int, int]:

@@ -149,6 +149,14 @@ CASES = {
         ),
         ["⟦user⟧2+2?⟦assistant⟧4⟦/s⟧"],
     ),
+    "a thought in a part": Case(
+        "qwen3",
+        chat(
+            user([{"type": "text", "text": "2+2?"}]),
+            says([{"type": "thinking", "thinking": "add"}, {"type": "text", "text": "4"}]),
+        ),
+        ["⟦im_start⟧user\n2+2?⟦im_end⟧\n⟦im_start⟧assistant\n<think>\nadd\n</think>\n\n4⟦im_end⟧\n"],
+    ),
     "messages and template arguments as JSON text": Case(
         "qwen3",
         {"messages": json.dumps([ASKED, says("4")]), "chat_template_kwargs": json.dumps({"enable_thinking": False})},
