@@ -120,9 +120,11 @@ class RouterSchedule(Strict):
 class Stage(Strict):
     """One stage of distillation: `batch_size` sequences of `sequence_length` tokens a step, for `steps` steps.
 
-    `budgets` gives each budget's share of every global batch; shares are exact over the batch (C6). Every process
-    runs `micro_batch_size` sequences at once. `recompute` keeps of each layer its input alone until the backward pass,
-    which costs a second forward pass.
+    `budgets` gives each budget's share of every global batch; shares are exact over the batch (C6). `shares` by_need:
+    that holds for the first steps; later a budget's share follows its measured KL to the teacher, and the full size,
+    which starts at KL 0, gets `full_share`. `budget_rows` sequences in a row share a budget: as many as there are
+    processes unless said, for all processes run one budget at a time, at most `micro_batch_size` sequences at once.
+    `recompute` keeps of each layer its input alone until the backward pass, which costs a second forward pass.
     """
 
     name: str
@@ -131,6 +133,9 @@ class Stage(Strict):
     steps: int
     budgets: dict[str, float]
     optimizer: Optimizer
+    shares: Literal["by_need", "fixed"] = "by_need"
+    full_share: float = 0.05
+    budget_rows: int | None = None
     router: RouterSchedule = field(default_factory=RouterSchedule)
     micro_batch_size: int = 1
     recompute: bool = False
@@ -138,10 +143,15 @@ class Stage(Strict):
 
     def __post_init__(self) -> None:
         positive(self, "sequence_length", "batch_size", "steps", "micro_batch_size", "checkpoint_every")
+        if self.budget_rows is not None:
+            positive(self, "budget_rows")
+            multiple_of("batch_size", self.batch_size, "budget_rows", self.budget_rows)
         checked_name("stage", self.name)
         multiple_of("batch_size", self.batch_size, "micro_batch_size", self.micro_batch_size)
         if not self.budgets or min(self.budgets.values()) < 0 or sum(self.budgets.values()) <= 0:
             raise ValueError(f"budgets={self.budgets} must give each budget a share of at least 0, and some more")
+        if not 0 <= self.full_share < 1:
+            raise ValueError(f"full_share={self.full_share} must be at least 0 and below 1")
 
     @property
     def tokens(self) -> int:
@@ -152,6 +162,13 @@ class Stage(Strict):
         together = self.micro_batch_size * processes
         multiple_of("batch_size", self.batch_size, "micro_batch_size x processes", together)
         return self.batch_size // together
+
+    def rows_together(self, processes: int) -> int:
+        """Rows that share a budget with so many processes; ValueError where the batch does not divide among them."""
+        together = self.budget_rows or processes
+        multiple_of("budget_rows", together, "processes", processes)
+        multiple_of("batch_size", self.batch_size, "budget_rows", together)
+        return together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,6 +270,25 @@ class Importance(Strict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Shapes(Strict):
+    """How each budget's subnet is chosen: by the measured loss of its cut, or by the router's word alone.
+
+    `measured`: before training, and after each stage whose router trained, subnets within the budgets are cut from the
+    teacher and their KL to it is measured on `samples` calibration sequences; at most `measurements` of them, a forward
+    pass each. `router`: as arXiv 2511.16664 has it, the router starts from nothing and its most likely choice is taken.
+    """
+
+    by: Literal["measured", "router"] = "measured"
+    samples: int = 4
+    sequence_length: int = 8192
+    batch_size: int = 1
+    measurements: int = 600
+
+    def __post_init__(self) -> None:
+        positive(self, "samples", "sequence_length", "batch_size", "measurements")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Router(Strict):
     """The router's size; its schedule belongs to each stage."""
 
@@ -308,6 +344,7 @@ class Recipe(Strict):
     budgets: tuple[Budget, ...]
     stages: tuple[Stage, ...]
     importance: Importance = field(default_factory=Importance)
+    shapes: Shapes = field(default_factory=Shapes)
     router: Router = field(default_factory=Router)
     distillation: Distillation = field(default_factory=Distillation)
     evaluation: Evaluation = field(default_factory=Evaluation)

@@ -5,10 +5,10 @@ greatest router log-probability: for each hidden size, Mamba head dim and depth 
 knapsack, a small mixed-integer program.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from math import gcd, inf
+from math import gcd, inf, prod
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from elastic_core.subnet import Subnet, full_subnet, is_nested, keep_layers, sma
 
 # A subnet for a size between the trained budgets uses at least this share of its target, or of what any can use of it.
 USED_SHARE = 0.98
+
+# Up to so many combinations it is quicker to try them all than to solve for the best.
+ENUMERATED = 256
 
 LogProbabilities = Mapping[str, Tensor]
 
@@ -48,7 +51,7 @@ class _Global:
 
 
 @dataclass(frozen=True, slots=True)
-class _Bounds:
+class Limits:
     """Where to look for a subnet: around `inner`, inside `outer`, at a cost of `least` to `most`."""
 
     inner: Subnet
@@ -71,8 +74,8 @@ def resolve_budgets(router: Router, budgets: Sequence[Budget]) -> tuple[Subnet, 
         if outer == full and target >= counted.of(full):
             subnets.append(full)
             continue
-        scores = _log_probabilities(router, router.one_hot(index))
-        found = _best(elastic, counted, scores, _Bounds(smallest, outer, 0, target))
+        scores = log_probabilities(router, router.one_hot(index))
+        found = _best(elastic, counted, scores, Limits(smallest, outer, 0, target))
         if found is None:
             raise _too_small(budget, counted, smallest)
         subnets.append(found)
@@ -95,11 +98,11 @@ def resolve_target(router: Router, resolved: Sequence[Subnet], budget: Budget) -
         return resolved[below]
     inner = resolved[below] if below < len(resolved) else _smallest(elastic)
     outer = resolved[below - 1] if below else full
-    scores = _log_probabilities(router, _between(router, sizes, below, target))
-    if _best(elastic, counted, scores, _Bounds(inner, outer, 0, target)) is None:
+    scores = log_probabilities(router, _between(router, sizes, below, target))
+    if _best(elastic, counted, scores, Limits(inner, outer, 0, target)) is None:
         raise _too_small(budget, counted, inner)
     least = int(USED_SHARE * target)
-    while (found := _best(elastic, counted, scores, _Bounds(inner, outer, least, target))) is None:
+    while (found := _best(elastic, counted, scores, Limits(inner, outer, least, target))) is None:
         least = int(USED_SHARE * least)  # none comes that near to the target, so look a little lower
     return found
 
@@ -125,35 +128,51 @@ def _too_small(budget: Budget, counted: Cost, smallest: Subnet) -> ValueError:
 
 
 @torch.no_grad()
-def _log_probabilities(router: Router, budget: Tensor) -> LogProbabilities:
+def log_probabilities(router: Router, budget: Tensor) -> LogProbabilities:
+    """The router's log-probability (rows, choices) of every choice, for its input `budget`."""
     return {axis: logits.double().log_softmax(-1).cpu() for axis, logits in router(budget).items()}
 
 
-def _best(elastic: ElasticModel, counted: Cost, scores: LogProbabilities, bounds: _Bounds) -> Subnet | None:
+def _best(elastic: ElasticModel, counted: Cost, scores: LogProbabilities, bounds: Limits) -> Subnet | None:
     """The subnet of greatest log-probability within the bounds."""
     best, best_score = None, -inf
     ceiling = sum(float(scores[axis].max(-1).values.sum()) for axis in KIND_OF_AXIS)
-    for choice in sorted(_globals(elastic, scores, bounds), key=lambda g: -g.log_probability):
+    for choice in _globals(elastic, scores, bounds):
         if choice.log_probability + ceiling <= best_score:
             break
-        rows = {axis: _rows(elastic, counted, scores, choice, axis, bounds) for axis in KIND_OF_AXIS}
-        picked = _knapsack(
-            [options for axis in KIND_OF_AXIS for options in rows[axis]],
-            counted.fixed_peak(choice.hidden),
-            bounds.least - counted.fixed(choice.hidden),
-            bounds.most - counted.fixed(choice.hidden),
-        )
-        if picked is None:
-            continue
-        score = choice.log_probability + sum(option.log_probability for option in picked)
-        if score > best_score:
-            best, best_score = _subnet(elastic, choice, rows, picked), score
-    assert best is None or (is_nested(bounds.inner, best) and is_nested(best, bounds.outer)), f"{best}"
-    assert best is None or bounds.least <= counted.of(best) <= bounds.most, f"{best}"
+        found = _best_with(choice, elastic, counted, scores, bounds)
+        if found is not None and found[1] > best_score:
+            best, best_score = found
     return best
 
 
-def _globals(elastic: ElasticModel, scores: LogProbabilities, bounds: _Bounds) -> Iterator[_Global]:
+def proposals(elastic: ElasticModel, counted: Cost, scores: LogProbabilities, bounds: Limits) -> list[Subnet]:
+    """The subnet of greatest log-probability within the bounds for each hidden size, Mamba head dim and depth."""
+    found = (_best_with(choice, elastic, counted, scores, bounds) for choice in _globals(elastic, scores, bounds))
+    return [subnet for subnet, _ in filter(None, found)]
+
+
+def _best_with(
+    choice: _Global, elastic: ElasticModel, counted: Cost, scores: LogProbabilities, bounds: Limits
+) -> tuple[Subnet, float] | None:
+    """The subnet of greatest log-probability with these global choices, and that log-probability."""
+    rows = {axis: _rows(elastic, counted, scores, choice, axis, bounds) for axis in KIND_OF_AXIS}
+    picked = _knapsack(
+        [options for axis in KIND_OF_AXIS for options in rows[axis]],
+        counted.fixed_peak(choice.hidden),
+        bounds.least - counted.fixed(choice.hidden),
+        bounds.most - counted.fixed(choice.hidden),
+    )
+    if picked is None:
+        return None
+    subnet = _subnet(elastic, choice, rows, picked)
+    assert is_nested(bounds.inner, subnet) and is_nested(subnet, bounds.outer), f"{subnet}"
+    assert bounds.least <= counted.of(subnet) <= bounds.most, f"{subnet}"
+    return subnet, choice.log_probability + sum(option.log_probability for option in picked)
+
+
+def _globals(elastic: ElasticModel, scores: LogProbabilities, bounds: Limits) -> list[_Global]:
+    """The choices made once for the model, the most likely first."""
     axes = ("hidden", "mamba_head_dim", "depth")
     within = {
         axis: [
@@ -163,12 +182,15 @@ def _globals(elastic: ElasticModel, scores: LogProbabilities, bounds: _Bounds) -
         ]
         for axis in axes
     }
-    for (hidden, a), (head_dim, b), (depth, c) in product(*(within[axis] for axis in axes)):
-        yield _Global(hidden, head_dim, keep_layers(elastic.layer_ranking, depth), a + b + c)
+    found = [
+        _Global(hidden, head_dim, keep_layers(elastic.layer_ranking, depth), a + b + c)
+        for (hidden, a), (head_dim, b), (depth, c) in product(*(within[axis] for axis in axes))
+    ]
+    return sorted(found, key=lambda choice: -choice.log_probability)
 
 
 def _rows(
-    elastic: ElasticModel, counted: Cost, scores: LogProbabilities, choice: _Global, axis: str, bounds: _Bounds
+    elastic: ElasticModel, counted: Cost, scores: LogProbabilities, choice: _Global, axis: str, bounds: Limits
 ) -> list[list[_Option]]:
     """The options of each row of an axis, given the global choices."""
     layers, kept = elastic.config.layers_of(KIND_OF_AXIS[axis]), set(choice.layers)
@@ -191,7 +213,29 @@ def _rows(
 def _knapsack(rows: Sequence[Sequence[_Option]], peak: int, least: int, most: int) -> list[_Option] | None:
     """One option of each row, of greatest total log-probability, whose costs and largest peak add up within bounds.
 
-    The largest is `peak` unless an option exceeds it. The solver takes a value within 1e-6 of a whole number for whole,
+    The largest peak is `peak` unless an option exceeds it. Few combinations are all tried; of many, an integer program
+    finds the best.
+    """
+    if prod(map(len, rows)) <= ENUMERATED:
+        return _enumerated(rows, peak, least, most)
+    return _solved(rows, peak, least, most)
+
+
+def _enumerated(rows: Sequence[Sequence[_Option]], peak: int, least: int, most: int) -> list[_Option] | None:
+    """`_knapsack` by trying every combination."""
+    best, best_score = None, -inf
+    for picked in product(*rows):
+        cost = sum(option.cost for option in picked) + max([peak, *(option.peak for option in picked)])
+        score = sum(option.log_probability for option in picked)
+        if least <= cost <= most and score > best_score:
+            best, best_score = list(picked), score
+    return best
+
+
+def _solved(rows: Sequence[Sequence[_Option]], peak: int, least: int, most: int) -> list[_Option] | None:
+    """`_knapsack` by integer program.
+
+    The solver takes a value within 1e-6 of a whole number for whole,
     so it is given small numbers: costs above each row's smallest, in units of their common divisor. What still slips
     over `most` is refused.
     """

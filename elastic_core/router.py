@@ -103,6 +103,20 @@ class Router(nn.Module):
             last.weight.zero_()
             last.bias.zero_()
 
+    @torch.no_grad()
+    def imitate(self, tables: Sequence[Mapping[str, Tensor]]) -> None:
+        """Set the last layers so that each budget's logits are those of its table, (rows, choices) an axis.
+
+        Exact where the hidden size is at least the number of budgets, and the nearest by least squares elsewhere.
+        """
+        budgets = torch.eye(self.num_budgets)
+        for axis, head in self.heads.items():
+            first, last = (module for module in head.modules() if isinstance(module, nn.Linear))
+            features = F.leaky_relu(first(budgets.to(first.weight))).double()
+            wanted = torch.stack([table[axis].flatten().to(features) for table in tables])
+            last.weight.copy_((torch.linalg.pinv(features) @ wanted).T)
+            last.bias.zero_()
+
 
 def gumbel_softmax(
     logits: Mapping[str, Tensor], *, temperature: float, scale: float, generator: torch.Generator | None

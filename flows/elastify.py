@@ -18,7 +18,7 @@ from tasks.data import prepare_data
 from tasks.distill import distill
 from tasks.evaluate import evaluate
 from tasks.promote import Verdict, decide
-from tasks.rank import compare_orders, rank_importance, reorder_teacher
+from tasks.rank import choose_shapes, compare_orders, rank_importance, reorder_teacher
 from tasks.records import Artifact, EvaluationRecord, OrderComparison, Release
 from tasks.register import destination, register
 from tasks.running.preflight import check_corpus, check_ends, check_model, check_problems
@@ -60,6 +60,8 @@ def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationReco
             seed=recipe.seed,
             workspace=workspace,
         )
+        if recipe.shapes.by == "measured":
+            family = shaped(recipe, reordered, reordered, corpus, workspace)
         orders = run(
             compare_orders,
             reordered=reordered,
@@ -87,6 +89,8 @@ def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationReco
             )
             stages.append(trained)
             family, first_step = trained.family, first_step + stage.steps
+            if recipe.shapes.by == "measured" and stage.router.mode != "frozen":
+                family = shaped(recipe, reordered, family, corpus, workspace)
         slices = {
             budget.name: run(
                 slice_budget,
@@ -134,6 +138,20 @@ def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationReco
         link_release(settings, run_id, release)
         show_outcome(settings, evaluation, orders, release, verdict)
         return evaluation, orders, release, verdict
+
+
+def shaped(recipe: Recipe, reordered: Artifact, family: Artifact, corpus: Artifact, workspace: str) -> Artifact:
+    """The family with the subnets whose cut from the teacher loses least."""
+    return run(
+        choose_shapes,
+        reordered=reordered,
+        family=family,
+        corpus=corpus,
+        settings=recipe.shapes,
+        dtype=recipe.dtype,
+        seed=recipe.seed,
+        workspace=workspace,
+    )
 
 
 def prepare(recipe: Recipe, workspace: str) -> tuple[Artifact, Artifact]:

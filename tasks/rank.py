@@ -5,17 +5,19 @@ The reordered teacher is the elastic checkpoint that distillation starts from.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from elastic_core import comparison, importance, router
+from elastic_core import comparison, cost, importance, resolve, router, search
 from elastic_core.budget import Budget, Dtype
 from elastic_core.cost import LatencyTable
-from elastic_core.files import checkpoint, reorder, shards
+from elastic_core.files import checkpoint, reorder, shapes, shards
 from elastic_core.geometry import Axes
-from elastic_core.recipe import Evaluation, Importance, Router
+from elastic_core.recipe import Evaluation, Importance, Router, Shapes
 from elastic_core.router import ElasticModel
+from elastic_core.subnet import Subnet
 from elastic_core.training import job
 from elastic_core.training.curriculum import generator
 from elastic_core.training.tokens import TokenBatch, TokenRows
@@ -23,6 +25,7 @@ from tasks.corpus.record import HELDOUT_FILE, TRAIN_FILE
 from tasks.evaluate import heldout_loss, predicted
 from tasks.records import Artifact, OrderComparison
 from tasks.reporting.summary import order_warnings
+from tasks.running.bars import counter
 from tasks.running.digests import artifact
 from tasks.running.progress import progress_bar
 from tasks.running.steps import new_directory, step
@@ -38,9 +41,7 @@ def rank_importance(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = job.load_model(Path(teacher.path), device, job.DTYPES[dtype])
     bound = axes.bind(loaded.config)
-    rows = TokenRows(Path(corpus.path) / TRAIN_FILE, settings.sequence_length)
-    chosen = torch.randperm(rows.num_rows, generator=generator(seed, "importance")).tolist()
-    batches = batches_of(rows, chosen[: settings.samples], settings.batch_size)
+    batches = _calibration(corpus, settings, generator(seed, "importance"))
     scores = importance.width_scores(loaded, batches, settings.mamba_scores)
     depth_batches = batches[: max(1, settings.depth_samples // settings.batch_size)]
     with progress_bar("ranking layers") as report:
@@ -93,6 +94,55 @@ def reorder_teacher(
 
 
 @step(on_gpu=True)
+def choose_shapes(
+    reordered: Artifact, family: Artifact, corpus: Artifact, settings: Shapes, dtype: Dtype, seed: int, workspace: str
+) -> Artifact:
+    """The family with the subnets within its budgets whose cut from the reordered teacher loses least.
+
+    A family that has not trained yet gets a router that knows what was measured. One whose router trained says which
+    subnets are measured first, and its router stays as it is.
+    """
+    source, directory = Path(family.path), new_directory(workspace, "shaped")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loss = search.CutLoss(
+        job.load_model(Path(reordered.path), device, job.DTYPES[dtype]),
+        _calibration(corpus, settings, generator(seed, "shapes")),
+    )
+    described = checkpoint.read_family(source)
+    routed = job.load_router(source, checkpoint.read_config(source), described)
+    budgets = [budget.budget for budget in described.budgets]
+    is_trained = family.digest != reordered.digest
+    with counter("measuring shapes", "subnets") as count:
+
+        def measured(subnet: Subnet) -> float:
+            count(loss.measured)
+            return loss(subnet)
+
+        prior = search.prior(routed.elastic, measured)
+        router_says = [resolve.log_probabilities(routed, routed.one_hot(index)) for index in range(len(budgets))]
+        scores = [[prior, says] if is_trained else [prior] for says in router_says]
+        found = search.search(routed.elastic, budgets, measured, scores, measurements=settings.measurements)
+    if not is_trained:
+        pairs = zip(found.chosen, found.measured, strict=True)
+        routed.imitate([search.loss_table(routed.elastic, chosen, seen) for chosen, seen in pairs])
+    resolved = tuple(
+        checkpoint.ResolvedBudget(
+            budget=budget, subnet=chosen.subnet, params=cost.subnet_params(routed.elastic.config, chosen.subnet)
+        )
+        for budget, chosen in zip(budgets, found.chosen, strict=True)
+    )
+    candidates = {budget.name: seen for budget, seen in zip(budgets, found.measured, strict=True)}
+    shapes.write_shaped(
+        source,
+        directory,
+        replace(described, budgets=resolved),
+        routed,
+        shapes.MeasuredShapes(tokens=loss.tokens, budgets=candidates),
+    )
+    return artifact(directory)
+
+
+@step(on_gpu=True)
 def compare_orders(
     reordered: Artifact,
     corpus: Artifact,
@@ -126,6 +176,13 @@ def compare_orders(
     for warning in order_warnings(compared):
         logger.warning("%s", warning)
     return compared
+
+
+def _calibration(corpus: Artifact, settings: Importance | Shapes, draw: torch.Generator) -> list[TokenBatch]:
+    """Random sequences of the training data, in batches."""
+    rows = TokenRows(Path(corpus.path) / TRAIN_FILE, settings.sequence_length)
+    chosen = torch.randperm(rows.num_rows, generator=draw)[: settings.samples].tolist()
+    return batches_of(rows, chosen, settings.batch_size)
 
 
 def batches_of(rows: TokenRows, chosen: Sequence[int], size: int) -> list[TokenBatch]:

@@ -38,6 +38,7 @@ from elastic_core.subnet import Subnet, check_subnet, conv_channels, in_proj_row
 ORDER_FILE = "order.safetensors"
 ROUTER_FILE = "router.safetensors"
 FAMILY_FILE = "elastic.json"
+SHAPES_FILE = "shapes.json"  # beside a family whose shapes were measured
 
 
 # The table of tensors

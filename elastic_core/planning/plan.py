@@ -20,7 +20,7 @@ from elastic_core.recipe import Distillation, Recipe, Stage
 from elastic_core.resolve import resolve_target
 from elastic_core.router import ElasticModel, Router
 from elastic_core.subnet import Subnet, full_subnet, smallest_subnet
-from elastic_core.training.curriculum import generator
+from elastic_core.training.curriculum import Need, generator
 
 # The rest of a GPU's memory is for CUDA, NCCL's buffers and what the allocator cannot use.
 USABLE_SHARE = 0.94
@@ -302,9 +302,11 @@ class _Work:
         )
 
     def shares(self) -> dict[str, Fraction]:
-        """The share of each budget that has any."""
-        total = sum(map(Fraction, self.stage.budgets.values()))
-        return {name: Fraction(share) / total for name, share in self.stage.budgets.items() if share > 0}
+        """The share of each budget that has any; where shares follow need, as if all cut sizes needed as much."""
+        full = full_subnet(self.model)
+        need = Need(self.stage, [name for name, subnet in self.subnets.items() if subnet == full])
+        need.add(dict.fromkeys(self.stage.budgets, 1.0))
+        return {name: Fraction(share) for name, share in need.shares().items() if share > 0}
 
     def masked(self, subnet: Subnet) -> bool:
         return self.stage.router.mode != "frozen" and subnet != full_subnet(self.model)

@@ -2,11 +2,16 @@
 
 import hashlib
 import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
 
 from elastic_core.recipe import Optimizer, Stage
+
+# How much of the mean KL stays from step to step: it follows the last ten steps.
+KL_MEMORY = 0.9
 
 _GOLDEN = Fraction(6180339887, 10**10)
 
@@ -17,21 +22,74 @@ def generator(*key: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def micro_step_budgets(stage: Stage, seed: int, step: int, micro_steps: int) -> list[str]:
-    """The budget of each micro-step of a step, the same on every rank.
+class Need:
+    """Shares of the budgets by what each still has to learn, from the measured KL of the steps before.
 
-    Budgets are laid out on [0, 1) by their shares and read at `micro_steps` evenly spaced points, so that their counts
-    are exact where the shares divide the batch and within one of it elsewhere; the points shift from step to step by
-    the golden ratio, so that the shares hold over the run.
+    The first steps have the stage's own shares, until every budget was measured. Then the full size, which starts at
+    KL 0 and has only to be kept there, gets `full_share`, and the others share the rest in proportion to an exponential
+    mean of their KL to the teacher. A function of the metrics of earlier steps alone, so that a stage that was killed
+    goes on with the same shares (C6).
     """
-    total = sum(Fraction(share).limit_denominator(10**6) for share in stage.budgets.values())
+
+    def __init__(self, stage: Stage, full: Collection[str]) -> None:
+        self._stage, self._full = stage, frozenset(full)
+        self._kl: dict[str, float] = {}
+
+    def add(self, kl: Mapping[str, float]) -> None:
+        """Take in the KL of each budget that a step has measured, nats a token."""
+        for name, value in kl.items():
+            self._kl[name] = KL_MEMORY * self._kl.get(name, value) + (1 - KL_MEMORY) * value
+
+    def shares(self) -> dict[str, float]:
+        """Each budget's share of the next step, in sum 1."""
+        given = self._stage.budgets
+        cut = {name: self._kl.get(name, 0.0) for name, share in given.items() if share and name not in self._full}
+        if self._stage.shares == "fixed" or not cut or min(cut.values()) <= 0:
+            total = sum(given.values())
+            return {name: share / total for name, share in given.items()}
+        full = [name for name, share in given.items() if share and name in self._full]
+        rest = 1 - self._stage.full_share * len(full)
+        of_cut = {name: rest * kl / sum(cut.values()) for name, kl in cut.items()}
+        return {name: of_cut.get(name, self._stage.full_share if name in full else 0.0) for name in given}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroStep:
+    """Rows of the global batch that run at one budget at once: process r has row `first + r` for each of `firsts`."""
+
+    budget: str
+    firsts: tuple[int, ...]
+
+
+def micro_steps(stage: Stage, shares: Mapping[str, float], seed: int, step: int, processes: int = 1) -> list[MicroStep]:
+    """The micro-steps of a step, the same in every process, which runs at most `micro_batch_size` rows in each."""
+    together = stage.rows_together(processes)
+    budgets = place_budgets(stage, shares, seed, step, stage.batch_size // together)
+    found = []
+    for name in dict.fromkeys(budgets):
+        places = [place * together for place, budget in enumerate(budgets) if budget == name]
+        firsts = [first for place in places for first in range(place, place + together, processes)]
+        for start in range(0, len(firsts), stage.micro_batch_size):
+            found.append(MicroStep(budget=name, firsts=tuple(firsts[start : start + stage.micro_batch_size])))
+    return found
+
+
+def place_budgets(stage: Stage, shares: Mapping[str, float], seed: int, step: int, places: int) -> list[str]:
+    """The budget of each of a global batch's places, whose rows share a budget.
+
+    Budgets are laid out on [0, 1) by their `shares` and read at `places` evenly spaced points. So their counts are
+    exact where the shares divide the batch, and within one of it elsewhere. The points shift from step to step by the
+    golden ratio, so that the shares hold over the run.
+    """
+    parts = {name: Fraction(share).limit_denominator(10**6) for name, share in shares.items()}
+    total = sum(parts.values())
     offset = (_GOLDEN * (step + 1)) % 1
     ends, end = [], Fraction(0)
-    for name, share in stage.budgets.items():
-        end += Fraction(share).limit_denominator(10**6) / total
+    for name, part in parts.items():
+        end += part / total
         ends.append((end, name))
-    picked = [next(name for end, name in ends if (i + offset) / micro_steps < end) for i in range(micro_steps)]
-    order = torch.randperm(micro_steps, generator=generator(seed, stage.name, step, "budgets"))
+    picked = [next(name for end, name in ends if (i + offset) / places < end) for i in range(places)]
+    order = torch.randperm(places, generator=generator(seed, stage.name, step, "budgets"))
     return [picked[i] for i in order]
 
 

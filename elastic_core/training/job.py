@@ -31,12 +31,13 @@ from elastic_core.recipe import Distillation, Stage
 from elastic_core.resolve import resolve_budgets
 from elastic_core.router import ElasticModel, Router
 from elastic_core.schema import build
+from elastic_core.subnet import full_subnet
 from elastic_core.training import parallel
 from elastic_core.training.faults import report_fault
 from elastic_core.training.parallel import World
 from elastic_core.training.resume import last_whole, resume, save_checkpoint, stored_pieces
 from elastic_core.training.tokens import TokenRows
-from elastic_core.training.train import StageRun, make_optimizer, resolved_subnets, train_stage
+from elastic_core.training.train import StageRun, make_optimizer, train_stage
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def run_job(job: TrainJob, world: World) -> None:
     work, steps = Path(job.work), job.stage.steps
     start, rows = resume(work, run)
     with open_metrics(work / METRICS if world.rank == 0 else None, rows) as metrics_file:
-        for metrics in train_stage(run, start):
+        for metrics in train_stage(run, start, [_measured_kl(row) for row in rows]):
             rows.append(json.dumps(asdict(metrics)))
             metrics_file.write(f"{rows[-1]}\n")
             metrics_file.flush()
@@ -90,6 +91,11 @@ def run_job(job: TrainJob, world: World) -> None:
         export(job, run, family)
         shutil.rmtree(work / "checkpoints", ignore_errors=True)
     world.barrier()
+
+
+def _measured_kl(row: str) -> dict[str, float]:
+    """The KL of each budget in a step's row of metrics."""
+    return {name: budget["kl"] for name, budget in json.loads(row)["budgets"].items()}
 
 
 def prepare(job: TrainJob, world: World) -> tuple[StageRun, checkpoint.Family | None]:
@@ -115,7 +121,7 @@ def prepare(job: TrainJob, world: World) -> tuple[StageRun, checkpoint.Family | 
         stage=job.stage,
         distillation=job.distillation,
         budgets=budgets,
-        subnets=resolved_subnets(student.config, router, budgets),
+        subnets={b.name: b.subnet for b in family.budgets} if family else {FULL.name: full_subnet(student.config)},
         data=TokenRows(Path(job.tokens), job.stage.sequence_length),
         seed=job.seed,
         world=world,
@@ -217,7 +223,7 @@ def mend_metrics(path: Path, rows: Sequence[str]) -> None:
 
 
 def export(job: TrainJob, run: StageRun, family: checkpoint.Family | None) -> None:
-    """Write the trained checkpoint to `job.output`, with the budgets resolved by the router as it now stands.
+    """Write the trained checkpoint to `job.output`; where its router trained, with the budgets resolved by it.
 
     The weights stream from the stage's last checkpoint, whose files hold the rows of all processes. Matrices are
     written in the job's type, all else in the type that it came in.
@@ -240,10 +246,14 @@ def export(job: TrainJob, run: StageRun, family: checkpoint.Family | None) -> No
 
     def beside(directory: Path) -> None:
         if family is not None and run.router is not None:
-            shutil.copyfile(source / checkpoint.ORDER_FILE, directory / checkpoint.ORDER_FILE)
+            for name in (checkpoint.ORDER_FILE, checkpoint.SHAPES_FILE):
+                if (source / name).exists():
+                    shutil.copyfile(source / name, directory / name)
             shards.write_tensors(directory / checkpoint.ROUTER_FILE, run.router.state_dict())
             trained = dataclasses.replace(family, lineage={**family.lineage, **job.lineage})
-            checkpoint.write_family(directory, resolved_family(trained, run.router, run.budgets))
+            is_frozen = job.stage.router.mode == "frozen"
+            described = trained if is_frozen else resolved_family(trained, run.router, run.budgets)
+            checkpoint.write_family(directory, described)
 
     checkpoint.write_checkpoint(Path(job.output), config, plan, blocks, source=source, beside=beside)
 

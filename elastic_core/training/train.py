@@ -8,7 +8,7 @@ micro-step, on rows of their own.
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from elastic_core.budget import Budget
-from elastic_core.geometry import Axes, ModelConfig
+from elastic_core.geometry import Axes
 from elastic_core.model import ElasticNemotronH, is_matrix
 from elastic_core.recipe import Distillation, Stage
-from elastic_core.resolve import resolve_budgets
 from elastic_core.router import (
     Router,
     budget_loss,
@@ -55,7 +54,10 @@ class BudgetMetrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
-    """What one optimizer step of all processes did. `loss` is the mean total loss; `seconds` is its wall time."""
+    """What one optimizer step of all processes did.
+
+    `loss` is the mean total loss, `shares` what each budget was given of the batch, `seconds` the step's wall time.
+    """
 
     stage: str
     step: int
@@ -65,6 +67,7 @@ class StepMetrics:
     learning_rate: float
     temperature: float
     gradient_norm: float
+    shares: Mapping[str, float]
     tokens: int
     seconds: float
 
@@ -73,7 +76,7 @@ class StepMetrics:
 class StageRun:
     """What a stage trains with. `teacher` and `router` are None where the stage needs none.
 
-    `subnets` are the budgets' resolved subnets, by name; a stage whose router is frozen runs on them.
+    `subnets` are the budgets' chosen subnets, by name; a stage whose router is frozen runs on them.
     """
 
     student: ElasticNemotronH
@@ -107,38 +110,36 @@ def make_optimizer(student: ElasticNemotronH, router: Router | None, stage: Stag
     return torch.optim.AdamW(groups, lr=0.0, betas=(settings.beta1, settings.beta2), fused=True)
 
 
-def resolved_subnets(config: ModelConfig, router: Router | None, budgets: tuple[Budget, ...]) -> dict[str, Subnet]:
-    """The subnet of every budget by name; without a router, every budget is the full model."""
-    if router is None:
-        return {budget.name: full_subnet(config) for budget in budgets}
-    return {b.name: subnet for b, subnet in zip(budgets, resolve_budgets(router, budgets), strict=True)}
-
-
-def train_stage(run: StageRun, start: int = 0) -> Iterator[StepMetrics]:
+def train_stage(run: StageRun, start: int = 0, earlier: Iterable[Mapping[str, float]] = ()) -> Iterator[StepMetrics]:
     """Train from step `start` to the end of the stage, yielding after each optimizer step.
 
-    Raises FloatingPointError when the loss or the gradient is no longer finite; the weights are then unchanged by
-    that step.
+    `earlier` has, for each step before `start`, the KL that was measured of each budget: the shares follow it. Raises
+    FloatingPointError when the loss or the gradient is no longer finite; the weights are then unchanged by that step.
     """
     stage, world = run.stage, run.world
-    micro_steps = stage.micro_steps(world.size)
     order = curriculum.DataOrder(run.data.num_rows, stage, run.seed)
+    whole = full_subnet(run.student.config)
+    need = curriculum.Need(stage, [name for name, subnet in run.subnets.items() if subnet == whole])
+    for kl in earlier:
+        need.add(kl)
     for step in range(start, stage.steps):
         began = time.perf_counter()
         for group in run.optimizer.param_groups:
             group["lr"] = curriculum.learning_rate(stage.optimizer, group["peak"], step, stage.steps)
         rows = order.rows(step)
-        # What micro-batches count on average, so that every token of the global batch weighs the same.
-        learned = run.data.learned(rows) / (micro_steps * world.size)
-        tally = _Tally()
-        for micro_step, name in enumerate(curriculum.micro_step_budgets(stage, run.seed, step, micro_steps)):
-            first = (micro_step * world.size + world.rank) * stage.micro_batch_size
-            batch = run.data.batch(rows[first : first + stage.micro_batch_size]).to(world.device)
-            loss, report = _micro_step(run, _choose(run, step, micro_step, name), batch, learned)
-            (loss / micro_steps).backward()
-            tally.add(name, report)
+        # What a process counts on average, so that every token of the global batch weighs the same.
+        learned = run.data.learned(rows) / world.size
+        tally, shares = _Tally(), need.shares()
+        for index, micro_step in enumerate(curriculum.micro_steps(stage, shares, run.seed, step, world.size)):
+            batch = run.data.batch([rows[first + world.rank] for first in micro_step.firsts])
+            choice = _choose(run, step, index, micro_step.budget)
+            weight = len(micro_step.firsts) * world.size / stage.batch_size
+            loss, report = _micro_step(run, choice, batch.to(world.device), learned, weight)
+            loss.backward()
+            tally.add(micro_step.budget, report)
         gradient_norm = _clip(run)
-        mean_loss, budgets = tally.means(world)
+        mean_loss, budgets = tally.means(world, stage.router.loss_weight)
+        need.add({name: budget.kl for name, budget in budgets.items()})
         metrics = StepMetrics(
             stage=stage.name,
             step=step,
@@ -148,6 +149,7 @@ def train_stage(run: StageRun, start: int = 0) -> Iterator[StepMetrics]:
             learning_rate=float(run.optimizer.param_groups[0]["lr"]),
             temperature=curriculum.temperature(stage, step),
             gradient_norm=gradient_norm,
+            shares=shares,
             tokens=stage.batch_size * stage.sequence_length,
             seconds=time.perf_counter() - began,
         )
@@ -195,10 +197,13 @@ def _choose(run: StageRun, step: int, micro_step: int, name: str) -> _Choice:
     )
 
 
-def _micro_step(run: StageRun, choice: _Choice, batch: TokenBatch, learned: float) -> tuple[Tensor, _Report]:
-    """The differentiable loss of one micro-batch at one choice, and what to report of it.
+def _micro_step(
+    run: StageRun, choice: _Choice, batch: TokenBatch, learned: float, weight: float
+) -> tuple[Tensor, _Report]:
+    """What a micro-batch adds to the step's loss at one choice, differentiable, and what to report of it.
 
-    Its token losses are summed and divided by `learned`, the tokens that a micro-batch of this step counts on average.
+    Its token losses are summed and divided by `learned`, the tokens that a process counts in this step on average;
+    `weight` is its share of the step's rows, by which the router's loss counts.
     """
     with _autocast(run):
         hidden_BTD = run.student(batch.inputs_BT, choice.subnet, choice.masks, packing=batch.packing)
@@ -218,17 +223,19 @@ def _micro_step(run: StageRun, choice: _Choice, batch: TokenBatch, learned: floa
         )
     loss = parts.total
     if choice.router_loss is not None:
-        loss = loss + run.stage.router.loss_weight * choice.router_loss
-    share = torch.full_like(loss, parts.tokens / learned if learned else 1.0)
-    return loss, _report(loss, share, parts, choice)
+        loss = loss + weight * run.stage.router.loss_weight * choice.router_loss
+    return loss, _report(loss, parts, choice, learned, weight)
 
 
-def _report(loss: Tensor, share: Tensor, parts: LossParts, choice: _Choice) -> _Report:
-    """`share` is what this micro-batch counts over what one counts on average."""
-    report = {"loss": loss, "share": share, "task": parts.total, "kl": parts.kl, "cross_entropy": parts.cross_entropy}
+def _report(loss: Tensor, parts: LossParts, choice: _Choice, learned: float, weight: float) -> _Report:
+    """Sums over this micro-batch's tokens, and over its share of the rows for what the router says."""
+    report = {"loss": loss, "tokens": torch.full_like(loss, parts.tokens), "rows": torch.full_like(loss, weight)}
+    sums = {"task": parts.total, "kl": parts.kl, "cross_entropy": parts.cross_entropy}
+    report |= {name: mean * learned for name, mean in sums.items()}
+    of_router = {f"choices.{axis}": size for axis, size in choice.choices.items()}
     if choice.router_loss is not None and choice.expected_params is not None:
-        report |= {"router_loss": choice.router_loss, "expected_params": choice.expected_params}
-    report |= {f"choices.{axis}": size for axis, size in choice.choices.items()}
+        of_router |= {"router_loss": choice.router_loss, "expected_params": choice.expected_params}
+    report |= {name: value * weight for name, value in of_router.items()}
     return {name: value.detach() for name, value in report.items()}
 
 
@@ -281,29 +288,30 @@ class _Tally:
     def add(self, name: str, report: _Report) -> None:
         self._reports.setdefault(name, []).append(report)
 
-    def means(self, world: World) -> tuple[float, dict[str, BudgetMetrics]]:
-        """The mean loss, and the means of every budget."""
-        every = [report for reports in self._reports.values() for report in reports]
-        scalars = [_mean(every, "loss")]
-        scalars += [_mean(reports, key) for reports in self._reports.values() for key in reports[0]]
+    def means(self, world: World, router_weight: float) -> tuple[float, dict[str, BudgetMetrics]]:
+        """The mean loss, and the means of every budget; `router_weight` is that of the router's loss."""
+        scalars = [_sum([report for reports in self._reports.values() for report in reports], "loss")]
+        scalars += [_sum(reports, key) for reports in self._reports.values() for key in reports[0]]
         loss, *rest = world.mean(torch.stack(scalars))
-        means = iter(rest)
+        sums = iter(rest)
         return loss, {
-            name: _budget_metrics({key: next(means) for key in reports[0]}) for name, reports in self._reports.items()
+            name: _budget_metrics({key: next(sums) for key in reports[0]}, router_weight)
+            for name, reports in self._reports.items()
         }
 
 
-def _mean(reports: list[_Report], key: str) -> Tensor:
-    return torch.stack([report[key].float() for report in reports]).mean()
+def _sum(reports: list[_Report], key: str) -> Tensor:
+    return torch.stack([report[key].float() for report in reports]).sum()
 
 
-def _budget_metrics(means: Mapping[str, float]) -> BudgetMetrics:
-    share = means["share"] or 1.0  # a budget may have met no token that counts
+def _budget_metrics(sums: Mapping[str, float], router_weight: float) -> BudgetMetrics:
+    tokens, rows = sums["tokens"] or 1.0, sums["rows"]  # a budget may have met no token that counts
+    router_loss = sums.get("router_loss", 0.0) / rows
     return BudgetMetrics(
-        loss=means["loss"] - means["task"] + means["task"] / share,
-        kl=means["kl"] / share,
-        cross_entropy=means["cross_entropy"] / share,
-        router_loss=means.get("router_loss", 0.0),
-        expected_params=means.get("expected_params", 0.0),
-        choices={axis: means[f"choices.{axis}"] for axis in Axes.NAMES if f"choices.{axis}" in means},
+        loss=sums["task"] / tokens + router_weight * router_loss,
+        kl=sums["kl"] / tokens,
+        cross_entropy=sums["cross_entropy"] / tokens,
+        router_loss=router_loss,
+        expected_params=sums.get("expected_params", 0.0) / rows,
+        choices={axis: sums[f"choices.{axis}"] / rows for axis in Axes.NAMES if f"choices.{axis}" in sums},
     )

@@ -92,6 +92,8 @@ def check_corpus(recipe: Recipe, corpus: Artifact) -> None:
     stages = [*recipe.stages, *([recipe.teacher.pretrain.stage()] if recipe.teacher.pretrain else [])]
     wanted = [(f"stage {stage.name}", record.train, stage.sequence_length) for stage in stages]
     wanted.append(("importance", record.train, recipe.importance.sequence_length))
+    if recipe.shapes.by == "measured":
+        wanted.append(("shapes", record.train, recipe.shapes.sequence_length))
     wanted.append(("evaluation", record.heldout, recipe.evaluation.sequence_length))
     for name, split, sequence_length in wanted:
         try:

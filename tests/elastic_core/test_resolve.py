@@ -12,6 +12,7 @@ import torch
 from latency import random_table
 from nano import NANO_12B
 
+from elastic_core import resolve
 from elastic_core.budget import Budget, LatencyTarget, MemoryTarget, Serving
 from elastic_core.cost import Cost, subnet_params
 from elastic_core.geometry import Axes, ModelConfig
@@ -403,3 +404,19 @@ def test_models_without_some_kind_of_layer_resolve(pattern: str) -> None:
     for subnet in resolve_budgets(random_router(elastic, 0), budgets_of(None, target))[1:]:
         check_subnet(subnet, model)
         assert subnet_params(model, subnet) <= target
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_trying_all_combinations_and_solving_for_the_best_agree(seed):
+    draw = random.Random(seed)
+    rows = [
+        [resolve._Option(v, draw.uniform(-5, 0), draw.randrange(10**6), draw.randrange(10**5)) for v in range(choices)]
+        for choices in (4, 3, 2, 3)
+    ]
+    most = draw.randrange(5 * 10**5, 3 * 10**6)
+    least = draw.choice([0, most // 2])
+    tried, solved = (find(rows, 50_000, least, most) for find in (resolve._enumerated, resolve._solved))
+    assert (tried is None) == (solved is None)
+    if tried is not None and solved is not None:
+        score, other = (sum(option.log_probability for option in picked) for picked in (tried, solved))
+        assert other == pytest.approx(score, abs=SOLVER_GAP)

@@ -67,6 +67,7 @@ RECIPE: dict[str, Any] = {
     "axes": {"hidden": [32, 16], "ffn": [48, 24], "mamba_heads": [4, 2], "attention_heads": [4, 2]},
     "budgets": [{"name": "l"}, {"name": "s", "params": 18000}],
     "importance": {"samples": 4, "sequence_length": 32, "batch_size": 4, "depth_samples": 4},
+    "shapes": {"samples": 4, "sequence_length": 32, "batch_size": 4, "measurements": 40},
     "router": {"hidden_size": 8},
     "stages": [
         {
@@ -110,13 +111,18 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # What may stand before the complaint: steps that are done, none of which trains, and what they told.
-STEP = "(fetch_teacher|prepare_data|rank_importance|reorder_teacher|compare_orders)"
+STEP = "(fetch_teacher|prepare_data|rank_importance|reorder_teacher|choose_shapes|compare_orders)"
 PROGRESS = re.compile(
     rf"{STEP} +(cached|[\d.]+ s)|teacher .*: \d+ layers, hidden size \d+|.+: \d+ %, [\w. ]+ left|"
     ".+: the order of importance is no better than a random one; .+"
 )
 # The step that a directory of the workspace is of; a stage's own is not here, since it is what a next attempt needs.
-MADE_BY = {"corpus": "prepare_data", "importance": "rank_importance", "reordered": "reorder_teacher"}
+MADE_BY = {
+    "corpus": "prepare_data",
+    "importance": "rank_importance",
+    "reordered": "reorder_teacher",
+    "shaped": "choose_shapes",
+}
 
 Refused = Callable[..., str]
 Change = Callable[[Path], None]

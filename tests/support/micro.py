@@ -51,6 +51,7 @@ MICRO = {
     },
     "budgets": [{"name": "l"}, {"name": "m", "params": 28000}, {"name": "s", "params": 20000}],
     "importance": {"samples": 8, "sequence_length": 32, "batch_size": 4, "depth_samples": 4},
+    "shapes": {"samples": 4, "sequence_length": 32, "batch_size": 4, "measurements": 40},
     "router": {"hidden_size": 8},
     "stages": [
         {

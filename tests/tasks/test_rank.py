@@ -1,17 +1,23 @@
-"""Laws of the reordered teacher as a step's result."""
+"""Laws of the reordered teacher, and of the shapes chosen for its budgets, as results of steps."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from elastic_core.budget import Budget
-from elastic_core.files import checkpoint, reorder
+from elastic_core.files import checkpoint, reorder, shapes
 from elastic_core.geometry import Axes, ModelConfig
 from elastic_core.model import ElasticNemotronH
-from elastic_core.recipe import Router
+from elastic_core.recipe import Router, Shapes
+from elastic_core.resolve import resolve_budgets
+from elastic_core.subnet import full_subnet, is_nested
+from elastic_core.training import job
 from elastic_core.training.curriculum import generator
-from tasks.rank import reorder_teacher
+from tasks.corpus.record import TRAIN_FILE
+from tasks.rank import choose_shapes, reorder_teacher
 from tasks.records import Artifact
 from tasks.running.digests import artifact
 
@@ -68,3 +74,77 @@ def test_another_commit_reorders_to_the_same_bytes_so_that_no_stage_is_trained_a
         )
     assert made[0].path != made[1].path and made[0].digest == made[1].digest
     assert checkpoint.read_family(Path(made[0].path)).lineage == LINEAGE
+
+
+AXES = Axes(hidden=(16, 12, 8), ffn=(32, 16))
+SHAPES = Shapes(samples=4, sequence_length=8, batch_size=2)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Artifact:
+    tokens = torch.randint(64, (400,), generator=generator(2), dtype=torch.int32)
+    (tmp_path / "corpus").mkdir()
+    save_file({"tokens": tokens}, tmp_path / "corpus" / TRAIN_FILE)
+    return artifact(tmp_path / "corpus")
+
+
+@pytest.fixture
+def reordered(teacher: Artifact, ranking: Artifact, tmp_path: Path) -> Artifact:
+    return reorder_teacher.fn(
+        teacher=teacher,
+        ranking=ranking,
+        axes=AXES,
+        budgets=(Budget(name="l"), Budget(name="m", params=3900), Budget(name="s", params=3000)),
+        settings=Router(hidden_size=8),
+        lineage=LINEAGE,
+        latency_table=None,
+        seed=0,
+        workspace=str(tmp_path / "workspace"),
+    )
+
+
+def choose(reordered: Artifact, family: Artifact, corpus: Artifact, tmp_path: Path) -> Path:
+    made = choose_shapes.fn(
+        reordered=reordered,
+        family=family,
+        corpus=corpus,
+        settings=SHAPES,
+        dtype="float32",
+        seed=0,
+        workspace=str(tmp_path / "workspace"),
+    )
+    return Path(made.path)
+
+
+def test_the_chosen_shapes_are_the_best_that_were_measured_and_the_router_says_so(reordered, corpus, tmp_path):
+    shaped = choose(reordered, reordered, corpus, tmp_path)
+    family, measured = checkpoint.read_family(shaped), shapes.read_shapes(shaped)
+    routed = job.load_router(shaped, checkpoint.read_config(shaped), family)
+    assert measured is not None and measured.tokens == SHAPES.samples * SHAPES.sequence_length
+    full, m, s = family.budgets
+    assert full.subnet == full_subnet(CONFIG)
+    assert is_nested(s.subnet, m.subnet) and m.params <= 3900 and s.params <= 3000
+    assert m.subnet in [candidate.subnet for candidate in measured.budgets["m"]]
+    assert s.subnet in [candidate.subnet for candidate in measured.budgets["s"]]
+    assert resolve_budgets(routed, [budget.budget for budget in family.budgets])[0] == full.subnet
+    assert (shaped / "model.safetensors").samefile(Path(reordered.path) / "model.safetensors")
+
+
+def test_the_router_of_a_family_that_trained_stays_as_it_is_and_its_shapes_are_measured_anew(
+    reordered, corpus, tmp_path
+):
+    trained = tmp_path / "trained"
+    shutil.copytree(reordered.path, trained)
+    weights = load_file(trained / checkpoint.ROUTER_FILE)
+    save_file({name: weight + 0.1 for name, weight in weights.items()}, trained / checkpoint.ROUTER_FILE)
+    shaped = choose(reordered, artifact(trained), corpus, tmp_path)
+    before, after = (load_file(directory / checkpoint.ROUTER_FILE) for directory in (trained, shaped))
+    assert all(torch.equal(before[name], weight) for name, weight in after.items())
+    at_first = checkpoint.read_family(choose(reordered, reordered, corpus, tmp_path))
+    found = checkpoint.read_family(shaped)
+    assert [b.subnet for b in found.budgets] == [b.subnet for b in at_first.budgets], "nothing larger loses less"
+
+
+def test_the_same_family_is_shaped_to_the_same_bytes(reordered, corpus, tmp_path):
+    first, second = (artifact(choose(reordered, reordered, corpus, tmp_path)) for _ in range(2))
+    assert first.path != second.path and first.digest == second.digest

@@ -18,7 +18,7 @@ from elastic_core.recipe import DataConfig, DataSource, Distillation, Pretrainin
 from elastic_core.resolve import USED_SHARE
 from elastic_core.schema import build
 from elastic_core.subnet import full_subnet, is_nested
-from elastic_core.training.curriculum import micro_step_budgets
+from elastic_core.training.curriculum import place_budgets
 
 H100 = Accelerator(memory=80 * 10**9, flops_per_second=989e12, utilisation=0.4, dollars_per_hour=2.5)
 AXES = Axes(
@@ -34,6 +34,7 @@ STAGE: dict[str, Any] = {
     "sequence_length": 49152,
     "batch_size": 120,
     "steps": 7,
+    "shares": "fixed",
     "optimizer": {"learning_rate": 1e-4},
 }
 TASKS = {
@@ -145,7 +146,7 @@ def test_flops_are_the_sum_over_every_micro_step(mode: str, recompute: bool, tea
     stage, full, length = changed.stages[0], full_subnet(NANO_12B), 49152
     student = taught = again = 0
     for step in range(stage.steps):
-        for name in micro_step_budgets(stage, 0, step, stage.batch_size):
+        for name in place_budgets(stage, stage.budgets, 0, step, stage.batch_size):
             subnet = subnets[name]
             student += (forward_flops(NANO_12B, subnet, length) + backward_flops(NANO_12B, subnet, length)).total
             if teacher == "frozen" or (teacher == "trainable" and subnet != full):

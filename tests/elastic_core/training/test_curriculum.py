@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ import torch
 from elastic_core.recipe import Optimizer, RouterSchedule, Stage
 from elastic_core.training.curriculum import (
     DataOrder,
+    Need,
     generator,
     learning_rate,
-    micro_step_budgets,
+    micro_steps,
     noise_generator,
+    place_budgets,
     scale,
     temperature,
 )
@@ -41,7 +44,7 @@ def make_stage(
 
 
 @pytest.mark.parametrize(
-    ("shares", "micro_steps", "counts"),
+    ("shares", "places", "counts"),
     [
         ({"l": 1, "m": 1, "s": 1}, 12, {"l": 4, "m": 4, "s": 4}),
         ({"l": 1 / 3, "m": 1 / 3, "s": 1 / 3}, 1536, {"l": 512, "m": 512, "s": 512}),
@@ -53,37 +56,84 @@ def make_stage(
     ],
 )
 def test_a_batch_that_the_shares_divide_holds_them_exactly(
-    shares: dict[str, float], micro_steps: int, counts: dict[str, int]
+    shares: dict[str, float], places: int, counts: dict[str, int]
 ) -> None:
     stage = make_stage(shares)
     for step in range(8):
-        assert Counter(micro_step_budgets(stage, 7, step, micro_steps)) == counts
+        assert Counter(place_budgets(stage, stage.budgets, 7, step, places)) == counts
 
 
-@pytest.mark.parametrize("micro_steps", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize("places", [1, 2, 3, 7, 16])
 @pytest.mark.parametrize("shares", [{"l": 1, "m": 1, "s": 1}, {"l": 0.5, "m": 0.3, "s": 0.2}, {"l": 0.97, "s": 0.03}])
-def test_any_batch_is_within_one_and_the_run_keeps_the_shares(shares: dict[str, float], micro_steps: int) -> None:
+def test_any_batch_is_within_one_and_the_run_keeps_the_shares(shares: dict[str, float], places: int) -> None:
     stage, steps = make_stage(shares), 200
     run: Counter[str] = Counter()
     for step in range(steps):
-        counts = Counter(micro_step_budgets(stage, 7, step, micro_steps))
-        assert sum(counts.values()) == micro_steps
+        counts = Counter(place_budgets(stage, stage.budgets, 7, step, places))
+        assert sum(counts.values()) == places
         for name, share in shares.items():
-            assert abs(counts[name] - micro_steps * share / sum(shares.values())) < 1
+            assert abs(counts[name] - places * share / sum(shares.values())) < 1
         run += counts
         for name, share in shares.items():
-            due = (step + 1) * micro_steps * share / sum(shares.values())
+            due = (step + 1) * places * share / sum(shares.values())
             assert abs(run[name] - due) < GOLDEN_STRAY, f"{name} after step {step}"
 
 
 def test_budgets_are_functions_of_seed_stage_and_step() -> None:
     stage = make_stage()
-    first = [micro_step_budgets(stage, 0, step, 12) for step in range(20)]
+    first = [place_budgets(stage, stage.budgets, 0, step, 12) for step in range(20)]
     torch.rand(3)
-    assert [micro_step_budgets(stage, 0, step, 12) for step in reversed(range(20))] == first[::-1]
+    assert [place_budgets(stage, stage.budgets, 0, step, 12) for step in reversed(range(20))] == first[::-1]
     assert len({tuple(order) for order in first}) > 15, "the order within a batch must differ by step"
-    assert [micro_step_budgets(stage, 1, step, 12) for step in range(20)] != first
-    assert [micro_step_budgets(make_stage(name="stage2"), 0, step, 12) for step in range(20)] != first
+    assert [place_budgets(stage, stage.budgets, 1, step, 12) for step in range(20)] != first
+    assert [place_budgets(make_stage(name="stage2"), stage.budgets, 0, step, 12) for step in range(20)] != first
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
+@pytest.mark.parametrize("budget_rows", [None, 4])
+def test_micro_steps_run_every_row_once_at_its_budget_and_at_most_a_micro_batch_at_once(
+    processes, micro_batch_size, budget_rows
+):
+    stage = replace(make_stage(batch_size=24), micro_batch_size=micro_batch_size, budget_rows=budget_rows)
+    shares, together = {"l": 0.05, "m": 0.3, "s": 0.65}, budget_rows or processes
+    for step in range(10):
+        planned = micro_steps(stage, shares, 3, step, processes)
+        budgets = place_budgets(stage, shares, 3, step, 24 // together)
+        rows = {first + r: m.budget for m in planned for first in m.firsts for r in range(processes)}
+        assert rows == {row: budgets[row // together] for row in range(24)}
+        assert sum(len(m.firsts) for m in planned) * processes == 24
+        assert all(len(m.firsts) <= micro_batch_size for m in planned)
+
+
+def test_rows_that_share_a_budget_divide_among_the_processes():
+    with pytest.raises(ValueError, match="budget_rows=3"):
+        micro_steps(replace(make_stage(), budget_rows=3), {"l": 1.0}, 0, 0, 2)
+
+
+def test_shares_follow_the_measured_kl_and_the_full_size_gets_its_fixed_share():
+    stage = replace(make_stage({"l": 1, "m": 1, "s": 2}), shares="by_need", full_share=0.1)
+    need = Need(stage, ["l"])
+    assert need.shares() == {"l": 0.25, "m": 0.25, "s": 0.5}
+    need.add({"l": 0.0, "m": 0.2})
+    assert need.shares() == {"l": 0.25, "m": 0.25, "s": 0.5}, "until every budget was measured"
+    need.add({"s": 0.6})
+    assert need.shares() == pytest.approx({"l": 0.1, "m": 0.225, "s": 0.675})
+    need.add({"m": 0.4})
+    assert need.shares()["m"] == pytest.approx(0.9 * 0.22 / (0.22 + 0.6))
+    assert sum(need.shares().values()) == pytest.approx(1.0)
+
+
+def test_fixed_shares_are_those_of_the_recipe_whatever_was_measured():
+    need = Need(replace(make_stage({"l": 1, "s": 3}), shares="fixed"), ["l"])
+    need.add({"l": 0.0, "s": 1.0})
+    assert need.shares() == {"l": 0.25, "s": 0.75}
+
+
+def test_a_budget_without_a_share_gets_none_by_need_either():
+    need = Need(make_stage({"l": 0, "m": 1, "s": 0}), ["l"])
+    need.add({"l": 0.1, "m": 0.1, "s": 0.1})
+    assert need.shares() == {"l": 0.0, "m": 1.0, "s": 0.0}
 
 
 def test_generators_are_the_same_in_another_process() -> None:

@@ -78,7 +78,7 @@ def pairs(tmp_path_factory) -> dict[Case, tuple[TrainJob, TrainJob]]:
 
     def distilled(case: Case, processes: int) -> TrainJob:
         """Cross-entropy beside the distillation, so that every budget has a gradient far from zero."""
-        stage = replace(STAGE, micro_batch_size=2 // processes, router=RouterSchedule(mode=case.mode))
+        stage = replace(STAGE, micro_batch_size=2 // processes, budget_rows=2, router=RouterSchedule(mode=case.mode))
         return train_job(
             start(case),
             packed if case.packed else tokens,

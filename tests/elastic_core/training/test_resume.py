@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,15 +34,15 @@ def start(tmp_path_factory) -> tuple[Path, Path]:
 
 def sized(start: tuple[Path, Path], work: Path, processes: int) -> TrainJob:
     """A job whose micro-steps are the same at one process and at two."""
-    stage = replace(STAGE, micro_batch_size=2 // processes)
+    stage = replace(STAGE, micro_batch_size=2 // processes, budget_rows=2)
     return train_job(*start, work, stage=stage, distillation=Distillation(ce_weight=1.0))
 
 
 def stop_after(trained: TrainJob, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train for so many steps, as one process, and stop as a kill would, in the middle of the next one."""
 
-    def generate(run: StageRun, first: int = 0):
-        for metrics in train_stage(run, first):
+    def generate(run: StageRun, *since: Any):
+        for metrics in train_stage(run, *since):
             if metrics.step == steps:
                 raise Stopped
             yield metrics

@@ -4,6 +4,8 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from trainee import (
     ALONE,
     BUDGETS,
-    CONFIG,
     STAGE,
     documents_and_mask,
     token_stream,
@@ -26,7 +27,7 @@ from elastic_core.schema import build, to_dict
 from elastic_core.training import curriculum, job
 from elastic_core.training.job import TrainJob
 from elastic_core.training.tokens import IGNORED, TokenRows
-from elastic_core.training.train import StageRun, StepMetrics, make_optimizer, resolved_subnets, train_stage
+from elastic_core.training.train import StageRun, StepMetrics, make_optimizer, train_stage
 
 # A gradient is a sum over the batch's rows, in another order in other micro-batches.
 SUM_ORDER = 1e-5
@@ -47,7 +48,7 @@ def family(tmp_path_factory) -> Path:
 
 
 def stage_run(family: Path, tokens: Path, stage: Stage, distillation: Distillation | None = None) -> StageRun:
-    student, router, _ = job.load_family(family, torch.device("cpu"))
+    student, router, described = job.load_family(family, torch.device("cpu"))
     return StageRun(
         student=student,
         teacher=job.load_model(family, torch.device("cpu"), torch.float32),
@@ -56,7 +57,7 @@ def stage_run(family: Path, tokens: Path, stage: Stage, distillation: Distillati
         stage=stage,
         distillation=distillation or Distillation(),
         budgets=BUDGETS,
-        subnets=resolved_subnets(CONFIG, router, BUDGETS),
+        subnets={budget.name: budget.subnet for budget in described.budgets},
         data=TokenRows(tokens, stage.sequence_length),
         seed=0,
         world=ALONE,
@@ -97,7 +98,8 @@ def test_a_trainable_teacher_teaches_the_smaller_budgets_and_learns_from_the_dat
 def test_the_router_moves_towards_its_budgets_while_it_trains_and_not_while_it_is_frozen(family, tokens):
     stage = replace(STAGE, steps=60)
     metrics = list(train_stage(stage_run(family, tokens, stage)))
-    assert metrics[-1].budgets["s"].router_loss < metrics[0].budgets["s"].router_loss
+    first, last = (mean(m.budgets["m"].router_loss for m in part) for part in (metrics[:10], metrics[-10:]))
+    assert last < first, "of a few draws of the noise each"
     assert metrics[-1].budgets["s"].expected_params < metrics[-1].budgets["m"].expected_params
     frozen = stage_run(family, tokens, replace(STAGE, router=RouterSchedule(mode="frozen")))
     before = {name: weight.clone() for name, weight in frozen.router.state_dict().items()}
@@ -156,7 +158,7 @@ def test_a_budgets_losses_are_means_over_what_it_learned(family, tmp_path):
     stage = replace(STAGE, micro_batch_size=1, router=RouterSchedule(mode="frozen"))
     run = stage_run(family, tokens, stage, Distillation(ce_weight=1.0))
     rows = curriculum.DataOrder(run.data.num_rows, stage, 0).rows(0)
-    names = curriculum.micro_step_budgets(stage, 0, 0, stage.micro_steps(1))
+    names = curriculum.place_budgets(stage, stage.budgets, 0, 0, stage.batch_size)
     nats: dict[str, list[torch.Tensor]] = {}
     for row, name in zip(rows, names, strict=True):
         batch = run.data.batch([row])
@@ -198,8 +200,8 @@ def test_a_job_stopped_after_any_step_and_started_again_ends_in_the_same_bits(
         pass
 
     def stop_after(steps: int):
-        def generate(run: StageRun, start: int = 0):
-            for count, metrics in enumerate(train_stage(run, start)):
+        def generate(run: StageRun, *since: Any):
+            for count, metrics in enumerate(train_stage(run, *since)):
                 if count == steps:
                     raise Stopped
                 yield metrics

@@ -125,6 +125,7 @@ def step_metrics(stage: str, step: int, *, routed: bool, loss: float = 1.0) -> S
         learning_rate=1e-3,
         temperature=1.0,
         gradient_norm=1.0,
+        shares={},
         tokens=1000,
         seconds=0.5,
     )

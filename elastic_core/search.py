@@ -1,0 +1,321 @@
+"""Shapes worth training: the nested subnets whose cut loses least, measured before any training (C4).
+
+At equal parameters the shape decides more than all of the training, and the loss of a trained submodel follows the loss
+of its cut. The search measures cuts of the reordered teacher. It starts from the proposals of one or several scores
+(losses of single cuts, a router's log-probabilities), of which the integer program of resolve.py gives the best for
+each hidden size, Mamba head dim and depth, and goes down from the best of them through neighbours. Budgets are searched
+together, for a large subnet limits what can be nested in it.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import permutations
+
+import torch
+from torch import Tensor
+
+from elastic_core.budget import Budget
+from elastic_core.geometry import Axes
+from elastic_core.model import ElasticNemotronH
+from elastic_core.resolve import Limits, LogProbabilities, proposals
+from elastic_core.router import KIND_OF_AXIS, ElasticModel
+from elastic_core.subnet import Subnet, full_subnet, is_nested, keep_layers, smallest_subnet
+from elastic_core.training.losses import distillation_loss
+from elastic_core.training.tokens import TokenBatch
+
+# How many subnets of a budget the search of the next smaller one begins in.
+KEPT = 4
+# Where the search goes down from, and how many neighbours of a subnet it measures at the most.
+STARTS, NEIGHBOURS = 3, 48
+MEASUREMENTS = 600
+
+# How far the best other choice lies below the chosen one at least in a router's logits, and how far one that was never
+# measured lies below all others.
+EVEN, MARGIN = 0.01, 1.0
+
+Loss = Callable[[Subnet], float]
+
+
+class CutLoss:
+    """KL(teacher || the teacher cut at a subnet) in nats a token, on the `tokens` of calibration batches that count.
+
+    The teacher is in order of importance. Its last hidden states are kept, so that a measurement is one forward pass at
+    the subnet.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, teacher: ElasticNemotronH, batches: Sequence[TokenBatch]) -> None:
+        self._teacher = teacher
+        device = teacher.embeddings.weight.device
+        self._batches = [batch.to(device) for batch in batches]
+        self._hidden = [self._at(batch, full_subnet(teacher.config)) for batch in self._batches]
+        self.tokens = sum(batch.learned for batch in batches)
+        self.measured = 0
+
+    @torch.inference_mode()
+    def __call__(self, subnet: Subnet) -> float:
+        self.measured += 1
+        total = 0.0
+        for batch, hidden_TD in zip(self._batches, self._hidden, strict=True):
+            parts = distillation_loss(
+                self._at(batch, subnet),
+                self._teacher.head_weight(subnet.hidden),
+                hidden_TD,
+                self._teacher.lm_head.weight,
+                batch.targets_BT.flatten(),
+                kl_weight=1.0,
+                ce_weight=0.0,
+                ignore_index=batch.ignore_index,
+            )
+            total += float(parts.kl) * parts.tokens
+        return total / max(self.tokens, 1)
+
+    def _at(self, batch: TokenBatch, subnet: Subnet) -> Tensor:
+        hidden_BTD: Tensor = self._teacher(batch.inputs_BT, subnet, packing=batch.packing)
+        return hidden_BTD.flatten(0, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A subnet, what it costs in its budget's unit, and the loss of its cut in nats a token."""
+
+    subnet: Subnet
+    cost: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """The chosen subnet of each budget, and every subnet that was measured for it, the best first."""
+
+    chosen: tuple[Candidate, ...]
+    measured: tuple[tuple[Candidate, ...], ...]
+
+
+@dataclass(slots=True)
+class Space:
+    """Subnets as points: for every row of every axis the position of its choice, 0 the largest."""
+
+    elastic: ElasticModel
+    rows: list[tuple[str, int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = [
+            (axis, row) for axis in Axes.NAMES for row in range(self.elastic.rows(axis) if axis in KIND_OF_AXIS else 1)
+        ]
+
+    def choices(self, axis: str) -> tuple[int, ...]:
+        return self.elastic.axes.choices(axis)
+
+    def point(self, subnet: Subnet) -> tuple[int, ...]:
+        """Where a subnet of these axes lies."""
+        positions = []
+        for axis, row in self.rows:
+            value = getattr(subnet, axis)
+            if axis in KIND_OF_AXIS:
+                layers = self.elastic.config.layers_of(KIND_OF_AXIS[axis])
+                members = self.elastic.layers_of(axis, row)
+                value = value[layers.index(members[0])] if members else self.choices(axis)[0]
+            positions.append(self.choices(axis).index(value))
+        return tuple(positions)
+
+    def subnet(self, point: Sequence[int]) -> Subnet:
+        values: dict[str, list[int]] = {axis: [] for axis in Axes.NAMES}
+        for (axis, _), position in zip(self.rows, point, strict=True):
+            values[axis].append(self.choices(axis)[position])
+        return Subnet(
+            hidden=values["hidden"][0],
+            ffn=self.elastic.per_layer("ffn", values["ffn"]),
+            mamba_heads=self.elastic.per_layer("mamba_heads", values["mamba_heads"]),
+            mamba_head_dim=values["mamba_head_dim"][0],
+            attention_heads=self.elastic.per_layer("attention_heads", values["attention_heads"]),
+            layers=keep_layers(self.elastic.layer_ranking, values["depth"][0]),
+        )
+
+    def single_cuts(self) -> Iterator[tuple[str, int, int, Subnet]]:
+        """Every choice alone: its axis, row and position, and the full model with that row cut to it."""
+        full = [0] * len(self.rows)
+        for index, (axis, row) in enumerate(self.rows):
+            for position in range(1, len(self.choices(axis))):
+                yield axis, row, position, self.subnet([*full[:index], position, *full[index + 1 :]])
+
+    def neighbours(self, subnet: Subnet, fits: Callable[[Subnet], bool]) -> list[Subnet]:
+        """What fits and is one step larger on a row; or one step smaller on a row and larger on one or two others."""
+        point = self.point(subnet)
+        found: dict[tuple[int, ...], Subnet] = {}
+
+        def offer(candidate: Sequence[int]) -> bool:
+            key = tuple(candidate)
+            if key not in found and fits(made := self.subnet(key)):
+                found[key] = made
+            return key in found
+
+        for row in range(len(point)):
+            self._grown(point, row, offer)
+            if point[row] + 1 < len(self.choices(self.rows[row][0])):
+                smaller = (*point[:row], point[row] + 1, *point[row + 1 :])
+                others = [other for other in range(len(point)) if other != row]
+                for first, second in permutations(others, 2) if len(others) <= 8 else ((o, o) for o in others):
+                    filled = self._grown(smaller, first, offer)
+                    self._grown(filled, second, offer)
+        found.pop(point, None)
+        return list(found.values())
+
+    def _grown(self, point: Sequence[int], row: int, offer: Callable[[Sequence[int]], bool]) -> tuple[int, ...]:
+        """The point with one row as large as fits."""
+        for position in range(point[row]):
+            larger = (*point[:row], position, *point[row + 1 :])
+            if offer(larger):
+                return larger
+        return tuple(point)
+
+
+def prior(elastic: ElasticModel, loss: Loss) -> LogProbabilities:
+    """Scores (rows, choices) of every axis: minus the loss of the full model with that row alone cut to that choice.
+
+    Their sum over a subnet's choices ranks subnets as if cuts did not interact.
+    """
+    space = Space(elastic)
+    scores: dict[str, Tensor] = {
+        axis: torch.zeros(
+            elastic.rows(axis) if axis in KIND_OF_AXIS else 1, len(elastic.axes.choices(axis)), dtype=torch.float64
+        )
+        for axis in Axes.NAMES
+    }
+    for axis, row, position, cut in space.single_cuts():
+        scores[axis][row, position] = -loss(cut)
+    return scores
+
+
+def search(
+    elastic: ElasticModel,
+    budgets: Sequence[Budget],
+    loss: Loss,
+    scores: Sequence[Sequence[LogProbabilities]],
+    *,
+    measurements: int = MEASUREMENTS,
+) -> Found:
+    """The nested subnets, one a budget, of least geometric mean loss that the search finds.
+
+    Budgets come from the largest. `scores` has, for every budget, the scores whose favourites are measured first; the
+    first of them also orders the neighbours. At most `measurements` subnets are measured. Raises ValueError for a
+    budget below the smallest subnet.
+    """
+    hunt = _Hunt(elastic, budgets, loss, scores, measurements)
+    down, up = hunt.chains(range(len(budgets))), hunt.chains(range(len(budgets) - 1, -1, -1))
+    best = min(down + up, key=lambda chain: _objective(chain.values()))
+    measured = [sorted(seen.values(), key=lambda candidate: candidate.loss) for seen in hunt.seen]
+    return Found(chosen=tuple(best[i] for i in range(len(budgets))), measured=tuple(map(tuple, measured)))
+
+
+_Chain = dict[int, Candidate]  # one candidate a budget, by the budget's number
+
+
+def _objective(candidates: Iterable[Candidate]) -> float:
+    """The sum of log losses: what halves one budget's loss is worth what halves another's."""
+    return sum(math.log(max(candidate.loss, 1e-12)) for candidate in candidates)
+
+
+class _Hunt:
+    """One search: what was measured, and how the budgets of a chain limit one another."""
+
+    def __init__(
+        self,
+        elastic: ElasticModel,
+        budgets: Sequence[Budget],
+        loss: Loss,
+        scores: Sequence[Sequence[LogProbabilities]],
+        measurements: int,
+    ) -> None:
+        self.elastic, self.budgets, self.scores, self.space = elastic, budgets, scores, Space(elastic)
+        self.full = full_subnet(elastic.config)
+        self.smallest = smallest_subnet(elastic.config, elastic.axes, elastic.layer_ranking)
+        self.costs = [elastic.cost_of(budget) for budget in budgets]
+        self.seen: list[dict[Subnet, Candidate]] = [{} for _ in budgets]
+        self._loss, self._losses, self._most = loss, {self.full: 0.0}, measurements
+
+    def chains(self, order: Iterable[int]) -> list[_Chain]:
+        """Chains of all budgets, made one budget after the other in `order`, of which the best few go on."""
+        chains: list[_Chain] = [{}]
+        for index in order:
+            longer = [{**chain, index: candidate} for chain in chains for candidate in self._best_within(index, chain)]
+            chains = sorted(longer, key=lambda chain: _objective(chain.values()))[:KEPT]
+        return chains
+
+    def _best_within(self, index: int, chain: _Chain) -> list[Candidate]:
+        """The best few subnets of a budget inside the larger and around the smaller ones of a chain."""
+        counted, target = self.costs[index], self.budgets[index].target
+        outer = min((chain[i] for i in chain if i < index), key=lambda c: c.cost, default=None)
+        inner = max((chain[i] for i in chain if i > index), key=lambda c: c.cost, default=None)
+        around, inside = inner.subnet if inner else self.smallest, outer.subnet if outer else self.full
+        most = counted.of(self.full) if target is None else target
+        if inside == self.full and most >= counted.of(self.full):
+            return [self._measure(index, self.full)]
+        limits = Limits(around, inside, 0, most)
+
+        def fits(subnet: Subnet) -> bool:
+            return counted.of(subnet) <= most and is_nested(around, subnet) and is_nested(subnet, inside)
+
+        offered = {
+            subnet: None for scores in self.scores[index] for subnet in proposals(self.elastic, counted, scores, limits)
+        }
+        if not offered:
+            raise ValueError(
+                f"budget {self.budgets[index].name}: {counted.text(most)} is below the smallest subnet of these axes, "
+                f"{counted.text(counted.of(around))}; raise the budget or add smaller choices to the axes"
+            )
+        starts = sorted((self._measure(index, subnet) for subnet in offered), key=lambda c: c.loss)[:STARTS]
+        ends = [self._descend(index, start, fits) for start in starts]
+        return sorted({*ends, *filter(lambda c: fits(c.subnet), self.seen[index].values())}, key=lambda c: c.loss)[
+            :KEPT
+        ]
+
+    def _descend(self, index: int, start: Candidate, fits: Callable[[Subnet], bool]) -> Candidate:
+        """From neighbour to better neighbour, until none of those that were measured is better."""
+        here = start
+        while True:
+            around = self.space.neighbours(here.subnet, fits)
+            around.sort(key=lambda subnet: -self._score(index, subnet))
+            better = next(
+                (c for c in (self._measure(index, s) for s in around[:NEIGHBOURS]) if c.loss < here.loss), None
+            )
+            if better is None:
+                return here
+            here = better
+
+    def _score(self, index: int, subnet: Subnet) -> float:
+        scores, point = self.scores[index][0], self.space.point(subnet)
+        return sum(float(scores[axis][row, p]) for (axis, row), p in zip(self.space.rows, point, strict=True))
+
+    def _measure(self, index: int, subnet: Subnet) -> Candidate:
+        if subnet not in self._losses:
+            if len(self._losses) > self._most:
+                return Candidate(subnet=subnet, cost=self.costs[index].of(subnet), loss=math.inf)
+            self._losses[subnet] = self._loss(subnet)
+        candidate = Candidate(subnet=subnet, cost=self.costs[index].of(subnet), loss=self._losses[subnet])
+        return self.seen[index].setdefault(subnet, candidate)
+
+
+def loss_table(elastic: ElasticModel, chosen: Candidate, measured: Iterable[Candidate]) -> LogProbabilities:
+    """Scores (rows, choices) that make `chosen` the favourite of every row, and rank the rest by what they lose.
+
+    A choice scores minus the log of its best measured subnet's loss over the chosen one's, and less than every measured
+    choice where no measured subnet has it.
+    """
+    space = Space(elastic)
+    here = space.point(chosen.subnet)
+    scores = {
+        axis: torch.full(
+            (elastic.rows(axis) if axis in KIND_OF_AXIS else 1, len(elastic.axes.choices(axis))), -math.inf
+        )
+        for axis in Axes.NAMES
+    }
+    for candidate in measured:
+        worse = math.log(max(candidate.loss, 1e-12) / max(chosen.loss, 1e-12))
+        for (axis, row), position in zip(space.rows, space.point(candidate.subnet), strict=True):
+            scores[axis][row, position] = max(float(scores[axis][row, position]), -max(worse, EVEN))
+    for (axis, row), position in zip(space.rows, here, strict=True):
+        scores[axis][row, position] = 0.0
+    lowest = min(float(s[s.isfinite()].min()) for s in scores.values())
+    return {axis: torch.where(s.isfinite(), s, lowest - MARGIN) for axis, s in scores.items()}
