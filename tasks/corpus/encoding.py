@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerFast
 from elastic_core.recipe import DataSource
 from tasks.corpus.chats import Chat, Unusable
 from tasks.corpus.documents import Document, Tally
-from tasks.corpus.rendering import Template, Text, render_chat
+from tasks.corpus.rendering import Text, render_chat
+from tasks.corpus.template import Template
 from tasks.corpus.token_file import Sample
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 4_000_000

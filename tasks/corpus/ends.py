@@ -6,7 +6,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from tasks.corpus.chats import ASSISTANT, Chat, Unusable
-from tasks.corpus.rendering import Template, render_chat
+from tasks.corpus.rendering import render_chat
+from tasks.corpus.template import Template
 from tasks.corpus.tokenizer import load_tokenizer
 
 MODEL_CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"

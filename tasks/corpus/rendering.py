@@ -8,16 +8,14 @@ because the rest is in the texts before it, thoughts and all.
 """
 
 import json
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from tasks.corpus.chats import ASSISTANT, REASONING, THINKING, Chat, Row, Unusable, functions, strings
+from tasks.corpus.template import NO_THINK, PRIVATE, Template
 from tasks.corpus.turns import (
     CLOSE,
     OPEN,
@@ -30,11 +28,6 @@ from tasks.corpus.turns import (
     stands,
     without_thought,
 )
-
-NO_THINK = "/no_think"
-# Characters for private use, of which some that a chat does not hold mark places in it.
-_PRIVATE = range(0xE000, 0xF8FF)
-LONGEST = 256  # characters of a special token
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,69 +54,6 @@ class Text:
             position = end
         pieces.append((self.text[position:], learn_all and not self.context))
         return [(piece, learned) for piece, learned in pieces if piece]
-
-
-class Template:
-    """A tokenizer's chat template, and what has to be known of it."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        template = tokenizer.chat_template
-        self.exists = template is not None
-        self.source = "\n".join(template.values()) if isinstance(template, dict) else template or ""
-        # Whether the template has anything to do with thoughts.
-        self.thinks = re.search("think|reason", self.source, re.IGNORECASE) is not None
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} - {""}
-        self.special = re.compile(_any_of(special) if special else "(?!)")
-        self._last_characters = tuple({token[-1] for token in special})
-        self.frame = cache(self._frame)
-        self.takes_no_switch = cache(self._takes_no_switch)
-
-    def render(self, messages: Sequence[Row], tools: Sequence[Row], arguments: Mapping[str, Any], prompt: bool) -> str:
-        """The messages as text, with the generation prompt of the next turn where `prompt`."""
-        return str(
-            self._tokenizer.apply_chat_template(
-                list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt, **arguments
-            )
-        )
-
-    def written_end(self, written: str) -> int:
-        """Where the model stops: after the special token that ends the turn, if one does; white space may follow it."""
-        return len(written.rstrip()) if self.last_special(written) else len(written)
-
-    def last_special(self, text: str) -> str | None:
-        """The special token that a text ends in, if it does; white space may follow it."""
-        return self.special_end(text.rstrip())
-
-    def special_end(self, text: str) -> str | None:
-        """The special token that a text ends in, if it does."""
-        if not text.endswith(self._last_characters):
-            return None
-        return next(
-            (m[0] for m in self.special.finditer(text, max(0, len(text) - LONGEST)) if m.end() == len(text)), None
-        )
-
-    def _frame(self, arguments: str) -> tuple[str, str] | None:
-        """What stands before and after every answer of a template without thoughts; None where it cannot be told."""
-        question, answer = (
-            {"role": "user", "content": chr(_PRIVATE[0])},
-            {"role": ASSISTANT, "content": chr(_PRIVATE[1])},
-        )
-        try:
-            asked = self.render([question], [], json.loads(arguments), False)
-            prompt = self.render([question], [], json.loads(arguments), True)
-            whole = self.render([question, answer], [], json.loads(arguments), False)
-        except Exception:  # noqa: BLE001 - whatever a template raises; its rows meet it again, and are named
-            return None
-        begun = prompt + answer["content"]
-        if self.thinks or prompt == asked or not prompt.startswith(asked) or not whole.startswith(begun):
-            return None
-        return prompt[len(asked) :], whole[len(begun) :]
-
-    def _takes_no_switch(self, arguments: str) -> bool:
-        """Whether a thought is turned off by a word in the messages, not by an argument."""
-        prompt = self.render([{"role": "user", "content": "?"}], [], json.loads(arguments), True)
-        return NO_THINK in self.source and opens_thought(prompt)
 
 
 def render_chat(
@@ -173,7 +103,7 @@ class _Rendering:
     def _private(self) -> list[str]:
         """Three characters that the chat does not hold."""
         held = set(self._said)
-        return list(islice((character for character in map(chr, _PRIVATE) if character not in held), 3))
+        return list(islice((character for character in map(chr, PRIVATE) if character not in held), 3))
 
     # --- the three ways to render ---
 
@@ -439,15 +369,6 @@ class _Rendering:
 
     def _line(self, place: int, fault: str) -> str:
         return f"{self._where}: message {place + 1 - self._added} ({ASSISTANT}): {fault}"
-
-
-def _any_of(texts: Iterable[str]) -> str:
-    """A pattern for the longest of some texts; what several begin with is in it once, as there may be a thousand."""
-    after: dict[str, set[str]] = {}
-    for text in filter(None, texts := set(texts)):
-        after.setdefault(text[0], set()).add(text[1:])
-    branches = "|".join(re.escape(first) + _any_of(rest) for first, rest in sorted(after.items()))
-    return f"(?:{branches}){'?' * ('' in texts)}" if branches else ""
 
 
 def _mapped(change: Callable[[str], str], value: Any) -> Any:

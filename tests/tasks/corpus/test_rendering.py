@@ -22,7 +22,8 @@ from elastic_core.recipe import DataSource
 from tasks.corpus.chats import Chat, read_chat
 from tasks.corpus.documents import Document, Tally, iter_documents
 from tasks.corpus.encoding import Encoder
-from tasks.corpus.rendering import Template, _Rendering
+from tasks.corpus.rendering import _Rendering
+from tasks.corpus.template import Template
 from tasks.corpus.token_file import Sample
 from tasks.corpus.tokenizer import load_tokenizer
 
