@@ -11,6 +11,9 @@ import torch.distributed as dist
 
 from elastic_core.schema import build
 
+# The variable by which a process of a job knows its launcher, however long it took to start.
+LAUNCHER = "ELASTIC_LAUNCHER_PID"
+
 # own: comes again at every start. memory: comes again too, unless other programs had the memory. collective: the
 # processes cannot reach each other, because one of them is gone or because their network is set up wrongly.
 Kind = Literal["own", "memory", "collective"]

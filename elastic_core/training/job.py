@@ -33,7 +33,7 @@ from elastic_core.router import ElasticModel, Router
 from elastic_core.schema import build
 from elastic_core.subnet import full_subnet
 from elastic_core.training import parallel
-from elastic_core.training.faults import report_fault
+from elastic_core.training.faults import LAUNCHER, report_fault
 from elastic_core.training.parallel import World
 from elastic_core.training.resume import last_whole, resume, save_checkpoint, stored_pieces
 from elastic_core.training.tokens import TokenRows
@@ -278,9 +278,12 @@ def exclusive(work: Path, patience: float = 60.0) -> Iterator[None]:
         raise RuntimeError(f"{work}: another process is training this stage; stop it first") from None
 
 
-def die_with_parent() -> None:
-    """End this process when its parent is gone, so that a killed run leaves no trainer behind."""
-    parent = os.getppid()
+def die_with_parent(parent: int | None = None) -> None:
+    """End this process when its parent is gone, so that a killed run leaves no trainer behind.
+
+    `parent` is the process that started it, which may be gone already when this is called; else the parent of now.
+    """
+    parent = os.getppid() if parent is None else parent
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -292,7 +295,7 @@ def die_with_parent() -> None:
 
 def main(arguments: list[str]) -> int:
     """Run the job in the file that is the one argument; an exception is reported in its work directory, exit code 2."""
-    die_with_parent()
+    die_with_parent(int(os.environ[LAUNCHER]) if LAUNCHER in os.environ else None)
     job = build(TrainJob, json.loads(Path(arguments[0]).read_text()))
     rank = int(os.environ.get("RANK", 0))
     try:

@@ -5,14 +5,18 @@ failed, by rank; a negative one is the signal that killed the process. torchrun 
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
+from elastic_core.training.faults import LAUNCHER
+
 
 def main(arguments: list[str]) -> int:
+    os.environ[LAUNCHER] = str(os.getpid())
     try:
         run(parse_args(arguments[1:]))
     except ChildFailedError as error:

@@ -1,13 +1,16 @@
 """Laws of what a failing process leaves: its exception in one line, and whether another start may help."""
 
 import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from elastic_core.training.faults import Fault, describe, forget_faults, report_fault, reported_fault
+from elastic_core.training.faults import LAUNCHER, Fault, describe, forget_faults, report_fault, reported_fault
 
 NCCL = """NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, invalid usage (run with NCCL_DEBUG=WARN)
 ncclInvalidUsage: This usually reflects invalid usage of NCCL library.
@@ -50,3 +53,21 @@ def test_the_fault_of_one_process_is_told_and_not_that_the_others_lost_it(tmp_pa
     assert reported_fault(tmp_path) == describe(ValueError("lower the rate"))
     forget_faults(tmp_path)
     assert reported_fault(tmp_path) is None and not list(tmp_path.iterdir())
+
+
+WAITING = """
+import sys, time
+from elastic_core.training import job
+job.build = lambda *_: time.sleep(600)
+job.main(sys.argv[1:])
+"""
+
+
+def test_a_process_whose_launcher_is_gone_before_it_began_ends_at_once(tmp_path):
+    """It would otherwise wait for its peers, which died with the launcher, as nobody's process."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / "job.json").write_text("{}")
+    environment = {**os.environ, LAUNCHER: str(gone.pid)}
+    command = [sys.executable, "-c", WAITING, str(tmp_path / "job.json")]
+    assert subprocess.run(command, env=environment, timeout=300).returncode == 1
