@@ -1,6 +1,7 @@
 """What stands beside the weights: the files that a checkpoint takes over from the one it was made of."""
 
 import logging
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,20 +15,22 @@ logger = logging.getLogger(__name__)
 GENERATION_CONFIG, CARD_FILE = "generation_config.json", "README.md"
 _OWN = {"config.json", CARD_FILE, "elastic.json", "order.safetensors", "router.safetensors"}  # written anew
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".zip"}
+_CODE = re.compile(r"(modeling|configuration|tokenization|processing|modular)_.*\.py")
 
 
 def copy_side_files(source: Path, target: Path, config: Mapping[str, Any]) -> None:
     """Copy every file of the checkpoint `source` that is not weights and is not written anew; say what is left behind.
 
-    Left behind are folders, hidden files, weights in other formats, and the model code that `config` (its config.json)
-    names: no engine needs it, and it would describe another model.
+    Left behind are folders, hidden files, weights in other formats, and model code, by its usual names or those in
+    `config` (its config.json): no engine needs it, and it would describe another model.
     """
-    code = {str(entry).partition(".")[0] + ".py" for entry in dict(config.get("auto_map") or {}).values()}
+    named = {str(entry).partition(".")[0] + ".py" for entry in dict(config.get("auto_map") or {}).values()}
     left = []
     for path in sorted(source.iterdir()):
         if path.name in _OWN or path.name.startswith(".") or _is_converted(path.name):
             continue
-        if path.is_dir() or path.suffix in _WEIGHTS or path.name in code or path.name.endswith(".index.json"):
+        weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
+        if path.is_dir() or weights or path.name in named or _CODE.fullmatch(path.name):
             left.append(path.name + "/" * path.is_dir())
         else:
             shutil.copyfile(regular_file(source, path.name), target / path.name)

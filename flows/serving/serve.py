@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -16,7 +17,7 @@ from rich.table import Column, Table
 
 from flows.commands.terminal import wide_console
 from flows.serving.running import Service, last_running, read_running, this_process, write_running
-from flows.serving.servers import MlflowServer, ObjectStore, PrefectServer, answers, choose_port
+from flows.serving.servers import KEYS_FILE, MlflowServer, ObjectStore, PrefectServer, answers, choose_port
 from flows.serving.services import (
     FOREIGN,
     applied,
@@ -236,7 +237,7 @@ def up(home: Path, recipe: Path, schedule: str, ports: Ports) -> None:
         for pool in POOLS:
             fleet.begin(f"{pool} worker", Worker(pool, home))
         stack.callback(fleet.end)
-        print_services(fleet.services())
+        print_services(fleet.services(), home)
         wide_console().print(f"state and logs are in {home}; Ctrl-C or `elastic down` stops it", soft_wrap=True)
         fleet.watch()
 
@@ -261,7 +262,7 @@ def status(home: Path) -> bool:
     if running is None:
         wide_console().print(f"nothing is running in {home}; start it with `elastic up`", soft_wrap=True)
         return False
-    return print_services(running.services)
+    return print_services(running.services, home.absolute())
 
 
 def down(home: Path) -> None:
@@ -279,14 +280,30 @@ def down(home: Path) -> None:
     wide_console().print("stopped; the state stays, and `elastic up` goes on with it", soft_wrap=True)
 
 
-def print_services(services: tuple[Service, ...]) -> bool:
-    """Print a table of services; whether all of them are well."""
+def print_services(services: tuple[Service, ...], home: Path) -> bool:
+    """Print a table of services, and how an MLflow client downloads from them; whether all of them are well."""
     states = [_state(service) for service in services]
     table = Table("service", "state", Column("where", overflow="fold"), Column("log", overflow="fold"))
     for service, state in zip(services, states, strict=True):
         table.add_row(service.name, state, service.where, service.log or "-")
     wide_console().print(table)
+    for line in client_lines(services, home):
+        wide_console().print(line, soft_wrap=True, highlight=False, markup=False)
     return all(state in ("running", "named") for state in states)
+
+
+def client_lines(services: tuple[Service, ...], home: Path) -> tuple[str, ...]:
+    """What any MLflow client needs to download a registered model, for a shell; keys stay in the file that has them."""
+    by_name = {service.name: service for service in services}
+    mlflow, store = by_name["MLflow"], by_name["S3"]
+    lines = [f"export {TRACKING_URI}={shlex.quote(mlflow.where)}"]
+    if store.where.startswith("http"):
+        lines.append(f"export MLFLOW_S3_ENDPOINT_URL={shlex.quote(store.where)}")
+    if store.log:
+        lines.append(f"export AWS_SHARED_CREDENTIALS_FILE={shlex.quote(str(home / 's3' / KEYS_FILE))}")
+    else:
+        lines.append("# and the keys of your own store, by AWS's variables")
+    return ("mlflow.artifacts.download_artifacts('models:/NAME@champion') downloads in any MLflow client after", *lines)
 
 
 def _state(service: Service) -> str:

@@ -30,6 +30,8 @@ QUIET = {"DO_NOT_TRACK": "true", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", **
 # For the server, and for its clients, which would else link to pages that it does not have.
 NO_UI = {"PREFECT_SERVER_UI_ENABLED": "0"}
 
+KEYS_FILE = "credentials"  # the store's keys as AWS's clients read them from AWS_SHARED_CREDENTIALS_FILE
+
 _log = logging.getLogger(__name__)
 
 
@@ -84,7 +86,11 @@ class ObjectStore:
             identities = {"identities": [{"name": "elastic", "credentials": [key], "actions": actions}]}
             write_private(self._keys, json.dumps(identities, indent=1))
         first = json.loads(self._keys.read_text())["identities"][0]["credentials"][0]
-        return first["accessKey"], first["secretKey"]
+        access_key, secret_key = first["accessKey"], first["secretKey"]
+        if not (self.directory / KEYS_FILE).exists():
+            profile = f"[default]\naws_access_key_id = {access_key}\naws_secret_access_key = {secret_key}\n"
+            write_private(self.directory / KEYS_FILE, profile)
+        return access_key, secret_key
 
     def environment(self) -> dict[str, str]:
         """What a client needs to know, in boto3's and MLflow's variables."""

@@ -110,7 +110,7 @@ def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(case, pai
             assert two[step]["budgets"][name]["choices"] == near(budget["choices"]), (step, name)
 
 
-@pytest.mark.slow
+@pytest.mark.services
 def test_in_bfloat16_two_processes_see_what_a_bfloat16_would_round_away_of_A_log_and_dt_bias(pairs):
     """And so does one process: the loss moves with them."""
     for processes in range(2):

@@ -198,7 +198,7 @@ def test_a_stage_whose_checkpoints_are_all_damaged_begins_again(start, whole, tm
     assert_same(tmp_path / "work", whole)
 
 
-@pytest.mark.slow
+@pytest.mark.services
 def test_a_damaged_part_of_any_process_is_passed_over_by_all(start, whole, tmp_path, monkeypatch):
     stopped, copied = sized(start, tmp_path / "stopped", 1), sized(start, tmp_path / "copied", 2)
     stop_after(stopped, 5, monkeypatch)

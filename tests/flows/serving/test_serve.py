@@ -1,7 +1,11 @@
 """`elastic up`, `status` and `down`, as real processes."""
 
+import configparser
+import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +18,13 @@ from served import served as serving
 
 pytestmark = pytest.mark.services
 
+# A client of MLflow's own making, which reads the variables of its environment.
+LISTS = """
+import sys
+from mlflow.store.artifact.s3_artifact_repo import S3ArtifactRepository
+S3ArtifactRepository(f"s3://{sys.argv[1]}").list_artifacts("")
+"""
+
 SERVICES = ["S3", "Prefect", "MLflow", "cpu worker", "gpu worker"]
 
 
@@ -25,6 +36,21 @@ def test_up_says_where_everything_is_and_status_agrees(served: Served):
             assert name in text
         for name in ("Prefect", "MLflow"):
             assert served.services()[name].where in text
+
+
+def test_up_and_status_say_what_an_mlflow_client_needs_and_no_secret(served: Served):
+    said = served.command("status").stdout
+    lines = dict(line.removeprefix("export ").split("=", 1) for line in said.splitlines() if line.startswith("export "))
+    assert lines["MLFLOW_TRACKING_URI"] == served.services()["MLflow"].where
+    assert lines["MLFLOW_S3_ENDPOINT_URL"] == served.services()["S3"].where
+    keys = configparser.ConfigParser()
+    keys.read(lines["AWS_SHARED_CREDENTIALS_FILE"])
+    secret = keys["default"]["aws_secret_access_key"]
+    assert secret and all(secret not in text for text in (said, served.output.read_text()))
+    assert all(line in served.output.read_text() for line in said.splitlines() if line.startswith("export "))
+    client = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")} | lines
+    listed = subprocess.run([sys.executable, "-c", LISTS, "elastic"], env=client, capture_output=True, text=True)
+    assert listed.returncode == 0, listed.stderr
 
 
 @pytest.mark.parametrize("name", ["Prefect", "MLflow"])

@@ -50,7 +50,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "tasks.running.patience"]
 
 
-@pytest.mark.slow
+@pytest.mark.services
 def test_a_step_waits_out_what_passes_and_says_so_each_time(
     prefect_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -71,7 +71,7 @@ def test_a_step_waits_out_what_passes_and_says_so_each_time(
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.services
 def test_a_step_that_is_wrong_is_tried_once(prefect_server: None, caplog: pytest.LogCaptureFixture) -> None:
     attempts = []
 
@@ -85,7 +85,7 @@ def test_a_step_that_is_wrong_is_tried_once(prefect_server: None, caplog: pytest
     assert len(attempts) == 1 and not lines(caplog)
 
 
-@pytest.mark.slow
+@pytest.mark.services
 def test_a_step_that_another_run_is_making_is_waited_for_and_its_result_taken(
     prefect_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -126,7 +126,7 @@ def client(prefect_server: None) -> Iterator[SyncPrefectClient]:
         yield client
 
 
-@pytest.mark.slow
+@pytest.mark.services
 def test_a_step_that_a_worker_is_doing_is_found_again_and_a_finished_one_is_begun_anew(
     client: SyncPrefectClient,
 ) -> None:

@@ -163,7 +163,7 @@ def test_what_comes_again_at_every_start_is_told_in_its_own_words_and_not_tried_
     assert starts_of(work) == starts
 
 
-@pytest.mark.slow
+@pytest.mark.services
 def test_processes_whose_network_is_set_up_wrongly_are_started_once(start, tmp_path, monkeypatch):
     work = tmp_path / "work"
     in_every_trainer(COUNTED.format(str(work / "starts")), tmp_path / "code", monkeypatch)
