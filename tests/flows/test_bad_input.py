@@ -230,7 +230,10 @@ BAD_TEACHERS: dict[str, tuple[Change, str]] = {
     "no config": (lambda teacher: (teacher / "config.json").unlink(), r"config.json: there is no such file"),
     "layers of experts": (config(hybrid_override_pattern="M-*E"), r"hybrid_override_pattern has MoE layers"),
     "another architecture": (config(model_type="llama"), r"model_type is 'llama'; only 'nemotron_h' is supported"),
-    "Mamba heads that no group takes": (config(n_groups=3), r"mamba_num_heads=4 is not a multiple of n_groups=3"),
+    "Mamba heads that no group takes": (
+        config(n_groups=3, mamba_n_groups=3),
+        r"mamba_num_heads=4 is not a multiple of n_groups=3",
+    ),
     "query heads that no KV head takes": (config(num_attention_heads=3), r"num_attention_heads=3 is not a multiple"),
     "no tokenizer": (lose_the_tokenizer, r"no tokenizer can be loaded .*; add the teacher's tokenizer.json"),
     "tokenizer above the vocabulary": (grow_the_tokenizer, r"has 281 tokens but the model's vocab_size is 280"),
