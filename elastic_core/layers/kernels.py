@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from elastic_core.layers import ssm
-from elastic_core.layers.packing import Packing, align
+from elastic_core.layers.packing import Packing
 
 BackendName = Literal["auto", "torch", "triton"]
 
@@ -52,7 +52,7 @@ def ssd_scan(
             initial_state_BHPN=initial_state_BHPN,
             packing=packing,
         )
-    alignment = align(packing, chunk_size) if packing else None
+    alignment = packing.aligned(chunk_size) if packing else None
     if alignment is not None:
         x_BTHP, dt_BTH, B_BTGN, C_BTGN = map(alignment.spread, (x_BTHP, dt_BTH, B_BTGN, C_BTGN))
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined

@@ -4,7 +4,7 @@ Letters beyond the package's legend: L, the tokens of a row in which every docum
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,6 +20,13 @@ class Packing:
 
     seq_idx_BT: Tensor
     spans: tuple[tuple[int, int, int], ...]
+    _aligned: dict[int, "ChunkAlignment"] = field(default_factory=dict, repr=False, compare=False)
+
+    def aligned(self, chunk: int) -> "ChunkAlignment":
+        """The same rows with documents at multiples of `chunk` tokens; made once for all layers."""
+        if chunk not in self._aligned:
+            self._aligned[chunk] = _align(self, chunk)
+        return self._aligned[chunk]
 
     def to(self, device: torch.device) -> "Packing":
         return Packing(seq_idx_BT=self.seq_idx_BT.to(device, non_blocking=True), spans=self.spans)
@@ -66,22 +73,18 @@ class ChunkAlignment:
         return t_BL.flatten(0, 1).index_select(0, self.places_T).view(len(t_BL), -1, *t_BL.shape[2:])
 
 
-def align(packing: Packing, chunk: int) -> ChunkAlignment:
-    """Room after each document up to a multiple of `chunk` tokens."""
-    starts: list[list[int]] = [[] for _ in packing.seq_idx_BT]
-    ends = [0] * len(starts)
-    for row, first, end in packing.spans:
-        starts[row].append(ends[row])
-        ends[row] += -(-(end - first) // chunk) * chunk
-    length = max(ends)
-    seq_idx_BL = torch.empty(len(starts), length, dtype=torch.int32)
-    for row, of_row in enumerate(starts):
-        for number, start in enumerate(of_row):
-            seq_idx_BL[row, start:] = number
-    every = iter(start for of_row in starts for start in of_row)
-    places = [
-        torch.arange(row * length + start, row * length + start + end - first)
-        for (row, first, end), start in zip(packing.spans, every, strict=True)
-    ]
+def _align(packing: Packing, chunk: int) -> ChunkAlignment:
+    """Room after each document up to a multiple of `chunk` tokens, and after each row up to the longest."""
+    rows = len(packing.seq_idx_BT)
+    tokens = [torch.tensor([end - first for row, first, end in packing.spans if row == own]) for own in range(rows)]
+    taken = [-(-of_row // chunk) * chunk for of_row in tokens]
+    length = max(int(of_row.sum()) for of_row in taken)
+    seq_idx_BL, places = torch.empty(rows, length, dtype=torch.int32), []
+    for row, (own, room) in enumerate(zip(tokens, taken, strict=True)):
+        numbers = torch.arange(len(own)).repeat_interleave(room)
+        seq_idx_BL[row] = len(own) - 1
+        seq_idx_BL[row, : len(numbers)] = numbers
+        moved_by = (room - own).cumsum(0) - (room - own)  # the room before each document
+        places.append(row * length + torch.arange(int(own.sum())) + moved_by.repeat_interleave(own))
     device = packing.seq_idx_BT.device
     return ChunkAlignment(places_T=torch.cat(places).to(device), seq_idx_BL=seq_idx_BL.to(device))

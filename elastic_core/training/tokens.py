@@ -16,6 +16,8 @@ from elastic_core.layers.packing import Packing, pack
 # The target of a token after which nothing is to be learned.
 IGNORED = -100
 
+N = TypeVar("N", np.int32, np.int64, np.uint8)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenBatch:
@@ -68,28 +70,29 @@ class TokenRows:
 
     def batch(self, rows: Sequence[int]) -> TokenBatch:
         """These rows, on the CPU."""
-        tokens = [self._tokens[row * self._length : (row + 1) * self._length + 1] for row in rows]
-        targets = torch.from_numpy(
-            np.stack([self._targets(row, of_row) for row, of_row in zip(rows, tokens, strict=True)])
-        )
+        targets = np.stack([self._targets(row) for row in rows])
         return TokenBatch(
-            inputs_BT=torch.from_numpy(np.stack(tokens)[:, :-1].astype(np.int64)),
-            targets_BT=targets,
-            packing=pack(torch.from_numpy(np.stack([self._seq_idx(row) for row in rows]))),
-            learned=int((targets != IGNORED).sum()),
+            inputs_BT=torch.from_numpy(np.stack([self._row(self._tokens, row, 0) for row in rows]).astype(np.int64)),
+            targets_BT=torch.from_numpy(targets),
+            packing=None if self._starts is None else pack(torch.from_numpy(np.stack([*map(self._seq_idx, rows)]))),
+            learned=int(np.count_nonzero(targets != IGNORED)),
         )
 
     def learned(self, rows: Sequence[int]) -> int:
         """The number of targets that count in these rows."""
         if self._learned is not None:
-            return sum(self.batch([row]).learned for row in rows)
+            return sum(int(np.count_nonzero(self._targets(row) != IGNORED)) for row in rows)
         return len(rows) * self._length - sum(len(self._documents_from(row)) for row in rows)
 
-    def _targets(self, row: int, tokens: NDArray[np.int32]) -> NDArray[np.int64]:
-        targets = tokens[1:].astype(np.int64)
+    def _row(self, values: NDArray[N], row: int, shift: int) -> NDArray[N]:
+        """A row of a tensor of the file, begun `shift` entries later."""
+        first = row * self._length + shift
+        return values[first : first + self._length]
+
+    def _targets(self, row: int) -> NDArray[np.int64]:
+        targets = self._row(self._tokens, row, 1).astype(np.int64)
         if self._learned is not None:
-            first = row * self._length + 1
-            targets[self._learned[first : first + self._length] == 0] = IGNORED
+            targets[self._row(self._learned, row, 1) == 0] = IGNORED
         targets[self._documents_from(row) - 1] = IGNORED  # a document says nothing of the next one's first token
         return targets
 
@@ -112,7 +115,6 @@ class TokenRows:
         return places
 
 
-N = TypeVar("N", np.int32, np.int64, np.uint8)
 _STORED = {np.int32: torch.int32, np.int64: torch.int64, np.uint8: torch.uint8}
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elastic_core.layers.packing import Packing, align, pack
+from elastic_core.layers.packing import Packing, pack
 from elastic_core.layers.ssm import causal_conv, ssd_scan
 
 EXACT = 1e-12  # two orders of summation of a few hundred float64 terms
@@ -125,7 +125,7 @@ def test_no_bit_of_a_document_or_its_gradients_depends_on_the_documents_before(c
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_alignment_gives_every_document_chunks_of_its_own(chunk: int) -> None:
     packing = packed(LENGTHS)
-    alignment = align(packing, chunk)
+    alignment = packing.aligned(chunk)
     x_BT = torch.arange(1, 2 * TOKENS + 1).view(2, TOKENS)
     spread_BL = alignment.spread(x_BT)
     assert torch.equal(alignment.gather(spread_BL), x_BT)
