@@ -234,6 +234,7 @@ def causal_conv(
             if in_document_KBT1 is not None:
                 read_BTC = read_BTC * in_document_KBT1[offset, :, start : start + tokens]
             y_BTC.addcmul_(read_BTC, tap_C)
+            del read_BTC  # before the next one is made
         start += tokens
         outputs.append(F.silu(y_BTC).to(x_BTC.dtype))
     # A copy, for a cache that keeps the view would keep its whole segment.
