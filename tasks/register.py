@@ -9,7 +9,7 @@ from typing import Any
 
 from elastic_core.budget import WHOLE, Budget
 from elastic_core.cost import subnet_params
-from elastic_core.files import checkpoint
+from elastic_core.files import checkpoint, shapes
 from elastic_core.recipe import Recipe, Stage
 from elastic_core.schema import to_dict
 from elastic_core.subnet import full_subnet
@@ -71,6 +71,7 @@ def register(
         subnets={budget.name: budget.subnet for budget in described.budgets},
         layer_ranking=described.layer_ranking,
         model=checkpoint.read_config(Path(family.path)),
+        shapes=shapes.read_shapes(Path(family.path)),
         links={
             "objects": artifacts.version_uri(settings.bucket, recipe.family, version),
             "MLflow run": run_id,

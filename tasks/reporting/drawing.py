@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup
 
+from elastic_core.files.shapes import MeasuredShapes
 from elastic_core.geometry import Axes, ModelConfig
 from elastic_core.recipe import Recipe
 from elastic_core.subnet import Subnet
@@ -68,6 +69,7 @@ class Run:
     budgets: Sequence[BudgetEvaluation]
     subnets: Mapping[str, Subnet]
     stages: Sequence[StageHistory]
+    shapes: MeasuredShapes | None
 
     @property
     def colours(self) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from markupsafe import Markup
 
+from elastic_core.cost import subnet_params
 from elastic_core.geometry import ATTENTION, FFN, MAMBA, ModelConfig
 from elastic_core.subnet import Subnet, full_subnet
 from tasks.reporting.drawing import (
@@ -67,6 +68,28 @@ def _draw_quality(run: Run) -> "Figure":
     close.set_xlabel("parameters")
     close.xaxis.set_major_formatter(count_tick)
     legend(figure, whole)
+    return figure
+
+
+def _draw_frontier(run: Run) -> "Figure | None":
+    measured = {name: seen for name, seen in run.shapes.budgets.items() if len(seen) > 1} if run.shapes else {}
+    if not measured:
+        return None
+    figure = new_figure(COLUMN, 3.4)
+    panel = figure.subplots()
+    for name, candidates in measured.items():
+        colour = run.style(name)["color"]
+        sizes = [subnet_params(run.model, candidate.subnet) for candidate in candidates]
+        panel.plot(sizes, [c.loss for c in candidates], ".", color=colour, markersize=4, alpha=0.45, clip_on=False)
+        chosen = next(c for c in candidates if c.subnet == run.subnets[name])
+        size = subnet_params(run.model, chosen.subnet)
+        panel.plot(size, chosen.loss, label=name, **run.style(name) | DOT)
+    panel.set_yscale("log")
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.set_ylabel("nats a token")
+    panel.set_xlabel("parameters")
+    panel.xaxis.set_major_formatter(count_tick)
+    legend(figure, panel)
     return figure
 
 
@@ -317,6 +340,12 @@ PLOTS = (
         "The order of importance",
         "KL to the teacher where one axis of it is cut with no training. Orange: importance is no better than random.",
         _draw_orders,
+    ),
+    Plot(
+        "frontier",
+        "The shapes that were measured",
+        "KL to the teacher of each shape within a budget, cut with no training. The markers are the chosen ones.",
+        _draw_frontier,
     ),
     Plot("loss", "Loss by budget", "The faint line is every step, the full line its rolling mean.", _draw_loss),
     Plot(

@@ -13,6 +13,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from elastic_core.files.shapes import MeasuredShapes
 from elastic_core.geometry import ATTENTION, FFN, MAMBA, ModelConfig
 from elastic_core.recipe import Recipe
 from elastic_core.schema import to_dict
@@ -46,12 +47,14 @@ def write_report(
     subnets: Mapping[str, Subnet],
     layer_ranking: Sequence[int],
     model: ModelConfig,
+    shapes: MeasuredShapes | None,
     links: Mapping[str, str],
 ) -> Path:
     """Write index.html, one PNG a plot, results.json and results.md into `directory`; returns the page.
 
     `stages` gives each stage's name and its metrics, one JSON object of `StepMetrics` a line. `subnets` has every
-    budget of `evaluation`. `layer_ranking` lists all layers, most important first. `links` has addresses by title;
+    budget of `evaluation`. `layer_ranking` lists all layers, most important first. `shapes` are those that the subnets
+    were chosen of, None where the router chose alone. `links` has addresses by title;
     secrets in them are hidden, and only http addresses become links.
     """
     run = Run(
@@ -64,6 +67,7 @@ def write_report(
         budgets=by_size(evaluation),
         subnets=subnets,
         stages=read_stages(stages),
+        shapes=shapes,
     )
     links = {title: redact(address) for title, address in links.items()}
     directory.mkdir(parents=True, exist_ok=True)

@@ -18,8 +18,10 @@ from records import CONDITIONS
 from elastic_core import cost
 from elastic_core.budget import Budget
 from elastic_core.comparison import Cut
+from elastic_core.files.shapes import MeasuredShapes
 from elastic_core.geometry import Axes, ModelConfig
 from elastic_core.recipe import DataConfig, DataSource, Optimizer, Recipe, Stage, Teacher
+from elastic_core.search import Candidate
 from elastic_core.subnet import Subnet, full_subnet, keep_layers
 from elastic_core.training.train import BudgetMetrics, StepMetrics
 from tasks.records import BudgetEvaluation, EvaluationRecord, OrderComparison
@@ -60,7 +62,7 @@ SUBNETS = {"l": full_subnet(MODEL), "m": MIDDLE, "s": HALF}
 PARAMS = {name: cost.subnet_params(MODEL, subnet) for name, subnet in SUBNETS.items()}
 TEACHER_LOSS = 1.9
 LINKS = {"MLflow run": "http://127.0.0.1:5000/#/runs/1", "objects": "s3://families/tiny/v1/"}
-PLOTS = {"quality", "orders", "loss", "router", "params", "storage", "anatomy", "accuracy"}
+PLOTS = {"quality", "orders", "frontier", "loss", "router", "params", "storage", "anatomy", "accuracy"}
 
 
 ORDERS = OrderComparison(
@@ -180,8 +182,19 @@ def write(
         subnets=subnets,
         layer_ranking=RANKING,
         model=MODEL,
+        shapes=shapes_of(subnets) if routed else None,
         links=links,
     )
+
+
+def shapes_of(subnets: Mapping[str, Subnet]) -> MeasuredShapes:
+    """Two candidates for each budget but the full one: the chosen subnet, and one that loses more."""
+    budgets = {}
+    for name, subnet in subnets.items():
+        chosen = Candidate(subnet=subnet, cost=PARAMS[name], loss=0.1)
+        worse = dataclasses.replace(chosen, subnet=dataclasses.replace(subnet, hidden=subnet.hidden - 8), loss=0.2)
+        budgets[name] = (chosen,) if name == "l" else (chosen, worse)
+    return MeasuredShapes(tokens=64, budgets=budgets)
 
 
 @pytest.fixture(scope="module")
@@ -478,7 +491,7 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
 
 
 def test_one_budget_without_router_and_problems_leaves_their_plots_out(bare_page: Path) -> None:
-    drawn = PLOTS - {"router", "params", "accuracy"}
+    drawn = PLOTS - {"frontier", "router", "params", "accuracy"}
     assert {path.stem for path in bare_page.parent.glob("*.png")} == drawn
     text = Elements(bare_page).text
     assert {plot.name for plot in plots.PLOTS if plot.title in text} == drawn
@@ -491,7 +504,7 @@ def test_the_same_run_is_reported_in_the_same_bytes(bare_page: Path, tmp_path: P
 
 
 def test_a_run_without_metrics_is_reported(tmp_path: Path) -> None:
-    page = write(tmp_path, record=BARE, stages=())
+    page = write(tmp_path, record=BARE, stages=(), routed=False)
     assert {path.stem for path in page.parent.glob("*.png")} == {"quality", "orders", "storage", "anatomy"}
 
 
@@ -503,12 +516,13 @@ def test_drawing_is_silent_from_a_cold_start_and_opens_no_window(tmp_path: Path)
     )
     unusable = tmp_path / "file"  # where matplotlib finds no cache, it has to build one, and says so
     unusable.touch()
+    root = Path(__file__).parents[3]
     done = subprocess.run(
         [sys.executable, "-c", program, __file__, str(tmp_path / "run")],
         capture_output=True,
         text=True,
         check=True,
-        cwd=Path(__file__).parents[3],
-        env={"MPLCONFIGDIR": str(unusable / "matplotlib"), "PYTHONPATH": str(Path(__file__).parents[3])},
+        cwd=root,
+        env={"MPLCONFIGDIR": str(unusable / "matplotlib"), "PYTHONPATH": f"{root}:{root / 'tests/support'}"},
     )
     assert (done.stdout, done.stderr) == ("False\n", "")
