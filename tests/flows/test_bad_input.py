@@ -595,7 +595,7 @@ BAD_COMMANDS: dict[str, tuple[str, str]] = {
     "slice: memory at no context": ("slice {family} --memory 16GiB -o {out}", r"memory is '16GiB', without a context"),
     "slice: memory below the smallest": (
         "slice {family} --memory 1KiB@ctx=8 -o {out}",
-        r"budget --memory: 1 KiB is below the smallest subnet of these axes, [\d.]+ KiB",
+        r"budget memory: 1 KiB is below the smallest subnet of these axes, [\d.]+ KiB",
     ),
     "slice: latency without a unit": (
         "slice {family} --latency 12 -o {out}",
@@ -603,7 +603,7 @@ BAD_COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "slice: latency without a table": (
         "slice {family} --latency 12ms -o {out}",
-        r"budget --latency: a latency needs a latency table; measure one",
+        r"budget latency: a latency needs a latency table; measure one",
     ),
     "slice: latency by no table": (
         "slice {family} --latency 12ms --profile {file} -o {out}",
