@@ -199,11 +199,14 @@ def search(
     """The nested subnets, one a budget, of least geometric mean loss that the search finds.
 
     Budgets come from the largest. `scores` has, for every budget, the scores whose favourites are measured first; the
-    first of them also orders the neighbours. At most `measurements` subnets are measured. Raises ValueError for a
-    budget below the smallest subnet.
+    first of them also orders the neighbours. After `measurements` subnets only proposals are measured still. Raises
+    ValueError for a budget below the smallest subnet, and where none is nested in those of the larger budgets.
     """
     hunt = _Hunt(elastic, budgets, loss, scores, measurements)
-    down, up = hunt.chains(range(len(budgets))), hunt.chains(range(len(budgets) - 1, -1, -1))
+    down = hunt.chains(range(len(budgets)))
+    if not down:
+        raise hunt.impossible()
+    up = hunt.chains(range(len(budgets) - 1, -1, -1))
     best = min(down + up, key=lambda chain: _objective(chain.values()))
     measured = [sorted(seen.values(), key=lambda candidate: candidate.loss) for seen in hunt.seen]
     return Found(chosen=tuple(best[i] for i in range(len(budgets))), measured=tuple(map(tuple, measured)))
@@ -236,7 +239,10 @@ class _Hunt:
         self._loss, self._losses, self._most = loss, {self.full: 0.0}, measurements
 
     def chains(self, order: Iterable[int]) -> list[_Chain]:
-        """Chains of all budgets, made one budget after the other in `order`, of which the best few go on."""
+        """Chains of all budgets, made one budget after the other in `order`, of which the best few go on.
+
+        None where a budget has no subnet that is nested with those chosen before it.
+        """
         chains: list[_Chain] = [{}]
         for index in order:
             longer = [{**chain, index: candidate} for chain in chains for candidate in self._best_within(index, chain)]
@@ -246,8 +252,7 @@ class _Hunt:
     def _best_within(self, index: int, chain: _Chain) -> list[Candidate]:
         """The best few subnets of a budget inside the larger and around the smaller ones of a chain."""
         counted, target = self.costs[index], self.budgets[index].target
-        outer = min((chain[i] for i in chain if i < index), key=lambda c: c.cost, default=None)
-        inner = max((chain[i] for i in chain if i > index), key=lambda c: c.cost, default=None)
+        outer, inner = chain.get(index - 1), chain.get(index + 1)
         around, inside = inner.subnet if inner else self.smallest, outer.subnet if outer else self.full
         most = counted.of(self.full) if target is None else target
         if inside == self.full and most >= counted.of(self.full):
@@ -260,16 +265,22 @@ class _Hunt:
         offered = {
             subnet: None for scores in self.scores[index] for subnet in proposals(self.elastic, counted, scores, limits)
         }
-        if not offered:
-            raise ValueError(
-                f"budget {self.budgets[index].name}: {counted.text(most)} is below the smallest subnet of these axes, "
-                f"{counted.text(counted.of(around))}; raise the budget or add smaller choices to the axes"
-            )
-        starts = sorted((self._measure(index, subnet) for subnet in offered), key=lambda c: c.loss)[:STARTS]
-        ends = [self._descend(index, start, fits) for start in starts]
-        return sorted({*ends, *filter(lambda c: fits(c.subnet), self.seen[index].values())}, key=lambda c: c.loss)[
-            :KEPT
-        ]
+        starts = sorted((self._measure(index, subnet, at_any_cost=True) for subnet in offered), key=lambda c: c.loss)
+        ends = [self._descend(index, start, fits) for start in starts[:STARTS]]
+        mine = {candidate for candidate in self.seen[index].values() if fits(candidate.subnet)}
+        return sorted(mine.union(ends), key=lambda candidate: candidate.loss)[:KEPT]
+
+    def impossible(self) -> ValueError:
+        """Why the budgets have no nested subnets."""
+        for budget, counted in zip(self.budgets, self.costs, strict=True):
+            least = counted.of(self.smallest)
+            if budget.target is not None and budget.target < least:
+                return ValueError(
+                    f"budget {budget.name}: {counted.text(budget.target)} is below the smallest subnet of these axes, "
+                    f"{counted.text(least)}; raise the budget or add smaller choices to the axes"
+                )
+        names = ", ".join(budget.name for budget in self.budgets)
+        return ValueError(f"budgets {names}: found no subnets within them that are nested; change one, or the axes")
 
     def _descend(self, index: int, start: Candidate, fits: Callable[[Subnet], bool]) -> Candidate:
         """From neighbour to better neighbour, until none of those that were measured is better."""
@@ -288,9 +299,9 @@ class _Hunt:
         scores, point = self.scores[index][0], self.space.point(subnet)
         return sum(float(scores[axis][row, p]) for (axis, row), p in zip(self.space.rows, point, strict=True))
 
-    def _measure(self, index: int, subnet: Subnet) -> Candidate:
+    def _measure(self, index: int, subnet: Subnet, *, at_any_cost: bool = False) -> Candidate:
         if subnet not in self._losses:
-            if len(self._losses) > self._most:
+            if len(self._losses) > self._most and not at_any_cost:
                 return Candidate(subnet=subnet, cost=self.costs[index].of(subnet), loss=math.inf)
             self._losses[subnet] = self._loss(subnet)
         candidate = Candidate(subnet=subnet, cost=self.costs[index].of(subnet), loss=self._losses[subnet])

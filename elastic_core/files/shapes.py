@@ -37,12 +37,15 @@ class MeasuredShapes:
 def write_shaped(source: Path, directory: Path, family: Family, router: Router, shapes: MeasuredShapes) -> None:
     """Write the elastic checkpoint `source` as `family` with `router`, and say of what its subnets were chosen.
 
-    The weights are those of `source`: their files are linked, or copied where that cannot be.
+    The weights are those of `source`: their files are linked, or copied where that cannot be. All others are copies,
+    for they may be written again.
     """
     with staged_directory(directory) as staging:
         for path in source.iterdir():
-            if path.name not in (FAMILY_FILE, ROUTER_FILE, SHAPES_FILE):
+            if path.name.startswith("model") and path.suffix == ".safetensors":
                 _link(regular_file(source, path.name), staging / path.name)
+            elif path.name not in (FAMILY_FILE, ROUTER_FILE, SHAPES_FILE):
+                shutil.copyfile(regular_file(source, path.name), staging / path.name)
         write_tensors(staging / ROUTER_FILE, router.state_dict())
         write_json(staging / SHAPES_FILE, to_dict(shapes))
         write_family(staging, family)

@@ -13,7 +13,8 @@ from elastic_core.geometry import ModelConfig
 logger = logging.getLogger(__name__)
 
 GENERATION_CONFIG, CARD_FILE = "generation_config.json", "README.md"
-_OWN = {"config.json", CARD_FILE, "elastic.json", "order.safetensors", "router.safetensors"}  # written anew
+# Written anew.
+_OWN = {"config.json", CARD_FILE, "elastic.json", "order.safetensors", "router.safetensors", "shapes.json"}
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".zip"}
 _CODE = re.compile(r"(modeling|configuration|tokenization|processing|modular)_.*\.py")
 

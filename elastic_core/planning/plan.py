@@ -349,7 +349,7 @@ class _Work:
         return training_memory(self.model, self.largest(stage), gpus=gpus, router_params=self.router_params)
 
     def mesh(self, gpus: int, flops: int) -> MeshPlan:
-        divides = self.stage.batch_size % (self.stage.micro_batch_size * gpus) == 0
+        divides = self.divides(self.stage, gpus)
         memory = self.memory(self.stage, gpus)
         fits = divides and memory.total <= self.accelerator.usable
         hours = self.accelerator.hours(flops)
@@ -363,6 +363,12 @@ class _Work:
             dollars=hours * self.accelerator.dollars_per_hour,
             changes=() if fits else tuple(self.changes(gpus)),
         )
+
+    @staticmethod
+    def divides(stage: Stage, gpus: int) -> bool:
+        """Whether the batch, and the rows that share a budget, divide among so many GPUs."""
+        together = stage.budget_rows or gpus
+        return stage.batch_size % (stage.micro_batch_size * gpus) == 0 and together % gpus == 0
 
     # What would fit
 
@@ -394,7 +400,7 @@ class _Work:
 
     def change(self, stage: Stage, gpus: int) -> Change | None:
         """The change to these settings, if they fit."""
-        if stage.batch_size % (stage.micro_batch_size * gpus):
+        if not self.divides(stage, gpus):
             return None
         memory = self.memory(stage, gpus).total
         if memory > self.accelerator.usable:

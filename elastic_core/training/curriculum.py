@@ -36,8 +36,8 @@ class Need:
         self._kl: dict[str, float] = {}
 
     def add(self, kl: Mapping[str, float]) -> None:
-        """Take in the KL of each budget that a step has measured, nats a token."""
-        for name, value in kl.items():
+        """Take in the KL of each budget that a step has measured, nats a token; 0 where it met nothing to learn."""
+        for name, value in ((name, value) for name, value in kl.items() if value > 0):
             self._kl[name] = KL_MEMORY * self._kl.get(name, value) + (1 - KL_MEMORY) * value
 
     def shares(self) -> dict[str, float]:
@@ -48,9 +48,10 @@ class Need:
             total = sum(given.values())
             return {name: share / total for name, share in given.items()}
         full = [name for name, share in given.items() if share and name in self._full]
-        rest = 1 - self._stage.full_share * len(full)
-        of_cut = {name: rest * kl / sum(cut.values()) for name, kl in cut.items()}
-        return {name: of_cut.get(name, self._stage.full_share if name in full else 0.0) for name in given}
+        kept = self._stage.full_share if full else 0.0
+        shares = {name: (1 - kept) * kl / sum(cut.values()) for name, kl in cut.items()}
+        shares |= dict.fromkeys(full, kept / max(1, len(full)))
+        return {name: shares.get(name, 0.0) for name in given}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

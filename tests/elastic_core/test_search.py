@@ -4,12 +4,13 @@ import itertools
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from nano import NANO_12B
 
-from elastic_core.budget import Budget
+from elastic_core.budget import Budget, MemoryTarget, Serving
 from elastic_core.cost import subnet_params
 from elastic_core.geometry import Axes, ModelConfig
 from elastic_core.model import ElasticNemotronH
@@ -197,6 +198,36 @@ def test_a_table_ranks_choices_by_the_best_subnet_that_was_measured_with_them():
     assert far_from == pytest.approx(-math.log(2))
     assert unmeasured < far_from
     assert float(table["ffn"][0, 0]) == pytest.approx(-math.log(2))
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+def test_budgets_of_several_kinds_get_nested_subnets_within_them_or_a_reason(seed, share):
+    elastic, loss = elastic_model(), random_loss(elastic_model(), seed)
+    full = full_subnet(MODEL)
+    serving = MemoryTarget(bytes=1, serving=Serving(context=64, dtype="bfloat16"))
+    most = int(share * elastic.cost_of(Budget(name="m", memory=serving)).of(full))
+    budgets = (
+        Budget(name="l"),
+        Budget(name="m", memory=replace(serving, bytes=most)),
+        Budget(name="s", params=int(0.6 * FULL_PARAMS)),
+    )
+    try:
+        found = search(elastic, budgets, loss, [[prior(elastic, loss)]] * 3)
+    except ValueError as error:
+        assert "nested" in str(error) or "smallest" in str(error)
+        return
+    for inner, outer in itertools.pairwise(reversed(found.chosen)):
+        assert is_nested(inner.subnet, outer.subnet)
+    for budget, chosen in zip(budgets[1:], found.chosen[1:], strict=True):
+        assert elastic.cost_of(budget).of(chosen.subnet) <= budget.target
+
+
+def test_every_chosen_subnet_was_measured_however_few_measurements_there_are():
+    elastic, loss = elastic_model(), random_loss(elastic_model(), 2)
+    found = search(elastic, BUDGETS, loss, [[prior(elastic, loss)]] * 3, measurements=1)
+    assert all(math.isfinite(candidate.loss) for seen in found.measured for candidate in seen)
+    assert all(chosen in seen for chosen, seen in zip(found.chosen, found.measured, strict=True))
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from trainee import write_family
 
+from elastic_core.cost import subnet_params
 from elastic_core.files import checkpoint
 from elastic_core.files.shapes import MeasuredShapes, read_shapes, write_shaped
 from elastic_core.search import Candidate
@@ -18,8 +19,18 @@ def family(tmp_path: Path) -> Path:
     return write_family(tmp_path / "family")
 
 
-def shape_again(source: Path, directory: Path) -> MeasuredShapes:
+def shape_again(
+    source: Path, directory: Path, lineage: dict[str, object] | None = None, hidden: int | None = None
+) -> MeasuredShapes:
     described = checkpoint.read_family(source)
+    if lineage is not None:
+        described = dataclasses.replace(described, lineage=lineage)
+    if hidden is not None:
+        last = described.budgets[-1]
+        subnet = dataclasses.replace(last.subnet, hidden=hidden)
+        config = checkpoint.read_config(source)
+        smaller = dataclasses.replace(last, subnet=subnet, params=subnet_params(config, subnet))
+        described = dataclasses.replace(described, budgets=(*described.budgets[:-1], smaller))
     router = load_router(source, checkpoint.read_config(source), described)
     measured = {
         budget.name: (Candidate(subnet=budget.subnet, cost=budget.params, loss=0.1 * index),)
@@ -39,9 +50,17 @@ def test_what_was_measured_comes_back_and_the_rest_of_the_family_is_as_it_was(fa
         assert (tmp_path / "shaped" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_weights_are_linked_and_not_copied(family, tmp_path):
+def test_weights_are_linked_and_not_copied_and_nothing_else_is(family, tmp_path):
     shape_again(family, tmp_path / "shaped")
-    assert (tmp_path / "shaped/model.safetensors").samefile(family / "model.safetensors")
+    linked = {path.name for path in family.iterdir() if path.samefile(tmp_path / "shaped" / path.name)}
+    assert linked == {"model.safetensors"}
+
+
+def test_other_shapes_leave_the_family_that_they_came_from_as_it_was(family, tmp_path):
+    before = {path.name: path.read_bytes() for path in family.iterdir()}
+    shape_again(family, tmp_path / "shaped", lineage={"teacher": "another"}, hidden=8)
+    assert {path.name: path.read_bytes() for path in family.iterdir()} == before
+    assert (tmp_path / "shaped/README.md").read_bytes() != before["README.md"]
 
 
 @pytest.mark.parametrize(

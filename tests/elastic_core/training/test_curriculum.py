@@ -130,6 +130,20 @@ def test_fixed_shares_are_those_of_the_recipe_whatever_was_measured():
     assert need.shares() == {"l": 0.25, "s": 0.75}
 
 
+def test_a_step_in_which_a_budget_met_nothing_to_learn_says_nothing_of_its_need():
+    need = Need(make_stage(), ["l"])
+    need.add({"l": 0.0, "m": 0.1, "s": 0.3})
+    before = need.shares()
+    need.add({"m": 0.0, "s": 0.0})
+    assert need.shares() == before
+
+
+def test_several_full_sizes_divide_the_full_share():
+    need = Need(replace(make_stage({"l": 1, "m": 1, "s": 1}), full_share=0.6), ["l", "m"])
+    need.add({"s": 0.1})
+    assert need.shares() == pytest.approx({"l": 0.3, "m": 0.3, "s": 0.4})
+
+
 def test_a_budget_without_a_share_gets_none_by_need_either():
     need = Need(make_stage({"l": 0, "m": 1, "s": 0}), ["l"])
     need.add({"l": 0.1, "m": 0.1, "s": 0.1})
