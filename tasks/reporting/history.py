@@ -21,14 +21,16 @@ def read_metrics(path: Path) -> list[StepMetrics]:
     """The steps of a stage in order, from JSON lines.
 
     A run that was killed and resumed writes some steps twice, of which the last counts, and may leave a line
-    unfinished, which is passed over.
+    unfinished, which is passed over, as is one that holds no step.
     """
     steps: dict[int, StepMetrics] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
-            _log.info("%s: passed over an unfinished line", path)
+        except ValueError:  # bytes that are no text among them
+            record = None
+        if not isinstance(record, dict) or type(record.get("step")) is not int or "budgets" not in record:
+            _log.info("%s: passed over a line that is not a whole step", path)
             continue
         budgets = {name: BudgetMetrics(**budget) for name, budget in record.pop("budgets").items()}
         steps[record["step"]] = StepMetrics(budgets=budgets, **record)

@@ -10,7 +10,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,7 +191,7 @@ def trainer_environment(processes: int) -> dict[str, str]:
 
 
 class Tail:
-    """The whole lines that are added to a file of JSON lines; what a kill or a full disk tore is passed over."""
+    """The whole lines that are added to a file of JSON lines; what a kill or a bad disk spoiled is passed over."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._position = path, 0
@@ -208,5 +207,14 @@ class Tail:
                 if not line.endswith(b"\n"):
                     return
                 self._position += len(line)
-                with suppress(json.JSONDecodeError):
-                    yield json.loads(line)
+                if row := _row(line):
+                    yield row
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The metrics of a step; None where the line is not the whole of one."""
+    try:
+        row = json.loads(line)
+    except ValueError:  # bytes that are no text among them
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None

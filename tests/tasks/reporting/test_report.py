@@ -375,6 +375,14 @@ def test_the_last_record_of_a_step_counts_and_an_unfinished_line_is_passed_over(
     assert steps[1] == step_metrics("short", 1, routed=True, loss=4.0)
 
 
+@pytest.mark.parametrize("spoiled", [b'{"step": "\xff"}', b'{"stfp": 1}', b"2", b"[2]", b"null"])
+def test_a_line_that_holds_no_step_is_passed_over(spoiled: bytes, tmp_path: Path) -> None:
+    whole = json.dumps(dataclasses.asdict(step_metrics("short", 0, routed=True, loss=1.0))).encode()
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(spoiled + b"\n" + whole + b"\n")
+    assert [m.step for m in history.read_metrics(path)] == [0]
+
+
 def test_a_number_that_is_not_finite_is_left_out_of_the_curves(tmp_path: Path) -> None:
     path = tmp_path / "short.jsonl"
     records = [step_metrics("short", step, routed=True, loss=loss) for step, loss in enumerate([1.0, math.nan, 3.0])]

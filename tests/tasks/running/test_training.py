@@ -184,6 +184,26 @@ def test_a_torn_line_of_metrics_is_passed_over(tmp_path):
     assert list(tail.rows()) == [{"step": 2}]
 
 
+@pytest.mark.parametrize(
+    "spoiled",
+    [b'{"step": 2, "x": "\xff"}', b"\xff\xfe\x00\xd8", b'{"stfp": 2}', b'{"step": "2"}', b"2", b"[2]", b"null", b""],
+    ids=[
+        "no text within",
+        "no text",
+        "another key",
+        "a step in words",
+        "a number",
+        "a list",
+        "nothing",
+        "an empty line",
+    ],
+)
+def test_a_spoiled_line_of_metrics_does_not_stop_a_stage(spoiled, tmp_path):
+    file = tmp_path / METRICS
+    file.write_bytes(b'{"step": 1}\n' + spoiled + b'\n{"step": 3}\n')
+    assert list(Tail(file).rows()) == [{"step": 1}, {"step": 3}]
+
+
 def test_a_file_of_metrics_that_was_mended_is_read_on_from_its_end(tmp_path):
     file = tmp_path / METRICS
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "l')
