@@ -1,13 +1,14 @@
 """What runs use of the state directory, and what of it nobody needs any more.
 
 Each run keeps a list, `runs/TIME-xxxx.jsonl`, of the results that it took or made and of their directories, and holds
-the lock beside it while it goes on. These runs' results are needed: those in progress, the last run of each family, the
-last one of each that came to its end, and those whose registration is a candidate or a champion. A run that is in
+the lock beside it while it goes on. These runs' results are needed: those in progress, of each family the last run that
+came to its end and all that began after it, and those whose registration is a candidate or a champion. A run that is in
 progress, or that was interrupted and may be started again, has begun directories that are on no list yet: whatever was
 used since it began is needed too. Everything else in the workspace is superseded.
 """
 
 import json
+import math
 import os
 import secrets
 import time
@@ -124,10 +125,13 @@ def _read(file: Path) -> Use | None:
 
 def needed(found: list[Use], aliased: Collection[str]) -> list[Use]:
     """The runs whose results are needed; `aliased` are the registrations of candidates and champions."""
-    last = {use.family: use for use in found if use.family}
-    ended = {use.family: use for use in found if use.family and use.finished}
-    chosen = {use.file for use in (*last.values(), *ended.values())}
-    return [use for use in found if use.running or use.file in chosen or use.registrations & set(aliased)]
+    ended = {use.family: use.began for use in found if use.finished}
+
+    def is_latest(use: Use) -> bool:
+        """Whether its family's last whole run, or one since, which may be started again."""
+        return bool(use.family) and use.began >= ended.get(use.family, -math.inf)
+
+    return [use for use in found if use.running or is_latest(use) or use.registrations & set(aliased)]
 
 
 def superseded(home: Path, aliased: Collection[str], before: float, max_bytes: int | None = None) -> Superseded:

@@ -115,6 +115,27 @@ def test_an_interrupted_run_keeps_what_it_used_and_began_and_the_last_whole_run_
     assert named(superseded(tmp_path, (), NOW, max_bytes=0).entries) == everything(1)
 
 
+def interrupted(home: Path, number: int, family: str = "nano") -> None:
+    """A run that ends before its end, with a corpus of its own and a stage that it had not recorded yet."""
+    with pytest.raises(KeyboardInterrupt), noting(home, family):
+        note(f"corpus{number}", make(home, f"corpus-{number}"))
+        make(home, f"stage-{number}")
+        raise KeyboardInterrupt
+
+
+def test_every_interrupted_run_since_the_last_whole_one_keeps_what_it_used_and_began(tmp_path: Path) -> None:
+    interrupted(tmp_path, 1)
+    carried_out(tmp_path, 2)
+    old(tmp_path)
+    interrupted(tmp_path, 3)
+    interrupted(tmp_path, 4)
+    interrupted(tmp_path, 5, family="other")
+    assert named(superseded(tmp_path, (), NOW, max_bytes=0).entries) == {"corpus-1", "stage-1"}
+    carried_out(tmp_path, 6)  # the recipe that the user chose; what was tried before it is given up
+    begun = named(superseded(tmp_path, (), NOW, max_bytes=0).entries)
+    assert begun == {"corpus-1", "stage-1", *everything(2), "corpus-3", "stage-3", "corpus-4", "stage-4"}
+
+
 def test_a_run_in_progress_keeps_what_is_made_beside_it(tmp_path: Path) -> None:
     carried_out(tmp_path, 1)
     carried_out(tmp_path, 2)
