@@ -88,6 +88,7 @@ class Deployment:
 def deployments(recipe: Recipe, schedule: str = NIGHTLY) -> tuple[Deployment, ...]:
     """All of them; `recipe` is what the forms of `elastify` and `retrain` begin with."""
     on_gpu_pool = {DEPLOYMENT_VARIABLE: GPU_STEP}
+    here = {DEPLOYMENT_VARIABLE: ""}  # whatever the worker's environment says: a run must not wait for its own place
     given = {"recipe": to_dict(recipe)}
     return (
         Deployment(
@@ -116,9 +117,16 @@ def deployments(recipe: Recipe, schedule: str = NIGHTLY) -> tuple[Deployment, ..
             name="any-model",
             pool="gpu",
             parameters={"settings": {"sequence_length": 1024}},
+            environment=here,
         ),
         # Whoever waits for such a step starts it again.
-        Deployment(entrypoint="flows.serving.gpu_step.gpu_step", name="gpu", pool="gpu", rerun=False),
+        Deployment(
+            entrypoint="flows.serving.gpu_step.gpu_step",
+            name="gpu",
+            pool="gpu",
+            environment=here,
+            rerun=False,
+        ),
     )
 
 

@@ -42,6 +42,15 @@ worker_of: ContextVar[str | None] = ContextVar("worker_of", default=None)
 logger = logging.getLogger(__name__)
 
 
+def asked_deployment() -> str | None:
+    """The deployment that does this process's steps for a GPU; None where they are done here.
+
+    A worker that does a step for another run asks nobody, even if its environment names a deployment: it would find
+    its own run, and wait for itself.
+    """
+    return None if worker_of.get() else os.environ.get(DEPLOYMENT_VARIABLE) or None
+
+
 def device() -> str:
     """What a step for a GPU is done on: the deployment that does it, or the device of this machine and its kernels.
 
@@ -49,7 +58,7 @@ def device() -> str:
     deployment's name stands for the devices of its workers; how many there are is no part of it, for a stage goes on
     with more of them and with fewer.
     """
-    deployment = worker_of.get() or os.environ.get(DEPLOYMENT_VARIABLE)
+    deployment = worker_of.get() or asked_deployment()
     if deployment:
         return f"workers of {deployment}"
     if not torch.cuda.is_available():

@@ -29,7 +29,7 @@ from elastic_core.files.locks import held
 from tasks.records import Artifact, Release, StageRecord
 from tasks.running import code, usage
 from tasks.running.digests import can_be_made, check_inputs, damage, recorded, remedy, set_aside
-from tasks.running.gpu import DEPLOYMENT_VARIABLE, device, device_to_oneself, run_on_workers
+from tasks.running.gpu import asked_deployment, device, device_to_oneself, run_on_workers
 from tasks.running.patience import DELAYS, JITTER, RETRIES, say_waiting
 from tasks.settings import ServiceError, home_directory, is_transient
 
@@ -153,7 +153,7 @@ def _turn(step: Task[Any, Any], inputs: Mapping[str, Any]) -> Iterator[bool]:
 
     A cached step is made by one run at a time: who finds another making it waits, and then takes its result.
     """
-    deployment = os.environ.get(DEPLOYMENT_VARIABLE)
+    deployment = asked_deployment()
     making = MAKINGS[step.name](inputs)
     if not step.persist_result:
         yield False
