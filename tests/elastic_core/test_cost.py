@@ -231,7 +231,7 @@ USED_OF_BOUND = 0.6
 def served(subnet: Subnet, dtype: Dtype) -> ElasticNemotronH:
     """The slice of a random model, as an engine has it in memory."""
     model = ElasticNemotronH(SERVED)
-    weights = slice_weights(model.state_dict(), subnet, SERVED)
+    weights = slice_weights(model.state_dict(), subnet, SERVED, ffn_layout="list")
     slice_ = ElasticNemotronH(sliced_config(SERVED, subnet)).to(getattr(torch, dtype)).requires_grad_(False)
     slice_.load_state_dict(weights)
     return slice_
@@ -290,7 +290,7 @@ def test_a_slices_file_holds_the_weights_that_memory_counts(tmp_path: Path) -> N
     model = ElasticNemotronH(SERVED).to(torch.bfloat16)
     write_weights(tmp_path / "full", SERVED, model.state_dict())
     subnet = random_subnet(random.Random(3), SERVED)
-    slice_checkpoint(tmp_path / "full", subnet, tmp_path / "slice")
+    slice_checkpoint(tmp_path / "full", subnet, tmp_path / "slice", ffn_layout="list")
     counted = MemoryCost(model=SERVED, serving=Serving(context=8), prefill=8)
     stored = sum(tensor.nbytes for tensor in open_checkpoint(tmp_path / "slice").tensors.values())
     weights = [counted.layer(shape) - counted.cache(shape) for shape in shapes(SERVED, subnet)]
