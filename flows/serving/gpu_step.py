@@ -8,7 +8,7 @@ from prefect import flow
 
 from elastic_core.schema import build
 from flows.serving.failures import explain_failure
-from flows.serving.guard import guard_run
+from flows.serving.guard import follow_worker
 from tasks import distill, evaluate, promote, rank, teacher  # noqa: F401 - each adds its steps to those that need a GPU
 from tasks.running.code import differences
 from tasks.running.gpu import shown_on, worker_of
@@ -30,7 +30,7 @@ def gpu_step(
         runs: The code and the libraries of the step where the pipeline runs; those here must be the same.
         show_on: The run on whose page the step's progress appears.
     """
-    guard_run()
+    follow_worker()  # who waits for the step counts its crashes, and ends a loop of them
     if step not in ON_GPU:
         raise ValueError(f"step {step!r} is not one of {', '.join(ON_GPU)}; the worker and the run differ in version")
     task = ON_GPU[step]

@@ -18,11 +18,16 @@ MOST_CRASHES, WITHIN = 5, timedelta(days=1)
 
 
 def guard_run() -> None:
-    """Exit when the worker dies, so that no orphan trains on; refuse to start after five crashes in a row."""
+    """Follow the worker, and refuse to start after five crashes in a row."""
+    follow_worker()
+    _refuse_crash_loop()
+
+
+def follow_worker() -> None:
+    """Exit when the worker dies, so that no orphan trains on; our lines of log go where Prefect's go."""
     if "PREFECT__FLOW_RUN_ID" in os.environ:  # Prefect's own, for the process of a run
         die_with_parent()
         _show_our_lines()
-    _refuse_crash_loop()
 
 
 def _show_our_lines() -> None:
