@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from elastic_core.budget import Dtype
 from elastic_core.files import checkpoint
+from elastic_core.files.locks import held
 from elastic_core.recipe import Evaluation, Promotion
 from elastic_core.subnet import full_subnet
 from elastic_core.training import job
@@ -95,8 +96,19 @@ def measure_champion(
 
 @step(cached=False)
 def promote(release: Release, evaluation: EvaluationRecord, measured: dict[str, Measured], gate: Promotion) -> Verdict:
-    """Move `champion` of all budgets to this release, or of none. `measured` has champions by NAME:VERSION."""
-    registry = Settings.from_environment().registry
+    """Move `champion` of all budgets to this release, or of none. `measured` has champions by NAME:VERSION.
+
+    One run at a time promotes a family: no champion changes between the comparison with it and its replacement.
+    """
+    machine = Settings.from_environment()
+    lock = machine.home / "locks" / f"promote-{release.family}"
+    with held(lock, waits=f"waiting for {release.family}, which another run is promoting"):
+        return _promoted(machine.registry, release, evaluation, measured, gate)
+
+
+def _promoted(
+    registry: str, release: Release, evaluation: EvaluationRecord, measured: Mapping[str, Measured], gate: Promotion
+) -> Verdict:
     versions = {name: int(version) for name, version in (m.rsplit(":", 1) for m in release.models.values())}
     present = {name: tracking.champion(registry, name) for name in versions}
     if versions == {name: champion and champion.version for name, champion in present.items()}:

@@ -1,10 +1,13 @@
 """The gate to champion: what passes it, and one scale for models of different tokenizers."""
 
 import json
+import logging
 import math
+import time
 import uuid
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -221,6 +224,28 @@ def test_a_verdict_is_of_the_champion_that_there_is_now(gate: Gate) -> None:
     tracking.set_alias(gate.registry, tracking.CHAMPION, by_hand)
     assert gate.ask(first).promoted
     assert gate.champions() == {first.registration}
+
+
+def test_of_two_promotions_at_once_each_is_compared_with_the_others_champion(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The better family asks while the worse one, which was compared already, takes its place."""
+    worse, better = gate.register(2.0, 3.0), gate.register(1.0, 1.0)
+    asked: list[Future[Verdict]] = []
+    move = tracking.set_alias
+
+    def overtaken(*args: Any) -> None:
+        if not asked:
+            asked.append(pool.submit(gate.ask, better))
+            while not asked[0].done() and "waiting for" not in caplog.text:
+                time.sleep(0.01)
+        move(*args)
+
+    monkeypatch.setattr(tracking, "set_alias", overtaken)
+    with ThreadPoolExecutor(1) as pool, caplog.at_level(logging.INFO):
+        assert gate.ask(worse) == Verdict(promoted=True, reason="there was no champion yet")
+        assert asked[0].result().promoted
+    assert gate.champions() == {better.registration}
 
 
 # Losses that were not measured alike
