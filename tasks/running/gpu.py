@@ -4,11 +4,12 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import httpx
@@ -19,12 +20,14 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.context import FlowRunContext
 from prefect.deployments import run_deployment
-from prefect.exceptions import PrefectException
+from prefect.exceptions import ObjectNotFound, PrefectException
 
 from elastic_core.files.locks import held
 from elastic_core.schema import to_dict
 from tasks.running.code import kernels
-from tasks.settings import ServiceError
+from tasks.settings import ServiceError, is_transient
+
+R = TypeVar("R")
 
 DEPLOYMENT_VARIABLE = "ELASTIC_GPU_DEPLOYMENT"
 
@@ -103,16 +106,17 @@ def run_on_workers(deployment: str, step: str, inputs: Mapping[str, Any], key: s
         "runs": dict(runs),
         "show_on": str(caller) if caller else None,
     }
+    name = _label(step, inputs)
     for attempt in range(1, ATTEMPTS + 1):
-        started, joined = start_run(deployment, _label(step, inputs), parameters, key)
+        started, joined = start_run(deployment, name, parameters, key)
         logger.info("%s waits for %s, as run %s", step, "another's worker" if joined else "a worker", started.name)
-        state = _final_state(started.id, caller)
+        state = _final_state(started, name, caller)
         if state.is_completed():
             return
         if not state.is_crashed() and not (joined and state.is_cancelled()):
-            name = state.name or state.type.value
-            reason = (state.message or name).removeprefix("Flow run encountered an exception: ")
-            raise ServiceError(f"{step} {name.lower()} on the worker: {reason}")
+            ended = state.name or state.type.value
+            reason = (state.message or ended).removeprefix("Flow run encountered an exception: ")
+            raise ServiceError(f"{step} {ended.lower()} on the worker: {reason}")
         logger.warning("%s crashed on the worker (attempt %d of %d): %s", step, attempt, ATTEMPTS, state.message)
     raise ServiceError(f"{step} crashed {ATTEMPTS} times on the workers of {deployment}; see their logs")
 
@@ -121,15 +125,28 @@ def start_run(deployment: str, name: str, parameters: dict[str, Any], key: str) 
     """A run of a deployment that does what `key` stands for, and whether it was there already; else a new one is made.
 
     The new run is a child of this one. Waits for a server that is away: a new client of Prefect's, other than one that
-    has reached its server before, gives up at the first refusal.
+    has reached its server before, gives up at the first refusal. A ServiceError where there is no such deployment.
     """
+    missing = (
+        f"Prefect's server has no deployment {deployment!r}; `elastic up` and infra/prefect.yaml make it, or set "
+        f"{DEPLOYMENT_VARIABLE} to one that is there"
+    )
+    return _answer(partial(_found_or_started, deployment, name, parameters, f"key-{key}"), name, missing)
+
+
+def _answer(ask: Callable[[], R], name: str, missing: str) -> R:
+    """What Prefect's server answers, however often it has to be asked; `missing` is said where it does not know."""
     asked, told = time.monotonic(), False
     while True:
         try:
-            return _found_or_started(deployment, name, parameters, f"key-{key}")
-        except httpx.TransportError as error:
+            return ask()
+        except ObjectNotFound as error:
+            raise ServiceError(missing) from error
+        except (httpx.HTTPError, PrefectException) as error:
+            if not is_transient(error):
+                raise
             if time.monotonic() - asked > LONGEST_OUTAGE_SECONDS:
-                raise _stays_away(error) from error
+                raise ServiceError(f"Prefect's server stays away: {error}", transient=True) from error
             if not told:
                 logger.warning("%s: %s", name, AWAY)
             told = True
@@ -158,32 +175,23 @@ def _found_or_started(deployment: str, name: str, parameters: dict[str, Any], ta
     return run, False
 
 
-def _stays_away(error: Exception) -> ServiceError:
-    return ServiceError(f"Prefect's server stays away: {error}", transient=True)
-
-
 def _label(step: str, inputs: Mapping[str, Any]) -> str:
     stage = inputs.get("stage")
     return f"{step} {stage.name}" if stage is not None else step
 
 
-def _final_state(flow_run: UUID, caller: UUID | None) -> State[Any]:
-    heard, told = time.monotonic(), False
+def _final_state(run: FlowRun, name: str, caller: UUID | None) -> State[Any]:
+    deleted = (
+        f"run {run.name}, which does {name}, was deleted; start this run again, finished steps come from the cache"
+    )
+    own_deleted = "this run was deleted while it went on; start a new one, finished steps come from the cache"
     with get_client(sync_client=True) as client:
         while True:
-            try:
-                state = client.read_flow_run(flow_run).state
-                own = client.read_flow_run(caller).state if caller is not None else None
-                heard, told = time.monotonic(), False
-            except (httpx.HTTPError, PrefectException) as error:
-                if time.monotonic() - heard > LONGEST_OUTAGE_SECONDS:
-                    raise _stays_away(error) from error
-                if not told:
-                    logger.warning("%s", AWAY)
-                told = True
-            else:
-                if state is not None and state.is_final():
-                    return state
+            state = _answer(partial(client.read_flow_run, run.id), name, deleted).state
+            if state is not None and state.is_final():
+                return state
+            if caller is not None:
+                own = _answer(partial(client.read_flow_run, caller), name, own_deleted).state
                 if own is not None and own.is_crashed():
                     raise ServiceError("this run was taken for dead, and another goes on in its place")
             time.sleep(POLL_SECONDS)

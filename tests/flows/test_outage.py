@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.serving.servers import PrefectServer, free_ports
 from tasks.running.gpu import AWAY, start_run
+from tasks.settings import ServiceError
 
 
 @contextmanager
@@ -46,5 +46,5 @@ def test_a_run_that_starts_while_the_server_is_away_says_so_and_is_started_once(
             assert [(run.id, run.name, run.parameters) for run in client.read_flow_runs()] == [
                 (started.id, *arguments[1:3])
             ]
-            with pytest.raises(ObjectNotFound):
+            with pytest.raises(ServiceError, match="no deployment 'gpu-step/renamed'"):
                 start_run("gpu-step/renamed", *arguments[1:])
