@@ -96,7 +96,6 @@ def register(
     )
     if not artifacts.is_published(store, manifest):  # until now nothing pointed to it
         raise ServiceError(f"{version} of {recipe.family} was removed by elastic gc; try again", transient=True)
-    tracking.finish_run(settings.tracking_uri, run_id)
     return Release(
         family=recipe.family,
         version=version,
