@@ -1,5 +1,6 @@
 """Measure a registered model on data of one's choice."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from tasks.data import prepare_data
 from tasks.evaluate import Measurement, log_measurement, measure
 from tasks.reporting.numbers import fixed, percent
 from tasks.reporting.summary import markdown_table
+from tasks.running.patience import patiently
 from tasks.running.steps import run
 from tasks.running.usage import noting
 from tasks.settings import Settings
@@ -41,7 +43,7 @@ def evaluation(
     guard_run()
     machine = Settings.from_environment()
     workspace = str(machine.home / "workspace")
-    version = tracking.resolve(machine.registry, model)
+    version = patiently(f"looking for {model}", partial(tracking.resolve, machine.registry, model))
     name = f"{version.name}:{version.version}"
     with noting(machine.home):
         directory = run(
@@ -50,11 +52,11 @@ def evaluation(
             part=version.tags[tracking.BUDGET],
             workspace=workspace,
         )
-        identity = tuple(source_identity(source) for source in data.sources)
+        identity = tuple(patiently(source.path, partial(source_identity, source)) for source in data.sources)
         corpus = run(prepare_data, config=data, identity=identity, tokenizer=directory, workspace=workspace)
         digest = problems_digest(settings.problems)
         measured = run(measure, model=directory, corpus=corpus, settings=settings, problems_digest=digest)
-    log_measurement(machine, version, corpus, measured)
+    patiently("keeping the measurement", partial(log_measurement, machine, version, corpus, measured))
     rows = [{"model": name, "loss": fixed(measured.cross_entropy, 4), "accuracy": percent(measured.accuracy, 1)}]
     create_markdown_artifact(
         key=f"evaluation-{Path(version.name).name.lower().replace('_', '-').replace('.', '-')}",

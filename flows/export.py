@@ -1,5 +1,6 @@
 """Cut a family that is registered to another size, and register that."""
 
+from functools import partial
 from typing import Annotated
 
 from prefect import flow
@@ -13,6 +14,7 @@ from flows.serving.guard import guard_run
 from flows.serving.page import model_link
 from tasks import tracking
 from tasks.register import register_size
+from tasks.running.patience import patiently
 from tasks.running.steps import run
 from tasks.running.usage import noting
 from tasks.settings import Settings
@@ -32,7 +34,7 @@ def export(model: str, budget: Annotated[Budget, checked(Budget)], ffn_layout: F
     guard_run()
     settings = Settings.from_environment()
     workspace = str(settings.home / "workspace")
-    origin = tracking.resolve(settings.registry, model)
+    origin = patiently(f"looking for {model}", partial(tracking.resolve, settings.registry, model))
     source = f"{origin.name}:{origin.version}"
     manifest = origin.tags[tracking.MANIFEST]
     with noting(settings.home):

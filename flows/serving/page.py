@@ -1,6 +1,7 @@
 """What a run leaves on its page in Prefect: links while it goes on; the table, the plots and the names at its end."""
 
 import base64
+import logging
 from pathlib import Path
 
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact
@@ -9,12 +10,14 @@ from tasks import tracking
 from tasks.promote import Verdict
 from tasks.records import EvaluationRecord, OrderComparison, Release
 from tasks.reporting.summary import ORDERS, markdown_table, order_table, order_warnings, summary_table
-from tasks.settings import Settings
+from tasks.settings import ServiceError, Settings
+
+logger = logging.getLogger(__name__)
 
 
 def link_curves(settings: Settings, run_id: str) -> None:
     """A link to the run in MLflow, where the curves grow."""
-    if url := tracking.run_url(settings.tracking_uri, run_id):
+    if url := run_link(settings, run_id):
         create_link_artifact(key="mlflow-run", link=url, link_text="Curves in MLflow", description="Run in MLflow")
 
 
@@ -24,7 +27,7 @@ def show_outcome(
     """The budget table with the registered names, and the report's plots."""
     key = f"family-{release.family.lower().replace('_', '-')}"
     models = "\n".join(f"- {model_link(settings, model)}" for model in release.models.values())
-    curves = tracking.run_url(settings.tracking_uri, release.run_id)
+    curves = run_link(settings, release.run_id)
     create_markdown_artifact(
         key=key,
         description=f"{release.family} {release.version}",
@@ -44,6 +47,15 @@ def show_outcome(
         # In the artifact itself: the bucket is private, and a signed address would end.
         image = f"data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}"
         create_image_artifact(image_url=image, key=f"{key}-{plot.stem}", description=f"{release.family}: {plot.stem}")
+
+
+def run_link(settings: Settings, run_id: str) -> str | None:
+    """The address of a run's page in MLflow; None where it has none or MLflow does not say, which ends no run."""
+    try:
+        return tracking.run_url(settings.tracking_uri, run_id)
+    except ServiceError as error:
+        logger.warning("the page has no link to run %s: %s", run_id, error)
+        return None
 
 
 def model_link(settings: Settings, model: str) -> str:

@@ -43,7 +43,8 @@ def identities(recipe: Recipe) -> tuple[str | None, tuple[str, ...]]:
 
 def is_made(recipe: Recipe, settings: Settings) -> bool:
     """Whether the recipe was carried out to its end on the teacher and the data as they are now."""
-    return tracking.is_finished(settings.tracking_uri, recipe.family, run_key(recipe))
+    looked_up = partial(tracking.is_finished, settings.tracking_uri, recipe.family, run_key(recipe))
+    return patiently("looking for the run", looked_up)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from tasks.records import Artifact, Release, StageRecord
 from tasks.running import code, usage
 from tasks.running.digests import can_be_made, check_inputs, damage, recorded, remedy, set_aside
 from tasks.running.gpu import asked_deployment, device, device_to_oneself, run_on_workers
-from tasks.running.patience import DELAYS, JITTER, RETRIES, say_waiting
+from tasks.running.patience import DELAYS, JITTER, RETRIES, patiently, say_waiting
 from tasks.settings import ServiceError, home_directory, is_transient
 
 logger = logging.getLogger(__name__)
@@ -195,7 +195,8 @@ def _known(step: Task[Any, Any], inputs: Mapping[str, Any], *, say: bool = False
     if record is None and say:
         logger.warning("%s: its record in the cache, %s, is damaged; it is made again", step.name, making.key)
     if isinstance(record, Release):
-        return record if record.exists() else None
+        there = patiently(f"looking for {record.family} {record.version} in the registry", record.exists)
+        return record if there else None
     for made in recorded(record):
         if spoiled := damage(made):
             if not can_be_made(made):

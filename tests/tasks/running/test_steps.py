@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -22,6 +24,7 @@ from prefect.settings import (
 from prefect.states import Completed, Crashed, Running
 
 from flows.serving.servers import PrefectServer, free_ports
+from tasks.records import Release
 from tasks.running import patience, steps
 from tasks.running.gpu import start_run
 from tasks.running.patience import patiently
@@ -167,3 +170,37 @@ def test_a_call_waits_out_what_passes_and_says_so_within_its_bound(
     said = "prepare_data: /data/x: No space left on device; make room on the disk"
     assert told[0] == f"{said}; tried again in about 2 s (attempt 2 of 65)"
     assert len(told) == patience.RETRIES
+
+
+def test_a_registry_that_is_away_for_a_moment_does_not_end_a_run_that_takes_its_release_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    release = Release(family="tiny", version="1", registration="1", uri="s3://b", models={}, run_id="r", report="x")
+    away = [ServiceError("MLflow at http://mlflow: refused", transient=True)]
+
+    def exists(release: Release) -> bool:
+        if away:
+            raise away.pop()
+        return True
+
+    class Cache:
+        def update_for_task(self, *arguments: Any, **named: Any) -> "Cache":
+            return self
+
+        def exists(self, key: str) -> bool:
+            return True
+
+        def read(self, key: str) -> Any:
+            return SimpleNamespace(result=release)
+
+    @steps.step()
+    def publish() -> Release:
+        return release
+
+    monkeypatch.setenv(HOME, str(tmp_path))
+    monkeypatch.setattr(patience.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(steps, "get_result_store", Cache)
+    monkeypatch.setattr(Release, "exists", exists)
+    assert steps._known(publish, {}) is release
+    (told,) = lines(caplog)
+    assert told.startswith("looking for tiny 1 in the registry: MLflow at http://mlflow: refused; tried again")
