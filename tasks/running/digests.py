@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,12 @@ def damage(record: Artifact | StageRecord) -> str:
             return f"{metrics} is gone"
         return _difference(metrics, file_digest(metrics), record.metrics_sha256)
     directory = Path(record.path)
-    if not directory.is_dir():
+    try:
+        found = _digests(directory) if directory.is_dir() else None
+    except FileNotFoundError:  # another run set it aside meanwhile
+        found = None
+    if found is None:
         return f"{directory} is gone"
-    found = _digests(directory)
     for name in sorted(record.files.keys() | found.keys()):
         if name not in found:
             return f"{directory / name} is gone"
@@ -108,7 +112,7 @@ def remedy(record: Artifact | StageRecord) -> str:
 def set_aside(record: Artifact | StageRecord) -> None:
     """Leave a damaged artifact's place free for a new one; its files stay beside it, for whoever needs them."""
     directory = Path(record.family.path if isinstance(record, StageRecord) else record.path)
-    if directory.is_dir():
+    with suppress(FileNotFoundError):  # it is gone already
         directory.rename(directory.with_name(f"{directory.name}.damaged-{secrets.token_hex(4)}"))
 
 

@@ -129,16 +129,15 @@ def run(step: Task[P, R], *inputs: P.args, **named: P.kwargs) -> R:
     try:
         known = _known(step, named, say=True)
         with nullcontext(False) if known is not None else _turn(step, named) as done_elsewhere:
-            if known is None:
-                known = _known(step, named)  # another may have made it meanwhile
+            if known is None:  # another may have made it meanwhile
+                known = _known(step, named, mends=not done_elsewhere)
             task = step.with_options(refresh_cache=known is None)
             state = task(*inputs, **named, return_state=True)
             record = state.result()
+            if step.persist_result and known is None:
+                _note(MAKINGS[step.name](named), record)
         if step.persist_result:
-            making = MAKINGS[step.name](named)
-            if known is None:
-                _note(making, record)
-            usage.note(making.key, record)
+            usage.note(MAKINGS[step.name](named).key, record)
     except Exception as error:
         error.add_note(f"step: {step.name}")
         raise
@@ -177,11 +176,11 @@ def _turn(step: Task[Any, Any], inputs: Mapping[str, Any]) -> Iterator[bool]:
             yield False
 
 
-def _known(step: Task[Any, Any], inputs: Mapping[str, Any], *, say: bool = False) -> Any:
+def _known(step: Task[Any, Any], inputs: Mapping[str, Any], *, say: bool = False, mends: bool = False) -> Any:
     """The step's result from the cache, when it and its files are as they were recorded; else None.
 
-    What is damaged is set aside, and a line about it is logged where `say` asks for one. A ServiceError where it cannot
-    be made again: files of the user's own.
+    With `say`, a line about what is damaged is logged. With `mends`, the damaged files are set aside; only who holds
+    the step's lock may ask for that. A ServiceError where they cannot be made again: files of the user's own.
     """
     if not step.persist_result:
         return None
@@ -194,18 +193,23 @@ def _known(step: Task[Any, Any], inputs: Mapping[str, Any], *, say: bool = False
     record = _read(store, making, step)
     if record is None and say:
         logger.warning("%s: its record in the cache, %s, is damaged; it is made again", step.name, making.key)
+    return record if _is_whole(record, step, say, mends) else None
+
+
+def _is_whole(record: Any, step: Task[Any, Any], say: bool, mends: bool) -> bool:
+    """Whether all that a step's result speaks of is there, as it was recorded."""
     if isinstance(record, Release):
-        there = patiently(f"looking for {record.family} {record.version} in the registry", record.exists)
-        return record if there else None
+        return patiently(f"looking for {record.family} {record.version} in the registry", record.exists)
     for made in recorded(record):
         if spoiled := damage(made):
             if not can_be_made(made):
                 raise ServiceError(f"{spoiled}; {remedy(made)}")
             if say:
                 logger.warning("%s; %s makes it again", spoiled, step.name)
-            set_aside(made)
-            return None
-    return record
+            if mends:
+                set_aside(made)
+            return False
+    return True
 
 
 def _read(store: ResultStore, making: Making, step: Task[Any, Any]) -> Any:

@@ -146,3 +146,19 @@ def test_a_damaged_artifact_is_set_aside_and_kept(home):
     assert not Path(record.path).exists()
     (kept,) = (home / "workspace").glob("slice-s.damaged-*")
     assert (kept / "model.safetensors").exists()
+
+
+def test_what_another_run_sets_aside_at_the_same_time_is_gone(home, monkeypatch):
+    record = artifact(made(home / "workspace/slice-s"))
+    load = digests._load
+
+    def overtaken(directory: Path) -> dict[str, digests.Known]:
+        """The files are listed by now, and not yet looked at."""
+        directory.rename(directory.with_name("elsewhere"))
+        return load(directory)
+
+    monkeypatch.setattr(digests, "_load", overtaken)
+    assert damage(record) == f"{record.path} is gone"
+    monkeypatch.setattr(Path, "is_dir", lambda path: True)  # as it was a moment ago
+    set_aside(record)
+    assert (home / "workspace/elsewhere/model.safetensors").exists()

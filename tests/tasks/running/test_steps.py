@@ -23,9 +23,11 @@ from prefect.settings import (
 )
 from prefect.states import Completed, Crashed, Running
 
+from elastic_core.files.locks import is_held
 from flows.serving.servers import PrefectServer, free_ports
-from tasks.records import Release
+from tasks.records import Artifact, Release
 from tasks.running import patience, steps
+from tasks.running.digests import artifact
 from tasks.running.gpu import start_run
 from tasks.running.patience import patiently
 from tasks.settings import HOME, ServiceError
@@ -86,6 +88,61 @@ def test_a_step_that_is_wrong_is_tried_once(prefect_server: None, caplog: pytest
     with pytest.raises(ValueError, match="the recipe is wrong"):
         steps.run(fetch)
     assert len(attempts) == 1 and not lines(caplog)
+
+
+@pytest.fixture
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that the step below writes, at the same place each time."""
+    monkeypatch.setenv(HOME, str(tmp_path))
+    return tmp_path / "workspace" / "made" / "weights"
+
+
+@steps.step()
+def write(path: str) -> Artifact:
+    """A result that is a directory."""
+    Path(path).parent.mkdir(parents=True)
+    Path(path).write_text("1.0")
+    return artifact(Path(path).parent)
+
+
+def test_damage_is_set_aside_only_by_who_makes_it_again(weights: Path) -> None:
+    record = write.fn(path=str(weights))
+    weights.write_text("2.0")
+    assert not steps._is_whole(record, write, say=True, mends=False) and weights.exists()
+    assert not steps._is_whole(record, write, say=False, mends=True) and not weights.exists()
+    assert len([*weights.parent.parent.iterdir()]) == 1, "kept beside its place"
+
+
+@pytest.mark.services
+def test_what_another_run_has_mended_since_it_was_found_damaged_is_left_alone(
+    prefect_server: None, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look, note = steps.damage, steps._note
+    others: list[Artifact] = []
+    noted: list[bool] = []
+
+    def overtaken(record: Artifact) -> str:
+        found = look(record)
+        if found and not others:
+            monkeypatch.setattr(steps, "damage", look)
+            others.append(steps.run(write, path=str(weights)))
+        return found
+
+    def noting(making: steps.Making, record: Artifact) -> None:
+        noted.append(is_held(tmp_path / "locks" / f"write-{making.key[:16]}"))
+        note(making, record)
+
+    @flow
+    def whole() -> Artifact:
+        steps.run(write, path=str(weights))
+        weights.write_text("2.0")
+        monkeypatch.setattr(steps, "damage", overtaken)
+        return steps.run(write, path=str(weights))
+
+    monkeypatch.setattr(steps, "_note", noting)
+    assert [whole()] == others
+    assert noted == [True, True], "made twice, and noted while no other run can look"
+    assert len([*weights.parent.parent.iterdir()]) == 2, "what is whole, and what was damaged"
 
 
 @pytest.mark.services
