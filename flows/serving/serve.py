@@ -138,7 +138,10 @@ class Fleet:
 
     def start_servers(self, ports: Ports) -> None:
         """Start what the environment does not name, set its variables, and return when all of it answers."""
-        self._stack.enter_context(applied(basic_environment(self.home) | WORKING))
+        from tasks.running.gpu import DEVICE_VARIABLE, this_device  # torch, which `elastic status` does without
+
+        here = {DEVICE_VARIABLE: this_device()}
+        self._stack.enter_context(applied(basic_environment(self.home) | WORKING | here))
         self._start_store(ports)
         waiting = [server for server in (self._start_prefect(ports), self._start_mlflow(ports)) if server]
         self._offer(embedded(self._logs))

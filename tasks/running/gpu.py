@@ -30,6 +30,9 @@ from tasks.settings import ServiceError, is_transient
 R = TypeVar("R")
 
 DEPLOYMENT_VARIABLE = "ELASTIC_GPU_DEPLOYMENT"
+# Set by `elastic up` for the workers on its machine, so that they and `elastic run` there share results.
+DEVICE_VARIABLE = "_ELASTIC_GPU_DEVICE"
+WORKERS_OF = "workers of "
 
 POLL_SECONDS = 1.0
 LONGEST_OUTAGE_SECONDS = 3600.0
@@ -40,7 +43,7 @@ ATTEMPTS = 5
 shown_on: ContextVar[UUID | None] = ContextVar("shown_on", default=None)
 
 # The deployment that this process does a step for. In the step's key its name stands for the device.
-worker_of: ContextVar[str | None] = ContextVar("worker_of", default=None)
+device_of_run: ContextVar[str | None] = ContextVar("device_of_run", default=None)
 
 logger = logging.getLogger(__name__)
 
@@ -51,19 +54,25 @@ def asked_deployment() -> str | None:
     A worker that does a step for another run asks nobody, even if its environment names a deployment: it would find
     its own run, and wait for itself.
     """
-    return None if worker_of.get() else os.environ.get(DEPLOYMENT_VARIABLE) or None
+    return None if device_of_run.get() else os.environ.get(DEPLOYMENT_VARIABLE) or None
 
 
 def device() -> str:
-    """What a step for a GPU is done on: the deployment that does it, or the device of this machine and its kernels.
+    """What a step for a GPU is done on: the device of this machine, or what stands for the devices of its workers.
 
     The machine of a run may have no GPU, and its workers have. So that it finds what they made without asking them, a
-    deployment's name stands for the devices of its workers; how many there are is no part of it, for a stage goes on
-    with more of them and with fewer.
+    deployment's name stands for their devices, unless `elastic up` named the device that both are on. How many there
+    are is no part of it, for a stage goes on with more of them and with fewer.
     """
-    deployment = worker_of.get() or asked_deployment()
-    if deployment:
-        return f"workers of {deployment}"
+    if asked := device_of_run.get():
+        return asked
+    if deployment := asked_deployment():
+        return os.environ.get(DEVICE_VARIABLE) or f"{WORKERS_OF}{deployment}"
+    return this_device()
+
+
+def this_device() -> str:
+    """The device of this machine, and the kernels that run on it."""
     if not torch.cuda.is_available():
         return "cpu"
     return ", ".join(filter(None, (torch.cuda.get_device_name(), f"CUDA {torch.version.cuda}", kernels())))
@@ -102,7 +111,7 @@ def run_on_workers(deployment: str, step: str, inputs: Mapping[str, Any], key: s
     parameters = {
         "step": step,
         "inputs": to_dict(inputs),
-        "deployment": deployment,
+        "device": device(),
         "runs": dict(runs),
         "show_on": str(caller) if caller else None,
     }

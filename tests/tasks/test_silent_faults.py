@@ -388,7 +388,7 @@ def test_a_worker_with_other_code_or_libraries_does_not_work(
     runs = {**MAKINGS["learn"](inputs).runs, name: there}
     monkeypatch.delenv(DEPLOYMENT_VARIABLE)
     with pytest.raises(ValueError, match=f"learn: the worker is not as the run that asks: {says}; install the same"):
-        gpu_step(step="learn", inputs=to_dict(inputs), deployment="gpu-step/gpu", runs=runs)
+        gpu_step(step="learn", inputs=to_dict(inputs), device="workers of gpu-step/gpu", runs=runs)
 
 
 def test_a_run_finds_what_a_worker_made_and_asks_nobody(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,7 +399,7 @@ def test_a_run_finds_what_a_worker_made_and_asks_nobody(place: Place, monkeypatc
     with monkeypatch.context() as worker:
         worker.delenv(DEPLOYMENT_VARIABLE)
         changed_device(place, worker)
-        gpu_step(step="learn", inputs=to_dict(inputs), deployment="gpu-step/gpu", runs=making.runs)
+        gpu_step(step="learn", inputs=to_dict(inputs), device="workers of gpu-step/gpu", runs=making.runs)
 
     @flow
     def asks() -> StageRecord:

@@ -34,7 +34,7 @@ def crashes(monkeypatch: pytest.MonkeyPatch) -> None:
 def begin() -> None:
     """Begin a step that does not exist, which is refused once it has begun."""
     with pytest.raises(ValueError, match="step 'none' is not one of"):
-        gpu_step.fn(step="none", inputs={}, deployment="gpu-step/gpu", runs={})
+        gpu_step.fn(step="none", inputs={}, device="workers of gpu-step/gpu", runs={})
 
 
 def test_steps_of_one_run_that_crash_keep_no_step_of_another_from_being_begun(crashes: None) -> None:

@@ -47,14 +47,22 @@ def test_a_step_that_is_done_for_another_run_is_done_here_under_the_key_that_the
     asked: list[str],
 ) -> None:
     wanted = steps.MAKINGS["learn_on_gpu"]({"seed": 1}).key
-    token = gpu.worker_of.set("gpu-step/gpu")
+    token = gpu.device_of_run.set("workers of gpu-step/gpu")
     try:
         with steps._turn(learn_on_gpu, {"seed": 1}) as done_elsewhere:
             assert not done_elsewhere
         assert steps.MAKINGS["learn_on_gpu"]({"seed": 1}).key == wanted
     finally:
-        gpu.worker_of.reset(token)
+        gpu.device_of_run.reset(token)
     assert not asked
+
+
+def test_workers_that_elastic_up_started_share_results_with_runs_of_their_machine(monkeypatch, asked) -> None:
+    by_name = steps.MAKINGS["learn_on_gpu"]({"seed": 1}).key
+    monkeypatch.setenv(gpu.DEVICE_VARIABLE, gpu.this_device())
+    on_workers = steps.MAKINGS["learn_on_gpu"]({"seed": 1}).key
+    monkeypatch.delenv(gpu.DEPLOYMENT_VARIABLE)
+    assert steps.MAKINGS["learn_on_gpu"]({"seed": 1}).key == on_workers != by_name
 
 
 def answer(status: int) -> PrefectHTTPStatusError:
