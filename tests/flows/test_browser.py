@@ -119,7 +119,7 @@ def test_a_run_started_from_its_form_moves_and_completes(served: Served, page: P
 
 def test_a_runs_page_opens_its_table_and_its_image(page: Page, submitted: str, screens: Path):
     open_artifact(page, submitted, "family-browsed")
-    rows = page.get_by_role("row")
+    rows = page.get_by_role("table").first.get_by_role("row")
     expect(rows).to_have_count(5)  # the head, the teacher, and three budgets
     expect(rows.nth(4)).to_contain_text("14,012")
     page.screenshot(path=screens / "table.png")

@@ -56,7 +56,7 @@ def test_a_run_ends_with_the_table_the_registry_names_and_where_to_look(finished
 def test_the_version_of_the_code_is_in_elastic_json_the_registry_mlflow_and_the_report(finished, command):
     version = project_version()
     assert read_family(finished.family).lineage["code"] == version
-    (report,) = (command.home / "workspace").glob("report-*/results.json")
+    report = finished.directory("report") / "results.json"
     assert json.loads(report.read_text())["links"]["code"] == version
     with embedded_services(command.home):
         settings = Settings.from_environment()

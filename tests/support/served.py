@@ -136,7 +136,7 @@ class Served:
 
     def trainers(self) -> list[psutil.Process]:
         """The launchers of training that work in this state directory."""
-        return self.command.processes("torch.distributed.run")
+        return self.command.processes("elastic_core.training.launch")
 
 
 @dataclass(frozen=True)
