@@ -101,9 +101,7 @@ class Space:
     rows: list[tuple[str, int]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.rows = [
-            (axis, row) for axis in Axes.NAMES for row in range(self.elastic.rows(axis) if axis in KIND_OF_AXIS else 1)
-        ]
+        self.rows = [(axis, row) for axis in Axes.NAMES for row in range(self.elastic.rows(axis))]
 
     def choices(self, axis: str) -> tuple[int, ...]:
         return self.elastic.axes.choices(axis)
@@ -178,9 +176,7 @@ def prior(elastic: ElasticModel, loss: Loss) -> LogProbabilities:
     """
     space = Space(elastic)
     scores: dict[str, Tensor] = {
-        axis: torch.zeros(
-            elastic.rows(axis) if axis in KIND_OF_AXIS else 1, len(elastic.axes.choices(axis)), dtype=torch.float64
-        )
+        axis: torch.zeros(elastic.rows(axis), len(elastic.axes.choices(axis)), dtype=torch.float64)
         for axis in Axes.NAMES
     }
     for axis, row, position, cut in space.single_cuts():
@@ -316,12 +312,7 @@ def loss_table(elastic: ElasticModel, chosen: Candidate, measured: Iterable[Cand
     """
     space = Space(elastic)
     here = space.point(chosen.subnet)
-    scores = {
-        axis: torch.full(
-            (elastic.rows(axis) if axis in KIND_OF_AXIS else 1, len(elastic.axes.choices(axis))), -math.inf
-        )
-        for axis in Axes.NAMES
-    }
+    scores = {axis: torch.full((elastic.rows(axis), len(elastic.axes.choices(axis))), -math.inf) for axis in Axes.NAMES}
     for candidate in measured:
         worse = math.log(max(candidate.loss, 1e-12) / max(chosen.loss, 1e-12))
         for (axis, row), position in zip(space.rows, space.point(candidate.subnet), strict=True):

@@ -1,4 +1,4 @@
-"""Distillation and cross-entropy from the last hidden states, in chunks of tokens (DESIGN C5).
+"""Distillation and cross-entropy from the last hidden states, in chunks of tokens.
 
 One float32 tensor of tokens x vocabulary is 26 GB at 49152 tokens and 131072 words. It never exists here: each chunk's
 logits are made, turned in place into the gradient with respect to themselves, and folded into the gradients of the

@@ -1,4 +1,4 @@
-"""Nested storage: what is stored of each part of a family, and how a part is put together again (DESIGN 6).
+"""Nested storage: what is stored of each part of a family, and how a part is put together again.
 
 The parts are the slices from the smallest and then the whole family. Each is stored as its shell over the one before;
 the smallest as it is, a stock checkpoint. Files that an earlier part has too are stored once. Here is the work on local
