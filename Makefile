@@ -22,7 +22,7 @@ demo: $(INSTALLED)
 	$(BIN)/elastic run infra/recipes/tiny.yaml
 
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not (gpu or benchmark or faults or services or slow)"
+	$(BIN)/pytest -m "not (gpu or benchmark or faults or services)"
 
 test-all: test-kernels $(ENGINES)/installed
 	ENGINES=$(abspath $(ENGINES)) $(BIN)/pytest -m "not (gpu or benchmark or faults)"
