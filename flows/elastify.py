@@ -35,7 +35,7 @@ def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationReco
     guard_run()
     settings = Settings.from_environment()
     workspace = str(settings.home / "workspace")
-    with tracked(recipe, settings) as run_id:
+    with tracked(recipe, settings, elastify.fn) as run_id:
         link_curves(settings, run_id)
         teacher, corpus = prepare(recipe, workspace)
         ranking = run(

@@ -1,5 +1,6 @@
-"""Retraining on a schedule: where the teacher, the data or the recipe changed, a new candidate."""
+"""Retraining on a schedule: where the teacher, the data, the recipe or the code changed, a new candidate."""
 
+import logging
 from typing import Annotated
 
 from prefect import flow
@@ -11,25 +12,29 @@ from flows.commands.recipes import checked
 from flows.elastify import elastify
 from flows.serving.failures import explain_failure
 from flows.serving.guard import guard_run
-from tasks.running.recipe_run import is_made
+from tasks.running.recipe_run import to_do
 from tasks.settings import Settings
 
 UNCHANGED = "Unchanged"
 
+logger = logging.getLogger(__name__)
+
 
 @flow(name="retrain", on_failure=[explain_failure])
 def retrain(recipe: Annotated[Recipe, checked(Recipe)], force: bool = False) -> State:
-    """Look for a new teacher or new data; make and register a family where there is any.
+    """Look for a new teacher, new data or new code; make and register a family where there is any.
 
-    Nothing is done when this recipe was carried out before on the same teacher and data. A new family becomes champion
-    where no budget is worse than the present champion; otherwise it stays a candidate.
+    Nothing is done when this recipe was carried out before, by the same code, on the same teacher and data. A new
+    family becomes champion where no budget is worse than the present champion; otherwise it stays a candidate.
 
     Args:
         recipe: The whole run, as in a recipe file.
         force: Go through the steps even if nothing changed.
     """
     guard_run()
-    if not force and is_made(recipe, Settings.from_environment()):
-        return Completed(name=UNCHANGED, message="the teacher, the data and the recipe are unchanged")
+    reason = "it was asked for" if force else to_do(recipe, Settings.from_environment(), elastify.fn)
+    if not reason:
+        return Completed(name=UNCHANGED, message="the teacher, the data, the recipe and the code are unchanged")
+    logger.info("%s is made: %s", recipe.family, reason)
     _, _, release, verdict = elastify(recipe)
     return Completed(message=f"{release.family} {release.version}: {verdict.reason}")

@@ -37,10 +37,12 @@ POOLS = {"cpu": None, "gpu": 1}
 GPU_STEP = "gpu-step/gpu"
 NIGHTLY = "0 3 * * *"
 SILENCE = timedelta(seconds=90)  # three heartbeats
+BEGINNING = timedelta(minutes=15)  # on Kubernetes a node may have to come, and then the image
 
 FLOWS = ["elastify", "retrain", "export", "evaluate", "gpu-step"]
 FINAL_EVENTS = {f"prefect.flow-run.{name}" for name in ("Completed", UNCHANGED, "Failed", "Cancelled", "Crashed")}
 BEAT, CRASHED = "prefect.flow-run.heartbeat", "prefect.flow-run.Crashed"
+PENDING, ANYTHING = "prefect.flow-run.Pending", "prefect.flow-run.*"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +148,8 @@ def apply_all(recipe: Recipe, schedule: str, *, fresh: bool) -> None:
             ensure_pool(client, pool, limit)
         for deployment in deployments(recipe, schedule):
             deployment.apply()
-        ensure_automation(client, lost_runs())
+        for automation in (silent_runs(), stillborn_runs()):
+            ensure_automation(client, automation)
         if fresh:
             crash_orphans(client)
 
@@ -159,21 +162,43 @@ def ensure_pool(client: SyncPrefectClient, name: str, limit: int | None) -> None
         client.create_work_pool(WorkPoolCreate(name=name, type="process", concurrency_limit=limit))
 
 
-def lost_runs() -> AutomationCore:
+def silent_runs(within: timedelta = SILENCE) -> AutomationCore:
     """A run that was heard of, and then neither beats nor ends, is crashed: that frees its place in the pool."""
+    return lost_runs(
+        "elastic: runs that fell silent have crashed",
+        "no sign of life from its process",
+        after=BEAT,
+        expect={BEAT, *FINAL_EVENTS},
+        within=within,
+    )
+
+
+def stillborn_runs(within: timedelta = BEGINNING) -> AutomationCore:
+    """A run that a worker took and that never began is crashed: its process died before it could beat."""
+    return lost_runs(
+        "elastic: runs that never began have crashed",
+        "a worker took it, and its process never began",
+        after=PENDING,
+        expect={ANYTHING},
+        within=within,
+    )
+
+
+def lost_runs(name: str, message: str, *, after: str, expect: set[str], within: timedelta) -> AutomationCore:
+    """The automation that crashes a run of ours when none of the expected events follows `after` in time."""
     return AutomationCore(
-        name="elastic: runs that fell silent have crashed",
+        name=name,
         trigger=EventTrigger(
             match={"prefect.resource.id": "prefect.flow-run.*"},
             match_related={"prefect.resource.role": "flow", "prefect.resource.name": FLOWS},
             for_each={"prefect.resource.id"},
-            after={BEAT},
-            expect={BEAT, *FINAL_EVENTS},
+            after={after},
+            expect=expect,
             posture=Posture.Proactive,
             threshold=1,
-            within=SILENCE,
+            within=within,
         ),
-        actions=[ChangeFlowRunState(state=StateType.CRASHED, message="no sign of life from its process")],
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message=message)],
     )
 
 

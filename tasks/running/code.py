@@ -70,6 +70,12 @@ def code_of(function: Function) -> Code:
     return _followed(function, _parsed)
 
 
+def own_digest(function: Function) -> str:
+    """SHA-256 of a function and of what it reaches in its own module."""
+    with _parser:
+        return _reached(function).digest
+
+
 def check_unchanged(function: Function) -> None:
     """ValueError where the files of a step's code are no longer those that its key was made of.
 

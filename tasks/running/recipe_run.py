@@ -1,9 +1,11 @@
 """The MLflow run of a recipe: opened at the start, ended however the pipeline ends, linked both ways."""
 
+import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from prefect.context import FlowRunContext
 from prefect.settings import get_current_settings
@@ -14,14 +16,14 @@ from elastic_core.schema import to_dict
 from tasks import tracking
 from tasks.corpus.sources import problems_digest, source_identity, teacher_identity
 from tasks.records import Release
-from tasks.running.code import CODE, project_version
+from tasks.running.code import CODE, own_digest, project_version
 from tasks.running.patience import patiently
-from tasks.running.steps import fingerprint
+from tasks.running.steps import WAYS, fingerprint
 from tasks.running.usage import noting
 from tasks.settings import ServiceError, Settings, redact
 
 PREFECT_RUN = "elastic.prefect_run"
-CODE_TAG = f"elastic.{CODE}"
+CODE_TAG, STEPS_TAG = f"elastic.{CODE}", "elastic.steps"
 
 logger = logging.getLogger(__name__)
 
@@ -41,26 +43,37 @@ def identities(recipe: Recipe) -> tuple[str | None, tuple[str, ...]]:
     return teacher, tuple(patiently(source.path, partial(source_identity, source)) for source in sources)
 
 
-def is_made(recipe: Recipe, settings: Settings) -> bool:
-    """Whether the recipe was carried out to its end on the teacher and the data as they are now."""
-    looked_up = partial(tracking.is_finished, settings.tracking_uri, recipe.family, run_key(recipe))
-    return patiently("looking for the run", looked_up)
+def to_do(recipe: Recipe, settings: Settings, pipeline: Callable[..., Any]) -> str:
+    """Why the recipe is to be carried out, in one line; "" where that was done on all as it is now, code included."""
+    looked_up = partial(tracking.tags_of_finished, settings.tracking_uri, recipe.family, run_key(recipe))
+    tags = patiently("looking for the run", looked_up)
+    if tags is None:
+        return "it was not yet carried out to its end on this teacher and these data"
+    before, now = json.loads(tags.get(STEPS_TAG, "{}")), ways(pipeline)
+    changed = [name for name in sorted(before.keys() | now) if before.get(name) != now.get(name)]
+    return f"{', '.join(changed)} changed since {tags.get(CODE_TAG, 'it was carried out')}" if changed else ""
+
+
+def ways(pipeline: Callable[..., Any]) -> dict[str, str]:
+    """Digests, by name, of the pipeline's own code, and of what each of its cached steps runs."""
+    return {name: way() for name, way in WAYS.items()} | {pipeline.__name__: own_digest(pipeline)[:16]}
 
 
 @contextmanager
-def tracked(recipe: Recipe, settings: Settings) -> Iterator[str]:
+def tracked(recipe: Recipe, settings: Settings, pipeline: Callable[..., Any]) -> Iterator[str]:
     """The id of the recipe's run, the same one however often the pipeline is started again.
 
-    The run ends with the block: as failed where that raises.
+    The run says by which code it is made, and ends with the block: as failed where that raises.
     """
     key, uri = run_key(recipe), settings.tracking_uri
+    made_by = {CODE_TAG: project_version(), STEPS_TAG: json.dumps(ways(pipeline), sort_keys=True)}
     opened = partial(
         tracking.open_run,
         uri,
         experiment=recipe.family,
         run_key=key,
         run_name=f"{recipe.family}-{key[:8]}",
-        tags={CODE_TAG: project_version()} | ({PREFECT_RUN: page} if (page := prefect_url()) else {}),
+        tags=made_by | ({PREFECT_RUN: page} if (page := prefect_url()) else {}),
         artifact_root=f"s3://{settings.bucket}/mlflow/{recipe.family}" if not tracking.is_server(uri) else None,
     )
     run_id = patiently("opening the run", opened)

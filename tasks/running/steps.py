@@ -64,6 +64,8 @@ class Making:
 # How each step's result is made, as a function of its inputs by name; and the steps that need a GPU.
 MAKINGS: dict[str, Callable[[Mapping[str, Any]], Making]] = {}
 ON_GPU: dict[str, Task[Any, Any]] = {}
+# How each cached step makes its results, whatever its inputs: a digest of what it runs and where.
+WAYS: dict[str, Callable[[], str]] = {}
 FUNCTIONS: list[Callable[..., Any]] = []
 
 # The key of the step that runs.
@@ -110,6 +112,8 @@ def step(*, on_gpu: bool = False, cached: bool = True) -> Callable[[Callable[P, 
             retry_condition_fn=_is_worth_retrying,
         )
         MAKINGS[made.name] = making
+        if cached:
+            WAYS[made.name] = lambda: fingerprint(code.runs(function), device() if on_gpu else "")[:16]
         FUNCTIONS.append(function)
         if on_gpu:
             ON_GPU[made.name] = made

@@ -37,10 +37,10 @@ from tasks.tracking.registry import tag_versions as tag_versions
 from tasks.tracking.runs import NOTE as NOTE
 from tasks.tracking.runs import finish_run as finish_run
 from tasks.tracking.runs import flatten as flatten
-from tasks.tracking.runs import is_finished as is_finished
 from tasks.tracking.runs import log_files as log_files
 from tasks.tracking.runs import log_metrics as log_metrics
 from tasks.tracking.runs import log_params as log_params
 from tasks.tracking.runs import open_run as open_run
 from tasks.tracking.runs import run_url as run_url
 from tasks.tracking.runs import set_tags as set_tags
+from tasks.tracking.runs import tags_of_finished as tags_of_finished

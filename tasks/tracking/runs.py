@@ -59,13 +59,14 @@ def open_run(
         return run_id
 
 
-def is_finished(uri: str, experiment: str, run_key: str) -> bool:
-    """Whether the run with this key has come to a good end."""
+def tags_of_finished(uri: str, experiment: str, run_key: str) -> dict[str, str] | None:
+    """The tags of the run with this key, where it has come to a good end; else None."""
     with explained(uri, f"looking for run {run_key!r}"):
         client = client_of(uri)
         found = client.get_experiment_by_name(experiment)
         query = f"tags.`{RUN_KEY}` = '{run_key}' AND attributes.status = 'FINISHED'"
-        return found is not None and bool(client.search_runs([found.experiment_id], query, max_results=1))
+        runs = client.search_runs([found.experiment_id], query, max_results=1) if found is not None else []
+        return dict(runs[0].data.tags) if runs else None
 
 
 def run_url(uri: str, run_id: str) -> str | None:

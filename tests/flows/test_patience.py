@@ -45,7 +45,7 @@ def test_an_mlflow_that_is_away_for_a_moment_does_not_end_a_run(
     monkeypatch.setattr(patience.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(recipe_run, "run_key", lambda recipe: "0" * 32)
     monkeypatch.setattr(tracking, "resolve", answer)
-    monkeypatch.setattr(tracking, "is_finished", answer)
+    monkeypatch.setattr(tracking, "tags_of_finished", answer)
     with pytest.raises(ServiceError, match="there is no such model"):
         begin()
     assert not answers

@@ -3,20 +3,25 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from records import evaluated, measured
 from trainee import AXES, BUDGETS, STAGE, write_family
 
 from elastic_core.files import checkpoint
 from elastic_core.recipe import DataConfig, DataSource, Recipe, Teacher
+from flows.elastify import elastify
 from tasks.records import OrderComparison, StageRecord
 from tasks.register import destination, register
-from tasks.running.code import CODE
+from tasks.running import steps
+from tasks.running.code import CODE, project_version
 from tasks.running.digests import artifact, file_digest
-from tasks.running.recipe_run import is_made, tracked
+from tasks.running.recipe_run import to_do, tracked
 from tasks.settings import Settings
 
 
-def test_a_recipe_is_not_made_before_its_family_was_promoted_or_refused(settings: Settings, tmp_path: Path) -> None:
+def test_a_recipe_is_not_made_before_its_family_was_promoted_or_refused_nor_once_the_code_changed(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A kill between registering and promoting leaves a run that a schedule carries on."""
     texts = tmp_path / "texts.txt"
     texts.write_text("the cat sat on the mat\n")
@@ -33,7 +38,7 @@ def test_a_recipe_is_not_made_before_its_family_was_promoted_or_refused(settings
     )
     metrics = tmp_path / "metrics.jsonl"
     metrics.touch()
-    with tracked(recipe, settings) as run_id:
+    with tracked(recipe, settings, elastify.fn) as run_id:
         release = register.fn(
             recipe=recipe,
             family=family,
@@ -46,5 +51,7 @@ def test_a_recipe_is_not_made_before_its_family_was_promoted_or_refused(settings
             run_id=run_id,
             workspace=str(tmp_path / "workspace"),
         )
-        assert release.exists() and not is_made(recipe, settings)
-    assert is_made(recipe, settings)
+        assert release.exists() and "not yet carried out" in to_do(recipe, settings, elastify.fn)
+    assert not to_do(recipe, settings, elastify.fn)
+    monkeypatch.setitem(steps.WAYS, "distill", lambda: "by other code")
+    assert to_do(recipe, settings, elastify.fn) == f"distill changed since {project_version()}"

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from micro import Run
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.exceptions import PrefectHTTPStatusError
 from served import RUN_SECONDS, Elastified, Served, assert_made, eventually, kill
 
 from flows.commands.recipes import load_recipe
-from flows.serving.deployments import NIGHTLY, deployments, lost_runs
+from flows.serving.deployments import NIGHTLY, deployments
 
 pytestmark = pytest.mark.services
 
@@ -82,11 +81,6 @@ def test_prefect_yaml_says_what_elastic_up_applies(served: Served):
 def full_name(held: dict[str, Any], entrypoint: str) -> str:
     (name,) = [name for name, one in held.items() if one.get("entrypoint") == entrypoint and not name.endswith("micro")]
     return name
-
-
-def test_automation_yaml_is_the_automation_of_elastic_up():
-    written = yaml.safe_load((ROOT / "infra/automation.yaml").read_text())
-    assert type(lost_runs()).model_validate(written) == lost_runs()
 
 
 @pytest.mark.parametrize("name", ["elastify/micro", "retrain/micro", "export/any-family", "evaluate/any-model"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tasks import data, distill, evaluate, rank, register, slice, teacher
-from tasks.running import code
+from tasks.running import code, steps
 
 STEPS = {
     step.name: step.fn
@@ -49,6 +49,16 @@ def edit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str, str], 
 
     yield change
     forget()
+
+
+def test_a_changed_line_changes_the_way_of_every_step_that_runs_it_and_of_no_other(
+    edit: Callable[[str, str, str], None],
+) -> None:
+    before = {name: steps.WAYS[name]() for name in STEPS}
+    running = {name for name, function in STEPS.items() if TRAIN in code.code_of(function).modules}
+    assert {"pretrain_teacher", "distill"} <= running < STEPS.keys()
+    edit(TRAIN, FINITE, f"{FINITE}    assert metrics\n")
+    assert {name for name in STEPS if steps.WAYS[name]() != before[name]} == running
 
 
 def test_all_that_a_training_process_imports_of_ours_is_code_of_distill() -> None:
