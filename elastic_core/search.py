@@ -195,8 +195,9 @@ def search(
     """The nested subnets, one a budget, of least geometric mean loss that the search finds.
 
     Budgets come from the largest. `scores` has, for every budget, the scores whose favourites are measured first; the
-    first of them also orders the neighbours. After `measurements` subnets only proposals are measured still. Raises
-    ValueError for a budget below the smallest subnet, and where none is nested in those of the larger budgets.
+    first of them also orders proposals and neighbours. At most `measurements` subnets are measured, and one a budget of a
+    chain at any rate; neighbours get half of them. Raises ValueError for a budget below the smallest subnet, and where
+    none is nested in those of the larger budgets.
     """
     hunt = _Hunt(elastic, budgets, loss, scores, measurements)
     down = hunt.chains(range(len(budgets)))
@@ -232,7 +233,7 @@ class _Hunt:
         self.smallest = smallest_subnet(elastic.config, elastic.axes, elastic.layer_ranking)
         self.costs = [elastic.cost_of(budget) for budget in budgets]
         self.seen: list[dict[Subnet, Candidate]] = [{} for _ in budgets]
-        self._loss, self._losses, self._most = loss, {self.full: 0.0}, measurements
+        self._loss, self._losses, self._measured, self._most = loss, {self.full: 0.0}, 0, measurements
 
     def chains(self, order: Iterable[int]) -> list[_Chain]:
         """Chains of all budgets, made one budget after the other in `order`, of which the best few go on.
@@ -252,7 +253,7 @@ class _Hunt:
         around, inside = inner.subnet if inner else self.smallest, outer.subnet if outer else self.full
         most = counted.of(self.full) if target is None else target
         if inside == self.full and most >= counted.of(self.full):
-            return [self._measure(index, self.full)]
+            return [self._measure(index, self.full, math.inf)]
         limits = Limits(around, inside, 0, most)
 
         def fits(subnet: Subnet) -> bool:
@@ -261,10 +262,13 @@ class _Hunt:
         offered = {
             subnet: None for scores in self.scores[index] for subnet in proposals(self.elastic, counted, scores, limits)
         }
-        starts = sorted((self._measure(index, subnet, at_any_cost=True) for subnet in offered), key=lambda c: c.loss)
-        ends = [self._descend(index, start, fits) for start in starts[:STARTS]]
-        mine = {candidate for candidate in self.seen[index].values() if fits(candidate.subnet)}
-        return sorted(mine.union(ends), key=lambda candidate: candidate.loss)[:KEPT]
+        for rank, subnet in enumerate(self._by_score(index, offered)):
+            self._measure(index, subnet, self._most if rank else math.inf)
+        starts = [self.seen[index][subnet] for subnet in offered if subnet in self.seen[index]]
+        for start in sorted(starts, key=lambda candidate: candidate.loss)[:STARTS]:
+            self._descend(index, start, fits)
+        mine = [candidate for candidate in self.seen[index].values() if fits(candidate.subnet)]
+        return sorted(mine, key=lambda candidate: candidate.loss)[:KEPT]
 
     def impossible(self) -> ValueError:
         """Why the budgets have no nested subnets."""
@@ -278,28 +282,30 @@ class _Hunt:
         names = ", ".join(budget.name for budget in self.budgets)
         return ValueError(f"budgets {names}: found no subnets within them that are nested; change one, or the axes")
 
-    def _descend(self, index: int, start: Candidate, fits: Callable[[Subnet], bool]) -> Candidate:
-        """From neighbour to better neighbour, until none of those that were measured is better."""
-        here = start
-        while True:
-            around = self.space.neighbours(here.subnet, fits)
-            around.sort(key=lambda subnet: -self._score(index, subnet))
-            better = next(
-                (c for c in (self._measure(index, s) for s in around[:NEIGHBOURS]) if c.loss < here.loss), None
-            )
-            if better is None:
-                return here
+    def _descend(self, index: int, here: Candidate, fits: Callable[[Subnet], bool]) -> None:
+        """Go from neighbour to better neighbour, until none of those that are measured is better."""
+        better: Candidate | None = here
+        while better is not None:
             here = better
+            around = self._by_score(index, self.space.neighbours(here.subnet, fits))[:NEIGHBOURS]
+            measured = (self._measure(index, subnet, self._most // 2) for subnet in around)
+            better = next((candidate for candidate in measured if candidate.loss < here.loss), None)
 
-    def _score(self, index: int, subnet: Subnet) -> float:
-        scores, point = self.scores[index][0], self.space.point(subnet)
-        return sum(float(scores[axis][row, p]) for (axis, row), p in zip(self.space.rows, point, strict=True))
+    def _by_score(self, index: int, subnets: Iterable[Subnet]) -> list[Subnet]:
+        """The best first."""
 
-    def _measure(self, index: int, subnet: Subnet, *, at_any_cost: bool = False) -> Candidate:
+        def score(subnet: Subnet) -> float:
+            scores, point = self.scores[index][0], self.space.point(subnet)
+            return sum(float(scores[axis][row, p]) for (axis, row), p in zip(self.space.rows, point, strict=True))
+
+        return sorted(subnets, key=score, reverse=True)
+
+    def _measure(self, index: int, subnet: Subnet, most: float) -> Candidate:
+        """Its loss, which is infinite where it was never measured and `most` others were."""
         if subnet not in self._losses:
-            if len(self._losses) > self._most and not at_any_cost:
+            if self._measured >= most:
                 return Candidate(subnet=subnet, cost=self.costs[index].of(subnet), loss=math.inf)
-            self._losses[subnet] = self._loss(subnet)
+            self._losses[subnet], self._measured = self._loss(subnet), self._measured + 1
         candidate = Candidate(subnet=subnet, cost=self.costs[index].of(subnet), loss=self._losses[subnet])
         return self.seen[index].setdefault(subnet, candidate)
 

@@ -1,11 +1,13 @@
 """torchrun, leaving in a file how its processes ended.
 
 `python -m elastic_core.training.launch FILE [torchrun's arguments]`. FILE gets the exit codes of the processes that
-failed, by rank; a negative one is the signal that killed the process. torchrun only prints them.
+failed, by rank; a negative one is the signal that killed the process. torchrun only prints them, and those of the
+processes that it ended itself, by SIGTERM after another had failed, are not among them.
 """
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -22,10 +24,17 @@ def main(arguments: list[str]) -> int:
     except ChildFailedError as error:
         exits = Path(arguments[0])
         part = exits.with_name(f".{exits.name}")  # a full disk leaves a file empty
-        part.write_text(json.dumps({rank: failed.exitcode for rank, failed in error.failures.items()}))
+        part.write_text(json.dumps(of_their_own({rank: failed.exitcode for rank, failed in error.failures.items()})))
         part.replace(exits)
         return 1
     return 0
+
+
+def of_their_own(exits: dict[int, int]) -> dict[int, int]:
+    """Of exit codes in the order in which torchrun saw them, those that are not its own doing."""
+    if next(iter(exits.values())) == -signal.SIGTERM:
+        return exits
+    return {rank: code for rank, code in exits.items() if code != -signal.SIGTERM}
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from trainee import STAGE, metrics_of, train_job, write_family, write_tokens
 from elastic_core.recipe import Optimizer
 from elastic_core.training.faults import Fault, describe
 from elastic_core.training.job import FAULT, METRICS
+from elastic_core.training.launch import of_their_own
 from tasks.reporting.history import read_metrics
 from tasks.running.training import End, Tail, TrainerDied, failure, processes_for, train
 from tasks.settings import ServiceError, is_transient
@@ -172,6 +173,20 @@ def test_processes_whose_network_is_set_up_wrongly_are_started_once(start, tmp_p
         train(train_job(*start, work, stage=replace(STAGE, micro_batch_size=1)), processes=2)
     assert not is_transient(caught.value)
     assert starts_of(work) == 2, "one start of two processes"
+
+
+@pytest.mark.parametrize(
+    ("seen", "kept"),
+    [
+        ({1: 2, 0: -15}, {1: 2}),  # process 1 failed, and torchrun ended process 0
+        ({1: -9, 0: -15}, {1: -9}),
+        ({0: -15, 1: 2}, {0: -15, 1: 2}),  # process 0 was told to end, and process 1 lost it
+        ({0: -15, 1: -15}, {0: -15, 1: -15}),
+        ({0: 2, 1: -9}, {0: 2, 1: -9}),
+    ],
+)
+def test_a_process_that_torchrun_ended_did_not_fail(seen, kept):
+    assert of_their_own(seen) == kept
 
 
 def test_a_torn_line_of_metrics_is_passed_over(tmp_path):
