@@ -195,8 +195,8 @@ def search(
     """The nested subnets, one a budget, of least geometric mean loss that the search finds.
 
     Budgets come from the largest. `scores` has, for every budget, the scores whose favourites are measured first; the
-    first of them also orders proposals and neighbours. At most `measurements` subnets are measured, and one a budget of a
-    chain at any rate; neighbours get half of them. Raises ValueError for a budget below the smallest subnet, and where
+    first of them also orders proposals and neighbours. At most `measurements` subnets are measured, though always one a
+    budget of a chain; neighbours get half of them. Raises ValueError for a budget below the smallest subnet, and where
     none is nested in those of the larger budgets.
     """
     hunt = _Hunt(elastic, budgets, loss, scores, measurements)
