@@ -23,6 +23,7 @@ START_SECONDS = 60.0
 SLOW_START_SECONDS = 180.0  # Prefect and MLflow take 8 on an idle machine
 ANSWER_SECONDS = 20.0  # MLflow's first answer waits for the tables of its database
 START_ATTEMPTS = 3  # a port found free may be taken before the server binds it
+LAST_EVENTS_SECONDS = 60.0
 PORTS = range(10_000, 30_000)
 
 QUIET = {"DO_NOT_TRACK": "true", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", **CLIENT_ENVIRONMENT}
@@ -168,6 +169,10 @@ class PrefectServer:
         wait_for(f"{self.url}/api/health", "Prefect's server", self.process)
 
     def stop(self) -> None:
+        """Stop it once it has this process's events: each would else be tried for a minute at the exit."""
+        sender = sys.modules.get("prefect.events.worker")
+        if sender is not None and self.process.running():
+            sender.EventsWorker.drain_all(timeout=LAST_EVENTS_SECONDS)
         self.process.stop()
 
     def _for_one_run(self) -> dict[str, str]:

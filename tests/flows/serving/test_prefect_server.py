@@ -5,8 +5,13 @@ import gc
 from pathlib import Path
 
 import pytest
+from prefect.events import emit_event
+from prefect.events.worker import EventsWorker
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
+
+from flows.serving.servers import PrefectServer, free_ports
 
 
 def test_a_failed_statement_that_is_freed_late_stops_nobody(tmp_path: Path) -> None:
@@ -35,3 +40,22 @@ def test_a_failed_statement_that_is_freed_late_stops_nobody(tmp_path: Path) -> N
         await engine.dispose()
 
     asyncio.run(scenario())
+
+
+@pytest.mark.services
+def test_a_server_is_stopped_once_it_has_every_event_of_this_process(tmp_path: Path) -> None:
+    server = PrefectServer(tmp_path, tmp_path / "logs", free_ports(1)[0])
+    server.start()
+    try:
+        server.wait()
+        with temporary_settings({PREFECT_API_URL: f"{server.url}/api"}):
+            for number in range(300):
+                emit_event("sent", resource={"prefect.resource.id": f"test.{number}"})
+            waiting = EventsWorker.instance()._queue
+        assert waiting.unfinished_tasks
+    finally:
+        end, server.process.stop = server.process.stop, lambda: None
+        server.stop()
+        unsent = waiting.unfinished_tasks
+        end()
+    assert not unsent
