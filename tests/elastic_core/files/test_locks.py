@@ -19,11 +19,14 @@ HOLD = """
 import os, sys, time
 from pathlib import Path
 from elastic_core.files.locks import held
+born, bears = os.pipe()
 with held(Path(sys.argv[1])):
     if os.fork() == 0:
         os.close(1)
+        os.write(bears, b"!")
         time.sleep(20)
         os._exit(0)
+    os.read(born, 1)
     print("held", flush=True)
     time.sleep(600)
 """
