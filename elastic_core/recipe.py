@@ -250,15 +250,18 @@ class Teacher(Strict):
 class Importance(Strict):
     """Calibration of the rankings: sequences for the width scores, and (fewer, being run often) for depth.
 
-    `mamba_scores`: absolute sums |s| over the tokens, s the input of the SSM; signed sums s, which is the letter of
-    arXiv 2511.16664 and lets channels of both signs cancel. What cutting in the order of importance loses is compared
-    with `random_orders` random orders on `comparison_tokens` held-out tokens.
+    `hidden` principal: before anything is ranked, the residual stream is rotated to its principal components, which
+    leaves the teacher's function as it is, and then a cut of hidden channels loses far less. channels: the teacher's
+    own channels are ranked, as in arXiv 2511.16664. `mamba_scores`: absolute sums |s| over the tokens, s the input of
+    the SSM; signed sums s, which is that paper's letter and lets channels of both signs cancel. What cutting in the
+    order of importance loses is compared with `random_orders` random orders on `comparison_tokens` held-out tokens.
     """
 
     samples: int = 1024
     sequence_length: int = 8192
     batch_size: int = 1
     depth_samples: int = 64
+    hidden: Literal["principal", "channels"] = "principal"
     mamba_scores: MambaScores = "absolute"
     comparison_tokens: int = 32_768
     random_orders: int = 5

@@ -18,7 +18,7 @@ from tasks.data import prepare_data
 from tasks.distill import distill
 from tasks.evaluate import evaluate
 from tasks.promote import Verdict, decide
-from tasks.rank import choose_shapes, compare_orders, rank_importance, reorder_teacher
+from tasks.rank import choose_shapes, compare_orders, rank_importance, reorder_teacher, rotate_teacher
 from tasks.records import Artifact, EvaluationRecord, OrderComparison, Release
 from tasks.register import destination, register
 from tasks.running.preflight import check_corpus, check_ends, check_model, check_problems
@@ -38,9 +38,10 @@ def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationReco
     with tracked(recipe, settings, elastify.fn) as run_id:
         link_curves(settings, run_id)
         teacher, corpus = prepare(recipe, workspace)
+        source = rotated(recipe, teacher, corpus, workspace)
         ranking = run(
             rank_importance,
-            teacher=teacher,
+            teacher=source,
             corpus=corpus,
             axes=recipe.axes,
             settings=recipe.importance,
@@ -50,7 +51,7 @@ def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationReco
         )
         family = reordered = run(
             reorder_teacher,
-            teacher=teacher,
+            teacher=source,
             ranking=ranking,
             axes=recipe.axes,
             budgets=recipe.budgets,
@@ -138,6 +139,21 @@ def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationReco
         link_release(settings, run_id, release)
         show_outcome(settings, evaluation, orders, release, verdict)
         return evaluation, orders, release, verdict
+
+
+def rotated(recipe: Recipe, teacher: Artifact, corpus: Artifact, workspace: str) -> Artifact:
+    """The teacher whose components are ranked and cut: in principal channels, unless the recipe wants its own."""
+    if recipe.importance.hidden == "channels":
+        return teacher
+    return run(
+        rotate_teacher,
+        teacher=teacher,
+        corpus=corpus,
+        settings=recipe.importance,
+        dtype=recipe.dtype,
+        seed=recipe.seed,
+        workspace=workspace,
+    )
 
 
 def shaped(recipe: Recipe, reordered: Artifact, family: Artifact, corpus: Artifact, workspace: str) -> Artifact:

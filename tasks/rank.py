@@ -1,4 +1,4 @@
-"""Rank the teacher's components, put them in that order, and see what the order is worth.
+"""Rotate the teacher, rank its components, put them in that order, and see what the order is worth.
 
 The reordered teacher is the elastic checkpoint that distillation starts from.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from elastic_core import comparison, cost, importance, resolve, router, search
+from elastic_core import comparison, cost, importance, resolve, rotation, router, search
 from elastic_core.budget import Budget, Dtype
 from elastic_core.cost import LatencyTable
 from elastic_core.files import checkpoint, reorder, shapes, shards
@@ -31,6 +31,22 @@ from tasks.running.progress import progress_bar
 from tasks.running.steps import new_directory, step
 
 logger = logging.getLogger(__name__)
+
+
+@step(on_gpu=True)
+def rotate_teacher(
+    teacher: Artifact, corpus: Artifact, settings: Importance, dtype: Dtype, seed: int, workspace: str
+) -> Artifact:
+    """The same function as the teacher, with the principal components of its residual stream as hidden channels."""
+    source, directory = Path(teacher.path), new_directory(workspace, "rotated")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = job.load_model(source, device, job.DTYPES[dtype])
+    batches = _calibration(corpus, settings, generator(seed, "rotation"))
+    basis = rotation.principal_basis(rotation.residual_covariance(loaded, batches))
+    del loaded
+    with progress_bar("rotating") as report:
+        rotation.rotate_checkpoint(source, basis, directory, progress=report)
+    return artifact(directory)
 
 
 @step(on_gpu=True)

@@ -111,7 +111,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # What may stand before the complaint: steps that are done, none of which trains, and what they told.
-STEP = "(fetch_teacher|prepare_data|rank_importance|reorder_teacher|choose_shapes|compare_orders)"
+STEP = "(fetch_teacher|prepare_data|rotate_teacher|rank_importance|reorder_teacher|choose_shapes|compare_orders)"
 PROGRESS = re.compile(
     rf"{STEP} +(cached|[\d.]+ s)|teacher .*: \d+ layers, hidden size \d+|.+: \d+ %, [\w. ]+ left|"
     ".+: the order of importance is no better than a random one; .+"
@@ -119,6 +119,7 @@ PROGRESS = re.compile(
 # The step that a directory of the workspace is of; a stage's own is not here, since it is what a next attempt needs.
 MADE_BY = {
     "corpus": "prepare_data",
+    "rotated": "rotate_teacher",
     "importance": "rank_importance",
     "reordered": "reorder_teacher",
     "shaped": "choose_shapes",

@@ -11,13 +11,13 @@ from elastic_core.budget import Budget
 from elastic_core.files import checkpoint, reorder, shapes
 from elastic_core.geometry import Axes, ModelConfig
 from elastic_core.model import ElasticNemotronH
-from elastic_core.recipe import Router, Shapes
+from elastic_core.recipe import Importance, Router, Shapes
 from elastic_core.resolve import resolve_budgets
 from elastic_core.subnet import full_subnet, is_nested
 from elastic_core.training import job
 from elastic_core.training.curriculum import generator
 from tasks.corpus.record import TRAIN_FILE
-from tasks.rank import choose_shapes, reorder_teacher
+from tasks.rank import choose_shapes, reorder_teacher, rotate_teacher
 from tasks.records import Artifact
 from tasks.running.digests import artifact
 
@@ -86,6 +86,33 @@ def corpus(tmp_path: Path) -> Artifact:
     (tmp_path / "corpus").mkdir()
     save_file({"tokens": tokens}, tmp_path / "corpus" / TRAIN_FILE)
     return artifact(tmp_path / "corpus")
+
+
+def test_the_rotated_teacher_is_another_file_of_the_same_function_and_the_same_bytes_each_time(
+    teacher, corpus, tmp_path
+):
+    settings = Importance(samples=4, sequence_length=32, batch_size=2, depth_samples=4)
+    first, second = (
+        rotate_teacher.fn(
+            teacher=teacher,
+            corpus=corpus,
+            settings=settings,
+            dtype="float32",
+            seed=0,
+            workspace=str(tmp_path / "workspace"),
+        )
+        for _ in range(2)
+    )
+    assert first.digest == second.digest != teacher.digest
+    tokens = torch.arange(2 * 20).view(2, 20) % CONFIG.vocab_size
+    with torch.no_grad():
+        before, after = (
+            model.logits(model(tokens, full_subnet(CONFIG)))
+            for model in (
+                job.load_model(Path(made.path), torch.device("cpu"), torch.float32) for made in (teacher, first)
+            )
+        )
+    assert (before - after).abs().max() <= 1e-5 * before.abs().max()  # weights are rounded to float32 once more
 
 
 @pytest.fixture
