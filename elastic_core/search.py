@@ -66,7 +66,7 @@ class CutLoss:
                 batch.targets_BT.flatten(),
                 kl_weight=1.0,
                 ce_weight=0.0,
-                ignore_index=batch.ignore_index,
+                learned=batch.learned,
             )
             total += float(parts.kl) * parts.tokens
         return total / max(self.tokens, 1)

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from tasks.settings import Settings
 DECODED_TOKENS = 64
 DECODE_REPEATS = 3
 
-# No held-out loss depends on these; `tokens` says how much was there of the tokens asked for.
+# No held-out loss depends on these; `sequences` says how much was there of the tokens asked for.
 NOT_OF_THE_LOSS = {"heldout_tokens", "batch_size"}
 NOT_OF_THE_LOSS |= {"problems", "max_problems", "max_new_tokens", "chat_template_kwargs"}
 
@@ -115,7 +115,7 @@ def evaluate(
 
 
 def heldout_batches(path: Path, settings: Evaluation, vocab_size: int) -> list[TokenBatch]:
-    """Held-out tokens in batches, up to the number asked for.
+    """Held-out tokens in batches, from all over the file, up to the number asked for.
 
     ValueError when there is not one sequence, or a token that a model of `vocab_size` does not have.
     """
@@ -128,9 +128,7 @@ def heldout_batches(path: Path, settings: Evaluation, vocab_size: int) -> list[T
             f"{path} holds no sequence of {settings.sequence_length} tokens; raise data.heldout_fraction or lower "
             "evaluation.sequence_length"
         )
-    count = min(rows.num_rows, max(1, settings.heldout_tokens // settings.sequence_length))
-    starts = range(0, count, settings.batch_size)
-    batches = [rows.batch(list(range(start, min(start + settings.batch_size, count)))) for start in starts]
+    batches = batches_of(rows, spread(rows.num_rows, settings.heldout_tokens, settings), settings.batch_size)
     highest = max(int(tokens.max()) for batch in batches for tokens in (batch.inputs_BT, batch.targets_BT))
     if highest >= vocab_size:
         raise ValueError(
@@ -138,8 +136,21 @@ def heldout_batches(path: Path, settings: Evaluation, vocab_size: int) -> list[T
             "use tokens of the model's own tokenizer"
         )
     if predicted(batches) == 0:
-        raise ValueError(f"{path}: none of its first {count} sequences holds a token to learn; hold out more documents")
+        raise ValueError(
+            f"{path}: none of the {sequences(batches)} sequences read holds a token to learn; hold out more documents"
+        )
     return batches
+
+
+def spread(rows: int, tokens: int, settings: Evaluation) -> list[int]:
+    """As many of a file's rows as hold `tokens`, at even distances: its sources lie one after the other."""
+    count = min(rows, max(1, tokens // settings.sequence_length))
+    return [place * rows // count for place in range(count)]
+
+
+def batches_of(rows: TokenRows, chosen: Sequence[int], size: int) -> list[TokenBatch]:
+    """The chosen rows, `size` of them together."""
+    return [rows.batch(chosen[start : start + size]) for start in range(0, len(chosen), size)]
 
 
 def conditions(
@@ -150,12 +161,18 @@ def conditions(
     return Conditions(
         heldout_sha256=record.heldout.sha256,
         tokenizer_sha256=record.tokenizer_sha256,
+        sequences=sequences(batches),
         tokens=predicted(batches),
         settings={name: value for name, value in to_dict(settings).items() if name not in NOT_OF_THE_LOSS},
         dtype=dtype,
         device=device.type,
         code=fingerprint([code_of(function).modules for function in (heldout_batches, heldout_loss)]),
     )
+
+
+def sequences(batches: list[TokenBatch]) -> int:
+    """The rows of all batches."""
+    return sum(len(batch.inputs_BT) for batch in batches)
 
 
 def predicted(batches: list[TokenBatch]) -> int:
@@ -179,7 +196,7 @@ def heldout_loss(
             batch.targets_BT.flatten(),
             kl_weight=1.0 if teacher else 0.0,
             ce_weight=1.0,
-            ignore_index=batch.ignore_index,
+            learned=batch.learned,
         )
         cross_entropy += float(parts.cross_entropy) * parts.tokens
         kl += float(parts.kl) * parts.tokens

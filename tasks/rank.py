@@ -4,7 +4,6 @@ The reordered teacher is the elastic checkpoint that distillation starts from.
 """
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from elastic_core.training import job
 from elastic_core.training.curriculum import generator
 from elastic_core.training.tokens import TokenBatch, TokenRows
 from tasks.corpus.record import HELDOUT_FILE, TRAIN_FILE
-from tasks.evaluate import heldout_loss, predicted
+from tasks.evaluate import batches_of, heldout_loss, predicted, spread
 from tasks.records import Artifact, OrderComparison
 from tasks.reporting.summary import order_warnings
 from tasks.running.bars import counter
@@ -175,9 +174,7 @@ def compare_orders(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = job.load_model(Path(reordered.path), device, job.DTYPES[dtype])
     rows = TokenRows(Path(corpus.path) / HELDOUT_FILE, evaluation.sequence_length)
-    count = min(rows.num_rows, max(1, settings.comparison_tokens // evaluation.sequence_length))
-    evenly = [place * rows.num_rows // count for place in range(count)]  # the sources lie one after the other
-    batches = batches_of(rows, evenly, evaluation.batch_size)
+    batches = batches_of(rows, spread(rows.num_rows, settings.comparison_tokens, evaluation), evaluation.batch_size)
     with progress_bar("comparing orders") as report:
         cuts = comparison.compare_orders(
             loaded,
@@ -199,8 +196,3 @@ def _calibration(corpus: Artifact, settings: Importance | Shapes, draw: torch.Ge
     rows = TokenRows(Path(corpus.path) / TRAIN_FILE, settings.sequence_length)
     chosen = torch.randperm(rows.num_rows, generator=draw)[: settings.samples].tolist()
     return batches_of(rows, chosen, settings.batch_size)
-
-
-def batches_of(rows: TokenRows, chosen: Sequence[int], size: int) -> list[TokenBatch]:
-    """The chosen rows, `size` of them together."""
-    return [rows.batch(chosen[start : start + size]) for start in range(0, len(chosen), size)]

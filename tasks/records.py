@@ -60,12 +60,13 @@ class BudgetEvaluation:
 class Conditions:
     """What a held-out loss depends on beside the model; two losses are compared only where these are equal.
 
-    `tokens` are those predicted, `settings` what else of the evaluation a loss depends on, `device` is cuda or cpu, and
-    `code` the digest of the code that computes a loss.
+    `sequences` are those read, `tokens` those predicted in them, `settings` what else of the evaluation a loss depends
+    on, `device` is cuda or cpu, and `code` the digest of the code that computes a loss.
     """
 
     heldout_sha256: str
     tokenizer_sha256: str
+    sequences: int
     tokens: int
     settings: Mapping[str, Any]
     dtype: str

@@ -35,7 +35,8 @@ def distillation_loss(
     kl_weight: float,
     ce_weight: float,
     temperature: float = 1.0,
-    ignore_index: int | None = -100,
+    ignore_index: int = -100,
+    learned: int | None = None,
     chunk_tokens: int | None = None,
     denominator: float | None = None,
 ) -> LossParts:
@@ -48,7 +49,8 @@ def distillation_loss(
     Shapes: T is every token of the batch, flattened; the teacher's D may differ from the student's. A head may be a
     view, such as the first columns of a wider weight. denominator replaces the number of tokens in the averages: under
     gradient accumulation, what micro-batches count on average. With no token to count, all parts and gradients are 0.
-    ignore_index None says that every token counts, which spares waiting for the device to count them.
+    learned is the number of targets that are not ignore_index, where the caller knows it. Without it the host waits for
+    the device to count them.
 
     No gradient reaches the teacher, and none is computed where none is wanted: the same call evaluates. The loss can be
     differentiated once. Products run in the dtype of the hidden states, or in autocast's; softmax, sums, and the head's
@@ -68,9 +70,9 @@ def distillation_loss(
             )
         teacher = _Readout(hidden_TD=teacher_hidden_TD, head_VD=teacher_head_VD)
 
-    # Masked rows go first, so that no product is spent on them.
-    kept = None if ignore_index is None else (targets_T != ignore_index).nonzero().squeeze(1)
-    if kept is not None and len(kept) < len(targets_T):
+    # Masked rows are dropped first, so that no product is spent on them.
+    if learned != len(targets_T):
+        kept = _kept_rows(targets_T != ignore_index, learned)
         student_hidden_TD, targets_T = student_hidden_TD[kept], targets_T[kept]
         if teacher is not None:
             teacher = _Readout(hidden_TD=teacher.hidden_TD[kept], head_VD=teacher.head_VD)
@@ -91,6 +93,13 @@ def distillation_loss(
     tokens = len(targets_T)
     count = (tokens if denominator is None else denominator) or 1
     return LossParts(total=total / count, kl=kl / count, cross_entropy=cross_entropy / count, tokens=tokens)
+
+
+def _kept_rows(counts_T: Tensor, learned: int | None) -> Tensor:
+    """The indices of the rows that count, in order. Where their number is known, nothing waits for the device."""
+    if learned is None:
+        return counts_T.nonzero().squeeze(1)
+    return torch.nonzero_static(counts_T, size=learned).squeeze(1)
 
 
 def _check_rows(who: str, hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> None:

@@ -29,11 +29,6 @@ class TokenBatch:
     packing: Packing | None
     learned: int
 
-    @property
-    def ignore_index(self) -> int | None:
-        """IGNORED, or None where every target counts."""
-        return IGNORED if self.learned < self.targets_BT.numel() else None
-
     def to(self, device: torch.device) -> "TokenBatch":
         return TokenBatch(
             inputs_BT=self.inputs_BT.to(device),

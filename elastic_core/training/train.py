@@ -218,7 +218,7 @@ def _micro_step(
             kl_weight=run.distillation.kl_weight if teacher_hidden is not None else 0.0,
             ce_weight=run.distillation.ce_weight,
             temperature=run.distillation.temperature,
-            ignore_index=batch.ignore_index,
+            learned=batch.learned,
             denominator=learned,
         )
     loss = parts.total

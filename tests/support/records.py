@@ -8,6 +8,7 @@ from tasks.records import BudgetEvaluation, Conditions, EvaluationRecord
 CONDITIONS = Conditions(
     heldout_sha256="0" * 64,
     tokenizer_sha256="1" * 64,
+    sequences=10,
     tokens=400,
     settings={"sequence_length": 40},
     dtype="float32",

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from micro import MICRO
+from safetensors.torch import load_file
 from templates import write_tokenizer
 from trainee import documents_and_mask, write_family, write_tokens
 
@@ -67,7 +68,19 @@ def test_a_held_out_loss_is_the_mean_over_what_is_learned_of_documents_read_alon
     assert loss == pytest.approx(sum(nats) / len(nats), rel=1e-5)  # float32 sums in another order
 
 
+def test_held_out_rows_come_from_all_over_the_file_whose_sources_lie_one_after_the_other(tmp_path: Path) -> None:
+    path = write_tokens(tmp_path / "heldout.safetensors")
+    tokens = load_file(path)["tokens"]
+    rows = (len(tokens) - 1) // 40
+    read = heldout_batches(path, Evaluation(heldout_tokens=160, sequence_length=40, batch_size=3), 10**6)
+    places = [0, rows // 4, rows // 2, 3 * rows // 4]
+    assert len(set(places)) == 4 and places[-1] > 4
+    expected = torch.stack([tokens[40 * row : 40 * row + 40] for row in places])
+    assert torch.equal(torch.cat([batch.inputs_BT for batch in read]), expected.long())
+    assert [len(batch.inputs_BT) for batch in read] == [3, 1]
+
+
 def test_held_out_text_of_which_nothing_is_learned_is_refused(tmp_path: Path) -> None:
     path = write_tokens(tmp_path / "heldout.safetensors", learned=torch.zeros(500, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="none of its first 10 sequences holds a token to learn"):
+    with pytest.raises(ValueError, match="none of the 10 sequences read holds a token to learn"):
         heldout_batches(path, Evaluation(heldout_tokens=400, sequence_length=40), 32)

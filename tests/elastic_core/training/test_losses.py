@@ -161,6 +161,24 @@ def test_every_count_of_masked_tokens_equals_the_plain_formula(masked: int) -> N
     assert_same_loss(batch, batch, EXACT, 4, kl_weight=0.6, ce_weight=0.4)
 
 
+# What makes the host wait for a GPU: sizes that depend on the data, and values that the host reads.
+WAITS = {"nonzero", "_local_scalar_dense", "masked_select", "_unique2"}
+
+
+@pytest.mark.parametrize("masked", [0, 1, 5, 13])
+def test_a_known_number_of_targets_changes_no_bit_and_waits_for_no_device(masked: int) -> None:
+    batch, weights = make_batch(masked=masked), {"kl_weight": 0.7, "ce_weight": 0.3, "chunk_tokens": 4}
+    counted = distillation_loss(*batch.args(), **weights)
+    expected = batch.gradients(counted.total)
+    with Recorder() as ran:
+        known = distillation_loss(*batch.args(), learned=13 - masked, **weights)
+        gradients = batch.gradients(known.total)
+    assert not ran.calls.keys() & WAITS
+    assert known.tokens == counted.tokens == 13 - masked
+    assert torch.equal(known.total, counted.total)
+    assert all(torch.equal(found, e) for found, e in zip(gradients, expected, strict=True))
+
+
 def test_masked_rows_have_no_gradient_and_no_influence() -> None:
     batch = make_batch()
     masked_T = batch.targets_T == MASK

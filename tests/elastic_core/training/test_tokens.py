@@ -56,7 +56,6 @@ def test_rows_carry_next_tokens_where_they_are_learned_and_the_documents_apart(k
             assert batch.targets_BT[at, t] == (STREAM[target] if is_learned else IGNORED)
             numbers[at].append(sum(row * LENGTH < start <= token for start in STARTS))
     assert batch.learned == rows.learned([3, 0, 4, 1]) == count
-    assert batch.ignore_index == (None if kind == "tokens alone" else IGNORED)
     if kept_apart:
         assert batch.packing is not None
         assert batch.packing.seq_idx_BT.tolist() == numbers
