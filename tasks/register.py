@@ -1,5 +1,6 @@
 """Publish the family: its report, its objects in S3, its run and its registered models in MLflow."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 from elastic_core.budget import WHOLE, Budget
 from elastic_core.cost import subnet_params
 from elastic_core.files import checkpoint, shapes
+from elastic_core.files.side_files import CARD_FILE
 from elastic_core.recipe import Recipe, Stage
 from elastic_core.schema import to_dict
 from elastic_core.subnet import full_subnet
@@ -20,6 +22,7 @@ from tasks.artifacts.staging import scratch
 from tasks.records import Artifact, EvaluationRecord, OrderComparison, Release, StageRecord
 from tasks.reporting import report
 from tasks.reporting.history import read_metrics
+from tasks.reporting.scores import differ_in_scores_alone, score_line, scored
 from tasks.reporting.summary import summary_lines
 from tasks.running.code import CODE
 from tasks.running.digests import forget
@@ -27,6 +30,7 @@ from tasks.running.progress import progress_bar
 from tasks.running.steps import fingerprint, step
 from tasks.settings import ServiceError, Settings, redact
 
+CARDS = "cards"  # in a manifest's metadata: the SHA-256 of each part's model card before it got its scores
 STORAGE, PULL, CONDITIONS = "elastic.storage", "elastic.pull", "elastic.measured_under"
 LISTED = " Its FFN widths are a list, one a layer: vLLM, transformers and llama.cpp do not load it."
 
@@ -81,7 +85,7 @@ def register(
     manifest = artifacts.published(store, recipe.family, version)
     if manifest is None:
         metadata = {"lineage": described.lineage, **marked_for(registry, settings)}
-        manifest = publish(store, recipe, version, described, parts, metadata, Path(workspace))
+        manifest = publish(store, recipe, version, described, parts, evaluation, metadata, Path(workspace))
     check_published(manifest, parts)
     deliver_curves(settings, run_id, recipe.stages, stages, Path(workspace))
     tracking.log_files(settings.tracking_uri, run_id, report_directory, "report")
@@ -113,14 +117,43 @@ def marked_for(registry: str, settings: Settings) -> dict[str, Any]:
 
 
 def check_published(manifest: Manifest, parts: Mapping[str, Artifact]) -> None:
-    """A ServiceError unless a version holds these parts; they were published before where nothing was to be sent."""
+    """A ServiceError unless a version holds these parts; they were published before where nothing was to be sent.
+
+    A card that got its scores when it was published is compared as it was before, by the manifest's word.
+    """
+    cards = manifest.metadata.get(CARDS)
     for name, part in parts.items():
-        there = directory_digest((file.path, file.sha256) for file in manifest.part(name))
+        card = cards.get(name) if isinstance(cards, Mapping) else None
+        files = manifest.part(name)
+        there = directory_digest((f.path, card if card and f.path == CARD_FILE else f.sha256) for f in files)
         if there != part.digest:
             raise ServiceError(
                 f"{manifest.family} {manifest.version} is published with another {name!r} than {part.path} holds: one "
                 "of them was changed; remove that directory and run again"
             )
+
+
+def scored_cards(
+    store: artifacts.Store, family: str, version: str, parts: Mapping[str, Artifact], evaluation: EvaluationRecord
+) -> dict[str, bytes]:
+    """The model card of each part with its scores, as it is in the store or begins to be there now.
+
+    An upload that was interrupted may have left a card with other scores, of the same files: that one is kept.
+    """
+    cards = {}
+    for name, part in parts.items():
+        card = (Path(part.path) / CARD_FILE).read_bytes()
+        if hashlib.sha256(card).hexdigest() != part.files[CARD_FILE]:
+            raise artifacts.NotAsRecorded(f"{part.path}/{CARD_FILE} is not as it was recorded: run again")
+        ours = scored(card.decode(), name, evaluation)
+        kept = artifacts.put_first(store, family, version, f"{name}/{CARD_FILE}", ours.encode())
+        if not differ_in_scores_alone(kept.decode(errors="replace"), ours):
+            raise ServiceError(
+                f"{artifacts.version_uri(store.bucket, family, version)}/{name}/{CARD_FILE} is of other files; remove "
+                "what was begun there with elastic gc --delete"
+            )
+        cards[name] = kept
+    return cards
 
 
 def publish(
@@ -129,19 +162,30 @@ def publish(
     version: str,
     family: checkpoint.Family,
     made: Mapping[str, Artifact],
+    evaluation: EvaluationRecord,
     metadata: Mapping[str, Any],
     workspace: Path,
 ) -> Manifest:
     """Upload the slices and the family, each whole or, where the recipe says so, as shells; every byte is compared."""
     directories: Mapping[str, Path] = {name: Path(part.path) for name, part in made.items()}
     parts: tuple[NestedPart, ...] = ()
-    with scratch(workspace, "shells") as room, hashed_again(made):
+    with scratch(workspace, "publishing") as room, hashed_again(made):
+        instead: dict[str, Path] = {}
+        cards = scored_cards(store, recipe.family, version, made, evaluation)
+        for name, card in cards.items():
+            instead[f"{name}/{CARD_FILE}"] = written = room / f"card-{name}.md"
+            written.write_bytes(card)
         if recipe.storage == "nested":
             model = checkpoint.read_config(directories[WHOLE])
             subnets = {budget.name: budget.subnet for budget in reversed(family.budgets)} | {WHOLE: full_subnet(model)}
             directories, parts = nested.store(
                 [
-                    nested.Member(name=name, directory=directories[name], subnet=subnet)
+                    nested.Member(
+                        name=name,
+                        directory=directories[name],
+                        subnet=subnet,
+                        instead={CARD_FILE: instead[f"{name}/{CARD_FILE}"]},
+                    )
                     for name, subnet in subnets.items()
                 ],
                 model,
@@ -153,8 +197,12 @@ def publish(
                 family=recipe.family,
                 version=version,
                 directories=directories,
-                metadata=metadata,
-                recorded={name: part.files for name, part in made.items()},
+                instead=instead,
+                metadata={**metadata, CARDS: {name: part.files[CARD_FILE] for name, part in made.items()}},
+                recorded={
+                    name: {**part.files, CARD_FILE: hashlib.sha256(cards[name]).hexdigest()}
+                    for name, part in made.items()
+                },
                 nested=parts,
                 progress=progress,
             )
@@ -223,8 +271,8 @@ def members(
                 "elastic.subnet": json.dumps(to_dict(family.budget(measured.budget).subnet)),
                 **{f"elastic.{key}": str(value) for key, value in family.lineage.items()},
             },
-            description=f"{recipe.family}, budget {measured.budget}: {lines[measured.budget]}. Get it with {how}."
-            + what_loads(slices[measured.budget]),
+            description=f"{recipe.family}, budget {measured.budget}: {lines[measured.budget]}. "
+            f"{score_line(evaluation, measured)} Get it with {how}." + what_loads(slices[measured.budget]),
         )
 
 

@@ -1,7 +1,7 @@
 """The model card of a slice and of an elastic checkpoint: README.md, as the Hub and the registry show it.
 
-A card says what is known when the files are written. Scores are measured later, of these very files, and the same files
-may be measured again: they stand with each registration.
+A card says what is known when the files are written. Scores are measured later, of these very files: the section of
+scores is filled in the copy that is published.
 """
 
 import re

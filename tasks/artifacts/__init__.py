@@ -32,4 +32,5 @@ from tasks.artifacts.publishing import publish as publish
 from tasks.artifacts.publishing import published as published
 from tasks.artifacts.publishing import published_versions as published_versions
 from tasks.artifacts.publishing import put_file as put_file
+from tasks.artifacts.publishing import put_first as put_first
 from tasks.artifacts.publishing import upload_directory as upload_directory

@@ -29,11 +29,12 @@ _SHELL = re.compile(r"shell\.json|shell[^/]*\.safetensors")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """A part to store: its directory, and which part of the whole model it is."""
+    """A part to store: its directory, with files `instead` of some of it, and which part of the whole model it is."""
 
     name: str
     directory: Path
     subnet: "Subnet"
+    instead: Mapping[str, Path] = field(default_factory=dict)
 
 
 def store(
@@ -52,7 +53,7 @@ def store(
     stored: set[tuple[str, int]] = set()
     below: Subnet | None = None
     for member in members:
-        part = NestedPart(name=member.name, files=tuple(_records(member.directory)))
+        part = NestedPart(name=member.name, files=tuple(_records(member)))
         ffn = within(member.subnet, member.subnet, model).ffn
         if below is None and ffn == read_config(member.directory).ffn_sizes:
             directories[member.name] = member.directory
@@ -62,7 +63,7 @@ def store(
             write_shell(member.directory, target, ffn=ffn, below=inner)
             for file in part.files:
                 if not _WEIGHTS.fullmatch(file.path) and _content(file) not in stored:
-                    shutil.copyfile(member.directory / file.path, inside(target, file.path))
+                    shutil.copyfile(_source(member, file.path), inside(target, file.path))
             _check(part, member.directory, tuple(directories.values()), scratch)
         stored |= {_content(file) for file in part.files}
         parts.append(part)
@@ -70,9 +71,14 @@ def store(
     return directories, tuple(parts)
 
 
-def _records(directory: Path) -> Iterator[FileRecord]:
-    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        relative = path.relative_to(directory).as_posix()
+def _source(member: Member, relative: str) -> Path:
+    return member.instead.get(relative, member.directory / relative)
+
+
+def _records(member: Member) -> Iterator[FileRecord]:
+    for found in sorted(path for path in member.directory.rglob("*") if path.is_file()):
+        relative = found.relative_to(member.directory).as_posix()
+        path = _source(member, relative)
         yield FileRecord(path=relative, size=path.stat().st_size, sha256=sha256_of(path))
 
 

@@ -30,9 +30,11 @@ from tasks.artifacts.connection import (
     parse_uri,
     status_of,
     uploads_below,
+    version_uri,
 )
 from tasks.artifacts.manifest import (
     MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
     MAX_OBJECT_BYTES,
     TOMBSTONE,
     FileRecord,
@@ -63,6 +65,7 @@ def publish(
     metadata: Mapping[str, Any],
     recorded: Mapping[str, Mapping[str, str]] | None = None,
     nested: Sequence[NestedPart] = (),
+    instead: Mapping[str, Path] | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Upload each part's directory, then the manifest. Repeating it with the same content succeeds and sends nothing.
@@ -71,11 +74,12 @@ def publish(
     retries (no clock in it). Other content under a version that exists, or was begun, is a ServiceError. `nested`
     says what the directories hold where they are shells. `recorded` has the SHA-256 of each file by part, as its maker
     recorded it; for shells, of the files that they make up. Other bytes are NotAsRecorded, and are not published.
+    `instead` has files that take the place of the directories' own, by path in the version.
     """
     target = manifest_uri(store.bucket, family, version)
     root = f"{FAMILIES}{family}/{version}"
     sources = [
-        (f"{checked_name('part', part)}/{relative}", path)
+        (place := f"{checked_name('part', part)}/{relative}", (instead or {}).get(place, path))
         for part, directory in sorted(directories.items())
         for relative, path in _local_files(directory)
     ]
@@ -96,6 +100,30 @@ def publish(
         manifest = sign(manifest, store.signing_key)
     _put_manifest(store, target, manifest, published)
     return manifest
+
+
+def put_first(store: Store, family: str, version: str, path: str, body: bytes) -> bytes:
+    """Put a small object into a version that is not published yet, unless it is there; the bytes that are there then.
+
+    Who comes first decides, whoever publishes at the same time or after an interruption.
+    """
+    bucket, key = parse_uri(uri := f"{version_uri(store.bucket, family, version)}/{path}")
+    with explained(uri):
+        try:
+            store.client.put_object(
+                Bucket=bucket,
+                Key=key,
+                Body=body,
+                ChecksumSHA256=in_base64(hashlib.sha256(body).digest()),
+                IfNoneMatch="*",
+                **store.put_options,
+            )
+            return body
+        except ClientError as error:
+            if status_of(error) != 412:
+                raise
+        with closing(store.client.get_object(Bucket=bucket, Key=key)["Body"]) as there:
+            return bytes(there.read(MAX_MANIFEST_BYTES))
 
 
 def published(store: Store, family: str, version: str) -> Manifest | None:
