@@ -242,6 +242,8 @@ class Teacher(Strict):
     def __post_init__(self) -> None:
         if (self.path is None) == (self.pretrain is None):
             raise ValueError("name either path or pretrain, and not both")
+        if self.path == "":
+            raise ValueError("path is empty; name a directory, s3://... or org/name")
         if self.pretrain is not None and self.model is not None:
             raise ValueError("model describes the checkpoint at path; a teacher that is trained has pretrain.model")
 
@@ -318,6 +320,8 @@ class Evaluation(Strict):
 
     def __post_init__(self) -> None:
         positive(self, "heldout_tokens", "sequence_length", "batch_size", "max_problems", "max_new_tokens")
+        if self.problems == "":
+            raise ValueError("problems is empty; name a file of problems, or leave it out")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -373,9 +377,11 @@ class Recipe(Strict):
                 f"budget {timed[0]} is a latency, which needs latency_table: the file that `elastic profile` "
                 "measures on the device to serve from"
             )
-        names = [b.name for b in self.budgets]
-        if not self.stages or len({s.name for s in self.stages}) < len(self.stages):
-            raise ValueError("stages must be at least one, each name once")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} must be at least 0 and below 2^63")
+        names, stages = [b.name for b in self.budgets], [s.name for s in self.stages]
+        if not stages or len(set(stages)) < len(stages):
+            raise ValueError(f"stages {stages} must be at least one, each name once")
         for stage in self.stages:
             for name in stage.budgets:
                 if name not in names:

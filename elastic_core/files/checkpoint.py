@@ -159,6 +159,11 @@ def _stored(directory: Path) -> dict[str, StoredTensor]:
     """The tensors of model.safetensors, or else of the shards in its index, by their names on disk."""
     index_path = directory / "model.safetensors.index.json"
     if (directory / "model.safetensors").exists():
+        if index_path.exists():
+            raise CheckpointError(
+                f"{directory}: holds model.safetensors and {index_path.name}, and some engines read the one, some the "
+                "other; remove one of them"
+            )
         return read_header(regular_file(directory, "model.safetensors"))
     if not index_path.exists():
         raise CheckpointError(f"{directory}: holds no model.safetensors and no index of shards; only safetensors load")

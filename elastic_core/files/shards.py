@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from elastic_core.files.locks import IsHeld, held_while_filled
+from elastic_core.files.pointers import pointer_fault
 
 DTYPES = {
     "F64": torch.float64,
@@ -111,6 +112,8 @@ def regular_file(directory: Path, name: str) -> Path:
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if target.parent not in (home, blobs):
         raise CheckpointError(f"{path}: links to {target}, outside the checkpoint; copy that file in its place")
+    if fault := pointer_fault(path):
+        raise CheckpointError(fault)
     return path
 
 

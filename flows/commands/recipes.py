@@ -1,5 +1,6 @@
 """A recipe file, with overrides from the command line, as a `Recipe`."""
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -17,13 +18,24 @@ def checked(cls: type) -> BeforeValidator:
     return BeforeValidator(partial(build, cls))
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's plain data, where a key that is given twice is an error: of two values one would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [(key.value, key.start_mark) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for place, (key, mark) in enumerate(keys):
+            if any(key == before for before, _ in keys[:place]):
+                raise yaml.constructor.ConstructorError(problem=f"{key} is given twice", problem_mark=mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe; `overrides` are `dotted.key=value`, such as `stages.0.steps=100`.
 
     Relative paths in a recipe are relative to its file. ValueError, one line, names the file and the setting at fault.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not text in UTF-8; name a recipe such as infra/recipes/tiny.yaml") from error
     except OSError as error:
@@ -49,7 +61,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def _apply(data: Any, override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals:
+    if not equals or not key:
         raise ValueError(f"override {override!r} is not key=value, such as stages.0.steps=100")
     try:
         value = yaml.safe_load(text)
@@ -83,12 +95,12 @@ def _index(data: list[Any], part: str, key: str) -> int:
 
 
 def _anchor(data: dict[str, Any], directory: Path) -> None:
-    """Make the paths that are relative to the recipe absolute; Hub names and URIs stay."""
+    """Make the paths that are relative to the recipe, or to a home, absolute; Hub names, URIs and empty paths stay."""
 
     def anchored(path: Any) -> Any:
-        if not isinstance(path, str) or "://" in path or Path(path).is_absolute():
+        if not isinstance(path, str) or not path or "://" in path:
             return path
-        return str(directory / path)
+        return str(directory / os.path.expanduser(path))
 
     sources = data.get("data", {}).get("sources", []) if isinstance(data.get("data"), dict) else []
     for source in sources if isinstance(sources, list) else []:
@@ -100,5 +112,7 @@ def _anchor(data: dict[str, Any], directory: Path) -> None:
     if isinstance(evaluation, dict) and "problems" in evaluation:
         evaluation["problems"] = anchored(evaluation["problems"])
     teacher = data.get("teacher")
-    if isinstance(teacher, dict) and isinstance(teacher.get("path"), str) and (directory / teacher["path"]).exists():
-        teacher["path"] = anchored(teacher["path"])
+    if isinstance(teacher, dict) and isinstance(teacher.get("path"), str):
+        path = anchored(teacher["path"])
+        if teacher["path"].startswith("~") or Path(path).exists():
+            teacher["path"] = path

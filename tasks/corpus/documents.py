@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from datasets import IterableDataset, load_dataset
 
+from elastic_core.files.pointers import pointer_fault
 from elastic_core.recipe import DataSource
 from tasks.corpus.chats import Chat, Row, Unusable, read_chat
 from tasks.corpus.hub import HUB, parse_dataset
@@ -136,7 +138,7 @@ def digest_files(files: Iterable[Path]) -> str:
 def _local_files(source: DataSource, path: Path) -> list[Path]:
     """A file, the data files below a directory, or what matches a glob."""
     if path.is_file():
-        return [path]
+        return _fetched([path])
     if path.is_dir():
         wanted = SUFFIXES if source.format == "auto" else (source.format,)
         below = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
@@ -148,6 +150,13 @@ def _local_files(source: DataSource, path: Path) -> list[Path]:
         problem = "no file matches" if glob.has_magic(str(path)) else "no such file or directory"
     if not files:
         raise ValueError(f"{source.path}: {problem}; correct the path in data.sources")
+    return _fetched(files)
+
+
+def _fetched(files: list[Path]) -> list[Path]:
+    """The files, none of which Git LFS has yet to fetch."""
+    if fault := next(filter(None, map(pointer_fault, files)), ""):
+        raise ValueError(fault)
     return files
 
 
@@ -222,13 +231,15 @@ def _numbered(name: str, file: Path, reader: Callable[[str], IterableDataset]) -
 def _parse(line: str, where: str) -> Row:
     """The object that a line of JSON spells."""
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_unique)
         if "\\u" in line:
             json.dumps(row, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise Unusable(f"{where} is not JSON ({error.msg}, column {error.colno}); mend or remove it") from error
     except UnicodeEncodeError as error:
         raise Unusable(f"{where} holds half a surrogate pair, which is no character; mend or remove it") from error
+    except (ValueError, RecursionError) as error:
+        raise Unusable(f"{where} cannot be read ({first_line(error)}); mend or remove it") from error
     if not isinstance(row, dict):
         raise Unusable(f"{where} is not a JSON object, of which JSONL holds one a line; mend or remove it")
     return row
@@ -268,6 +279,15 @@ def _hub_rows(source: DataSource, cache_dir: str) -> Iterator[tuple[str, Row | s
         raise ValueError(f"{source.path}: {first_line(error)}; correct it in data.sources") from error
     for number, row in enumerate(rows, 1):
         yield f"{source.path} row {number}", row
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Row:
+    """An object of JSON; ValueError for a key that it has twice, of whose values one would be lost."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
+    return row
 
 
 def _content(row: Row | str, source: DataSource, where: str) -> str | Chat:

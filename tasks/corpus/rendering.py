@@ -14,8 +14,18 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from tasks.corpus.chats import ASSISTANT, REASONING, THINKING, Chat, Row, Unusable, functions, strings
-from tasks.corpus.template import NO_THINK, PRIVATE, Template
+from tasks.corpus.chats import (
+    ASSISTANT,
+    REASONING,
+    TEMPLATE_ARGUMENTS,
+    THINKING,
+    Chat,
+    Row,
+    Unusable,
+    functions,
+    strings,
+)
+from tasks.corpus.template import NO_THINK, PRIVATE, TAKEN, Template
 from tasks.corpus.turns import (
     CLOSE,
     OPEN,
@@ -89,6 +99,8 @@ class _Rendering:
             raise Unusable(f"{where} holds messages but the tokenizer has no chat template; add one to it")
         self._template, self._where = template, where
         self._arguments = {**arguments, **chat.arguments}
+        if taken := TAKEN & self._arguments.keys():
+            raise Unusable(f"{where}: {TEMPLATE_ARGUMENTS} gives {min(taken)!r}, which is no template's own; remove it")
         self._marker = ""
         self._added = self._unthought = 0
         self._messages, self._tools = chat.messages, chat.tools

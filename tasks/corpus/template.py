@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from inspect import signature
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +15,8 @@ from tasks.corpus.turns import opens_thought
 NO_THINK = "/no_think"
 # Characters for private use, of which some that a chat does not hold mark places in it.
 PRIVATE = range(0xE000, 0xF8FF)
+# Arguments of apply_chat_template, and of the template, that are not for a row or a recipe to give.
+TAKEN = {"messages", *signature(PreTrainedTokenizerBase.apply_chat_template).parameters} - {"documents", "kwargs"}
 LONGEST = 256  # characters of a special token
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from elastic_core.files.pointers import pointer_fault
+
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 ROLES = ("system", "user", "assistant")
 # Their ids are their positions: NemotronH's configuration expects pad 0, bos 1 and eos 2.
@@ -44,6 +46,9 @@ CHAT_TEMPLATE = """\
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a checkpoint directory, from its files alone. ValueError if it has no eos token."""
+    for file in tokenizer_files(directory):
+        if fault := pointer_fault(file):
+            raise ValueError(fault)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:

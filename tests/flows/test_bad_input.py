@@ -207,6 +207,16 @@ def lose_a_shard(teacher: Path) -> None:
     (teacher / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
+def add_an_index(teacher: Path) -> None:
+    weight_map = dict.fromkeys(load_file(teacher / "model.safetensors"), "model.safetensors")
+    (teacher / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def leave_a_pointer(name: str) -> Change:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
+    return lambda teacher: (teacher / name).write_text(pointer)
+
+
 def lose_the_tokenizer(teacher: Path) -> None:
     for path in teacher.glob("*token*"):
         path.unlink()
@@ -223,6 +233,19 @@ NORM = "backbone.norm_f.weight"
 BAD_TEACHERS: dict[str, tuple[Change, str]] = {
     "truncated shard": (truncate, r"model.safetensors: is truncated"),
     "missing shard": (lose_a_shard, r"model-00002-of-00002.safetensors: there is no such file"),
+    "weights and an index": (add_an_index, r"holds model.safetensors and model.safetensors.index.json, and some"),
+    "weights that Git LFS did not fetch": (
+        leave_a_pointer("model.safetensors"),
+        r"model.safetensors: is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`",
+    ),
+    "tokenizer that Git LFS did not fetch": (
+        leave_a_pointer("tokenizer.json"),
+        r"tokenizer.json: is a Git LFS pointer",
+    ),
+    "time_step_limit as text": (
+        config(time_step_limit="[0, inf]"),
+        r"time_step_limit is '\[0, inf\]'; expected a list",
+    ),
     "wrong dtype": (weights(lambda t: t.update({NORM: t[NORM].long()})), rf"{NORM}: has dtype torch.int64"),
     "NaN weight": (weights(lambda t: t[NORM].fill_(math.nan)), rf"{NORM}: holds NaN"),
     "extra key": (weights(lambda t: t.update({"backbone.extra": torch.ones(3)})), r"unexpected: backbone.extra \[3\]"),
@@ -316,6 +339,17 @@ BAD_SETTINGS: dict[str, tuple[list[str], str]] = {
         r"no.json: there is no such file; measure a latency table with `elastic profile`",
     ),
     "latency table that is none": (["latency_table=recipe.yaml"], r"recipe.yaml: is not valid JSON"),
+    "budget given twice": (
+        ["budgets=[{name: l}, {name: s, params: 18000}, {name: s, params: 17000}]"],
+        r"budgets \['l', 's', 's'\] must be at least one, each name once",
+    ),
+    "budget with a slash": (["budgets.1.name=s/x"], r"budgets\[1\]: budget 's/x' is not a name: a letter or digit"),
+    "seed below 0": (["seed=-1"], r"seed=-1 must be at least 0 and below 2\^63"),
+    "no path": (["data.sources.0.path="], r"data.sources\[0\].path"),
+    "empty path": (["data.sources.0.path=''"], r"data.sources\[0\]: path is empty; name a file"),
+    "empty teacher": (["teacher.path=''"], r"teacher: path is empty; name a directory"),
+    "empty problems": (["evaluation.problems=''"], r"evaluation: problems is empty; name a file"),
+    "override of nothing": (["=3"], r"override '=3' is not key=value"),
     "two targets": (
         ["budgets.1.memory=16GiB@ctx=64"],
         r"budgets\[1\]: budget s has params and memory; give it one target, or none",
@@ -345,6 +379,7 @@ BAD_RECIPES: dict[str, tuple[bytes, str]] = {
     "no mapping": (b"- family\n", r"recipe.yaml: is not a recipe; expected a mapping"),
     "no text": (b"\xff\xfe\x00", r"recipe.yaml: is not text in UTF-8"),
     "empty": (b"", r"recipe.yaml: is not a recipe; expected a mapping"),
+    "key given twice": (b"family: a\nseed: 1\nseed: 2\n", r"recipe.yaml, line 3: is not YAML \(seed is given twice\)"),
     "something missing": (b"family: a\n", r"recipe.yaml: teacher is missing; it has no default"),
 }
 

@@ -58,6 +58,15 @@ def test_paths_are_relative_to_the_recipe_and_uris_are_left_alone(tmp_path):
     assert set(paths) == {"stdlib://", str(tmp_path / "tiny/problems-train-*.jsonl")}
 
 
+def test_paths_in_a_home_are_found_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "mine.yaml").write_text((RECIPES / "nano-12b.yaml").read_text())
+    changed = ["data.sources=[{path: ~/texts}]", "teacher.path=~/teacher"]
+    recipe = load_recipe(tmp_path / "mine.yaml", changed)
+    assert recipe.data.sources[0].path == str(tmp_path / "home/texts")
+    assert recipe.teacher.path == str(tmp_path / "home/teacher")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

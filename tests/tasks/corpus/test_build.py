@@ -500,6 +500,7 @@ def test_texts_for_a_tokenizer_come_evenly_from_all_sources(tmp_path: Path) -> N
 # --- bad input ---
 
 GOOD = json.dumps({"text": "good"}) + "\n"
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
 
 
 @pytest.mark.parametrize(
@@ -526,6 +527,13 @@ GOOD = json.dumps({"text": "good"}) + "\n"
         ("a.jsonl", '{"text": "\\ud83d"}\n', "a.jsonl line 1 holds half a surrogate pair, which is no character; mend"),
         ("a.json", '[{"text": "x"}]\n', "a.json line 1 is not a JSON object, of which JSONL holds one a line; mend"),
         ("a.jsonl", "", "a.jsonl: the file is empty; mend or remove it"),
+        ("a.jsonl", '{"text": "x", "text": "y"}\n', "a.jsonl line 1 cannot be read (the key 'text' occurs twice); "),
+        ("a.jsonl", f'{{"text": {"[" * 100_000}', "a.jsonl line 1 cannot be read (maximum recursion depth exceeded"),
+        ("a.jsonl", f'{{"text": {"9" * 5000}}}', "a.jsonl line 1 cannot be read (Exceeds the limit (4300 digits)"),
+        *(
+            (f"a.{kind}", POINTER, f"a.{kind}: is a Git LFS pointer, not the file")
+            for kind in ("txt", "jsonl", "parquet")
+        ),
         (
             "a.jsonl",
             GOOD + '{"body": "x"}\n',

@@ -92,6 +92,7 @@ CASES = {
         ASSISTANT_ONLY,
     ),
     "a question without an answer": Case("ours", chat(ASKED), ["⟦user⟧2+2?⟦/s⟧"]),
+    "a system message alone": Case("ours", chat(system("Be good.")), ["⟦system⟧Be good.⟦/s⟧"]),
     "a chat that ends in a question": Case(
         "ours", chat(ASKED, says("4"), user("3?")), ["⟦user⟧2+2?⟦assistant⟧‹4⟦/s⟧›⟦user⟧3?⟦/s⟧"], ASSISTANT_ONLY
     ),
@@ -447,6 +448,20 @@ REFUSED = {
         ASSISTANT_ONLY,
         "holds no message of the assistant, of which train_on: assistant learns",
     ),
+    "an argument that is not the template's": (
+        "ours",
+        chat(ASKED, says("4"), chat_template_kwargs={"add_generation_prompt": True}),
+        {},
+        "chat_template_kwargs gives 'add_generation_prompt', which is no template's own; remove it",
+    ),
+    "a question without content": ("ours", chat(user(None), says("4")), {}, "the chat template refuses it ("),
+    "nobody but a system message to learn from": (
+        "ours",
+        chat(system("Be good.")),
+        ASSISTANT_ONLY,
+        "holds no message of the assistant, of which train_on: assistant learns",
+    ),
+    "a null for a tool": ("hermes", chat(ASKED, says("4"), tools=[None]), {}, "'tools' is not a list of tools; mend"),
     "a question after a thought that is dropped then": (
         "nano2",
         chat(ASKED, says(f"{THOUGHT}4"), user("and?")),
