@@ -2,6 +2,7 @@
 # make test: the tests of a few minutes.   make test-all: those that need servers, browsers, databases, engines or kills
 # too, and the kernels.
 # make test-faults: kill -9 of everything at every step, a spoilt network, a full disk.
+# make reference: the page and the schema of recipes, from their classes.
 # make bench: every benchmark that runs on a CPU, into infra/benchmarks.md.   make bench-gpu: those for one CUDA device.
 PYTHON ?= python3.11
 VENV := .venv
@@ -16,7 +17,7 @@ LLAMACPP := $(ENGINES)/llamacpp
 BINDING := 0.3.36
 ROWS := infra/benchmarks.jsonl
 
-.PHONY: demo test test-all test-faults test-kernels lint check bench bench-gpu clean
+.PHONY: demo test test-all test-faults test-kernels lint check reference bench bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/elastic run infra/recipes/tiny.yaml
@@ -40,6 +41,10 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports
 
 check: lint test
+
+reference: $(INSTALLED)
+	$(BIN)/elastic schema >infra/recipes/recipe.schema.json
+	$(BIN)/elastic schema --page >infra/recipes/README.md
 
 bench: $(KERNELS)/installed
 	BENCH_ROWS=$(abspath $(ROWS)) OPTIONAL_PACKAGES=$(abspath $(KERNELS)) \

@@ -58,11 +58,14 @@ def _settings(text: str, where: str, keys: Mapping[str, str]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving(Strict):
-    """How a submodel is served: `batch` sequences at once of at most `context` tokens each, computed in `dtype`."""
+    """How a submodel is served."""
 
     context: int
+    """Tokens in a sequence at most, the prompt included. Example: `131072`."""
     batch: int = 1
+    """Sequences served at once. Example: `8`."""
     dtype: Dtype = "bfloat16"
+    """The floating-point type that it computes in. Example: `bfloat16`."""
 
     def __post_init__(self) -> None:
         positive(self, "context", "batch")
@@ -73,14 +76,17 @@ class Serving(Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryTarget(Strict):
-    """At most `bytes` of memory when serving, reading a prompt `prefill` tokens at a time.
+    """Memory when serving: weights, caches and activations.
 
     As text: 16GiB@ctx=131072 or, with everything said, 16GiB@ctx=131072,batch=8,dtype=bfloat16,prefill=2048.
     """
 
     bytes: int
+    """Bytes of memory at most. Example: `17179869184`."""
     serving: Serving
+    """How the submodel is served."""
     prefill: int = 2048
+    """Tokens of a prompt that are read at a time. Example: `2048`."""
 
     def __post_init__(self) -> None:
         positive(self, "bytes", "prefill")
@@ -101,13 +107,15 @@ class MemoryTarget(Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatencyTarget(Strict):
-    """At most `seconds` for a decoding step, by a latency table; a `serving` that is given must be the table's.
+    """The time of a decoding step, by a latency table.
 
     As text: 12ms, or 12ms@ctx=32768,batch=1.
     """
 
     seconds: float
+    """Seconds of a decoding step at most. Example: `0.012`."""
     serving: Serving | None = None
+    """How the submodel is served, which must be as the latency table was measured; unset, as that was."""
 
     def __post_init__(self) -> None:
         if self.nanoseconds < 1:
@@ -132,12 +140,16 @@ class LatencyTarget(Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget(Strict):
-    """A named target for a subnet: at most so many `params`, so much `memory` or `latency`; none is the full model."""
+    """A named target for a subnet: parameters, memory or latency; without a target, the full model."""
 
     name: str
+    """What the size is called, once in a recipe. Example: `9b`."""
     params: int | None = None
+    """Parameters at most. Example: `8900000000`."""
     memory: MemoryTarget | None = None
+    """Memory when serving, at most. Example: `16GiB@ctx=131072`."""
     latency: LatencyTarget | None = None
+    """The time of a decoding step, at most; it needs `latency_table`. Example: `12ms`."""
 
     def __post_init__(self) -> None:
         checked_name("budget", self.name)

@@ -14,38 +14,57 @@ FfnLayout = Literal["padded", "list"]  # how a slice holds FFN widths that diffe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig(Strict):
-    """Geometry of a Nemotron-H model; names are those of its `config.json`.
-
-    `hybrid_override_pattern` has one letter a residual layer: M Mamba-2, * attention, - FFN (relu squared, not gated).
-    `intermediate_size` is one FFN width, or one per `-` layer. A step dt of the state space lies within
-    `time_step_limit` (None: no upper end), whenever it is computed; `time_step_min`, `time_step_max` and
-    `time_step_floor` say where fresh weights begin, and nothing else.
-    """
+    """Geometry of a Nemotron-H model; names are those of its `config.json`."""
 
     hybrid_override_pattern: str
+    """One letter a residual layer: `M` Mamba-2, `*` attention, `-` FFN (relu squared, ungated). Example: `M-M*-`."""
     hidden_size: int
+    """Channels of the residual stream. Example: `5120`."""
     intermediate_size: int | tuple[int, ...]
+    """Neurons of an FFN layer: one number, or one for each `-` layer. Example: `20480`."""
     num_attention_heads: int
+    """Query heads of an attention layer. Example: `40`."""
     num_key_value_heads: int
+    """Key-value heads, a divisor of the query heads. Example: `8`."""
     head_dim: int
+    """Channels of an attention head. Example: `128`."""
     mamba_num_heads: int
+    """Heads of a Mamba layer, a multiple of `n_groups`. Example: `128`."""
     mamba_head_dim: int
+    """Channels of a Mamba head. Example: `80`."""
     ssm_state_size: int
+    """State of the SSM for each channel. Example: `128`."""
     n_groups: int
+    """Groups of Mamba heads that share B and C. Example: `8`."""
     vocab_size: int
+    """Tokens of the vocabulary. Example: `131072`."""
     conv_kernel: int = 4
+    """Tokens that the causal convolution sees. Example: `4`."""
     use_conv_bias: bool = True
+    """Whether the causal convolution has a bias. Example: `true`."""
     chunk_size: int = 128
+    """Tokens that the scan takes at once; the result does not depend on it. Example: `256`."""
     layer_norm_epsilon: float = 1e-5
+    """What RMSNorm adds to the mean square. Example: `1.0e-5`."""
     time_step_min: float = 0.001
+    """The smallest dt that fresh weights begin with; it limits nothing later. Example: `0.001`."""
     time_step_max: float = 0.1
+    """The largest dt that fresh weights begin with; it limits nothing later. Example: `0.1`."""
     time_step_floor: float = 1e-4
+    """The floor of a fresh dt. Example: `1.0e-4`."""
     time_step_limit: tuple[float, float | None] = (0.0, None)
+    """The least and the largest dt of the state space, whenever it is computed; null is no upper end.
+    Example: `[0.0, null]`."""
     initializer_range: float = 0.02
+    """Standard deviation of fresh weights. Example: `0.02`."""
     max_position_embeddings: int = 4096
+    """Tokens of context that the model is published for. Example: `131072`."""
     pad_token_id: int | None = 0
+    """The token that pads; null for none. Example: `0`."""
     bos_token_id: int | None = 1
+    """The token that begins a text; null for none. Example: `1`."""
     eos_token_id: int | tuple[int, ...] | None = 2
+    """The token that ends a text, or a list of them; null for none. Example: `[2, 11]`."""
 
     def __post_init__(self) -> None:
         unknown = set(self.hybrid_override_pattern) - {MAMBA, ATTENTION, FFN}
@@ -104,19 +123,22 @@ class ModelConfig(Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axes(Strict):
-    """The sizes that each elastic axis may take, largest first; an empty axis is not elastic.
-
-    `ffn`, `mamba_heads` and `attention_heads` are chosen once for the model, or per layer where the layer's kind is
-    named in `per_layer`.
-    """
+    """The sizes that each axis may take: the teacher's own first, then falling; an empty axis is not elastic."""
 
     hidden: tuple[int, ...] = ()
+    """Channels of the residual stream. Example: `[5120, 4480, 3840]`."""
     ffn: tuple[int, ...] = ()
+    """Neurons of an FFN layer. Example: `[20480, 15680, 10240]`."""
     mamba_heads: tuple[int, ...] = ()
+    """Heads of a Mamba layer, multiples of `n_groups`. Example: `[128, 112, 96]`."""
     mamba_head_dim: tuple[int, ...] = ()
+    """Channels of a Mamba head. Example: `[80, 64]`."""
     attention_heads: tuple[int, ...] = ()
+    """Query heads of an attention layer, multiples of the key-value heads. Example: `[40, 32]`."""
     depth: tuple[int, ...] = ()
+    """Layers, counted over all kinds. Example: `[62, 60, 58]`."""
     per_layer: tuple[Literal["ffn", "mamba_heads", "attention_heads"], ...] = ()
+    """The axes that are chosen for each layer apart, rather than once for the model. Example: `[ffn]`."""
 
     NAMES: ClassVar[tuple[str, ...]] = ("hidden", "ffn", "mamba_heads", "mamba_head_dim", "attention_heads", "depth")
 

@@ -1,7 +1,8 @@
 """Everything a run is configured by: frozen dataclasses, validated on construction, filled from YAML or JSON.
 
 `Recipe` is the root. A recipe file fills these classes and nothing more; the Prefect form and the command line are
-made from the same classes, so a default lives here or nowhere.
+made from the same classes, so a default lives here or nowhere. Below each field stands one sentence with its unit and
+an example: the form, `elastic schema`, infra/recipes/README.md and the errors show it.
 """
 
 from dataclasses import dataclass, field
@@ -19,31 +20,43 @@ TemplateArgument = str | bool | int | float
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSource(Strict):
-    """Documents to train on: a file, glob or directory, `s3://bucket/prefix`, `hf://org/name`, or `stdlib://`.
+    """Documents to train on, and how their rows are read.
 
-    A row that holds `messages_field` goes through the tokenizer's chat template; any other row is its `field`. The
-    template is given the row's `tools_field`, the arguments in `chat_template_kwargs` here and in a column of that
-    name, and `enable_thinking` where `reasoning_field` says on or off. Where nothing says so, a turn without a thought
-    is rendered with thinking turned off, if the template can.
-
-    `special_tokens` text: a special token that a document spells is characters. tokens: it is that token.
-    `train_on` assistant: of a chat only what the assistant writes is learned; a text is learned whole.
-    `max_skipped` rows that cannot be used are left out; one more is an error.
+    A row with a chat goes through the tokenizer's chat template; any other row is its text. Where nothing says whether
+    to think, a turn without a thought is rendered with thinking turned off, if the template can.
     """
 
     path: str
+    """Where the documents are: a file, a glob, a directory, `s3://bucket/prefix`, `hf://org/name`, or `stdlib://` for
+    Python's own texts. Example: `hf://org/name/config`."""
     format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
+    """How the files are read; `auto` goes by how their names end. Example: `jsonl`."""
     field: str = "text"
+    """The column that holds a row's text. Example: `content`."""
     messages_field: str = "messages"
+    """The column that holds a chat, a list of messages. Example: `conversation`."""
     tools_field: str = "tools"
+    """The column that holds the tools which the chat template is given. Example: `functions`."""
     reasoning_field: str = "reasoning"
+    """The column that says `on` or `off`, which the chat template is given as `enable_thinking`.
+    Example: `reasoning`."""
     chat_template_kwargs: dict[str, TemplateArgument] = dataclass_field(default_factory=dict)
+    """Arguments for the chat template by name; a row's own column of this name goes before them.
+    Example: `{enable_thinking: false}`."""
     special_tokens: Literal["text", "tokens"] = "text"
+    """What a special token that a document spells becomes: `text`, its characters, or `tokens`, the token.
+    Example: `tokens`."""
     train_on: Literal["all", "assistant"] = "all"
+    """What is learned of a chat: `all` of it, or what the `assistant` writes; a text is learned whole.
+    Example: `assistant`."""
     split: str = "train"
+    """The split to take of a data set on the Hub. Example: `math`."""
     max_documents: int | None = None
+    """Documents to take at most; unset, all. Example: `10000`."""
     max_tokens: int | None = None
+    """Tokens to take at most; unset, all. Example: `300000000`."""
     max_skipped: int = 0
+    """Rows that may be unusable and are left out; one more is an error. Example: `100`."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -54,16 +67,17 @@ class DataSource(Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig(Strict):
-    """What the family is trained and measured on.
-
-    Sequences are packed with documents. Where `separate_documents`, none is read after another: state, convolution and
-    attention begin anew with each, in training, rankings and held-out losses alike. Else a sequence is one text.
-    """
+    """What the family is trained and measured on."""
 
     sources: tuple[DataSource, ...]
+    """The sources, in any number; one named twice is seen twice as often. Example: `[{path: texts/*.jsonl}]`."""
     heldout_fraction: float = 0.02
+    """The share of the documents that is measured on and never trained on, between 0 and 1. Example: `0.001`."""
     separate_documents: bool = True
+    """Whether documents that are packed into one sequence are kept apart: state, convolution and attention begin anew
+    with each, in training and in measuring. Example: `false`."""
     seed: int = 0
+    """The seed of the choice of what is held out. Example: `1`."""
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -74,16 +88,24 @@ class DataConfig(Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Optimizer(Strict):
-    """AdamW, with a linear warm-up and then a constant or cosine rate down to `final_fraction` of the peak."""
+    """AdamW: the learning rate rises linearly, then stays or falls."""
 
     learning_rate: float
+    """The peak learning rate. Example: `9.0e-5`."""
     warmup_steps: int = 60
+    """Steps in which the learning rate rises to its peak. Example: `60`."""
     schedule: Literal["constant", "cosine"] = "constant"
+    """What the learning rate does after its peak: stay, or fall along a cosine. Example: `cosine`."""
     final_fraction: float = 0.1
+    """The share of the peak at which a `cosine` ends, from 0 to 1. Example: `0.1`."""
     weight_decay: float = 0.0
+    """A step takes the learning rate times this share off every weight. Example: `0.01`."""
     beta1: float = 0.9
+    """The decay of the gradient's running mean, from 0 to below 1. Example: `0.9`."""
     beta2: float = 0.95
+    """The decay of the squared gradient's running mean, from 0 to below 1. Example: `0.95`."""
     max_grad_norm: float = 1.0
+    """The norm to which a larger gradient is scaled down. Example: `1.0`."""
 
     def __post_init__(self) -> None:
         positive(self, "learning_rate", "max_grad_norm")
@@ -96,18 +118,22 @@ class Optimizer(Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSchedule(Strict):
-    """How the router takes part in a stage (arXiv 2511.16664, section on the router).
-
-    `mode` soft: the student runs under probability-weighted masks. hard: under the sampled choice, which carries the
-    selected probability's gradient. frozen: on the subnets resolved from the router as it stands, without masks.
-    `temperature` (tau) falls exponentially and `scale` rises linearly, each from its first value to its last.
-    """
+    """How the router takes part in a stage (arXiv 2511.16664, section on the router)."""
 
     mode: Literal["soft", "hard", "frozen"] = "soft"
+    """What the student runs under: `soft`, probability-weighted masks; `hard`, the sampled choice, which carries the
+    selected probability's gradient; `frozen`, the subnets that stand, without masks, while the router learns nothing.
+    Example: `frozen`."""
     learning_rate: float = 1e-2
+    """The router's own peak learning rate. Example: `1.0e-2`."""
     temperature: tuple[float, float] = (1.0, 0.05)
+    """The Gumbel-Softmax temperature at the first step and at the last; it falls exponentially.
+    Example: `[1.0, 0.05]`."""
     scale: tuple[float, float] = (1.0, 10.0)
+    """What the router's logits are multiplied by at the first step and at the last; it rises linearly.
+    Example: `[1.0, 10.0]`."""
     loss_weight: float = 1.0
+    """The weight of the router's loss, which is the distance of its expected cost from the budget. Example: `1.0`."""
 
     def __post_init__(self) -> None:
         positive(self, "learning_rate")
@@ -118,28 +144,38 @@ class RouterSchedule(Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage(Strict):
-    """One stage of distillation: `batch_size` sequences of `sequence_length` tokens a step, for `steps` steps.
-
-    `budgets` gives each budget's share of every global batch; shares are exact over the batch (C6). `shares` by_need:
-    that holds for the first steps; later a budget's share follows its measured KL to the teacher, and the full size,
-    which starts at KL 0, gets `full_share`. `budget_rows` sequences in a row share a budget: as many as there are
-    processes unless said, for all processes run one budget at a time, at most `micro_batch_size` sequences at once.
-    `recompute` keeps of each layer its input alone until the backward pass, which costs a second forward pass.
-    """
+    """One stage of distillation: each step trains on one global batch, whose sequences the budgets share."""
 
     name: str
+    """What the stage is called, once in a recipe. Example: `stage1`."""
     sequence_length: int
+    """Tokens in a sequence. Example: `8192`."""
     batch_size: int
+    """Sequences in a step, over all processes together. Example: `1536`."""
     steps: int
+    """Steps of the optimizer. Example: `5166`."""
     budgets: dict[str, float]
+    """The share of every global batch that each budget gets, by its name; the shares need not add up to 1.
+    Example: `{12b: 0.5, 9b: 0.3, 6b: 0.2}`."""
     optimizer: Optimizer
+    """The optimizer of the weights."""
     shares: Literal["by_need", "fixed"] = "by_need"
+    """Whether the shares are `fixed`, or follow `by_need` each budget's measured KL to the teacher after the first
+    steps. Example: `fixed`."""
     full_share: float = 0.05
+    """With `by_need`, the share of the full size, which starts at KL 0, from 0 to below 1. Example: `0.1`."""
     budget_rows: int | None = None
+    """Sequences in a row that share a budget, a divisor of `batch_size`; unset, as many as there are processes, which
+    all run one budget at a time. Example: `8`."""
     router: RouterSchedule = field(default_factory=RouterSchedule)
+    """How the router takes part."""
     micro_batch_size: int = 1
+    """Sequences that a process runs at once, a divisor of `batch_size`. Example: `2`."""
     recompute: bool = False
+    """Whether a layer keeps its input alone until the backward pass, which saves memory and costs a second forward
+    pass. Example: `true`."""
     checkpoint_every: int = 100
+    """Steps between checkpoints, to which a killed run goes back. Example: `50`."""
 
     def __post_init__(self) -> None:
         positive(self, "sequence_length", "batch_size", "steps", "micro_batch_size", "checkpoint_every")
@@ -173,16 +209,17 @@ class Stage(Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distillation(Strict):
-    """The task loss: kl_weight x forward KL(teacher || student) at `temperature` + ce_weight x cross-entropy.
-
-    `teacher` frozen: a copy of the checkpoint teaches every budget. trainable: the full budget teaches the smaller
-    ones and learns from cross-entropy itself.
-    """
+    """The task loss: kl_weight x forward KL(teacher || student) + ce_weight x cross-entropy."""
 
     teacher: Literal["frozen", "trainable"] = "frozen"
+    """Who teaches: `frozen`, a copy of the checkpoint teaches every budget; `trainable`, the full budget teaches the
+    smaller ones and itself learns from cross-entropy. Example: `trainable`."""
     kl_weight: float = 1.0
+    """The weight of the KL, at least 0. Example: `1.0`."""
     ce_weight: float = 0.0
+    """The weight of the cross-entropy, at least 0. Example: `0.1`."""
     temperature: float = 1.0
+    """What the logits of teacher and student are divided by in the KL. Example: `2.0`."""
 
     def __post_init__(self) -> None:
         positive(self, "temperature")
@@ -194,18 +231,22 @@ class Distillation(Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pretraining(Strict):
-    """Train a teacher from nothing, for recipes without one: a tokenizer, then cross-entropy on the data.
-
-    A micro-batch is the whole batch unless `micro_batch_size` says otherwise.
-    """
+    """A teacher trained from nothing, for recipes without one: a tokenizer, then cross-entropy on the data."""
 
     model: ModelConfig
+    """The geometry of the teacher."""
     sequence_length: int
+    """Tokens in a sequence. Example: `8192`."""
     batch_size: int
+    """Sequences in a step, over all processes together. Example: `32`."""
     steps: int
+    """Steps of the optimizer. Example: `1350`."""
     optimizer: Optimizer
+    """The optimizer of the weights."""
     micro_batch_size: int | None = None
+    """Sequences that a process runs at once, a divisor of `batch_size`; unset, the whole batch. Example: `4`."""
     tokenizer_bytes: int = 2_000_000
+    """Bytes of text that the tokenizer is trained on, at most. Example: `100000000`."""
 
     def __post_init__(self) -> None:
         positive(self, "sequence_length", "batch_size", "steps", "tokenizer_bytes")
@@ -229,15 +270,17 @@ class Pretraining(Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Teacher(Strict):
-    """The checkpoint to start from: `path` (directory, `s3://...` or `org/name[@revision]`) or `pretrain`, one of them.
-
-    `model` is the geometry expected at `path`: it lets `elastic plan` work without a download, and is checked against
-    the checkpoint's config.json when that is fetched.
-    """
+    """The checkpoint to start from: one that is there, or one to train."""
 
     path: str | None = None
+    """Where the checkpoint is: a directory, `s3://bucket/prefix`, or `org/name` on the Hub, with `@revision` to pin it;
+    this or `pretrain`. Example: `nvidia/NVIDIA-Nemotron-Nano-12B-v2`."""
     model: ModelConfig | None = None
+    """The geometry expected at `path`: it lets `elastic plan` work without a download, and is compared with the
+    checkpoint's config.json.
+    """
     pretrain: Pretraining | None = None
+    """How to train a teacher first; this or `path`."""
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.pretrain is None):
@@ -250,23 +293,28 @@ class Teacher(Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Importance(Strict):
-    """Calibration of the rankings: sequences for the width scores, and (fewer, being run often) for depth.
-
-    `hidden` principal: before anything is ranked, the residual stream is rotated to its principal components, which
-    leaves the teacher's function as it is, and then a cut of hidden channels loses far less. channels: the teacher's
-    own channels are ranked, as in arXiv 2511.16664. `mamba_scores`: absolute sums |s| over the tokens, s the input of
-    the SSM; signed sums s, which is that paper's letter and lets channels of both signs cancel. What cutting in the
-    order of importance loses is compared with `random_orders` random orders on `comparison_tokens` held-out tokens.
-    """
+    """How the teacher's components are ranked, and how the rankings are compared with random orders."""
 
     samples: int = 1024
+    """Calibration sequences for the scores of the widths. Example: `256`."""
     sequence_length: int = 8192
+    """Tokens in a calibration sequence. Example: `8192`."""
     batch_size: int = 1
+    """Calibration sequences run at once. Example: `4`."""
     depth_samples: int = 64
+    """Calibration sequences for the ranking of the layers, which runs each many times. Example: `16`."""
     hidden: Literal["principal", "channels"] = "principal"
+    """What of the residual stream is ranked: its `principal` components, to which it is rotated first without changing
+    the teacher's function, and of which a cut loses far less; or, as in arXiv 2511.16664, the teacher's own `channels`.
+    Example: `channels`."""
     mamba_scores: MambaScores = "absolute"
+    """How a Mamba channel's inputs s are summed over the tokens: `absolute`, |s|; `signed`, s, which is the letter of
+    arXiv 2511.16664 and lets the two signs cancel. Example: `signed`."""
     comparison_tokens: int = 32_768
+    """Held-out tokens on which cutting in the order of importance is compared with cutting in random orders.
+    Example: `4096`."""
     random_orders: int = 5
+    """Random orders to compare with, at least 2. Example: `5`."""
 
     def __post_init__(self) -> None:
         positive(self, "samples", "sequence_length", "batch_size", "depth_samples", "comparison_tokens")
@@ -276,18 +324,20 @@ class Importance(Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shapes(Strict):
-    """How each budget's subnet is chosen: by the measured loss of its cut, or by the router's word alone.
-
-    `measured`: before training, and after each stage whose router trained, subnets within the budgets are cut from the
-    teacher and their KL to it is measured on `samples` calibration sequences; at most `measurements` of them, a forward
-    pass each. `router`: as arXiv 2511.16664 has it, the router starts from nothing and its most likely choice is taken.
-    """
+    """How each budget's subnet is chosen."""
 
     by: Literal["measured", "router"] = "measured"
+    """`measured`: before training, and after a stage whose router learned, subnets within the budgets are cut from the
+    teacher, and the one with the least KL to it is taken; `router`: as arXiv 2511.16664 has it, the router starts from
+    nothing and its most likely choice is taken. Example: `router`."""
     samples: int = 4
+    """Calibration sequences that a cut is measured on. Example: `16`."""
     sequence_length: int = 8192
+    """Tokens in such a sequence. Example: `8192`."""
     batch_size: int = 1
+    """Sequences run at once. Example: `4`."""
     measurements: int = 600
+    """Subnets to measure at most, a forward pass over all samples each. Example: `200`."""
 
     def __post_init__(self) -> None:
         positive(self, "samples", "sequence_length", "batch_size", "measurements")
@@ -298,6 +348,7 @@ class Router(Strict):
     """The router's size; its schedule belongs to each stage."""
 
     hidden_size: int = 256
+    """Neurons in the hidden layer of each axis's MLP. Example: `256`."""
 
     def __post_init__(self) -> None:
         positive(self, "hidden_size")
@@ -305,18 +356,23 @@ class Router(Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation(Strict):
-    """What is measured of every budget: held-out tokens, and problems answered by generation (exact match).
-
-    A problem is a chat whose last message is the answer; its template is given `chat_template_kwargs`.
-    """
+    """What is measured of every budget: its loss on held-out tokens, and the problems that it solves."""
 
     heldout_tokens: int = 1_000_000
+    """Held-out tokens to measure on, at most. Example: `10000000`."""
     sequence_length: int = 8192
+    """Tokens in a held-out sequence. Example: `8192`."""
     batch_size: int = 1
+    """Sequences run at once. Example: `4`."""
     problems: str | None = None
+    """A JSONL file of problems, answered by greedy generation and scored by exact match; each is a chat whose last
+    message is the answer. Example: `problems.jsonl`."""
     max_problems: int = 256
+    """Problems to answer at most. Example: `150`."""
     max_new_tokens: int = 512
+    """Tokens in an answer at most. Example: `512`."""
     chat_template_kwargs: dict[str, TemplateArgument] = field(default_factory=dict)
+    """Arguments for the chat template of the problems, by name. Example: `{enable_thinking: false}`."""
 
     def __post_init__(self) -> None:
         positive(self, "heldout_tokens", "sequence_length", "batch_size", "max_problems", "max_new_tokens")
@@ -326,9 +382,10 @@ class Evaluation(Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Promotion(Strict):
-    """The gate to `champion`: held-out cross-entropy at most `margin` (relative) above the present champion's."""
+    """The gate to `champion`."""
 
     margin: float = 0.01
+    """How far the held-out cross-entropy may lie above the present champion's, as a share of that. Example: `0.02`."""
 
     def __post_init__(self) -> None:
         not_negative(self, "margin")
@@ -336,31 +393,45 @@ class Promotion(Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe(Strict):
-    """A whole run: from a teacher and a dataset to a registered family.
-
-    `latency_table` is the file of `elastic profile` that latency budgets are counted by. `storage` is how slices are
-    published: each whole, for every MLflow client, or nested in one another, for `elastic pull`, at the storage of the
-    largest. `ffn_layout` is how slices hold FFN widths that differ by layer: padded with zeros to one width, or as a
-    list, which vLLM, transformers and llama.cpp do not load.
-    """
+    """A whole run: from a teacher and a dataset to a registered family."""
 
     family: str
+    """What the family is called; its members are registered as `FAMILY-BUDGET`. Example: `nano`."""
     teacher: Teacher
+    """The checkpoint to start from."""
     data: DataConfig
+    """The documents to train and measure on."""
     axes: Axes
+    """The sizes that each part of the model may take."""
     budgets: tuple[Budget, ...]
+    """The sizes to make, from the largest to the smallest. Example: `[{name: 12b}, {name: 9b, params: 8900000000}]`."""
     stages: tuple[Stage, ...]
+    """The stages of distillation, in their order."""
     importance: Importance = field(default_factory=Importance)
+    """How the teacher's components are ranked."""
     shapes: Shapes = field(default_factory=Shapes)
+    """How each budget's subnet is chosen."""
     router: Router = field(default_factory=Router)
+    """The router's size."""
     distillation: Distillation = field(default_factory=Distillation)
+    """The loss that the family learns from."""
     evaluation: Evaluation = field(default_factory=Evaluation)
+    """What is measured of every budget."""
     promotion: Promotion = field(default_factory=Promotion)
+    """The gate to `champion`."""
     latency_table: str | None = None
+    """The file of `elastic profile` that latency budgets are counted by; needed for those alone.
+    Example: `h100.json`."""
     dtype: Dtype = "bfloat16"
+    """The floating-point type that the models compute in. Example: `float32`."""
     ffn_layout: FfnLayout = "padded"
+    """How slices hold FFN widths that differ by layer: `padded` with zeros to one width, or as a `list`, which vLLM,
+    transformers and llama.cpp do not load. Example: `list`."""
     storage: Storage = "materialised"
+    """How slices are published: `materialised`, each whole, for every MLflow client; `nested` in one another, for
+    `elastic pull`, at the storage of the largest. Example: `nested`."""
     seed: int = 0
+    """The seed of everything random in a run. Example: `1`."""
 
     def __post_init__(self) -> None:
         checked_name("family", self.family)

@@ -1,13 +1,19 @@
 """Frozen dataclasses from plain data, strictly: from YAML, the command line and the Prefect form alike."""
 
+import ast
 import dataclasses
 import difflib
+import inspect
 import math
 import re
+import sys
+import threading
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
+from functools import cache
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, TypeVar
 
 T = TypeVar("T")
@@ -15,14 +21,52 @@ T = TypeVar("T")
 # What a family, a budget, a stage and a version may be called: the registry, S3 and file systems take it as it is.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
+# Python 3.11 fails where two threads parse at once ("AST constructor recursion depth mismatch").
+PARSER = threading.Lock()
+
+
+class _Mistyped(ValueError):
+    """A value of another type than its field has: its message still lacks what the field is."""
+
 
 def build(cls: type[T], data: object, where: str = "") -> T:
     """Build the dataclass `cls` from plain YAML or JSON data, strictly.
 
     Raises ValueError with the dotted path of the field for an unknown key (with the nearest known one), a missing
-    required field, a value of the wrong type, or a value that the class itself refuses.
+    required field or a value of the wrong type (with the field's description), or a value that the class refuses.
     """
     return typing.cast(T, _convert(cls, data, where))
+
+
+def descriptions(cls: type) -> dict[str, str]:
+    """What each field of a dataclass is: the text that stands below it in the source, in one line."""
+    return _described_classes(cls.__module__).get(cls.__name__, {})
+
+
+@cache
+def _described_classes(module: str) -> dict[str, dict[str, str]]:
+    with PARSER:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+        return {node.name: dict(_described_fields(node.body)) for node in classes}
+
+
+def _described_fields(body: Sequence[ast.stmt]) -> Iterator[tuple[str, str]]:
+    for statement, below in pairwise(body):
+        match statement, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                yield name, " ".join(text.split())
+
+
+def example(description: str) -> str | None:
+    """The example, in YAML, that a description ends with."""
+    found = re.search(r"Example: `(.+)`\.$", description)
+    return found[1] if found else None
+
+
+def _described(cls: type, name: str, error: object) -> ValueError:
+    description = descriptions(cls).get(name)
+    return ValueError(f"{error}. {name}: {description}" if description else str(error))
 
 
 def _build_dataclass(cls: Any, data: object, where: str) -> Any:
@@ -31,7 +75,7 @@ def _build_dataclass(cls: Any, data: object, where: str) -> Any:
     if isinstance(data, str) and hasattr(cls, "from_text"):
         data = cls.from_text(data, where or cls.__name__)
     if not isinstance(data, Mapping):
-        raise ValueError(f"{where or cls.__name__} is {data!r}; expected a mapping")
+        raise _Mistyped(f"{where or cls.__name__} is {data!r}; expected a mapping")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     prefix = f"{where}." if where else ""
@@ -43,12 +87,19 @@ def _build_dataclass(cls: Any, data: object, where: str) -> Any:
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in data:
-            raise ValueError(f"{prefix}{name} is missing; it has no default")
-    values = {str(key): _convert(hints[str(key)], value, f"{prefix}{key}") for key, value in data.items()}
+            raise _described(cls, name, f"{prefix}{name} is missing; it has no default")
+    values = {str(key): _convert_field(cls, str(key), hints, value, prefix) for key, value in data.items()}
     try:
         return cls(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}" if where else str(error)) from None
+
+
+def _convert_field(cls: type, name: str, hints: Mapping[str, Any], value: Any, prefix: str) -> Any:
+    try:
+        return _convert(hints[name], value, f"{prefix}{name}")
+    except _Mistyped as error:
+        raise _described(cls, name, error) from None
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -60,18 +111,18 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert_union(args, value, where)
     if origin is Literal:
         if value not in args:
-            raise ValueError(f"{where} is {value!r}; expected one of: {', '.join(map(str, args))}")
+            raise _Mistyped(f"{where} is {value!r}; expected one of: {', '.join(map(str, args))}")
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ValueError(f"{where} is {value!r}; expected a list")
+            raise _Mistyped(f"{where} is {value!r}; expected a list")
         inner = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         if len(inner) != len(value):
-            raise ValueError(f"{where} has {len(value)} entries; expected {len(inner)}")
+            raise _Mistyped(f"{where} has {len(value)} entries; expected {len(inner)}")
         return tuple(_convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True)))
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise ValueError(f"{where} is {value!r}; expected a mapping")
+            raise _Mistyped(f"{where} is {value!r}; expected a mapping")
         return {_convert(args[0], k, where): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
     return _convert_scalar(hint, value, where)
 
@@ -79,15 +130,15 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and type(None) in args:
         return None
-    problems = []
+    problems: list[ValueError] = []
     for arg in args:
         if arg is type(None):
             continue
         try:
             return _convert(arg, value, where)
         except ValueError as error:
-            problems.append(str(error))
-    raise ValueError(problems[-1] if isinstance(value, Mapping | list | tuple) else problems[0])
+            problems.append(error)
+    raise problems[-1] if isinstance(value, Mapping | list | tuple) else problems[0]
 
 
 def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
@@ -95,20 +146,20 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
         return _convert_number(hint, value, where)
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool) == isinstance(value, bool):
         return value
-    raise ValueError(f"{where} is {value!r}; expected {getattr(hint, '__name__', hint)}")
+    raise _Mistyped(f"{where} is {value!r}; expected {getattr(hint, '__name__', hint)}")
 
 
 def _convert_number(hint: Any, value: str | float, where: str) -> float:
     try:
         number = float(value)
     except (ValueError, OverflowError):
-        raise ValueError(f"{where} is {value!r}; expected a number") from None
+        raise _Mistyped(f"{where} is {value!r}; expected a number") from None
     if not math.isfinite(number):
-        raise ValueError(f"{where} is {value!r}; expected a finite number")
+        raise _Mistyped(f"{where} is {value!r}; expected a finite number")
     if hint is float:
         return number
     if not number.is_integer():
-        raise ValueError(f"{where} is {value!r}; expected a whole number")
+        raise _Mistyped(f"{where} is {value!r}; expected a whole number")
     return value if isinstance(value, int) else int(Decimal(value))
 
 
@@ -161,7 +212,8 @@ def not_negative(owner: Any, *names: str) -> None:
 class Strict:
     """Makes pydantic, which builds Prefect's forms, refuse unknown keys and infinite numbers as `build` does.
 
-    In the form the fields keep their order, which it would lose, and the names that they have in a recipe.
+    In the form the fields keep their order, which it would lose, and the names that they have in a recipe; below each
+    stands its description.
     """
 
     __slots__ = ()
@@ -169,7 +221,9 @@ class Strict:
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> Any:
-        schema = handler(core_schema)
+        schema, described = handler(core_schema), descriptions(cls)
         for position, (name, shown) in enumerate(handler.resolve_ref_schema(schema)["properties"].items()):
             shown |= {"title": name, "position": position}
+            if name in described:
+                shown["description"] = described[name]
         return schema

@@ -103,6 +103,16 @@ def plan(
 
 
 @app.command()
+def schema(
+    page: Annotated[bool, typer.Option("--page", help="Print the reference page, Markdown, instead.")] = False,
+) -> None:
+    """Print the JSON Schema of recipes, by which an editor completes and checks them."""
+    from flows.commands.reference import recipe_page, recipe_schema
+
+    typer.echo(recipe_page().rstrip() if page else json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
+
+
+@app.command()
 def up(
     recipe: Annotated[Path, typer.Argument(help="The recipe that the forms are filled in with.")] = Path(
         "infra/recipes/tiny.yaml"

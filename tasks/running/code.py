@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -20,6 +19,8 @@ from importlib import metadata
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
+
+from elastic_core.schema import PARSER
 
 PROJECT = "elastic-family"
 DIGEST_LENGTH = 64  # of SHA-256 in hex
@@ -40,9 +41,6 @@ PLUMBING = (
 KERNELS = ("causal_conv1d", "mamba_ssm", "triton")
 
 Function = Callable[..., Any]
-
-# Python 3.11 fails where two threads parse at once ("AST constructor recursion depth mismatch").
-_parser = threading.Lock()
 
 # The modules whose files were read, and when each had been written.
 _read_at: dict[str, int] = {}
@@ -72,7 +70,7 @@ def code_of(function: Function) -> Code:
 
 def own_digest(function: Function) -> str:
     """SHA-256 of a function and of what it reaches in its own module."""
-    with _parser:
+    with PARSER:
         return _reached(function).digest
 
 
@@ -90,7 +88,7 @@ def check_unchanged(function: Function) -> None:
 
 
 def _followed(function: Function, parse: Callable[[str], "_Parsed"]) -> Code:
-    with _parser:
+    with PARSER:
         return _reachable(function, parse)
 
 

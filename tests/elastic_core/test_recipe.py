@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import math
+import re
 import subprocess
 import sys
 from typing import Any
@@ -499,11 +500,48 @@ BAD_VALUES: list[tuple[tuple[str | int, ...], Any, str]] = [
     (("promotion",), {"margin": -0.1}, "promotion: margin=-0.1 must be at least 0"),
 ]
 
+DESCRIPTION = re.compile(r"\. \w+: [A-Z`].*$")  # of a field, behind what is wrong with its value
 BAD_IDS = [f"{'.'.join(map(str, path))}={value!r}"[:60] for path, value, _ in BAD_VALUES]
 
 
 @pytest.mark.parametrize(("path", "value", "message"), BAD_VALUES, ids=BAD_IDS)
 def test_a_bad_value_gets_one_line_with_its_path(path: tuple[str | int, ...], value: Any, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        build(Recipe, set_at(recipe_data(), path, value))
+    assert DESCRIPTION.sub("", str(caught.value)) == message
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (
+            ("stages", 0, "batch_size"),
+            "many",
+            "stages[0].batch_size is 'many'; expected a number. batch_size: Sequences in a step, over all processes "
+            "together. Example: `1536`.",
+        ),
+        (
+            ("stages", 0, "router"),
+            {"scale": [1.0, "x"]},
+            "stages[0].router.scale[1] is 'x'; expected a number. scale: What the router's logits are multiplied by at "
+            "the first step and at the last; it rises linearly. Example: `[1.0, 10.0]`.",
+        ),
+        (
+            ("budgets", 1, "memory"),
+            "1GiB@ctx=8k",
+            "budgets[1].memory.serving.context is '8k'; expected a number. context: Tokens in a sequence at most, the "
+            "prompt included. Example: `131072`.",
+        ),
+        (
+            ("stages", 0),
+            {"name": "a", "sequence_length": 1},
+            "stages[0].batch_size is missing; it has no default. batch_size: Sequences in a step, over all processes "
+            "together. Example: `1536`.",
+        ),
+    ],
+    ids=["a number", "in a list", "as text", "missing"],
+)
+def test_who_writes_another_type_or_nothing_is_told_what_the_field_is(path, value, message) -> None:
     with pytest.raises(ValueError) as caught:
         build(Recipe, set_at(recipe_data(), path, value))
     assert str(caught.value) == message
@@ -533,7 +571,7 @@ def test_a_switch_is_neither_a_number_nor_a_word(value: Any) -> None:
 def test_a_missing_root_setting_is_named() -> None:
     data = recipe_data()
     del data["family"]
-    with pytest.raises(ValueError, match=r"^family is missing; it has no default$"):
+    with pytest.raises(ValueError, match=r"^family is missing; it has no default\. family: "):
         build(Recipe, data)
     with pytest.raises(ValueError, match=r"^Recipe is None; expected a mapping$"):
         build(Recipe, None)
