@@ -22,11 +22,12 @@ ROWS := infra/benchmarks.jsonl
 demo: $(INSTALLED)
 	$(BIN)/elastic run infra/recipes/tiny.yaml
 
+# A process for each core: half the time, and they share nothing but the machine. Those of `services` take turns.
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not (gpu or benchmark or faults or services)"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --dist loadfile -m "not (gpu or benchmark or faults or services)"
 
-test-all: test-kernels $(ENGINES)/installed
-	ENGINES=$(abspath $(ENGINES)) $(BIN)/pytest -m "not (gpu or benchmark or faults)"
+test-all: test test-kernels $(ENGINES)/installed
+	ENGINES=$(abspath $(ENGINES)) $(BIN)/pytest -m "services and not (gpu or benchmark or faults)"
 
 test-faults: $(INSTALLED)
 	$(BIN)/pytest -m faults
