@@ -76,10 +76,14 @@ class DataConfig(Strict):
     separate_documents: bool = True
     """Whether documents that are packed into one sequence are kept apart: state, convolution and attention begin anew
     with each, in training and in measuring. Example: `false`."""
+    shard_bytes: int = 128 * 2**20
+    """The bytes of input that one process tokenises at a time, into a file of their own; a run that was killed begins
+    again at the first that is not whole. The tokens and their order are the same for any number. Example: `67108864`."""
     seed: int = 0
     """The seed of the choice of what is held out. Example: `1`."""
 
     def __post_init__(self) -> None:
+        positive(self, "shard_bytes")
         if not self.sources:
             raise ValueError("sources is empty; name at least one")
         if not 0 < self.heldout_fraction < 1:

@@ -11,8 +11,6 @@ import logging
 import os
 import shutil
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
@@ -27,6 +25,7 @@ from elastic_core.files import checkpoint, shards
 from elastic_core.files.locks import IsHeld, held
 from elastic_core.geometry import ModelConfig
 from elastic_core.model import ElasticNemotronH, is_matrix
+from elastic_core.parent import die_with_parent
 from elastic_core.recipe import Distillation, Stage
 from elastic_core.resolve import resolve_budgets
 from elastic_core.router import ElasticModel, Router
@@ -276,21 +275,6 @@ def exclusive(work: Path, patience: float = 60.0) -> Iterator[None]:
             yield
     except IsHeld:
         raise RuntimeError(f"{work}: another process is training this stage; stop it first") from None
-
-
-def die_with_parent(parent: int | None = None) -> None:
-    """End this process when its parent is gone, so that a killed run leaves no trainer behind.
-
-    `parent` is the process that started it, which may be gone already when this is called; else the parent of now.
-    """
-    parent = os.getppid() if parent is None else parent
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def main(arguments: list[str]) -> int:

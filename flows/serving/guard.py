@@ -10,7 +10,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.context import FlowRunContext
 from prefect.settings import get_current_settings
 
-from elastic_core.training.job import die_with_parent
+from elastic_core.parent import die_with_parent
 from tasks.settings import ServiceError
 
 # So many, one after the other, are a crash loop; over a longer time they may be machines that were taken away.

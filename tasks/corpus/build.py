@@ -1,72 +1,75 @@
 """Turn documents into one flat stream of tokens to train on, and one that is held out.
 
-A split is one token file (token_file.py): its documents joined, each ended by eos. A stage of sequence length L cuts
-row i from it as `tokens[i * L : i * L + L + 1]`, so that one file serves every length.
+The stream to train on is the documents of one source after the other, each ended by eos, in one token file or in
+several (token_stream.py); what is held out is in one. A stage of sequence length L cuts row i from it as
+`tokens[i * L : i * L + L + 1]`, so that one corpus serves every length. The sources are read in shards (shards.py).
 """
 
 import hashlib
 import heapq
 import logging
+import os
+import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
 from elastic_core.files.shards import staged_directory, write_json
+from elastic_core.files.token_stream import part_name
 from elastic_core.recipe import DataConfig, DataSource
 from elastic_core.schema import to_dict
-from tasks.corpus.documents import Document, Fetch, Tally, digest_files, iter_documents
-from tasks.corpus.encoding import Encoder
-from tasks.corpus.ends import end_tokens
-from tasks.corpus.record import HELDOUT_FILE, RECORD_FILE, TRAIN_FILE, DataRecord, SourceRecord
-from tasks.corpus.token_file import Sample, TokenFile
-from tasks.corpus.tokenizer import load_tokenizer, tokenizer_files
+from tasks.corpus.documents import SHOWN, Fetch, digest_files, iter_documents, source_pieces
+from tasks.corpus.record import HELDOUT_FILE, RECORD_FILE, TRAIN_FILE, DataRecord, SourceRecord, SplitRecord
+from tasks.corpus.shards import Shard, ShardRecord, plan_shards
+from tasks.corpus.token_file import TokenFile
+from tasks.corpus.tokenizer import tokenizer_files
+from tasks.corpus.workers import Progress, ShardMaker, make_shards
+
+# A split of one shard, and the shard's directory.
+Split = tuple[Path, SplitRecord]
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
-
 
 def build_corpus(
-    config: DataConfig, tokenizer_dir: Path, output_dir: Path, *, fetch: Fetch, progress: Progress | None = None
+    config: DataConfig,
+    tokenizer_dir: Path,
+    output_dir: Path,
+    *,
+    fetch: Fetch,
+    work: Path | None = None,
+    processes: int = 1,
+    progress: Progress | None = None,
 ) -> DataRecord:
     """Tokenise every source of `config` into `output_dir`, split by document, and return the record.
 
-    The directory appears whole or not at all. Memory is bounded by a batch of documents; `progress(documents, tokens)`
-    is told the totals so far. ValueError, one line with file, row and remedy, for input that cannot be used.
+    The directory appears whole or not at all, and is the same for any number of `processes`. With `work`, a directory
+    that only this corpus has, what a killed run has made there is not made again. Memory is bounded by a batch of
+    documents in each process. ValueError, one line with file, row and remedy, for input that cannot be used.
     """
-    tokenizer = load_tokenizer(tokenizer_dir)
-    encoder = Encoder(tokenizer, end_tokens(tokenizer_dir))
-    with (
-        staged_directory(output_dir) as staging,
-        tempfile.TemporaryDirectory(dir=staging) as work,
-        TokenFile(staging / TRAIN_FILE, Path(work), separate=config.separate_documents) as train,
-        TokenFile(staging / HELDOUT_FILE, Path(work), separate=config.separate_documents) as heldout,
-    ):
-
-        def write(digest: bytes, sample: Sample) -> None:
-            (heldout if is_heldout(digest, config.heldout_fraction, config.seed) else train).append(sample)
-            if progress is not None:
-                progress(train.documents + heldout.documents, train.tokens + heldout.tokens)
-
-        sources = []
-        for i, source in enumerate(config.sources):
-            tally = Tally(source)
-            found = iter_documents(source, fetch=fetch, directory=Path(work, str(i)), tally=tally)
-            sources.append(_write_source(source, encoder.samples(found, source, tally), tally, write))
-        if not train.documents or not heldout.documents:
-            raise ValueError(
-                f"{train.documents + heldout.documents} documents leave {train.documents} to train on and "
-                f"{heldout.documents} held out at heldout_fraction={config.heldout_fraction}; "
-                "add documents (a text file is one) or change the fraction"
+    with _workplace(work, output_dir) as place:
+        fetched = _fetching_once(fetch)
+        pieces = [
+            source_pieces(source, fetch=fetched, directory=place / f"source-{i}", piece_bytes=config.shard_bytes)
+            for i, source in enumerate(config.sources)
+        ]
+        shards = plan_shards(pieces, config.shard_bytes)
+        maker = ShardMaker(config=config, tokenizer=tokenizer_dir, directory=place)
+        made = make_shards(maker, shards, processes, progress or (lambda tokens, expected: None))
+        sources = tuple(_source_record(i, source, shards, made) for i, source in enumerate(config.sources))
+        train = [(maker.place(shard), one.train) for shard, one in zip(shards, made, strict=True) if one.train]
+        heldout = [(maker.place(shard), one.heldout) for shard, one in zip(shards, made, strict=True) if one.heldout]
+        _check_sides(train, heldout, config.heldout_fraction)
+        with staged_directory(output_dir) as staging:
+            record = DataRecord(
+                sources=sources,
+                tokenizer_sha256=digest_files(tokenizer_files(tokenizer_dir)),
+                train=_divided(staging, train),
+                heldout=_joined(staging, heldout, config),
             )
-        record = DataRecord(
-            sources=tuple(sources),
-            tokenizer_sha256=digest_files(tokenizer_files(tokenizer_dir)),
-            train=train.finish(),
-            heldout=heldout.finish(),
-        )
-        write_json(staging / RECORD_FILE, to_dict(record))
+            write_json(staging / RECORD_FILE, to_dict(record))
     return record
 
 
@@ -88,57 +91,111 @@ def iter_texts(config: DataConfig, *, fetch: Fetch) -> Iterator[str]:
             heapq.heappush(streams, (characters + len(text), i, found))
 
 
-def is_heldout(digest: bytes, fraction: float, seed: int) -> bool:
-    """The side of a document, by its content and `seed` alone: its copies share it, whatever is added later."""
-    draw = hashlib.sha256(f"{seed} ".encode() + digest).digest()[:8]
-    return int.from_bytes(draw, "little") < fraction * 2**64
+@contextmanager
+def _workplace(work: Path | None, output_dir: Path) -> Iterator[Path]:
+    """Where shards are made: `work`, which outlives a run that fails, or a directory beside the output."""
+    if work is not None:
+        work.mkdir(parents=True, exist_ok=True)
+        yield work
+        return
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as own:
+        yield Path(own)
 
 
-def _write_source(
-    source: DataSource,
-    encoded: Iterable[tuple[Document, list[Sample]]],
-    tally: Tally,
-    write: Callable[[bytes, Sample], None],
+def _fetching_once(fetch: Fetch) -> Fetch:
+    """`fetch`, but what an earlier run has brought to the same directory is used as it is."""
+
+    def fetched(uri: str, directory: Path) -> Path:
+        note = directory.with_name(f"{directory.name}.whole")
+        if note.exists():
+            return directory / note.read_text()
+        shutil.rmtree(directory, ignore_errors=True)
+        found = fetch(uri, directory)
+        note.write_text(os.path.relpath(found, directory))
+        return found
+
+    return fetched
+
+
+def _source_record(
+    number: int, source: DataSource, shards: Sequence[Shard], made: Sequence[ShardRecord]
 ) -> SourceRecord:
-    """Write documents until the source ends or a limit is reached; the last one is cut at `max_tokens`."""
-    content = hashlib.sha256()
-    taken = tokens = learned = 0
-    for document, samples in encoded:
-        digest = document.digest()
-        for whole in samples:
-            sample = whole if source.max_tokens is None else whole.first(source.max_tokens - tokens)
-            if not sample.ids:
-                break
-            write(digest, sample)
-            tokens += len(sample.ids)
-            learned += sample.count_learned
-        content.update(digest)
-        taken += 1
-        if tokens == source.max_tokens:
-            break
-    if not taken:
+    """What all shards took of a source. ValueError for a source without documents; a line for what was left out."""
+    taken = [
+        of_part
+        for shard, record in zip(shards, made, strict=True)
+        for part, of_part in zip(shard.parts, record.parts, strict=True)
+        if part.source == number
+    ]
+    counts = ("documents", "tokens", "train_tokens", "learned", "empty", "skipped", "unthought")
+    content = hashlib.sha256("".join(part.sha256 for part in taken if part.documents).encode())
+    found = SourceRecord(
+        **{name: sum(getattr(part, name) for part in taken) for name in counts},
+        first_skipped=tuple(fault for part in taken for fault in part.first_skipped)[:SHOWN],
+        sha256=content.hexdigest(),
+    )
+    if not found.documents:
         raise ValueError(f"{source.path}: the dataset is empty; add documents or take it out of data.sources")
-    if tally.skipped:
+    if found.skipped:
         logger.warning(
             "%s: %d rows cannot be used and were skipped; the first: %s",
             source.path,
-            tally.skipped,
-            tally.first[0],
+            found.skipped,
+            found.first_skipped[0],
         )
-    if tally.unthought:
+    if found.unthought:
         logger.warning(
             "%s: %d turns have no thought and are rendered with thinking turned off; say `reasoning: off` in the rows, "
             "or chat_template_kwargs: {enable_thinking: ...} in the source, if that is known",
             source.path,
-            tally.unthought,
+            found.unthought,
         )
-    return SourceRecord(
-        documents=taken,
-        tokens=tokens,
-        learned=learned,
-        empty=tally.empty,
-        skipped=tally.skipped,
-        first_skipped=tuple(tally.first),
-        unthought=tally.unthought,
-        sha256=content.hexdigest(),
+    return found
+
+
+def _check_sides(train: Sequence[Split], heldout: Sequence[Split], fraction: float) -> None:
+    if train and heldout:
+        return
+    learned, measured = (sum(split.documents for _, split in side) for side in (train, heldout))
+    raise ValueError(
+        f"{learned + measured} documents leave {learned} to train on and {measured} held out at "
+        f"heldout_fraction={fraction}; add documents (a text file is one) or change the fraction"
     )
+
+
+def _divided(directory: Path, files: Sequence[Split]) -> SplitRecord:
+    """The token files of the shards as the parts of one stream."""
+    digests = {}
+    for number, (place, split) in enumerate(files, 1):
+        name = part_name(TRAIN_FILE, number, len(files))
+        digests[name] = split.sha256
+        _link(place / split.file, directory / name)
+    alone = len(files) == 1
+    return SplitRecord(
+        file=TRAIN_FILE,
+        documents=sum(split.documents for _, split in files),
+        tokens=sum(split.tokens for _, split in files),
+        learned=sum(split.learned for _, split in files),
+        sha256=digests[TRAIN_FILE] if alone else hashlib.sha256("".join(digests.values()).encode()).hexdigest(),
+        parts={} if alone else digests,
+    )
+
+
+def _joined(directory: Path, files: Sequence[Split], config: DataConfig) -> SplitRecord:
+    """The token files of the shards as one."""
+    with (
+        tempfile.TemporaryDirectory(dir=directory) as spool,
+        TokenFile(directory / HELDOUT_FILE, Path(spool), separate=config.separate_documents) as joined,
+    ):
+        for place, split in files:
+            joined.append_file(place, split)
+        return joined.finish()
+
+
+def _link(file: Path, place: Path) -> None:
+    """The same file in another place; a copy where the file system has no links."""
+    try:
+        os.link(file, place)
+    except OSError:
+        shutil.copyfile(file, place)

@@ -1,38 +1,26 @@
-"""Read documents from wherever a recipe's sources are: files, S3, the Hub, or Python's own standard library.
+"""Documents from wherever a recipe's sources are: files, S3, the Hub, or Python's own standard library.
 
-Text, JSONL (also gzipped) and Parquet are read by `datasets`, streaming. A document is text or a chat.
+A document is text or a chat.
 """
 
 import glob
 import hashlib
 import json
-import logging
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
-
-from datasets import IterableDataset, load_dataset
 
 from elastic_core.files.pointers import pointer_fault
 from elastic_core.recipe import DataSource
 from tasks.corpus.chats import Chat, Row, Unusable, read_chat
-from tasks.corpus.hub import HUB, parse_dataset
-from tasks.settings import is_transient
+from tasks.corpus.hub import HUB
+from tasks.corpus.pieces import SUFFIXES, Piece, file_pieces, first_line, format_of, hub_pieces, piece_rows, whole_hub
 
 STDLIB = "stdlib://"
-SUFFIXES = {
-    "text": (".txt", ".text", ".md", ".rst", ".py"),
-    "jsonl": (".jsonl", ".ndjson", ".json"),
-    "parquet": (".parquet",),
-}
 NOT_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
-ROWS_PER_READ = 1024
 SHOWN = 3  # the refused rows of a source that are kept word for word
 
 # Downloads an s3:// object or prefix to a path inside a directory that does not exist yet, and returns that path.
@@ -56,11 +44,12 @@ class Document:
 class Tally:
     """Counts what a source holds beside documents: rows that cannot be used, and rows without content.
 
-    `unthought` turns have no thought, were not said to have none, and are rendered with thinking turned off.
+    `unthought` turns have no thought, were not said to have none, and are rendered with thinking turned off. `before`
+    so many rows of the source could not be used, the first of them for the reasons `first_before`.
     """
 
-    def __init__(self, source: DataSource) -> None:
-        self._source = source
+    def __init__(self, source: DataSource, before: int = 0, first_before: tuple[str, ...] = ()) -> None:
+        self._source, self._before, self._first_before = source, before, first_before
         self.skipped = self.empty = self.unthought = 0
         self.first: list[str] = []
 
@@ -70,22 +59,24 @@ class Tally:
         if len(self.first) < SHOWN:
             self.first.append(str(fault))
         limit = self._source.max_skipped
-        if self.skipped > limit:
-            more = f"; it is one more than max_skipped={limit}, and the first was: {self.first[0]}" if limit else ""
+        if self._before + self.skipped > limit:
+            first = [*self._first_before, *self.first][0]
+            more = f"; it is one more than max_skipped={limit}, and the first was: {first}" if limit else ""
             raise ValueError(f"{fault}{more}") from fault
 
 
-def iter_documents(
-    source: DataSource, *, fetch: Fetch, directory: Path, tally: Tally | None = None
-) -> Iterator[Document]:
+def iter_documents(source: DataSource, *, fetch: Fetch, directory: Path) -> Iterator[Document]:
     """The documents of a source, in a fixed order; rows with empty content are passed over.
 
     `directory` takes what has to be fetched, and the lock files of `datasets`; it can go when the iterator ends.
-    ValueError names the file, the row and the remedy. `tally` counts the rows that cannot be used, and raises where
-    there are too many.
+    ValueError names the file, the row and the remedy.
     """
-    tally = tally or Tally(source)
-    for where, row in iter_rows(source, fetch=fetch, directory=directory):
+    yield from documents_in(iter_rows(source, fetch=fetch, directory=directory), source, Tally(source))
+
+
+def documents_in(rows: Iterable[tuple[str, Row | str]], source: DataSource, tally: Tally) -> Iterator[Document]:
+    """The documents of some rows; `tally` counts the rows that cannot be used, and raises where there are too many."""
+    for where, row in rows:
         try:
             content = _content(row, source, where)
         except Unusable as fault:
@@ -99,10 +90,18 @@ def iter_documents(
 
 def iter_rows(source: DataSource, *, fetch: Fetch, directory: Path) -> Iterator[tuple[str, Row | str]]:
     """Where each row of a source stands, and the row, or the line of JSON that it is. A text file is one row."""
-    cache_dir = str(directory / "cache")
     if source.path.startswith(HUB):
-        return _hub_rows(source, cache_dir)
-    return _file_rows(source, source_files(source, fetch=fetch, directory=directory), cache_dir)
+        pieces = [whole_hub(source)]
+    else:
+        pieces = file_pieces(source, source_files(source, fetch=fetch, directory=directory))
+    return piece_rows(pieces, source, str(directory / "cache"))
+
+
+def source_pieces(source: DataSource, *, fetch: Fetch, directory: Path, piece_bytes: int) -> list[Piece]:
+    """The source in pieces of about so many bytes, where it can be cut; what has to be fetched goes to `directory`."""
+    if source.path.startswith(HUB):
+        return hub_pieces(source, str(directory / "cache"))
+    return file_pieces(source, source_files(source, fetch=fetch, directory=directory), piece_bytes)
 
 
 def parse_row(row: Row | str, where: str) -> tuple[Row, bool]:
@@ -142,7 +141,7 @@ def _local_files(source: DataSource, path: Path) -> list[Path]:
     if path.is_dir():
         wanted = SUFFIXES if source.format == "auto" else (source.format,)
         below = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
-        files = sorted(file for file in below if _format_of(file) in wanted and file.is_file())
+        files = sorted(file for file in below if format_of(file) in wanted and file.is_file())
         known = ", ".join(suffix for name in wanted for suffix in SUFFIXES[name])
         problem = f"the directory holds no data file ({known})"
     else:
@@ -177,55 +176,7 @@ def _is_text(path: Path) -> bool:
     return True
 
 
-def _format_of(path: Path) -> str | None:
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    return next((name for name, suffixes in SUFFIXES.items() if suffix.lower() in suffixes), None)
-
-
 # --- rows ---
-
-
-def _file_rows(source: DataSource, files: dict[str, Path], cache_dir: str) -> Iterator[tuple[str, Row | str]]:
-    formats = {_format_of(file) for file in files.values()} if source.format == "auto" else {source.format}
-    if len(formats) > 1 or None in formats:
-        found = ", ".join(sorted({file.suffix or file.name for file in files.values()}))
-        raise ValueError(f"{source.path}: cannot tell one format by the names ({found}); set format or name one kind")
-    # The loaders log as errors, on lines of their own, what is raised here as one line.
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)
-    text_reader = partial(IterableDataset.from_text, encoding="utf-8-sig", cache_dir=cache_dir)
-    match formats.pop():
-        case "text":
-            # One reader for all of them: opening a reader takes longer than reading a small file.
-            rows = iter(text_reader([_literal(file) for file in files.values()], sample_by="document"))
-            for name in files:
-                with _naming(name):
-                    text = next(rows)["text"]
-                yield name, {source.field: text}
-        case "jsonl":
-            # Line by line, because the JSON reader holds every row to the columns and types of the first ones.
-            for name, file in files.items():
-                for number, line in _numbered(name, file, partial(text_reader, sample_by="line")):
-                    if line["text"].strip():
-                        yield f"{name} line {number}", str(line["text"])
-        case _:
-            reader = partial(IterableDataset.from_parquet, batch_size=ROWS_PER_READ, cache_dir=cache_dir)
-            for name, file in files.items():
-                for number, row in _numbered(name, file, reader):
-                    yield f"{name} row {number}", row
-
-
-def _numbered(name: str, file: Path, reader: Callable[[str], IterableDataset]) -> Iterator[tuple[int, Row]]:
-    """The rows of one file, from 1."""
-    with _naming(name):
-        if not file.stat().st_size:
-            raise ValueError("the file is empty")
-        rows = iter(reader(_literal(file)))
-    for number in count(1):
-        with _naming(name):
-            row = next(rows, None)
-        if row is None:
-            return
-        yield number, row
 
 
 def _parse(line: str, where: str) -> Row:
@@ -243,42 +194,6 @@ def _parse(line: str, where: str) -> Row:
     if not isinstance(row, dict):
         raise Unusable(f"{where} is not a JSON object, of which JSONL holds one a line; mend or remove it")
     return row
-
-
-def _literal(file: Path) -> str:
-    """A path that `datasets`, which takes every path for a glob, finds whatever characters are in it."""
-    return glob.escape(str(file.absolute()))
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Names the file in whatever is wrong with its content; a fault of the disk, which has a number, stays itself."""
-    try:
-        yield
-    except Exception as error:
-        if is_transient(error) or isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
-            raise
-        raise ValueError(f"{name}: {first_line(error)}; mend or remove it") from error
-
-
-def _hub_rows(source: DataSource, cache_dir: str) -> Iterator[tuple[str, Row | str]]:
-    """The rows of `hf://[datasets/]org/name[/config][@revision]`, streamed."""
-    hub = parse_dataset(source.path)
-    try:
-        rows = load_dataset(
-            hub.repository,
-            hub.config,
-            split=source.split,
-            revision=hub.revision,
-            streaming=True,
-            cache_dir=cache_dir,
-        )
-    except ValueError as error:
-        if is_transient(error):
-            raise
-        raise ValueError(f"{source.path}: {first_line(error)}; correct it in data.sources") from error
-    for number, row in enumerate(rows, 1):
-        yield f"{source.path} row {number}", row
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Row:
@@ -304,8 +219,3 @@ def _content(row: Row | str, source: DataSource, where: str) -> str | Chat:
         f"{where} has neither {source.field!r} nor {source.messages_field!r}, but {present}; "
         "mend it, or set the source's field or messages_field"
     )
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, for libraries that write paragraphs."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

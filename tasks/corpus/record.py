@@ -4,7 +4,7 @@ Apart from how it is built, so that the steps that read a corpus do not depend o
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from elastic_core.schema import build
@@ -16,7 +16,8 @@ TRAIN_FILE, HELDOUT_FILE, RECORD_FILE = "train.safetensors", "heldout.safetensor
 class SplitRecord:
     """One split: the name of its file, the file's SHA-256, and what it holds.
 
-    A chat whose earlier thoughts are dropped by its template is several documents of a split.
+    A split that lies divided (token_stream.py) has the SHA-256 of each of its `parts`, by name and in order, and one
+    over them. A chat whose earlier thoughts are dropped by its template is several documents of a split.
     """
 
     file: str
@@ -24,24 +25,32 @@ class SplitRecord:
     tokens: int
     learned: int
     sha256: str
+    parts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The SHA-256 of each file of the split, by name."""
+        return self.parts or {self.file: self.sha256}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceRecord:
-    """What was taken from one source, wherever it lay. `sha256` is over the digests of its documents, in order.
+    """What was taken from one source, wherever it lay; `train_tokens` of the tokens are not held out.
 
-    Rows without content are `empty`; those that cannot be used are `skipped`, the first of them with their reasons.
+    `sha256` is over the digests of its parts, one a shard, each of which is over the digests of its documents. Rows
+    without content are `empty`; those that cannot be used are `skipped`, the first of them with their reasons.
     `unthought` turns of chats have no thought, were not said to have none, and were rendered with thinking turned off.
     """
 
-    documents: int
-    tokens: int
-    learned: int
-    empty: int
-    skipped: int
-    first_skipped: tuple[str, ...]
-    unthought: int
-    sha256: str
+    documents: int = 0
+    tokens: int = 0
+    train_tokens: int = 0
+    learned: int = 0
+    empty: int = 0
+    skipped: int = 0
+    first_skipped: tuple[str, ...] = ()
+    unthought: int = 0
+    sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

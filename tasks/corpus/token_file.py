@@ -15,11 +15,12 @@ from typing import BinaryIO, Self
 
 import numpy as np
 
+from elastic_core.files.token_stream import TokenStream
 from tasks.corpus.record import SplitRecord
 
 # Room for the longest header of the three tensors, its 8 bytes of length included.
 HEADER_BYTES = 512
-LEARNED_AT_ONCE = 1 << 20
+TOKENS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,24 @@ class TokenFile:
         self.tokens += len(document.ids)
         self.learned += document.count_learned
 
+    def append_file(self, directory: Path, split: SplitRecord) -> None:
+        """Append the documents of a finished token file, which was written with the same `separate`."""
+        stream = TokenStream(directory / split.file)
+        starts = stream.document_starts(0, len(stream)) + self.tokens
+        self._starts.write(starts.astype("<i8").tobytes())
+        if not stream.all_learned and self.learned == self.tokens:
+            self._all_learned_so_far()
+        masked = not stream.all_learned or self.learned < self.tokens
+        for first in range(0, len(stream), TOKENS_AT_ONCE):
+            end = min(first + TOKENS_AT_ONCE, len(stream))
+            self._file.write(stream.tokens(first, end).astype("<i4").tobytes())
+            learned = stream.learned(first, end)
+            if masked:
+                self._mask.write(learned.tobytes())
+            self.learned += int(np.count_nonzero(learned))
+        self.documents += split.documents
+        self.tokens += len(stream)
+
     def finish(self) -> SplitRecord:
         """Append the other tensors, and write the header into the room left for it; spaces may fill it up."""
         header, end = {"tokens": _entry("I32", self.tokens, 0, 4 * self.tokens)}, 4 * self.tokens
@@ -101,8 +120,8 @@ class TokenFile:
     def _all_learned_so_far(self) -> None:
         """Begin the mask anew with the tokens before it, all of which are learned."""
         self._mask.seek(0)
-        for start in range(0, self.tokens, LEARNED_AT_ONCE):
-            self._mask.write(b"\x01" * min(LEARNED_AT_ONCE, self.tokens - start))
+        for start in range(0, self.tokens, TOKENS_AT_ONCE):
+            self._mask.write(b"\x01" * min(TOKENS_AT_ONCE, self.tokens - start))
 
     def _copy(self, spooled: BinaryIO) -> None:
         spooled.seek(0)

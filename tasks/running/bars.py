@@ -19,10 +19,13 @@ Report = Callable[[int, int], None]
 
 
 @contextmanager
-def bar(description: str) -> Iterator[Report]:
-    """A function of (done, total) that moves a bar, on a terminal; elsewhere a line of log every half minute."""
+def bar(description: str, unit: str = "") -> Iterator[Report]:
+    """A function of (done, total) that moves a bar, on a terminal; elsewhere a line of log every half minute.
+
+    A total of 0 is one that nobody knows. Where a `unit` is named, the bar says how many of them are done in a second.
+    """
     if not sys.stderr.isatty():
-        yield _logged(description)
+        yield _logged(description, unit)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -31,22 +34,24 @@ def bar(description: str) -> Iterator[Report]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[left]}"),
     )
-    pace = Pace()
+    pace = Pace(unit)
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(description, total=None, left="")
         # Not rich's own estimate, which forgets after 30 s: a step of a large model takes longer.
-        yield lambda done, total: progress.update(task, completed=done, total=total, left=pace.left(done, total))
+        yield lambda done, total: progress.update(
+            task, completed=done, total=total or None, left=pace.text(done, total)
+        )
 
 
-def _logged(description: str) -> Report:
-    pace, last = Pace(), time.monotonic()
+def _logged(description: str, unit: str) -> Report:
+    pace, last = Pace(unit), time.monotonic()
 
     def report(done: int, total: int) -> None:
         nonlocal last
-        left, now = pace.left(done, total), time.monotonic()
-        if now - last >= SECONDS_BETWEEN_LINES and left:
+        text, now = pace.text(done, total), time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES and text:
             last = now
-            logger.info("%s: %.0f %%, %s", description, 100 * done / total, left)
+            logger.info("%s: %s, %s", description, f"{100 * done / total:.0f} %" if total else f"{done:,}", text)
 
     return report
 
@@ -64,18 +69,24 @@ def counter(description: str, unit: str) -> Iterator[Callable[[int], None]]:
 
 
 class Pace:
-    """How fast a count rises, from when and where it first stood: a resumed stage does not begin at zero."""
+    """How fast a count of some `unit` rises, from when and where it first stood: what resumes does not begin at 0."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self, unit: str = "", clock: Callable[[], float] = time.monotonic) -> None:
+        self._unit, self._clock = unit, clock
         self._first: tuple[float, int] | None = None
 
-    def left(self, done: int, total: int) -> str:
-        """The time that is left, "2 h 5 min left"; empty until the count has risen, and at its end."""
+    def text(self, done: int, total: int) -> str:
+        """The pace, where a unit is named, and the time that is left: "350,000 tokens/s, 2 h 5 min left".
+
+        Empty until the count has risen; without a time where the total is not known, which is 0, or is reached.
+        """
         now = self._clock()
         if self._first is None or done < self._first[1]:
             self._first = now, done
         began, first = self._first
-        if not first < done < total:
+        if done <= first or now <= began:
             return ""
-        return f"{human_seconds(round((now - began) * (total - done) / (done - first)))} left"
+        a_second = (done - first) / (now - began)
+        pace = f"{a_second:,.0f} {self._unit}/s" if self._unit else ""
+        left = f"{human_seconds(round((total - done) / a_second))} left" if done < total else ""
+        return ", ".join(filter(None, (pace, left)))

@@ -11,8 +11,8 @@ from elastic_core.planning.plan import check_budgets
 from elastic_core.planning.profile import recipe_table
 from elastic_core.recipe import Evaluation, Recipe
 from tasks.artifacts import check_bucket
-from tasks.corpus.documents import first_line
 from tasks.corpus.ends import end_warnings
+from tasks.corpus.pieces import first_line
 from tasks.corpus.problems import encode_questions, read_problems
 from tasks.corpus.record import check_length, read_record
 from tasks.corpus.tokenizer import load_tokenizer

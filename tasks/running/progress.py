@@ -26,12 +26,13 @@ LAST_UPDATE_SECONDS = 5.0
 
 
 @contextmanager
-def progress_bar(description: str) -> Iterator[Report]:
+def progress_bar(description: str, unit: str = "") -> Iterator[Report]:
     """A function of (done, total) that moves a bar, and in a run of a step an artifact on the run's page.
 
-    The bar needs a terminal; elsewhere it is a line of log every half minute.
+    The bar needs a terminal; elsewhere it is a line of log every half minute. A total of 0 is one that nobody knows.
+    Where a `unit` is named, they say how many of them are done in a second.
     """
-    with _on_the_page(description) as show, bar(description) as move:
+    with _on_the_page(description, unit) as show, bar(description, unit) as move:
 
         def report(done: int, total: int) -> None:
             move(done, total)
@@ -53,11 +54,11 @@ class ProgressArtifact:
     A server that is away holds every call up for more than a minute, and must not hold up the work.
     """
 
-    def __init__(self, description: str, flow_run: UUID, task_run: UUID | None) -> None:
+    def __init__(self, description: str, flow_run: UUID, task_run: UUID | None, unit: str = "") -> None:
         self._description, self._flow_run, self._task_run = description, flow_run, task_run
         self._latest: tuple[int, int] | None = None
         self._ended = threading.Event()
-        self._pace = Pace()
+        self._pace = Pace(unit)
         self._thread = threading.Thread(target=self._send, name="progress", daemon=True)
         self._thread.start()
 
@@ -89,8 +90,9 @@ class ProgressArtifact:
                     logger.debug("progress is not shown: %s", error)
 
     def _put(self, client: SyncPrefectClient, artifact: UUID | None, done: int, total: int) -> UUID:
-        left = self._pace.left(done, total)
-        text = f"{self._description}: {done:,} of {total:,}" + (f", {left}" if left else "")
+        pace = self._pace.text(done, total)
+        of_total = f" of {total:,}" if total else ""
+        text = f"{self._description}: {done:,}{of_total}" + (f", {pace}" if pace else "")
         share = 100.0 * done / max(total, 1)
         if artifact is not None:
             client.update_artifact(artifact, ArtifactUpdate(data=share, description=text))
@@ -107,14 +109,14 @@ class ProgressArtifact:
 
 
 @contextmanager
-def _on_the_page(description: str) -> Iterator[Report]:
+def _on_the_page(description: str, unit: str) -> Iterator[Report]:
     context = TaskRunContext.get()
     elsewhere = shown_on.get()
     flow_run = elsewhere or (context.task_run.flow_run_id if context is not None else None)
     if context is None or flow_run is None:
         yield lambda done, total: None
         return
-    artifact = ProgressArtifact(description, flow_run, None if elsewhere else context.task_run.id)
+    artifact = ProgressArtifact(description, flow_run, None if elsewhere else context.task_run.id, unit)
     try:
         yield artifact.show
     finally:

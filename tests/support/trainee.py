@@ -19,6 +19,7 @@ from elastic_core.files import checkpoint, shards
 from elastic_core.files.reorder import identity_order, write_order
 from elastic_core.geometry import Axes, ModelConfig
 from elastic_core.model import ElasticNemotronH
+from elastic_core.parent import die_with_parent
 from elastic_core.recipe import Distillation, Optimizer, Stage
 from elastic_core.router import ElasticModel, Router
 from elastic_core.schema import build, to_dict
@@ -140,7 +141,7 @@ def copy_checkpoint(source: TrainJob, target: TrainJob, world: parallel.World) -
 
 
 def main(arguments: list[str]) -> None:
-    job.die_with_parent()
+    die_with_parent()
     copy = arguments[0] == "--copy"
     jobs = [build(TrainJob, json.loads(Path(path).read_text())) for path in arguments[copy:]]
     with parallel.join() as world:

@@ -45,7 +45,7 @@ def test_documents_that_are_not_separate_are_one_text(tmp_path: Path) -> None:
 def test_the_mask_covers_every_token_wherever_the_first_unlearned_one_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    monkeypatch.setattr(token_file, "LEARNED_AT_ONCE", 2)
+    monkeypatch.setattr(token_file, "TOKENS_AT_ONCE", 2)
     documents = [Sample([5, 6, 2]), Sample([7, 2]), Sample([9, 9, 9, 2])]
     documents[at] = Sample(documents[at].ids, bytes([0] + [1] * (len(documents[at].ids) - 1)))
     record, tensors = written(tmp_path, documents)
@@ -71,3 +71,32 @@ def test_the_longest_header_has_room(tmp_path: Path) -> None:
 def test_a_cut_document_keeps_its_mask_in_step() -> None:
     assert Sample([1, 2, 3], b"\x00\x01\x01").first(2) == Sample([1, 2], b"\x00\x01")
     assert Sample([1, 2, 3]).first(2) == Sample([1, 2])
+
+
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("masked", [(), (0,), (1,), (2,), (0, 2)])
+def test_files_joined_are_the_file_of_all_their_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, separate: bool, masked: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(token_file, "TOKENS_AT_ONCE", 2)
+    documents = [[Sample([5, 6, 2]), Sample([7, 2])], [Sample([9, 9, 9, 2])], [Sample([1, 2]), Sample([3])]]
+    for at in masked:
+        documents[at][0] = Sample(documents[at][0].ids, bytes([0] + [1] * (len(documents[at][0].ids) - 1)))
+    records = []
+    for at, of_file in enumerate(documents):
+        with TokenFile(tmp_path / f"{at}.safetensors", tmp_path, separate=separate) as file:
+            for document in of_file:
+                file.append(document)
+            records.append(file.finish())
+    with (
+        TokenFile(tmp_path / "joined.safetensors", tmp_path, separate=separate) as joined,
+        TokenFile(tmp_path / "whole.safetensors", tmp_path, separate=separate) as whole,
+    ):
+        for record in records:
+            joined.append_file(tmp_path, record)
+        for of_file in documents:
+            for document in of_file:
+                whole.append(document)
+        found, expected = joined.finish(), whole.finish()
+    assert (tmp_path / "joined.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert (found.documents, found.tokens, found.learned) == (expected.documents, expected.tokens, expected.learned)

@@ -1,0 +1,241 @@
+"""What a source is read from, piece by piece: files, ranges of large ones, files of a data set on the Hub.
+
+A piece is read by itself, wherever the others are read. One after the other the pieces give the rows of the source in
+its own order, however it was cut. Text is one row a file, JSONL one row a line, and Parquet one a row.
+"""
+
+import bz2
+import gzip
+import lzma
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from itertools import count, pairwise
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow.parquet as pq
+from datasets import IterableDataset, load_dataset
+
+from elastic_core.recipe import DataSource
+from tasks.corpus.chats import Row
+from tasks.corpus.hub import commit_of, parse_dataset
+from tasks.settings import is_transient
+
+SUFFIXES = {
+    "text": (".txt", ".text", ".md", ".rst", ".py"),
+    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "parquet": (".parquet",),
+}
+HUB_FORMAT = "hub"
+ROWS_PER_READ = 1024
+# What opens a file that begins so; any other is read as it is.
+OPENERS: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A part of a source: what users call its file, and where that is.
+
+    `size`: bytes to read, None where nobody knows. `span`: of a file of lines the bytes from the first to before the
+    second, and every line that begins in them; of Parquet such row groups; of the Hub which of how many files. None:
+    all of it.
+    """
+
+    name: str
+    path: str
+    format: str
+    size: int | None
+    span: tuple[int, int] | None = None
+
+
+def file_pieces(source: DataSource, files: Mapping[str, Path], piece_bytes: int | None = None) -> list[Piece]:
+    """Files as pieces, in order; of what is larger than `piece_bytes`, and can be cut, several."""
+    known = {format_of(file) for file in files.values()} if source.format == "auto" else {source.format}
+    if len(known) > 1 or None in known:
+        found = ", ".join(sorted({file.suffix or file.name for file in files.values()}))
+        raise ValueError(f"{source.path}: cannot tell one format by the names ({found}); set format or name one kind")
+    format = str(known.pop())
+    wholes = [Piece(name=name, path=str(file), format=format, size=file.stat().st_size) for name, file in files.items()]
+    if piece_bytes is None or format == "text":
+        return wholes
+    cut = _row_groups if format == "parquet" else _line_ranges
+    return [piece for whole in wholes for piece in cut(whole, piece_bytes)]
+
+
+def hub_pieces(source: DataSource, cache_dir: str) -> list[Piece]:
+    """The files of a data set on the Hub, at the commit that it has now."""
+    path = f"{source.path.partition('@')[0]}@{commit_of(parse_dataset(source.path))}"
+    files = _streamed(path, source.path, source.split, cache_dir).num_shards
+    return [
+        Piece(name=source.path, path=path, format=HUB_FORMAT, size=None, span=(number, files))
+        for number in range(files)
+    ]
+
+
+def whole_hub(source: DataSource) -> Piece:
+    """A data set on the Hub as it is now, read from its first row on."""
+    return Piece(name=source.path, path=source.path, format=HUB_FORMAT, size=None)
+
+
+def piece_rows(pieces: Iterable[Piece], source: DataSource, cache_dir: str) -> Iterator[tuple[str, Row | str]]:
+    """Where each row of some pieces stands, and the row, or the line of JSON that it is.
+
+    `cache_dir` takes the lock files of `datasets`, which reads from the Hub.
+    """
+    for piece in pieces:
+        match piece.format:
+            case "text":
+                with _naming(piece.name), _opened(piece) as file:
+                    text = file.read().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+                yield piece.name, {source.field: text}
+            case "jsonl":
+                yield from _lines(piece)
+            case "parquet":
+                yield from _parquet_rows(piece)
+            case _:
+                yield from _hub_rows(piece, source.split, cache_dir)
+
+
+def format_of(path: Path) -> str | None:
+    """The format that the name of a file tells, `.gz` after it or not."""
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    return next((name for name, suffixes in SUFFIXES.items() if suffix.lower() in suffixes), None)
+
+
+# --- files ---
+
+
+def _line_ranges(whole: Piece, piece_bytes: int) -> list[Piece]:
+    size = whole.size or 0
+    if size <= piece_bytes or _opener(Path(whole.path)) is not None:
+        return [whole]
+    pieces = -(-size // piece_bytes)
+    borders = [size * number // pieces for number in range(pieces + 1)]
+    return [_part(whole, first, end, end - first) for first, end in pairwise(borders)]
+
+
+def _row_groups(whole: Piece, piece_bytes: int) -> list[Piece]:
+    """Row groups together up to `piece_bytes`, as they are when they are read."""
+    pieces: list[Piece] = []
+    first = size = 0
+    with _naming(whole.name), _parquet(whole) as file:
+        sizes = [file.metadata.row_group(number).total_byte_size for number in range(file.num_row_groups)]
+    for number, added in enumerate(sizes):
+        if size and size + added > piece_bytes:
+            pieces.append(_part(whole, first, number, size))
+            first, size = number, 0
+        size += added
+    return [*pieces, _part(whole, first, len(sizes), size)]
+
+
+def _part(whole: Piece, first: int, end: int, size: int) -> Piece:
+    return Piece(name=whole.name, path=whole.path, format=whole.format, size=size, span=(first, end))
+
+
+def _lines(piece: Piece) -> Iterator[tuple[str, str]]:
+    """The lines that are not blank. In the middle of a file they are counted from the first that begins there."""
+    position, end = piece.span or (0, None)
+    with _naming(piece.name), _opened(piece) as file:
+        if position:
+            file.seek(position - 1)
+            position += len(file.readline()) - 1  # the line that began before
+        after = f" after byte {position}" if position else ""
+        for number in count(1):
+            if end is not None and position >= end:
+                return
+            line = file.readline()
+            if not line:
+                return
+            try:
+                text = line.decode("utf-8" if position else "utf-8-sig").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"line {number}{after}: {error}") from error
+            position += len(line)
+            if text.strip():
+                yield f"{piece.name} line {number}{after}", text
+
+
+def _parquet_rows(piece: Piece) -> Iterator[tuple[str, Row]]:
+    with _naming(piece.name), _parquet(piece) as file:
+        first, end = piece.span or (0, file.num_row_groups)
+        number = sum(file.metadata.row_group(before).num_rows for before in range(first))
+        for batch in file.iter_batches(batch_size=ROWS_PER_READ, row_groups=list(range(first, end))):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{piece.name} row {number}", row
+
+
+@contextmanager
+def _parquet(piece: Piece) -> Iterator[Any]:
+    with _opened(piece) as file, pq.ParquetFile(file) as parquet:
+        yield parquet
+
+
+@contextmanager
+def _opened(piece: Piece) -> Iterator[BinaryIO]:
+    """The file, decompressed where it is compressed."""
+    path = Path(piece.path)
+    if piece.format != "text" and not path.stat().st_size:
+        raise ValueError("the file is empty")
+    with (_opener(path) or _plain)(path) as file:
+        yield file
+
+
+def _plain(path: Path) -> BinaryIO:
+    return path.open("rb")
+
+
+def _opener(path: Path) -> Callable[[Path], Any] | None:
+    with path.open("rb") as file:
+        begins = file.read(8)
+    return next((opener for magic, opener in OPENERS.items() if begins.startswith(magic)), None)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Names the file in whatever is wrong with its content; a fault of the disk, which has a number, stays itself."""
+    try:
+        yield
+    except Exception as error:
+        if is_transient(error) or isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+            raise
+        raise ValueError(f"{name}: {first_line(error)}; mend or remove it") from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, for libraries that write paragraphs."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+# --- the Hub ---
+
+
+def _hub_rows(piece: Piece, split: str, cache_dir: str) -> Iterator[tuple[str, Row]]:
+    """The rows of `hf://[datasets/]org/name[/config][@revision]`, streamed."""
+    of_file = ""
+    if piece.span is None:
+        rows = _stream(piece.path, piece.name, split, cache_dir)
+    else:
+        at, files = piece.span
+        rows = _streamed(piece.path, piece.name, split, cache_dir).shard(num_shards=files, index=at)
+        of_file = f" file {at + 1}" if files > 1 else ""
+    for number, row in enumerate(rows, 1):
+        yield f"{piece.name}{of_file} row {number}", row
+
+
+def _stream(path: str, name: str, split: str, cache_dir: str) -> IterableDataset:
+    hub = parse_dataset(path)
+    try:
+        return load_dataset(
+            hub.repository, hub.config, split=split, revision=hub.revision, streaming=True, cache_dir=cache_dir
+        )
+    except ValueError as error:
+        if is_transient(error):
+            raise
+        raise ValueError(f"{name}: {first_line(error)}; correct it in data.sources") from error
+
+
+# Asked once a process: the listing of a large data set takes the Hub seconds.
+_streamed = cache(_stream)
