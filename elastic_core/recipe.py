@@ -5,7 +5,8 @@ made from the same classes, so a default lives here or nowhere. Below each field
 an example: the form, `elastic schema`, infra/recipes/README.md and the errors show it.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from dataclasses import field as dataclass_field
 from typing import Literal
 
@@ -57,12 +58,25 @@ class DataSource(Strict):
     """Tokens to take at most; unset, all. Example: `300000000`."""
     max_skipped: int = 0
     """Rows that may be unusable and are left out; one more is an error. Example: `100`."""
+    name: str | None = None
+    """What a stage's `sources` call this source. Example: `books`."""
+    weight: float | None = None
+    """The share of the sequences that are drawn from this source, of all its sources' weights; given for every source
+    or for none. 0: only where a stage asks for it. Unset, sources count by their tokens. Example: `0.3`."""
 
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("path is empty; name a file, a glob, a directory, s3://, hf:// or stdlib://")
+        if self.name is not None:
+            checked_name("source", self.name)
+        if self.weight is not None:
+            not_negative(self, "weight")
         positive(self, *(name for name in ("max_documents", "max_tokens") if getattr(self, name) is not None))
         not_negative(self, "max_skipped")
+
+    def unweighted(self) -> "DataSource":
+        """The same documents, which do not depend on how often they are drawn, nor on a name."""
+        return replace(self, name=None, weight=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +91,8 @@ class DataConfig(Strict):
     """Whether documents that are packed into one sequence are kept apart: state, convolution and attention begin anew
     with each, in training and in measuring. Example: `false`."""
     shard_bytes: int = 128 * 2**20
-    """The bytes of input that one process tokenises at a time, into a file of their own; a run that was killed begins
-    again at the first that is not whole. The tokens and their order are the same for any number. Example: `67108864`."""
+    """Bytes of input that one process tokenises at a time, into a file of their own; a run that was killed begins again
+    at the first that is not whole. The tokens and their order are the same for any number. Example: `67108864`."""
     seed: int = 0
     """The seed of the choice of what is held out. Example: `1`."""
 
@@ -88,6 +102,26 @@ class DataConfig(Strict):
             raise ValueError("sources is empty; name at least one")
         if not 0 < self.heldout_fraction < 1:
             raise ValueError(f"heldout_fraction={self.heldout_fraction} must lie between 0 and 1")
+        names = [source.name for source in self.sources if source.name is not None]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"source {name!r} is named twice; give each source a name of its own")
+        weights = [source.weight for source in self.sources]
+        if None in weights and any(weight is not None for weight in weights):
+            lacking = self.sources[weights.index(None)]
+            raise ValueError(f"source {lacking.path} has no weight, and others have one; give all sources one, or none")
+        if None not in weights and not any(weights):
+            raise ValueError("no source has a weight above 0; raise one, or give none")
+
+    def weights(self, stage: Mapping[str, float] | None = None) -> tuple[float, ...] | None:
+        """The weight of each source, by its place, or those that a stage gives; None where they count by tokens."""
+        if stage is not None:
+            return tuple(0.0 if source.name is None else stage.get(source.name, 0.0) for source in self.sources)
+        return tuple(weight for source in self.sources if (weight := source.weight) is not None) or None
+
+    def unweighted(self) -> "DataConfig":
+        """The same data as it is tokenised, which does not depend on what is drawn from it, nor on names."""
+        return replace(self, sources=tuple(source.unweighted() for source in self.sources))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,8 +214,13 @@ class Stage(Strict):
     pass. Example: `true`."""
     checkpoint_every: int = 100
     """Steps between checkpoints, to which a killed run goes back. Example: `50`."""
+    sources: dict[str, float] | None = None
+    """The weight of each source of data that the stage draws from, by its name; unset, the sources' own weights.
+    Example: `{books: 0.8, web: 0.2}`."""
 
     def __post_init__(self) -> None:
+        if self.sources is not None and (min(self.sources.values(), default=0) < 0 or not any(self.sources.values())):
+            raise ValueError(f"sources={self.sources} must give each source a weight of at least 0, and one a greater")
         positive(self, "sequence_length", "batch_size", "steps", "micro_batch_size", "checkpoint_every")
         if self.budget_rows is not None:
             positive(self, "budget_rows")
@@ -457,7 +496,12 @@ class Recipe(Strict):
         names, stages = [b.name for b in self.budgets], [s.name for s in self.stages]
         if not stages or len(set(stages)) < len(stages):
             raise ValueError(f"stages {stages} must be at least one, each name once")
+        sources = [source.name for source in self.data.sources if source.name is not None]
         for stage in self.stages:
             for name in stage.budgets:
                 if name not in names:
                     raise ValueError(f"stage {stage.name}: budget {name!r} is not one of {', '.join(names)}")
+            for name in stage.sources or ():
+                if name not in sources:
+                    known = f"one of {', '.join(sources)}" if sources else "named in data.sources"
+                    raise ValueError(f"stage {stage.name}: source {name!r} is not {known}")

@@ -48,6 +48,7 @@ def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationReco
             dtype=recipe.dtype,
             seed=recipe.seed,
             workspace=workspace,
+            weights=recipe.data.weights(),
         )
         family = reordered = run(
             reorder_teacher,
@@ -87,6 +88,7 @@ def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationReco
                 dtype=recipe.dtype,
                 seed=recipe.seed,
                 workspace=workspace,
+                weights=recipe.data.weights(stage.sources),
             )
             stages.append(trained)
             family, first_step = trained.family, first_step + stage.steps
@@ -153,6 +155,7 @@ def rotated(recipe: Recipe, teacher: Artifact, corpus: Artifact, workspace: str)
         dtype=recipe.dtype,
         seed=recipe.seed,
         workspace=workspace,
+        weights=recipe.data.weights(),
     )
 
 
@@ -167,13 +170,14 @@ def shaped(recipe: Recipe, reordered: Artifact, family: Artifact, corpus: Artifa
         dtype=recipe.dtype,
         seed=recipe.seed,
         workspace=workspace,
+        weights=recipe.data.weights(),
     )
 
 
 def prepare(recipe: Recipe, workspace: str) -> tuple[Artifact, Artifact]:
     """The teacher and the tokens; a recipe without a teacher first trains a tokenizer and then the teacher."""
     identity, sources = identities(recipe)
-    pretraining = recipe.teacher.pretrain
+    pretraining, data = recipe.teacher.pretrain, recipe.data.unweighted()
     if pretraining is None:
         path = recipe.teacher.path
         assert path is not None and identity is not None, "config.Teacher has one of path and pretrain"
@@ -181,13 +185,13 @@ def prepare(recipe: Recipe, workspace: str) -> tuple[Artifact, Artifact]:
         check_model(recipe, read_config(Path(teacher.path)))
         check_ends(tokenizer=teacher)
         check_problems(recipe.evaluation, tokenizer=teacher)
-        corpus = run(prepare_data, config=recipe.data, identity=sources, tokenizer=teacher, workspace=workspace)
+        corpus = run(prepare_data, config=data, identity=sources, tokenizer=teacher, workspace=workspace)
         check_corpus(recipe, corpus)
         return teacher, corpus
     check_model(recipe, pretraining.model)
-    tokenizer = run(train_tokenizer, pretraining=pretraining, corpus=recipe.data, identity=sources, workspace=workspace)
+    tokenizer = run(train_tokenizer, pretraining=pretraining, corpus=data, identity=sources, workspace=workspace)
     check_problems(recipe.evaluation, tokenizer)
-    corpus = run(prepare_data, config=recipe.data, identity=sources, tokenizer=tokenizer, workspace=workspace)
+    corpus = run(prepare_data, config=data, identity=sources, tokenizer=tokenizer, workspace=workspace)
     check_corpus(recipe, corpus)
     teacher = run(
         pretrain_teacher,
@@ -197,6 +201,7 @@ def prepare(recipe: Recipe, workspace: str) -> tuple[Artifact, Artifact]:
         dtype=recipe.dtype,
         seed=recipe.seed,
         workspace=workspace,
+        weights=recipe.data.weights(),
     )
     return teacher, corpus
 

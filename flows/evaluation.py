@@ -53,7 +53,9 @@ def evaluation(
             workspace=workspace,
         )
         identity = tuple(patiently(source.path, partial(source_identity, source)) for source in data.sources)
-        corpus = run(prepare_data, config=data, identity=identity, tokenizer=directory, workspace=workspace)
+        corpus = run(
+            prepare_data, config=data.unweighted(), identity=identity, tokenizer=directory, workspace=workspace
+        )
         digest = problems_digest(settings.problems)
         measured = run(measure, model=directory, corpus=corpus, settings=settings, problems_digest=digest)
     patiently("keeping the measurement", partial(log_measurement, machine, version, corpus, measured))

@@ -7,6 +7,7 @@ from elastic_core.budget import Dtype
 from elastic_core.recipe import Distillation, Stage
 from elastic_core.training.job import METRICS, TrainJob
 from tasks import tracking
+from tasks.corpus.mixing import portions
 from tasks.corpus.record import TRAIN_FILE
 from tasks.records import Artifact, StageRecord
 from tasks.running.code import CODE, project_version
@@ -29,8 +30,9 @@ def distill(
     first_step: int,
     run_id: str,
     workspace: str,
+    weights: tuple[float, ...] | None = None,
 ) -> StageRecord:
-    """Distil the teacher into every budget of the family for one stage.
+    """Distil the teacher into every budget of the family for one stage, on data from each source by its weight.
 
     Curves go to the MLflow run as they come, numbered from `first_step`; MLflow's absence stops nothing.
     """
@@ -58,6 +60,7 @@ def distill(
                 dtype=dtype,
                 seed=seed,
                 lineage={CODE: project_version()},
+                portions=portions(Path(corpus.path), weights),
             ),
             on_step=on_step,
         )

@@ -18,8 +18,9 @@ from elastic_core.recipe import Evaluation, Importance, Router, Shapes
 from elastic_core.router import ElasticModel
 from elastic_core.subnet import Subnet
 from elastic_core.training import job
-from elastic_core.training.curriculum import generator
+from elastic_core.training.curriculum import generator, sample_rows
 from elastic_core.training.tokens import TokenBatch, TokenRows
+from tasks.corpus.mixing import portions
 from tasks.corpus.record import HELDOUT_FILE, TRAIN_FILE
 from tasks.evaluate import batches_of, heldout_loss, predicted, spread
 from tasks.records import Artifact, OrderComparison
@@ -34,13 +35,19 @@ logger = logging.getLogger(__name__)
 
 @step(on_gpu=True)
 def rotate_teacher(
-    teacher: Artifact, corpus: Artifact, settings: Importance, dtype: Dtype, seed: int, workspace: str
+    teacher: Artifact,
+    corpus: Artifact,
+    settings: Importance,
+    dtype: Dtype,
+    seed: int,
+    workspace: str,
+    weights: tuple[float, ...] | None = None,
 ) -> Artifact:
     """The same function as the teacher, with the principal components of its residual stream as hidden channels."""
     source, directory = Path(teacher.path), new_directory(workspace, "rotated")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = job.load_model(source, device, job.DTYPES[dtype])
-    batches = _calibration(corpus, settings, generator(seed, "rotation"))
+    batches = _calibration(corpus, settings, weights, generator(seed, "rotation"))
     basis = rotation.principal_basis(rotation.residual_covariance(loaded, batches))
     del loaded
     with progress_bar("rotating") as report:
@@ -50,13 +57,20 @@ def rotate_teacher(
 
 @step(on_gpu=True)
 def rank_importance(
-    teacher: Artifact, corpus: Artifact, axes: Axes, settings: Importance, dtype: Dtype, seed: int, workspace: str
+    teacher: Artifact,
+    corpus: Artifact,
+    axes: Axes,
+    settings: Importance,
+    dtype: Dtype,
+    seed: int,
+    workspace: str,
+    weights: tuple[float, ...] | None = None,
 ) -> Artifact:
     """Score every component of the teacher on calibration data; the order of importance on every axis."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = job.load_model(Path(teacher.path), device, job.DTYPES[dtype])
     bound = axes.bind(loaded.config)
-    batches = _calibration(corpus, settings, generator(seed, "importance"))
+    batches = _calibration(corpus, settings, weights, generator(seed, "importance"))
     scores = importance.width_scores(loaded, batches, settings.mamba_scores)
     depth_batches = batches[: max(1, settings.depth_samples // settings.batch_size)]
     with progress_bar("ranking layers") as report:
@@ -110,7 +124,14 @@ def reorder_teacher(
 
 @step(on_gpu=True)
 def choose_shapes(
-    reordered: Artifact, family: Artifact, corpus: Artifact, settings: Shapes, dtype: Dtype, seed: int, workspace: str
+    reordered: Artifact,
+    family: Artifact,
+    corpus: Artifact,
+    settings: Shapes,
+    dtype: Dtype,
+    seed: int,
+    workspace: str,
+    weights: tuple[float, ...] | None = None,
 ) -> Artifact:
     """The family with the subnets within its budgets whose cut from the reordered teacher loses least.
 
@@ -121,7 +142,7 @@ def choose_shapes(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loss = search.CutLoss(
         job.load_model(Path(reordered.path), device, job.DTYPES[dtype]),
-        _calibration(corpus, settings, generator(seed, "shapes")),
+        _calibration(corpus, settings, weights, generator(seed, "shapes")),
     )
     described = checkpoint.read_family(source)
     routed = job.load_router(source, checkpoint.read_config(source), described)
@@ -191,8 +212,10 @@ def compare_orders(
     return compared
 
 
-def _calibration(corpus: Artifact, settings: Importance | Shapes, draw: torch.Generator) -> list[TokenBatch]:
-    """Random sequences of the training data, in batches."""
-    rows = TokenRows(Path(corpus.path) / TRAIN_FILE, settings.sequence_length)
-    chosen = torch.randperm(rows.num_rows, generator=draw)[: settings.samples].tolist()
-    return batches_of(rows, chosen, settings.batch_size)
+def _calibration(
+    corpus: Artifact, settings: Importance | Shapes, weights: tuple[float, ...] | None, draw: torch.Generator
+) -> list[TokenBatch]:
+    """Random sequences of the training data, from each source by its weight, in batches."""
+    drawn = portions(Path(corpus.path), weights)
+    rows = TokenRows(Path(corpus.path) / TRAIN_FILE, settings.sequence_length, drawn)
+    return batches_of(rows, sample_rows(rows.drawn, settings.samples, draw), settings.batch_size)

@@ -19,6 +19,7 @@ from tasks import artifacts
 from tasks.corpus import build as data
 from tasks.corpus import tokenizer
 from tasks.corpus.hub import bring_model, parse_model
+from tasks.corpus.mixing import portions
 from tasks.corpus.record import TRAIN_FILE
 from tasks.corpus.sources import fetch_data
 from tasks.records import Artifact
@@ -83,9 +84,15 @@ def train_tokenizer(
 
 @step(on_gpu=True)
 def pretrain_teacher(
-    pretraining: Pretraining, tokenizer: Artifact, corpus: Artifact, dtype: Dtype, seed: int, workspace: str
+    pretraining: Pretraining,
+    tokenizer: Artifact,
+    corpus: Artifact,
+    dtype: Dtype,
+    seed: int,
+    workspace: str,
+    weights: tuple[float, ...] | None = None,
 ) -> Artifact:
-    """Train the recipe's own teacher by cross-entropy, with the loop that distils."""
+    """Train the recipe's own teacher by cross-entropy, with the loop that distils, on each source by its weight."""
     work = work_directory(workspace, "pretrain")
     start, output = work / "start", work / "checkpoint"
     if not start.exists():
@@ -104,6 +111,7 @@ def pretrain_teacher(
                 dtype=dtype,
                 seed=seed,
                 lineage={CODE: project_version()},
+                portions=portions(Path(corpus.path), weights),
             ),
             on_step=on_step,
         )

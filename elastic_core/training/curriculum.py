@@ -2,9 +2,11 @@
 
 import hashlib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +14,9 @@ from elastic_core.recipe import Optimizer, Stage
 
 # How much of the mean KL stays from step to step: it follows the last ten steps.
 KL_MEMORY = 0.9
+
+# Draws of a round in which the sources of the data have their shares.
+ROUND = 1000
 
 _GOLDEN = Fraction(6180339887, 10**10)
 
@@ -100,16 +105,25 @@ def noise_generator(seed: int, stage: Stage, step: int, micro_step: int) -> torc
 
 
 class DataOrder:
-    """The rows of each global batch: every epoch is a new permutation of all rows, seeded by (seed, stage, epoch)."""
+    """The rows of each global batch: every epoch is a new permutation of all rows, seeded by (seed, stage, epoch).
 
-    def __init__(self, num_rows: int, stage: Stage, seed: int) -> None:
-        if num_rows < 1:
+    Where the rows are of several sources, `drawn` has the number of rows of each and its weight: rows are drawn from
+    each in proportion, evenly over the batches, and each source has epochs of its own. ValueError for a source to be
+    drawn from without rows.
+    """
+
+    def __init__(self, num_rows: int, stage: Stage, seed: int, drawn: Sequence[tuple[int, float]] = ()) -> None:
+        drawn = drawn if len(drawn) > 1 else [(num_rows, 1.0)]
+        if any(rows < 1 for rows, weight in drawn if weight > 0):
             raise ValueError(
                 f"stage {stage.name}: the data holds no sequence of {stage.sequence_length} tokens; "
                 "add data or shorten sequence_length"
             )
         self.num_rows, self.stage, self.seed = num_rows, stage, seed
-        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.long)
+        self._rows = [rows for rows, _ in drawn]
+        self._firsts = [0, *accumulate(self._rows)]
+        self._turns = turns([weight for _, weight in drawn])
+        self._permutations: dict[int, tuple[int, torch.Tensor]] = {}
 
     def rows(self, step: int) -> list[int]:
         """The `batch_size` rows of a step, in the order of the global batch."""
@@ -117,13 +131,50 @@ class DataOrder:
         return [self._row(index) for index in range(first, first + self.stage.batch_size)]
 
     def _row(self, index: int) -> int:
-        epoch, position = divmod(index, self.num_rows)
-        if epoch != self._epoch:
-            self._permutation = torch.randperm(
-                self.num_rows, generator=generator(self.seed, self.stage.name, epoch, "order")
+        round_, place = divmod(index, len(self._turns))
+        turn = self._turns[place]
+        epoch, position = divmod(round_ * turn.of + turn.number, self._rows[turn.source])
+        if self._permutations.get(turn.source, (-1,))[0] != epoch:
+            key = ("order",) if len(self._rows) == 1 else ("order", turn.source)
+            permutation = torch.randperm(
+                self._rows[turn.source], generator=generator(self.seed, self.stage.name, epoch, *key)
             )
-            self._epoch = epoch
-        return int(self._permutation[position])
+            self._permutations[turn.source] = epoch, permutation
+        return self._firsts[turn.source] + int(self._permutations[turn.source][1][position])
+
+
+class Turn(NamedTuple):
+    """One draw of a round: from a source, for which it is the draw `number`, from 0, `of` so many."""
+
+    source: int
+    number: int
+    of: int
+
+
+def turns(weights: Sequence[float]) -> list[Turn]:
+    """One round of draws from sources: each as often as its weight says, to one in ROUND, and spread evenly.
+
+    A source with any weight at all is drawn from at least once a round.
+    """
+    if sum(weight > 0 for weight in weights) == 1:
+        return [Turn(next(source for source, weight in enumerate(weights) if weight > 0), 0, 1)]
+    counts = [max(weight > 0, round(ROUND * weight / sum(weights))) for weight in weights]
+    draws = [Turn(source, number, count) for source, count in enumerate(counts) for number in range(count)]
+    return sorted(draws, key=lambda turn: ((2 * turn.number + 1) / turn.of, turn.source))
+
+
+def sample_rows(drawn: Sequence[tuple[int, float]], count: int, draw: torch.Generator) -> list[int]:
+    """Up to `count` different rows at random, of each source as many as its weight says."""
+    if len(drawn) == 1:
+        return torch.randperm(drawn[0][0], generator=draw)[:count].tolist()
+    order = turns([weight for _, weight in drawn])
+    rounds, rest = divmod(count, len(order))
+    chosen, first = [], 0
+    for source, (rows, _) in enumerate(drawn):
+        wanted = sum(turn.source == source for turn in order) * rounds + sum(t.source == source for t in order[:rest])
+        chosen += [first + row for row in torch.randperm(rows, generator=draw)[:wanted].tolist()]
+        first += rows
+    return [chosen[place] for place in torch.randperm(len(chosen), generator=draw).tolist()]
 
 
 def temperature(stage: Stage, step: int) -> float:

@@ -35,7 +35,7 @@ from elastic_core.training import parallel
 from elastic_core.training.faults import LAUNCHER, report_fault
 from elastic_core.training.parallel import World
 from elastic_core.training.resume import last_whole, resume, save_checkpoint, stored_pieces
-from elastic_core.training.tokens import TokenRows
+from elastic_core.training.tokens import Portion, TokenRows
 from elastic_core.training.train import StageRun, make_optimizer, train_stage
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,8 @@ class TrainJob:
     """What to train and where. Paths are directories, but for `tokens`, the flat stream to train on.
 
     `student` is an elastic checkpoint, or a stock one to pretrain; `work` holds the checkpoints and `metrics.jsonl`;
-    `output` appears when the stage is complete, and not before. `lineage` is added to that of the family.
+    `output` appears when the stage is complete, and not before. `lineage` is added to that of the family. `portions`
+    are the parts of the stream that are drawn from by weight; without them all of it is, evenly.
     """
 
     stage: Stage
@@ -64,6 +65,7 @@ class TrainJob:
     dtype: Dtype
     seed: int
     lineage: dict[str, str]
+    portions: tuple[Portion, ...] = ()
 
 
 def run_job(job: TrainJob, world: World) -> None:
@@ -121,7 +123,7 @@ def prepare(job: TrainJob, world: World) -> tuple[StageRun, checkpoint.Family | 
         distillation=job.distillation,
         budgets=budgets,
         subnets={b.name: b.subnet for b in family.budgets} if family else {FULL.name: full_subnet(student.config)},
-        data=TokenRows(Path(job.tokens), job.stage.sequence_length),
+        data=TokenRows(Path(job.tokens), job.stage.sequence_length, job.portions),
         seed=job.seed,
         world=world,
         autocast=dtype if dtype != torch.float32 else None,

@@ -1,7 +1,9 @@
 """What is trained and measured on: rows of tokens from a file, what is to be learned of them, and whose they are."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from elastic_core.files.shards import CheckpointError
 from elastic_core.files.token_stream import TokenStream
 from elastic_core.layers.packing import Packing, pack
 
@@ -38,17 +41,38 @@ class TokenBatch:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Portion:
+    """So many tokens of a stream, from the portion before on, and how often rows are drawn from them."""
+
+    tokens: int
+    weight: float
+
+
 class TokenRows:
     """Rows of `sequence_length` tokens, each with its next token, cut from a stream of tokens on disk.
+
+    Where the stream is made of `portions`, each is cut by itself, and `drawn` has the number of its rows and its
+    weight; the rows of one follow those of another.
 
     Where the stream says where documents start, they are kept apart: none is read after another, and no first token is
     a target. Where it says what is learned, other tokens are no targets. Only the rows asked for are read. Raises
     CheckpointError, one line, for a file that is something else.
     """
 
-    def __init__(self, path: Path, sequence_length: int) -> None:
+    def __init__(self, path: Path, sequence_length: int, portions: Sequence[Portion] = ()) -> None:
         self._stream, self._length = TokenStream(path), sequence_length
-        self.num_rows = max(0, (len(self._stream) - 1) // sequence_length)
+        portions = portions or [Portion(tokens=len(self._stream), weight=1.0)]
+        tokens = sum(portion.tokens for portion in portions)
+        if tokens != len(self._stream):
+            raise CheckpointError(
+                f"{path}: holds {len(self._stream)} tokens, and its sources {tokens}; prepare the data again"
+            )
+        counts = [max(0, (portion.tokens - 1) // sequence_length) for portion in portions]
+        self.drawn = tuple((count, portion.weight) for count, portion in zip(counts, portions, strict=True))
+        self.num_rows = sum(counts)
+        self._last_rows = [*accumulate(counts)]
+        self._first_tokens = [0, *accumulate(portion.tokens for portion in portions)]
 
     def batch(self, rows: Sequence[int]) -> TokenBatch:
         """These rows, on the CPU."""
@@ -69,11 +93,11 @@ class TokenRows:
 
     def _read(self, row: int) -> NDArray[np.int64]:
         """The tokens of a row, and the one after them."""
-        first = row * self._length
+        first = self._first(row)
         return self._stream.tokens(first, first + self._length + 1).astype(np.int64)
 
     def _targets(self, row: int, following: NDArray[np.int64]) -> NDArray[np.int64]:
-        targets, first = following.copy(), row * self._length
+        targets, first = following.copy(), self._first(row)
         if not self._stream.all_learned:
             targets[self._stream.learned(first + 1, first + self._length + 1) == 0] = IGNORED
         targets[self._documents_from(row) - 1] = IGNORED  # a document says nothing of the next one's first token
@@ -86,5 +110,11 @@ class TokenRows:
 
     def _documents_from(self, row: int) -> NDArray[np.int64]:
         """The places in a row, from 1 to the place after the last, at which a document begins."""
-        first = row * self._length
+        first = self._first(row)
         return self._stream.document_starts(first + 1, first + self._length + 1) - first
+
+    def _first(self, row: int) -> int:
+        """The index of a row's first token."""
+        portion = bisect_right(self._last_rows, row)
+        before = self._last_rows[portion - 1] if portion else 0
+        return self._first_tokens[portion] + (row - before) * self._length

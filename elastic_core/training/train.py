@@ -117,7 +117,7 @@ def train_stage(run: StageRun, start: int = 0, earlier: Iterable[Mapping[str, fl
     FloatingPointError when the loss or the gradient is no longer finite; the weights are then unchanged by that step.
     """
     stage, world = run.stage, run.world
-    order = curriculum.DataOrder(run.data.num_rows, stage, run.seed)
+    order = curriculum.DataOrder(run.data.num_rows, stage, run.seed, run.data.drawn)
     whole = full_subnet(run.student.config)
     need = curriculum.Need(stage, [name for name, subnet in run.subnets.items() if subnet == whole])
     for kl in earlier:

@@ -68,10 +68,10 @@ def read_record(output_dir: Path) -> DataRecord:
     return build(DataRecord, json.loads((output_dir / RECORD_FILE).read_text(encoding="utf-8")), RECORD_FILE)
 
 
-def check_length(split: SplitRecord, sequence_length: int) -> None:
-    """ValueError unless the split holds at least one sequence and the token that follows it."""
-    if split.tokens <= sequence_length:
+def check_length(name: str, tokens: int, sequence_length: int) -> None:
+    """ValueError unless there are tokens for at least one sequence and the token that follows it."""
+    if tokens <= sequence_length:
         raise ValueError(
-            f"{split.file} holds {split.tokens} tokens, too few for a sequence of {sequence_length} and its next; "
+            f"{name} holds {tokens} tokens, too few for a sequence of {sequence_length} and its next; "
             "add data or shorten sequence_length"
         )

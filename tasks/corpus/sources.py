@@ -20,6 +20,7 @@ def fetch_data(uri: str, directory: Path) -> Path:
 
 def source_identity(source: DataSource) -> str:
     """A digest that changes when the documents behind a source do: of ETags, of a Hub commit, or of file times."""
+    source = source.unweighted()
     if source.path.startswith(HUB):
         return fingerprint(source, commit_of(parse_dataset(source.path)))
     if source.path.startswith("s3://"):

@@ -1,6 +1,8 @@
 """Check at the start what a run will need hours later."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from prefect.client.orchestration import get_client
@@ -12,6 +14,7 @@ from elastic_core.planning.profile import recipe_table
 from elastic_core.recipe import Evaluation, Recipe
 from tasks.artifacts import check_bucket
 from tasks.corpus.ends import end_warnings
+from tasks.corpus.mixing import check_portions
 from tasks.corpus.pieces import first_line
 from tasks.corpus.problems import encode_questions, read_problems
 from tasks.corpus.record import check_length, read_record
@@ -96,7 +99,16 @@ def check_corpus(recipe: Recipe, corpus: Artifact) -> None:
         wanted.append(("shapes", record.train, recipe.shapes.sequence_length))
     wanted.append(("evaluation", record.heldout, recipe.evaluation.sequence_length))
     for name, split, sequence_length in wanted:
-        try:
-            check_length(split, sequence_length)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+        with _for(name):
+            check_length(split.file, split.tokens, sequence_length)
+    for stage in stages:
+        with _for(f"stage {stage.name}"):
+            check_portions(recipe.data, record, stage)
+
+
+@contextmanager
+def _for(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None

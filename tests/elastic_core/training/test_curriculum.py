@@ -4,6 +4,7 @@ import itertools
 import math
 import subprocess
 import sys
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import torch
 
 from elastic_core.recipe import Optimizer, RouterSchedule, Stage
 from elastic_core.training.curriculum import (
+    ROUND,
     DataOrder,
     Need,
     generator,
@@ -19,6 +21,7 @@ from elastic_core.training.curriculum import (
     micro_steps,
     noise_generator,
     place_budgets,
+    sample_rows,
     scale,
     temperature,
 )
@@ -249,3 +252,49 @@ def test_a_stage_shorter_than_its_warm_up_has_rates_up_to_the_peak(steps: int, s
     optimizer = Optimizer(learning_rate=1e-3, warmup_steps=5, schedule=schedule)  # type: ignore[arg-type]
     rates = [learning_rate(optimizer, 2.0, step, steps) for step in range(steps)]
     assert rates == pytest.approx([min(2.0, 0.4 * (step + 1)) for step in range(steps)], rel=FLOAT64_PRODUCT)
+
+
+# --- sources with weights ---
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (0.7, 0.3), (0.5, 0.3, 0.15, 0.05), (1, 0, 2), (1, 0.0001)])
+def test_sources_are_drawn_from_as_often_as_their_weights_say_over_any_stretch(weights: tuple[float, ...]) -> None:
+    drawn = [(50 + 7 * source, weight) for source, weight in enumerate(weights)]
+    firsts = [sum(rows for rows, _ in drawn[:source]) for source in range(len(drawn) + 1)]
+    order = DataOrder(firsts[-1], make_stage(batch_size=12), 0, drawn)
+    rows = [row for step in range(200) for row in order.rows(step)]
+    sources = [bisect_right(firsts, row) - 1 for row in rows]
+    for end in (12, 120, 700, 2400):
+        for source, weight in enumerate(weights):
+            expected = end * weight / sum(weights)
+            # Half a draw for each source's own place and for those of the others, and one in ROUND for rounded shares.
+            assert abs(sources[:end].count(source) - expected) <= 0.5 * len(weights) + 1 + end / ROUND
+
+
+def test_each_source_has_epochs_of_its_own_in_which_every_row_is_drawn_once() -> None:
+    order = DataOrder(30, make_stage(batch_size=10), 0, [(10, 0.5), (20, 0.5)])
+    rows = [row for step in range(8) for row in order.rows(step)]
+    few, many = [row for row in rows if row < 10], [row for row in rows if row >= 10]
+    assert all(sorted(few[start : start + 10]) == list(range(10)) for start in range(0, 40, 10))
+    assert all(sorted(many[start : start + 20]) == list(range(10, 30)) for start in range(0, 40, 20))
+    assert few[:10] != few[10:20]
+
+
+def test_weighted_rows_are_functions_of_the_step_alone() -> None:
+    drawn = [(11, 0.2), (17, 0.8)]
+    whole = [DataOrder(28, make_stage(batch_size=7), 5, drawn).rows(step) for step in range(12)]
+    order = DataOrder(28, make_stage(batch_size=7), 5, drawn)
+    assert [order.rows(step) for step in (7, 3, 11)] == [whole[step] for step in (7, 3, 11)]
+
+
+def test_a_source_without_a_row_is_refused_where_it_is_drawn_from() -> None:
+    with pytest.raises(ValueError, match="stage stage1: the data holds no sequence of 16 tokens"):
+        DataOrder(10, make_stage(), 0, [(10, 1.0), (0, 0.1)])
+    assert DataOrder(10, make_stage(batch_size=10), 0, [(10, 1.0), (0, 0.0)]).rows(0)
+
+
+def test_a_sample_holds_different_rows_of_each_source_by_its_weight() -> None:
+    drawn = [(100, 0.25), (300, 0.75), (50, 0.0)]
+    rows = sample_rows(drawn, 80, generator(0, "sample"))
+    assert len(set(rows)) == 80 and sum(row < 100 for row in rows) == 20 and max(rows) < 400
+    assert sample_rows([(40, 1.0)], 7, generator(1)) == torch.randperm(40, generator=generator(1))[:7].tolist()

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from elastic_core.files.shards import CheckpointError
-from elastic_core.training.tokens import IGNORED, TokenRows
+from elastic_core.training.tokens import IGNORED, Portion, TokenRows
 
 LENGTH = 8
 STREAM = torch.arange(100, 141, dtype=torch.int32)  # five rows of 8 and a last target
@@ -96,3 +96,22 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="tokens is missing"):
         TokenRows(tmp_path / "model.safetensors", LENGTH)
+
+
+def test_rows_of_portions_are_those_that_each_would_have_by_itself(tmp_path: Path) -> None:
+    """Of 41 tokens, 20 are two rows, 4 none, and 17 two."""
+    path = write(tmp_path / "tokens.safetensors", document_starts=torch.tensor([0, 5, 20, 24, 30]), learned=learned())
+    portions = [Portion(tokens=20, weight=0.5), Portion(tokens=4, weight=0.0), Portion(tokens=17, weight=2.0)]
+    rows = TokenRows(path, LENGTH, portions)
+    assert rows.num_rows == 4 and rows.drawn == ((2, 0.5), (0, 0.0), (2, 2.0))
+    batch = rows.batch([3, 0, 1, 2])
+    assert batch.inputs_BT[:, 0].tolist() == [132, 100, 108, 124]
+    whole = TokenRows(path, LENGTH)
+    assert torch.equal(batch.targets_BT, whole.batch([4, 0, 1, 3]).targets_BT)
+    assert rows.learned([3, 1]) == whole.learned([4, 1])
+
+
+def test_portions_of_other_data_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "tokens.safetensors")
+    with pytest.raises(CheckpointError, match="holds 41 tokens, and its sources 40; prepare the data again"):
+        TokenRows(path, LENGTH, [Portion(tokens=20, weight=1), Portion(tokens=20, weight=1)])

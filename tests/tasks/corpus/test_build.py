@@ -611,11 +611,11 @@ def test_documents_that_cannot_fill_both_sides_are_refused(prepare: Prepare, tmp
 def test_a_split_too_short_for_a_sequence_is_refused(prepare: Prepare, tmp_path: Path) -> None:
     record, _ = prepare(write_jsonl(tmp_path / "a.jsonl", text_rows()))
     tokens = record.train.tokens
-    check_length(record.train, tokens - 1)
+    check_length("train.safetensors", tokens, tokens - 1)
     with pytest.raises(
         ValueError, match=f"train.safetensors holds {tokens} tokens, too few for a sequence of {tokens} "
     ):
-        check_length(record.train, tokens)
+        check_length("train.safetensors", tokens, tokens)
 
 
 def test_chats_need_a_template(tokenizer_dir: Path, tmp_path: Path) -> None:
