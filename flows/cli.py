@@ -117,7 +117,7 @@ def up(
     recipe: Annotated[Path, typer.Argument(help="The recipe that the forms are filled in with.")] = Path(
         "infra/recipes/tiny.yaml"
     ),
-    schedule: Annotated[str, typer.Option(help="When to look for a new teacher or new data (cron).")] = "0 3 * * *",
+    schedule: Annotated[str, typer.Option(help="When to look for a new teacher, data or code (cron).")] = "0 3 * * *",
     prefect_port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Prefect's port; by default 4200, or a free one.")
     ] = None,
@@ -223,7 +223,10 @@ def slice_(
 @app.command()
 def pull(
     model: Annotated[str, typer.Argument(help="NAME, NAME@ALIAS or NAME:VERSION; NAME alone is its champion.")],
-    output: Output,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="The directory to write: a new one, or one with a smaller size to grow."),
+    ],
 ) -> None:
     """Bring a registered model here, every digest verified; a smaller size of it that is there already is grown."""
     from flows.serving.services import registry_services

@@ -341,6 +341,11 @@ class Family:
 
 def read_family(directory: Path) -> Family:
     """The elastic.json of an elastic checkpoint, checked against its config.json."""
+    if not (directory / FAMILY_FILE).exists():
+        raise CheckpointError(
+            f"{directory / FAMILY_FILE}: there is no such file: only an elastic checkpoint, which has it, holds "
+            "budgets and other sizes"
+        )
     path = regular_file(directory, FAMILY_FILE)
     try:
         family = build(Family, read_json(path))

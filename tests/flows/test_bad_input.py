@@ -675,6 +675,10 @@ BAD_COMMANDS: dict[str, tuple[str, str]] = {
         r"heldout_tokens=0 must be greater than 0",
     ),
     "generate: no checkpoint": ("generate {out} hello", r"config.json: there is no such file"),
+    "generate: a budget of a size that was cut": (
+        "generate {teacher} hello --budget s",
+        r"elastic.json: there is no such file: only an elastic checkpoint, which has it, holds budgets",
+    ),
     "generate: unknown budget to go on with": ("generate {family} hello --then xl", r"there is no budget 'xl'"),
 }
 

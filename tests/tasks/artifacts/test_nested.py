@@ -112,6 +112,22 @@ def test_every_part_comes_back_byte_for_byte_for_its_own_size(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_files_that_take_the_place_of_others_come_back_in_their_place(made: Any, store: Store, tmp_path: Path) -> None:
+    directories, _, _ = made
+    others = {name: make(tmp_path / "others" / name, {"vocab.json": name.encode()}) / "vocab.json" for name in PARTS}
+    members = [
+        nested.Member(name=name, directory=directories[name], subnet=subnet, instead={"vocab.json": others[name]})
+        for name, subnet in PARTS.items()
+    ]
+    (tmp_path / "shells").mkdir()
+    shells, parts = nested.store(members, CONFIG, tmp_path / "shells")
+    instead = {f"{name}/vocab.json": other for name, other in others.items()}
+    publish(store, family="nano", version="1", directories=shells, instead=instead, metadata={}, nested=parts)
+    for name in PARTS:  # each over the one before
+        fetch(store, manifest_uri(store.bucket, "nano", "1"), name, tmp_path / "out")
+        assert contents(tmp_path / "out") == contents(directories[name]) | {"vocab.json": name.encode()}
+
+
 def test_a_family_takes_the_storage_of_its_largest_member(store: Store, family: Family) -> None:
     assert sum(stored(store).values()) <= OVERHEAD * family.size("family")
 
