@@ -5,12 +5,13 @@ from pathlib import Path
 
 from elastic_core.recipe import DataConfig
 from tasks.corpus import build as data
+from tasks.corpus.record import read_record
 from tasks.corpus.sources import fetch_data
 from tasks.corpus.workers import cores
 from tasks.records import Artifact
-from tasks.running.digests import artifact
+from tasks.running.digests import artifact, set_aside
 from tasks.running.progress import progress_bar
-from tasks.running.steps import new_directory, step, work_directory
+from tasks.running.steps import step, work_directory
 from tasks.settings import ServiceError
 
 
@@ -20,20 +21,23 @@ def prepare_data(config: DataConfig, identity: tuple[str, ...], tokenizer: Artif
 
     A run that was killed begins again at the first shard that is not whole.
     """
-    directory, work = new_directory(workspace, "corpus"), work_directory(workspace, "shards")
-    with progress_bar("tokenising", unit="tokens") as report:
-        record = data.build_corpus(
-            config,
-            Path(tokenizer.path),
-            directory,
-            fetch=fetch_data,
-            work=work,
-            processes=cores(),
-            progress=report,
-        )
-    made = artifact(directory)
-    shutil.rmtree(work)
+    directory, shards = work_directory(workspace, "corpus"), work_directory(workspace, "shards")
+    if not directory.exists():
+        with progress_bar("tokenising", unit="tokens") as report:
+            data.build_corpus(
+                config,
+                Path(tokenizer.path),
+                directory,
+                fetch=fetch_data,
+                work=shards,
+                processes=cores(),
+                progress=report,
+            )
+    # Before the corpus is hashed: its files are links to those of the shards, and losing a link changes a file's times.
+    shutil.rmtree(shards, ignore_errors=True)
+    made, record = artifact(directory), read_record(directory)
     for name, written in [*record.train.files.items(), *record.heldout.files.items()]:
-        if made.files[name] != written:
+        if made.files.get(name) != written:
+            set_aside(made)
             raise ServiceError(f"{directory / name} is not what was written to it; look at the disk", transient=True)
     return made

@@ -28,11 +28,11 @@ from tasks.corpus.shards import NOTHING, Report, Shard, ShardRecord, Taken, read
 from tasks.corpus.tokenizer import load_tokenizer
 from tasks.settings import ServiceError
 
-# Bytes of text that give a token, until it has been measured.
+# Bytes of text that give a token, until shards have told.
 BYTES_PER_TOKEN = 4.0
 LOOK_SECONDS = 0.5
 
-# Told the tokens that are made, and how many there will be at this pace of bytes; 0 where that is not known.
+# Told the tokens that are made, and how many there will be by the bytes that are left; 0 where nobody knows.
 Progress = Callable[[int, int], None]
 
 
@@ -228,6 +228,7 @@ class _State:
         """
         under_way = {number for number, _ in self.running.values()}
         expected: dict[int, float] = {}
+        bytes_per_token = self._bytes_per_token()
         for shard in self.shards:
             source, before = self._begins(shard)
             is_needed = len(shard.parts) > 1 or expected.get(shard.parts[0].source, 0) < (source.max_tokens or math.inf)
@@ -238,7 +239,7 @@ class _State:
             if is_open and (is_next or (is_needed and shard.number not in self.failed)):
                 under_way.add(shard.number)
                 yield shard, before
-            for part, tokens in zip(shard.parts, self._expected_of(shard), strict=True):
+            for part, tokens in zip(shard.parts, self._expected_of(shard, bytes_per_token), strict=True):
                 expected[part.source] = expected.get(part.source, 0) + tokens
 
     def take(self, future: "Future[ShardRecord]") -> None:
@@ -248,7 +249,7 @@ class _State:
             self.made[number] = future.result()
         except BrokenProcessPool as error:
             raise ServiceError(
-                "a process that tokenises was killed, maybe for want of memory; it is begun again", transient=True
+                "a process that tokenises ended, maybe for want of memory; its shards are begun again", transient=True
             ) from error
         except Exception:
             if number == len(self.settled) and before == self._begins(self.shards[number])[1]:
@@ -258,8 +259,9 @@ class _State:
     def expected(self) -> int:
         """The tokens that there will be, by the bytes to read and by the limits; 0 where nobody knows."""
         total: dict[int, float] = {}
+        bytes_per_token = self._bytes_per_token()
         for shard in self.shards:
-            for part, tokens in zip(shard.parts, self._expected_of(shard), strict=True):
+            for part, tokens in zip(shard.parts, self._expected_of(shard, bytes_per_token), strict=True):
                 total[part.source] = total.get(part.source, 0) + tokens
         sources = self.maker.config.sources
         count = sum(min(tokens, sources[source].max_tokens or math.inf) for source, tokens in total.items())
@@ -270,11 +272,25 @@ class _State:
         first = shard.parts[0].source
         return self.maker.config.sources[first], self.taken.get(first, NOTHING)
 
-    def _expected_of(self, shard: Shard) -> list[float]:
+    def _expected_of(self, shard: Shard, bytes_per_token: float) -> list[float]:
         """The tokens of each part of a shard: those it was found to have, or as many as its bytes give."""
-        record = self.made.get(shard.number)
-        if shard.number < len(self.settled):
-            record = self.settled[shard.number]
+        ahead = shard.number >= len(self.settled)
+        record = self.made.get(shard.number) if ahead else self.settled[shard.number]
         if record is not None:
             return [part.tokens for part in record.parts]
-        return [math.inf if part.size is None else part.size / BYTES_PER_TOKEN for part in shard.parts]
+        return [math.inf if part.size is None else part.size / bytes_per_token for part in shard.parts]
+
+    def _bytes_per_token(self) -> float:
+        """As it was in the shards that are made, of the sources without limits."""
+        found = [
+            (part.size, of_part.tokens)
+            for number, record in self.made.items()
+            for part, of_part in zip(self.shards[number].parts, record.parts, strict=True)
+            if part.size is not None and self._is_unlimited(part.source)
+        ]
+        tokens = sum(tokens for _, tokens in found)
+        return sum(size for size, _ in found) / tokens if tokens else BYTES_PER_TOKEN
+
+    def _is_unlimited(self, source: int) -> bool:
+        limits = self.maker.config.sources[source]
+        return limits.max_documents is None and limits.max_tokens is None

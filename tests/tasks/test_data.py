@@ -1,0 +1,80 @@
+"""Laws of the step that prepares data: begun anew it takes what is whole, and what the disk spoiled is not taken."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from elastic_core.recipe import DataConfig, DataSource
+from tasks import data
+from tasks.corpus import build
+from tasks.corpus.tokenizer import train_tokenizer
+from tasks.records import Artifact
+from tasks.running.digests import artifact
+from tasks.settings import ServiceError
+
+TEXTS = [f"document {i}: {'lorem ipsum ' * (i % 5)}\n" for i in range(80)]
+
+
+@pytest.fixture
+def prepare(tmp_path: Path) -> Callable[[], Artifact]:
+    train_tokenizer(TEXTS, tmp_path / "tokenizer", vocab_size=265)
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    config = DataConfig(sources=(DataSource(path=str(path)),), heldout_fraction=0.2, shard_bytes=2000)
+    tokenizer = artifact(tmp_path / "tokenizer")
+    return lambda: data.prepare_data.fn(config, ("1",), tokenizer, str(tmp_path / "workspace"))
+
+
+@pytest.fixture(autouse=True)
+def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "cores", lambda: 1)
+
+
+def test_a_corpus_is_recorded_file_by_file_and_nothing_else_stays(
+    prepare: Callable[[], Artifact], tmp_path: Path
+) -> None:
+    made = prepare()
+    names = [f"train-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
+    assert sorted(made.files) == ["data.json", "heldout.safetensors", *names]
+    assert [path.name for path in (tmp_path / "workspace").iterdir()] == [Path(made.path).name]
+
+
+def test_a_corpus_that_was_whole_when_the_run_was_killed_is_taken(
+    prepare: Callable[[], Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(directory: Path) -> Artifact:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "artifact", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare()
+    monkeypatch.delattr(build, "build_corpus")
+    assert len(prepare().files) == 5
+
+
+def test_what_the_disk_gives_back_differently_is_set_aside_and_made_again(
+    prepare: Callable[[], Artifact], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def spoiled(directory: Path) -> Artifact:
+        file = directory / "train-00002-of-00003.safetensors"
+        content = bytearray(file.read_bytes())
+        content[600] ^= 1
+        file.write_bytes(content)
+        return artifact(directory)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "artifact", spoiled)
+        with pytest.raises(
+            ServiceError, match=r"train-00002-of-00003\.safetensors is not what was written to it"
+        ) as told:
+            prepare()
+    assert told.value.transient
+    made = prepare()
+    assert made.digest == artifact(Path(made.path)).digest
+    assert (
+        sorted(path.name.partition(".damaged-")[0] for path in (tmp_path / "workspace").iterdir())
+        == [Path(made.path).name] * 2
+    )
