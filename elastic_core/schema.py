@@ -178,6 +178,17 @@ def to_dict(config: Any) -> dict[str, Any]:
     return typing.cast(dict[str, Any], plain(config))
 
 
+def told(config: Any) -> dict[str, Any]:
+    """The plain data of `to_dict` without what has its default: what a person would write."""
+    values = {}
+    for field, value in zip(dataclasses.fields(config), to_dict(config).values(), strict=True):
+        inner = getattr(config, field.name)
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if inner != default:
+            values[field.name] = told(inner) if dataclasses.is_dataclass(inner) else value
+    return values
+
+
 def checked_name(what: str, value: str) -> str:
     """`value`, if it is a NAME; ValueError otherwise. MLflow takes 256 characters for FAMILY-BUDGET."""
     if not NAME.fullmatch(value):

@@ -25,6 +25,7 @@ PREFECT_LOGGING = {
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "elastic_core,tasks,flows",
 }
+PEAK_TFLOPS, MFU, PRICE = 989.0, 0.4, 2.5  # what a plan assumes of a GPU: an H100, rented
 INTERRUPTED = 130  # what Typer makes of Ctrl-C
 
 app = typer.Typer(
@@ -75,9 +76,11 @@ def plan(
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: stages.0.steps=100 ...")] = None,
     gpus: Annotated[str, typer.Option(help="Numbers of GPUs to plan for.")] = "1,8,64",
     gpu_memory: Annotated[str, typer.Option(help="Memory of a GPU.")] = "80GB",
-    tflops: Annotated[float, typer.Option(help="TFLOP/s of a GPU at its peak, in the dtype of the recipe.")] = 989.0,
-    mfu: Annotated[float, typer.Option(help="The share of --tflops that training reaches.")] = 0.4,
-    price: Annotated[float, typer.Option(help="Dollars for a GPU-hour.")] = 2.5,
+    tflops: Annotated[
+        float, typer.Option(help="TFLOP/s of a GPU at its peak, in the dtype of the recipe.")
+    ] = PEAK_TFLOPS,
+    mfu: Annotated[float, typer.Option(help="The share of --tflops that training reaches.")] = MFU,
+    price: Annotated[float, typer.Option(help="Dollars for a GPU-hour.")] = PRICE,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Say before spending what a recipe takes: sizes, tokens, FLOPs, memory, hours, dollars, and where it fits."""
@@ -100,6 +103,56 @@ def plan(
         typer.echo(json.dumps(plan_json(planned), indent=2))
     else:
         print_plan(planned, table)
+
+
+@app.command()
+def init(
+    teacher: Annotated[str, typer.Option(help="A checkpoint's directory, s3://BUCKET/PREFIX, or its name on the Hub.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write; it must not exist yet.")],
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="A size to make, the largest first: 9b, s=740e6, 16GiB@ctx=131072, fast=12ms; repeat it."),
+    ] = None,
+    tokens: Annotated[float, typer.Option(help="Tokens to train on, both stages together.")] = 1e9,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Documents to train on, as data.sources[].path has it; repeat it.")
+    ] = None,
+    family: Annotated[str | None, typer.Option(help="What the family is called; by default after its teacher.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that the stages are to fit on.")] = 8,
+    gpu_memory: Annotated[str, typer.Option(help="Memory of a GPU.")] = "80GB",
+    latency_table: Annotated[
+        Path | None, typer.Option(help="A latency table of `elastic profile`, for budgets of latency.")
+    ] = None,
+) -> None:
+    """Write a recipe for a teacher from its config.json, and show its plan."""
+    from elastic_core.budget import parse_bytes
+    from elastic_core.planning.plan import Accelerator
+    from elastic_core.planning.profile import recipe_table
+    from flows.commands.init import draft, family_name, write_recipe
+    from flows.commands.plan import geometry_at, print_plan
+
+    path = str(Path(teacher).expanduser().absolute()) if Path(teacher).expanduser().is_dir() else teacher
+    recipe, plan, text = draft(
+        path,
+        geometry_at(path),
+        family=family or family_name(path),
+        budgets=budget or [],
+        sources=data or [],
+        tokens=round(tokens),
+        gpus=gpus,
+        accelerator=Accelerator(
+            memory=parse_bytes(gpu_memory, "--gpu-memory"),
+            flops_per_second=PEAK_TFLOPS * 1e12,
+            utilisation=MFU,
+            dollars_per_hour=PRICE,
+        ),
+        latency_table=latency_table,
+    )
+    write_recipe(output, text)
+    print_plan(plan, recipe_table(recipe))
+    typer.echo(
+        f"{output}: look at its data, budgets and stages; then `elastic check {output}` and `elastic run {output}`"
+    )
 
 
 @app.command()

@@ -1,13 +1,14 @@
 """What `elastic plan` prints: a recipe's plan as tables for people, or as JSON for machines."""
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from elastic_core.cost import LatencyTable, budget_cost
-from elastic_core.files.checkpoint import read_config
+from elastic_core.files.checkpoint import CheckpointError, read_config
 from elastic_core.geometry import ModelConfig
 from elastic_core.planning.memory import Memory
 from elastic_core.planning.plan import USABLE_SHARE, BudgetPlan, Change, MeshPlan, RecipePlan, StagePlan
@@ -15,9 +16,11 @@ from elastic_core.recipe import Recipe
 from elastic_core.schema import to_dict
 from elastic_core.subnet import Subnet
 from flows.commands.terminal import text_table, wide_console
+from flows.serving.services import tracking_environment
+from tasks import artifacts
 from tasks.corpus.hub import HUB, bring_config, parse_model
 from tasks.reporting.numbers import human_bytes, human_count, human_seconds, percent
-from tasks.settings import ServiceError
+from tasks.settings import ServiceError, Settings, home_directory
 
 MEMORY_TITLES = {"parameters": "weights", "optimizer": "AdamW"}
 
@@ -28,20 +31,32 @@ def teacher_geometry(recipe: Recipe) -> ModelConfig:
     if teacher.pretrain is not None:
         return teacher.pretrain.model
     assert teacher.path is not None, "config.Teacher has one of path and pretrain"
-    if Path(teacher.path).is_dir():
-        return read_config(Path(teacher.path))
-    if teacher.model is not None:
+    if teacher.model is not None and not Path(teacher.path).is_dir():
         return teacher.model
     if "://" in teacher.path and not teacher.path.startswith(HUB):
         raise ValueError(
             f"teacher.path {teacher.path!r} is not a directory here; put the geometry of its config.json under "
             "teacher.model, or name a directory"
         )
+    try:
+        return geometry_at(teacher.path)
+    except CheckpointError:
+        raise
+    except (ValueError, ServiceError) as error:
+        raise ValueError(f"{error}; or put the geometry of its config.json under teacher.model") from error
+
+
+def geometry_at(path: str) -> ModelConfig:
+    """The geometry that the config.json of a directory, of an `s3://` prefix or of a model on the Hub gives."""
+    if Path(path).is_dir():
+        return read_config(Path(path))
     with TemporaryDirectory() as directory:
-        try:
-            bring_config(parse_model(teacher.path), Path(directory))
-        except (ValueError, ServiceError) as error:
-            raise ValueError(f"{error}; or put the geometry of its config.json under teacher.model") from error
+        if path.startswith("s3://"):
+            settings = Settings.from_environment(tracking_environment(home_directory()) | os.environ, need_bucket=False)
+            file = Path(directory) / "config.json"
+            artifacts.get_file(artifacts.open_store(settings), f"{path.rstrip('/')}/{file.name}", file)
+        else:
+            bring_config(parse_model(path), Path(directory))
         return read_config(Path(directory))
 
 
