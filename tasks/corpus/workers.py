@@ -167,7 +167,8 @@ def cores() -> int:
 def make_shards(maker: ShardMaker, shards: Sequence[Shard], processes: int, progress: Progress) -> list[ShardRecord]:
     """Make the shards that are not whole yet, in up to so many processes; the records of all, in order.
 
-    A record without files is that of a shard of which nothing is wanted.
+    There are as many processes as shards are wanted at once, and the cores are divided among them. A record without
+    files is that of a shard of which nothing is wanted.
     """
     state = _State(maker, shards)
     there = sum(record.tokens for record in state.made.values())
@@ -176,7 +177,9 @@ def make_shards(maker: ShardMaker, shards: Sequence[Shard], processes: int, prog
         expected = state.expected()
         progress(min(there + tokens, expected or there + tokens), expected)
 
-    with workers(maker, max(1, min(processes, len(shards) - len(state.made))), report) as found:
+    if state.settle():
+        return state.settled
+    with workers(maker, sum(1 for _ in state.wanted(processes)), report) as found:
         while not state.settle():
             for shard, before in state.wanted(found.count):
                 state.running[found.submit(shard, before)] = shard.number, before
@@ -224,14 +227,19 @@ class _State:
     def wanted(self, most: int) -> Iterator[tuple[Shard, Taken]]:
         """The shards to begin with now, where `most` may run at once, each with what is known to be taken before it.
 
-        A shard is made ahead unless those before it are expected to reach the limit of its source.
+        None is made ahead where those before it are expected to reach the limit of its source; one whose size nobody
+        knows is expected to.
         """
         under_way = {number for number, _ in self.running.values()}
         expected: dict[int, float] = {}
         bytes_per_token = self._bytes_per_token()
         for shard in self.shards:
             source, before = self._begins(shard)
-            is_needed = len(shard.parts) > 1 or expected.get(shard.parts[0].source, 0) < (source.max_tokens or math.inf)
+            is_needed = (
+                source.max_tokens is None
+                or len(shard.parts) > 1
+                or expected.get(shard.parts[0].source, 0) < source.max_tokens
+            )
             if len(under_way) >= most:
                 return
             is_open = shard.number >= len(self.settled) and shard.number not in self.made.keys() | under_way

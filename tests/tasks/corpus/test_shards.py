@@ -216,6 +216,23 @@ def test_shards_beyond_a_limit_are_not_made(
     assert max(unruly) < 6 < Path(config.sources[0].path).stat().st_size // 500
 
 
+@pytest.mark.parametrize(
+    ("sizes", "limit", "wanted"),
+    [
+        ([400] * 8, None, [0, 1, 2, 3, 4, 5]),
+        ([400] * 8, 250, [0, 1, 2]),  # 100 tokens each
+        ([None] * 8, 250, [0]),
+        ([None] * 8, None, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_as_many_work_as_there_is_to_do_at_once(sizes: list[int | None], limit: int | None, wanted: list[int]) -> None:
+    source = DataSource(path="x", max_tokens=limit)
+    pieces = [Piece(name="x", path=str(at), format="jsonl", size=size) for at, size in enumerate(sizes)]
+    maker = ShardMaker(config=DataConfig(sources=(source,)), tokenizer=Path("none"), directory=Path("none"))
+    state = workers._State(maker, plan_shards([pieces], 400))
+    assert [shard.number for shard, _ in state.wanted(6)] == wanted
+
+
 class Killed(Exception):
     pass
 
@@ -332,7 +349,7 @@ class Preparation:
         """kill -9 once so many shards are whole."""
         while len(self.marked()) < shards:
             assert self.process.poll() is None, "it ended before it could be killed"
-            time.sleep(0.001)
+            time.sleep(0.01)
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
         time.sleep(1.0)  # the others end when they see it
@@ -353,9 +370,9 @@ def test_the_corpus_is_the_same_for_one_two_and_three_processes_and_after_kills(
     for processes in (2, 3):
         output = tmp_path / f"{processes} processes"
         assert Preparation(config, tokenizer_dir, output, processes).digest() == expected
-    for processes in (1, 2):
+    for processes, shares in ((1, (0.9,)), (2, (0.5, 0.9))):
         output = tmp_path / f"{processes} processes and kills"
-        for share in (0.2, 0.5, 0.9):
+        for share in shares:
             kept = Preparation(config, tokenizer_dir, output, processes).kill_at(round(share * count))
         again = Preparation(config, tokenizer_dir, output, processes)
         assert again.digest() == expected
