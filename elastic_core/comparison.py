@@ -19,16 +19,6 @@ from elastic_core.subnet import Subnet, full_subnet, keep_layers
 
 Progress = Callable[[int, int], None]
 
-# The entry of an order that moves the components of an axis.
-_ORDER_OF = {
-    "hidden": "hidden",
-    "ffn": "ffn",
-    "mamba_heads": "mamba_heads",
-    "mamba_head_dim": "mamba_channels",
-    "attention_heads": "query_heads",
-    "depth": "layers",
-}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
@@ -128,5 +118,5 @@ def cut_axis(full: Subnet, axis: str, size: int, layer_ranking: Sequence[int]) -
 
 def _along(axis: str, order: Order, config: ModelConfig) -> Order:
     """The order that moves the components of `axis` as `order` does, and no others."""
-    name = _ORDER_OF[axis]
+    name = "layers" if axis == "depth" else axis
     return dataclasses.replace(identity_order(config), **{name: getattr(order, name)})

@@ -6,19 +6,18 @@ the same parts the router makes its differentiable expectation and the resolver 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
 from itertools import product
-from math import ceil
 
 from elastic_core.budget import Budget, Dtype, Serving, bytes_text
-from elastic_core.geometry import ATTENTION, FFN, MAMBA, Axes, ModelConfig
+from elastic_core.geometry import LAYER_AXES, Axes, ModelConfig
+from elastic_core.layers.kind import FLOAT32_BYTES, ServingStep, Shape
+from elastic_core.layers.kinds import KINDS
 from elastic_core.subnet import Subnet
 
-WIDTH_AXIS = {FFN: "ffn", MAMBA: "mamba_heads", ATTENTION: "attention_heads"}
-
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
-FLOAT32_BYTES = 4
 
 
 # Parameters
@@ -34,56 +33,34 @@ def embedding_params(model: ModelConfig, hidden: int) -> int:
     return 2 * model.vocab_size * hidden + hidden
 
 
-def mamba_params(model: ModelConfig, hidden: int, heads: int, head_dim: int) -> int:
-    """in_proj [z, x, B, C, dt], conv1d over [x, B, C], A_log, D and dt_bias, gated norm, out_proj, layer norm."""
-    channels = heads * head_dim
-    in_proj = hidden * (2 * channels + model.state_rows + heads)
-    conv = (channels + model.state_rows) * (model.conv_kernel + int(model.use_conv_bias))
-    return in_proj + conv + 3 * heads + channels + channels * hidden + hidden
-
-
-def attention_params(model: ModelConfig, hidden: int, heads: int) -> int:
-    """Query and output projections over `heads`, key and value projections over all KV heads, layer norm."""
-    return 2 * hidden * model.head_dim * (heads + model.num_key_value_heads) + hidden
-
-
-def ffn_params(hidden: int, ffn: int) -> int:
-    """Up and down projections, layer norm."""
-    return 2 * hidden * ffn + hidden
+@cache
+def layer_params(model: ModelConfig, shape: Shape) -> int:
+    """A layer's norm, and what its kind lays out."""
+    layouts, kept = KINDS[shape.kind].mixer.lay_out(model, model.layers_of(shape.kind)[0]), shape.kept(model)
+    return shape.hidden + sum(layout.numel(kept) for layout in layouts.values())
 
 
 # Costs
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """The sizes that a layer's cost depends on.
-
-    `width` is its FFN width, Mamba heads or query heads; `mamba_head_dim` is 0 where the layer is not a Mamba layer.
-    """
-
-    kind: str
-    hidden: int
-    width: int
-    mamba_head_dim: int = 0
-
-
-def shape_of(kind: str, hidden: int, width: int, mamba_head_dim: int) -> Shape:
-    """The shape of a layer of `kind`."""
-    return Shape(kind=kind, hidden=hidden, width=width, mamba_head_dim=mamba_head_dim if kind == MAMBA else 0)
+def shape_of(kind: str, hidden: int, width: int, shared: Sequence[int]) -> Shape:
+    """The shape of a layer of `kind`; `shared` has a size of each axis that layers share, whatever their kind."""
+    sizes = {axis: size for axis, size in zip(Axes.SHARED, shared, strict=True) if axis in LAYER_AXES[kind]}
+    return Shape(kind=kind, hidden=hidden, width=width, **sizes)
 
 
 def shapes(model: ModelConfig, subnet: Subnet) -> Iterator[Shape]:
     """The shape of each kept layer."""
+    shared = [getattr(subnet, axis) for axis in Axes.SHARED]
     for layer in subnet.layers:
         kind = model.hybrid_override_pattern[layer]
-        width = getattr(subnet, WIDTH_AXIS[kind])[model.ordinal(layer)]
-        yield shape_of(kind, subnet.hidden, width, subnet.mamba_head_dim)
+        width = getattr(subnet, LAYER_AXES[kind][0])[model.ordinal(layer)]
+        yield shape_of(kind, subnet.hidden, width, shared)
 
 
 def choices(model: ModelConfig, axes: Axes, kind: str) -> tuple[Shape, ...]:
     """Every shape that a layer of `kind` may have on the (bound) `axes`, each once; none if the model has no such."""
-    sizes = product(axes.hidden, axes.choices(WIDTH_AXIS[kind]), axes.mamba_head_dim)
+    sizes = product(axes.hidden, axes.choices(LAYER_AXES[kind][0]), product(*map(axes.choices, Axes.SHARED)))
     found = dict.fromkeys(shape_of(kind, *size) for size in sizes)
     return tuple(found) if model.layers_of(kind) else ()
 
@@ -133,21 +110,13 @@ class ParamsCost(Cost):
         return embedding_params(self.model, hidden)
 
     def layer(self, shape: Shape) -> int:
-        if shape.kind == MAMBA:
-            return mamba_params(self.model, shape.hidden, shape.width, shape.mamba_head_dim)
-        if shape.kind == ATTENTION:
-            return attention_params(self.model, shape.hidden, shape.width)
-        return ffn_params(shape.hidden, shape.width)
+        return layer_params(self.model, shape)
 
     def text(self, amount: int) -> str:
         return f"{amount:,} parameters"
 
 
 # Memory
-
-# On a CPU ssm.py walks over runs of at most so many values, in float32, and scans chunks of at most so many tokens.
-SEGMENT_VALUES = 2**18
-CPU_CHUNK = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,27 +139,22 @@ class MemoryCost(Cost):
         return ParamsCost(model=self.model).layer(shape) * self._bytes + self.cache(shape)
 
     def cache(self, shape: Shape) -> int:
-        """What model.Cache holds for a layer: keys and values, or the state (in float32) and the convolution's tail."""
-        batch, model = self.serving.batch, self.model
-        if shape.kind == ATTENTION:
-            return 2 * batch * self.serving.context * model.num_key_value_heads * model.head_dim * self._bytes
-        if shape.kind == FFN:
-            return 0
-        channels = shape.width * shape.mamba_head_dim
-        tail = (model.conv_kernel - 1) * (channels + model.state_rows) * self._bytes
-        return batch * (channels * model.ssm_state_size * FLOAT32_BYTES + tail)
+        """What the cache of decoding holds for a layer."""
+        return KINDS[shape.kind].cache_bytes(self.model, shape, self._step)
 
     def fixed_peak(self, hidden: int) -> int:
         """A norm over the step's tokens, or the logits of each sequence's last token; each cast to float32."""
         cast = FLOAT32_BYTES if self._bytes < FLOAT32_BYTES else 0
-        norm = self._rows * hidden * (3 * self._bytes + 2 * cast) + hidden * cast
-        logits = self._rows * hidden * self._bytes + self.serving.batch * self.model.vocab_size * (self._bytes + cast)
+        norm = self._step.rows * hidden * (3 * self._bytes + 2 * cast) + hidden * cast
+        logits = self._step.rows * hidden * self._bytes + self.serving.batch * self.model.vocab_size * (
+            self._bytes + cast
+        )
         return max(norm, logits)
 
     def peak(self, shape: Shape) -> int:
         """A mixer's tensors at their most, beside the residual stream, its norm, and the output of the step before."""
-        mixers = {MAMBA: self._mamba, ATTENTION: self._attention, FFN: self._ffn}
-        return 3 * self._rows * shape.hidden * self._bytes + mixers[shape.kind](shape)
+        mixer = KINDS[shape.kind].serving_bytes(self.model, shape, self._step)
+        return 3 * self._step.rows * shape.hidden * self._bytes + mixer
 
     def text(self, amount: int) -> str:
         return bytes_text(amount)
@@ -200,55 +164,10 @@ class MemoryCost(Cost):
         return DTYPE_BYTES[self.serving.dtype]
 
     @property
-    def _tokens(self) -> int:
-        return min(self.prefill, self.serving.context)
-
-    @property
-    def _rows(self) -> int:
-        return self.serving.batch * self._tokens
-
-    def _ffn(self, shape: Shape) -> int:
-        """The neurons, and the output."""
-        return self._rows * (shape.width + shape.hidden) * self._bytes
-
-    def _attention(self, shape: Shape) -> int:
-        """Queries, with the layer's cache while it is copied to grow, or the mask, or the heads' and layer's output."""
-        later = min(self._tokens, self.serving.context - self._tokens)  # the most that are read on top of a full piece
-        mask = later * self.serving.context if later > 1 else 0
-        queries = self._rows * shape.width * self.model.head_dim * self._bytes
-        output = queries + self._rows * shape.hidden * self._bytes
-        return queries + max(self.cache(shape) if later else 0, 2 * mask, mask + output)
-
-    def _mamba(self, shape: Shape) -> int:
-        """What in_proj gives, with the convolution at work; or both and dt, with the scan or the gated norm at work."""
-        model, heads, channels = self.model, shape.width, shape.width * shape.mamba_head_dim
-        mixed = channels + model.state_rows
-        taps = 2 * mixed * model.conv_kernel * FLOAT32_BYTES
-        projected = self._rows * (channels + mixed + heads) * self._bytes + taps
-        held = self._rows * (mixed * self._bytes + heads * FLOAT32_BYTES)
-        scan = max(self._plain_scan(heads, channels), self._fused_scan(heads, channels))
-        return projected + max(self._piecewise(mixed), held + max(scan, self._piecewise(channels)))
-
-    def _piecewise(self, channels: int) -> int:
-        """Input, output in pieces, and these joined; two copies of a piece in float32, four once there are several."""
-        values = self._rows * channels
-        return 3 * values * self._bytes + 2 * min(values, 2 * SEGMENT_VALUES) * FLOAT32_BYTES
-
-    def _plain_scan(self, heads: int, channels: int) -> int:
-        """The output so far, and of one chunk: decays of each pair of tokens, seven copies of x, the states around."""
-        model, tokens = self.model, min(self._tokens, self.model.chunk_size, CPU_CHUNK)
-        pairs = tokens * tokens * (2 * heads + model.n_groups)
-        chunk = pairs + tokens * (7 * channels + 2 * model.state_rows + 8 * heads) + 3 * channels * model.ssm_state_size
-        return self._rows * channels * self._bytes + self.serving.batch * chunk * FLOAT32_BYTES
-
-    def _fused_scan(self, heads: int, channels: int) -> int:
-        """In mamba-ssm: the output, each chunk's state twice and the last one, each chunk's scores, dt and decays."""
-        model, chunks = self.model, self.serving.batch * ceil(self._tokens / self.model.chunk_size)
-        state = channels * model.ssm_state_size
-        states = chunks * state * (FLOAT32_BYTES + self._bytes) + self.serving.batch * state * FLOAT32_BYTES
-        scores = chunks * model.n_groups * model.chunk_size**2 * FLOAT32_BYTES
-        decays = 2 * chunks * model.chunk_size * heads * FLOAT32_BYTES
-        return self._rows * channels * self._bytes + states + scores + decays
+    def _step(self) -> ServingStep:
+        serving = self.serving
+        tokens = min(self.prefill, serving.context)
+        return ServingStep(batch=serving.batch, context=serving.context, tokens=tokens, width=self._bytes)
 
 
 # Latency
@@ -280,8 +199,8 @@ class LatencyTable:
 
     def __post_init__(self) -> None:
         for layer in self.layers:
-            if layer.kind not in WIDTH_AXIS:
-                raise ValueError(f"layer kind {layer.kind!r} is unknown; expected one of {', '.join(WIDTH_AXIS)}")
+            if layer.kind not in KINDS:
+                raise ValueError(f"layer kind {layer.kind!r} is unknown; expected one of {', '.join(KINDS)}")
         least = min([*self.fixed.values(), *(layer.nanoseconds for layer in self.layers)], default=1)
         if least < 1:
             raise ValueError(f"nanoseconds={least} must be greater than 0; measure again with `elastic profile`")
@@ -291,10 +210,8 @@ class LatencyTable:
     @property
     def times(self) -> dict[Shape, int]:
         """The time of each shape."""
-        return {
-            Shape(kind=t.kind, hidden=t.hidden, width=t.width, mamba_head_dim=t.mamba_head_dim): t.nanoseconds
-            for t in self.layers
-        }
+        names = [field.name for field in fields(Shape)]
+        return {Shape(**{name: getattr(t, name) for name in names}): t.nanoseconds for t in self.layers}
 
     def check(self, model: ModelConfig, axes: Axes) -> None:
         """ValueError unless the table is of such a model and has every choice of its (bound) `axes`."""
@@ -306,7 +223,7 @@ class LatencyTable:
                 )
         times = self.times
         missing: list[object] = [hidden for hidden in axes.hidden if hidden not in self.fixed]
-        missing += [shape for kind in WIDTH_AXIS for shape in choices(model, axes, kind) if shape not in times]
+        missing += [shape for kind in KINDS for shape in choices(model, axes, kind) if shape not in times]
         if missing:
             raise ValueError(
                 f"latency table: {len(missing)} choices of the axes are missing, such as {missing[0]}; "

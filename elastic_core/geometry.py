@@ -9,6 +9,26 @@ from elastic_core.schema import Strict, multiple_of, positive
 
 MAMBA, ATTENTION, FFN = "M", "*", "-"
 
+KIND_NAMES = {MAMBA: "Mamba-2", ATTENTION: "attention", FFN: "FFN"}
+
+# The axes of each kind of layer: first its width, which may differ by layer, then those that all layers share.
+LAYER_AXES: dict[str, tuple[str, ...]] = {
+    FFN: ("ffn",),
+    MAMBA: ("mamba_heads", "mamba_head_dim"),
+    ATTENTION: ("attention_heads",),
+}
+
+# The fields of ModelConfig that hold the full size of an axis, and how many equal groups keep a part of it each.
+FULL_SIZES = {
+    "hidden": "hidden_size",
+    "ffn": "intermediate_size",
+    "mamba_heads": "mamba_num_heads",
+    "mamba_head_dim": "mamba_head_dim",
+    "attention_heads": "num_attention_heads",
+    "depth": "num_layers",
+}
+GROUPS = {"mamba_heads": "n_groups", "attention_heads": "num_key_value_heads"}
+
 FfnLayout = Literal["padded", "list"]  # how a slice holds FFN widths that differ by layer: zeros added, or as they are
 
 
@@ -67,11 +87,17 @@ class ModelConfig(Strict):
     """The token that ends a text, or a list of them; null for none. Example: `[2, 11]`."""
 
     def __post_init__(self) -> None:
-        unknown = set(self.hybrid_override_pattern) - {MAMBA, ATTENTION, FFN}
+        unknown = set(self.hybrid_override_pattern) - LAYER_AXES.keys()
         if unknown or not self.hybrid_override_pattern:
+            *first, last = (f"{letter} ({name})" for letter, name in KIND_NAMES.items())
             raise ValueError(
-                f"hybrid_override_pattern={self.hybrid_override_pattern!r} must be made of M (Mamba-2), * (attention) "
-                f"and - (FFN); found {', '.join(sorted(unknown)) or 'nothing'}"
+                f"hybrid_override_pattern={self.hybrid_override_pattern!r} must be made of {', '.join(first)} "
+                f"and {last}; found {', '.join(sorted(unknown)) or 'nothing'}"
+            )
+        widths = [LAYER_AXES[kind][0] for kind in sorted(set(self.hybrid_override_pattern))]
+        if len(set(widths)) < len(widths):
+            raise ValueError(
+                f"hybrid_override_pattern={self.hybrid_override_pattern!r} has two kinds of one width axis"
             )
         positive(self, "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "mamba_num_heads")
         positive(self, "mamba_head_dim", "ssm_state_size", "n_groups", "vocab_size", "conv_kernel", "chunk_size")
@@ -83,10 +109,10 @@ class ModelConfig(Strict):
             raise ValueError(f"time_step_limit={list(self.time_step_limit)} must rise from at least 0")
         multiple_of("mamba_num_heads", self.mamba_num_heads, "n_groups", self.n_groups)
         multiple_of("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
-        if isinstance(self.intermediate_size, tuple) and len(self.intermediate_size) != len(self.layers_of(FFN)):
+        ffn_layers = len(self.layers_on("ffn"))
+        if isinstance(self.intermediate_size, tuple) and len(self.intermediate_size) != ffn_layers:
             raise ValueError(
-                f"intermediate_size lists {len(self.intermediate_size)} widths; "
-                f"the pattern has {len(self.layers_of(FFN))} FFN layers"
+                f"intermediate_size lists {len(self.intermediate_size)} widths; the pattern has {ffn_layers} FFN layers"
             )
         if any(width <= 0 for width in self.ffn_sizes):
             raise ValueError(f"intermediate_size={self.intermediate_size} must be greater than 0")
@@ -98,9 +124,7 @@ class ModelConfig(Strict):
     @property
     def ffn_sizes(self) -> tuple[int, ...]:
         """The width of each FFN layer, in order."""
-        if isinstance(self.intermediate_size, tuple):
-            return self.intermediate_size
-        return (self.intermediate_size,) * len(self.layers_of(FFN))
+        return self.full_sizes("ffn")
 
     @property
     def mamba_size(self) -> int:
@@ -113,8 +137,21 @@ class ModelConfig(Strict):
         return 2 * self.n_groups * self.ssm_state_size
 
     def layers_of(self, kind: str) -> tuple[int, ...]:
-        """Indices of the layers of one kind: M, * or -."""
+        """Indices of the layers of one kind, by its letter."""
         return tuple(i for i, k in enumerate(self.hybrid_override_pattern) if k == kind)
+
+    def layers_on(self, axis: str) -> tuple[int, ...]:
+        """Indices of the layers that have an axis."""
+        return tuple(i for i, kind in enumerate(self.hybrid_override_pattern) if axis in LAYER_AXES[kind])
+
+    def full_sizes(self, axis: str) -> tuple[int, ...]:
+        """The full size of an axis in each of its layers, in order."""
+        full = getattr(self, FULL_SIZES[axis])
+        return full if isinstance(full, tuple) else (full,) * len(self.layers_on(axis))
+
+    def groups(self, axis: str) -> int:
+        """How many equal groups keep a part of an axis each."""
+        return typing.cast(int, getattr(self, GROUPS[axis])) if axis in GROUPS else 1
 
     def ordinal(self, layer: int) -> int:
         """Position of `layer` among the layers of its own kind."""
@@ -141,6 +178,9 @@ class Axes(Strict):
     """The axes that are chosen for each layer apart, rather than once for the model. Example: `[ffn]`."""
 
     NAMES: ClassVar[tuple[str, ...]] = ("hidden", "ffn", "mamba_heads", "mamba_head_dim", "attention_heads", "depth")
+    WIDTHS: ClassVar[tuple[str, ...]] = ("ffn", "mamba_heads", "attention_heads")
+    SHARED: ClassVar[tuple[str, ...]] = ("mamba_head_dim",)  # by all layers that have the axis
+    IN_LAYERS: ClassVar[tuple[str, ...]] = tuple(name for name in NAMES if name not in ("hidden", "depth"))
 
     def __post_init__(self) -> None:
         for name in self.NAMES:
@@ -156,13 +196,8 @@ class Axes(Strict):
 
     def bind(self, model: ModelConfig) -> "Axes":
         """These axes for `model`: empty ones hold the full size alone, and every choice is checked against it."""
-        full = {
-            "hidden": model.hidden_size,
-            "ffn": max(model.ffn_sizes, default=1),
-            "mamba_heads": model.mamba_num_heads,
-            "mamba_head_dim": model.mamba_head_dim,
-            "attention_heads": model.num_attention_heads,
-            "depth": model.num_layers,
+        full = {name: getattr(model, FULL_SIZES[name]) for name in self.NAMES} | {
+            "ffn": max(model.ffn_sizes, default=1)
         }
         sizes: dict[str, Any] = {name: self.choices(name) or (full[name],) for name in self.NAMES}
         bound = dataclasses.replace(self, **sizes)
@@ -171,13 +206,12 @@ class Axes(Strict):
                 raise ValueError(
                     f"axes.{name} begins with {bound.choices(name)[0]}; it must begin with the teacher's {full[name]}"
                 )
-        for axis, kind in {"ffn": FFN, "mamba_heads": MAMBA, "attention_heads": ATTENTION}.items():
-            if axis in self.per_layer and not model.layers_of(kind):
+        for axis in self.WIDTHS:
+            if axis in self.per_layer and not model.layers_on(axis):
                 raise ValueError(f"axes.per_layer names {axis}, but the teacher has no such layers")
-        for heads in bound.mamba_heads:
-            multiple_of("axes.mamba_heads", heads, "n_groups", model.n_groups)
-        for heads in bound.attention_heads:
-            multiple_of("axes.attention_heads", heads, "num_key_value_heads", model.num_key_value_heads)
+        for axis, groups in GROUPS.items():
+            for size in bound.choices(axis):
+                multiple_of(f"axes.{axis}", size, groups, model.groups(axis))
         if len(set(model.ffn_sizes)) > 1:
             raise ValueError("the teacher's FFN widths differ by layer; an elastic model starts from a uniform one")
         return bound

@@ -5,15 +5,18 @@ arXiv 2511.16664, section on importance estimation. Only the teacher and calibra
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_core.files.reorder import Order
-from elastic_core.geometry import ATTENTION, MAMBA, ModelConfig
+from elastic_core.geometry import ATTENTION, Axes, ModelConfig
 from elastic_core.layers.kernels import select_backend
-from elastic_core.model import Attention, ElasticNemotronH, FeedForward, Layer, MambaMixer
+from elastic_core.layers.kind import descending
+from elastic_core.layers.kinds import KINDS
+from elastic_core.layout import WHOLE
+from elastic_core.model import ElasticNemotronH, Layer
 from elastic_core.recipe import MambaScores
 from elastic_core.subnet import full_subnet
 from elastic_core.training.tokens import TokenBatch
@@ -23,92 +26,50 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WidthScores:
-    """Importance of every component along each width axis, in float64; higher is kept.
+    """Importance of every component, in float64; higher is kept.
 
-    `ffn_F`, `mamba_HP` and `query_Q` have one entry a layer of their kind.
+    `hidden_D` is that of the hidden channels, `layers` has the scores of each layer's own components, as its kind
+    gives them.
     """
 
     hidden_D: Tensor
-    ffn_F: tuple[Tensor, ...]
-    mamba_HP: tuple[Tensor, ...]
-    query_Q: tuple[Tensor, ...]
+    layers: tuple[Tensor, ...]
 
 
 @torch.no_grad()
 def width_scores(
     model: ElasticNemotronH, batches: Iterable[TokenBatch], mamba_scores: MambaScores = "absolute"
 ) -> WidthScores:
-    """Activation-based importance of hidden channels, FFN neurons, Mamba channels and query heads.
+    """Activation-based importance of hidden channels and of each layer's components.
 
     `batches` yields calibration tokens; only their inputs are read. With X the input of a layer, summed over tokens:
-    hidden channel i: |RMSNorm(X)|_i over all layers; FFN neuron i: |RMSNorm(X) W1|_i before the activation;
-    Mamba (head, channel): |RMSNorm(X) W_x|, or where `mamba_scores` is signed RMSNorm(X) W_x, whose sum is small for a
-    channel that is often large in both directions; query head: the norm of its query.
+    hidden channel i: |RMSNorm(X)|_i over all layers. The kinds say how they score their components.
     """
-    config, full = model.config, full_subnet(model.config)
     device = model.embeddings.weight.device
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(*shape, dtype=torch.float64, device=device)
-
-    hidden_D = zeros(config.hidden_size)
-    ffn_F = tuple(zeros(width) for width in config.ffn_sizes)
-    mamba_HP = tuple(zeros(config.mamba_num_heads, config.mamba_head_dim) for _ in config.layers_of(MAMBA))
-    query_Q = tuple(zeros(config.num_attention_heads) for _ in config.layers_of(ATTENTION))
+    hidden_D = torch.zeros(model.config.hidden_size, dtype=torch.float64, device=device)
+    layers: dict[int, Tensor] = {}
     backend = select_backend(model.backend, device)
     for batch in (batch.to(device) for batch in batches):
         x_BTD = model.embeddings(batch.inputs_BT)
         for index, layer in enumerate(model.layers):
             assert isinstance(layer, Layer)
-            mixer, ordinal = layer.mixer, config.ordinal(index)
             normed_BTD = layer.norm(x_BTD)
             hidden_D += normed_BTD.abs().sum((0, 1))
-            if isinstance(mixer, FeedForward):
-                ffn_F[ordinal].add_(F.linear(normed_BTD, mixer.up_proj.weight).abs().sum((0, 1)))
-            elif isinstance(mixer, MambaMixer):
-                x_rows = mixer.in_proj.weight[config.mamba_size : 2 * config.mamba_size]
-                if mamba_scores == "absolute":
-                    sums = F.linear(normed_BTD, x_rows).abs().sum((0, 1))
-                else:
-                    sums = F.linear(normed_BTD.sum((0, 1)), x_rows)
-                mamba_HP[ordinal].add_(sums.view(mamba_HP[ordinal].shape))
-            elif isinstance(mixer, Attention):
-                queries = F.linear(normed_BTD, mixer.q_proj.weight).unflatten(-1, (-1, config.head_dim))
-                query_Q[ordinal].add_(queries.norm(dim=-1).sum((0, 1)))
-            x_BTD = x_BTD + mixer(normed_BTD, full, None, None, backend, batch.packing)
-    return WidthScores(hidden_D=hidden_D, ffn_F=ffn_F, mamba_HP=mamba_HP, query_Q=query_Q)
+            sums = layer.kind.scores(layer.mixer, normed_BTD, signed=mamba_scores == "signed").double()
+            layers[index] = layers[index] + sums if index in layers else sums
+            x_BTD = x_BTD + layer.mixer(normed_BTD, WHOLE, None, None, backend, batch.packing)
+    return WidthScores(hidden_D=hidden_D, layers=tuple(layers.values()))
 
 
-def importance_order(
-    config: ModelConfig, scores: WidthScores, layer_ranking: Sequence[int], kept_head_dim: int
-) -> Order:
-    """The order of importance on every axis.
-
-    Mamba channels are ranked first, one order for all heads, by s_d = ||S_{:,d}||_2; then heads inside their group by
-    f_h = ||S_{h,top}||_2 over the `kept_head_dim` best channels, those that every subnet keeps. Query heads are ranked
-    inside their KV group.
-    """
-    channels = tuple(_descending(s_HP.norm(dim=0)) for s_HP in scores.mamba_HP)
-    return Order(
-        hidden=_descending(scores.hidden_D),
-        ffn=tuple(_descending(s_F) for s_F in scores.ffn_F),
-        mamba_channels=channels,
-        mamba_heads=tuple(
-            _descending_in_groups(s_HP[:, top[:kept_head_dim].to(s_HP.device)].norm(dim=1), config.n_groups)
-            for s_HP, top in zip(scores.mamba_HP, channels, strict=True)
-        ),
-        query_heads=tuple(_descending_in_groups(s_Q, config.num_key_value_heads) for s_Q in scores.query_Q),
-        layers=tuple(layer_ranking),
-    )
-
-
-def _descending(scores: Tensor) -> Tensor:
-    return scores.argsort(descending=True, stable=True).cpu()
-
-
-def _descending_in_groups(scores: Tensor, groups: int) -> Tensor:
-    in_group = scores.view(groups, -1).argsort(dim=1, descending=True, stable=True).cpu()
-    return (in_group + torch.arange(groups)[:, None] * in_group.shape[1]).flatten()
+def importance_order(config: ModelConfig, scores: WidthScores, layer_ranking: Sequence[int], axes: Axes) -> Order:
+    """The order of importance on every axis, for subnets of these (bound) axes."""
+    kept = {axis: axes.choices(axis)[-1] for axis in Axes.SHARED}
+    entries: dict[str, list[Tensor]] = {axis: [] for axis in Axes.IN_LAYERS}
+    for kind, of_layer in zip(config.hybrid_override_pattern, scores.layers, strict=True):
+        for axis, entry in KINDS[kind].order(config, of_layer, kept).items():
+            entries[axis].append(entry)
+    in_layers: dict[str, Any] = {axis: tuple(of_axis) for axis, of_axis in entries.items()}
+    return Order(hidden=descending(scores.hidden_D), layers=tuple(layer_ranking), **in_layers)
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from elastic_core.budget import Budget
 from elastic_core.cost import Cost, shape_of
-from elastic_core.router import KIND_OF_AXIS, ElasticModel, Router
+from elastic_core.geometry import Axes
+from elastic_core.router import ElasticModel, Router
 from elastic_core.subnet import Subnet, full_subnet, is_nested, keep_layers, smallest_subnet
 
 # A subnet for a size between the trained budgets uses at least this share of its target, or of what any can use of it.
@@ -45,7 +46,8 @@ class _Global:
     """The choices made once for the model, with the sum of their log-probabilities."""
 
     hidden: int
-    mamba_head_dim: int
+    shared: tuple[int, ...]
+    depth: int
     layers: tuple[int, ...]
     log_probability: float
 
@@ -136,7 +138,7 @@ def log_probabilities(router: Router, budget: Tensor) -> LogProbabilities:
 def _best(elastic: ElasticModel, counted: Cost, scores: LogProbabilities, bounds: Limits) -> Subnet | None:
     """The subnet of greatest log-probability within the bounds."""
     best, best_score = None, -inf
-    ceiling = sum(float(scores[axis].max(-1).values.sum()) for axis in KIND_OF_AXIS)
+    ceiling = sum(float(scores[axis].max(-1).values.sum()) for axis in Axes.WIDTHS)
     for choice in _globals(elastic, scores, bounds):
         if choice.log_probability + ceiling <= best_score:
             break
@@ -156,9 +158,9 @@ def _best_with(
     choice: _Global, elastic: ElasticModel, counted: Cost, scores: LogProbabilities, bounds: Limits
 ) -> tuple[Subnet, float] | None:
     """The subnet of greatest log-probability with these global choices, and that log-probability."""
-    rows = {axis: _rows(elastic, counted, scores, choice, axis, bounds) for axis in KIND_OF_AXIS}
+    rows = {axis: _rows(elastic, counted, scores, choice, axis, bounds) for axis in Axes.WIDTHS}
     picked = _knapsack(
-        [options for axis in KIND_OF_AXIS for options in rows[axis]],
+        [options for axis in Axes.WIDTHS for options in rows[axis]],
         counted.fixed_peak(choice.hidden),
         bounds.least - counted.fixed(choice.hidden),
         bounds.most - counted.fixed(choice.hidden),
@@ -173,19 +175,19 @@ def _best_with(
 
 def _globals(elastic: ElasticModel, scores: LogProbabilities, bounds: Limits) -> list[_Global]:
     """The choices made once for the model, the most likely first."""
-    axes = ("hidden", "mamba_head_dim", "depth")
-    within = {
-        axis: [
+    within = [
+        [
             (c, float(s))
             for c, s in zip(elastic.axes.choices(axis), scores[axis][0], strict=True)
             if getattr(bounds.inner, axis) <= c <= getattr(bounds.outer, axis)
         ]
-        for axis in axes
-    }
-    found = [
-        _Global(hidden, head_dim, keep_layers(elastic.layer_ranking, depth), a + b + c)
-        for (hidden, a), (head_dim, b), (depth, c) in product(*(within[axis] for axis in axes))
+        for axis in ("hidden", *Axes.SHARED, "depth")
     ]
+    found = []
+    for picked in product(*within):
+        (hidden, *shared, depth), likely = zip(*picked, strict=True)
+        layers = keep_layers(elastic.layer_ranking, depth)
+        found.append(_Global(hidden, tuple(shared), depth, layers, sum(likely)))
     return sorted(found, key=lambda choice: -choice.log_probability)
 
 
@@ -193,7 +195,7 @@ def _rows(
     elastic: ElasticModel, counted: Cost, scores: LogProbabilities, choice: _Global, axis: str, bounds: Limits
 ) -> list[list[_Option]]:
     """The options of each row of an axis, given the global choices."""
-    layers, kept = elastic.config.layers_of(KIND_OF_AXIS[axis]), set(choice.layers)
+    layers, kept, kind = elastic.config.layers_on(axis), set(choice.layers), elastic.kinds().get(axis)
     rows = []
     for row in range(elastic.rows(axis)):
         members = elastic.layers_of(axis, row)
@@ -203,8 +205,10 @@ def _rows(
         options = []
         for value, score in zip(elastic.axes.choices(axis), scores[axis][row].tolist(), strict=True):
             if low <= value <= high:
-                shape = shape_of(KIND_OF_AXIS[axis], choice.hidden, value, choice.mamba_head_dim)
-                adds, peak = (count * counted.layer(shape), counted.peak(shape)) if count else (0, 0)
+                adds = peak = 0
+                if count and kind:
+                    shape = shape_of(kind, choice.hidden, value, choice.shared)
+                    adds, peak = count * counted.layer(shape), counted.peak(shape)
                 options.append(_Option(value, score, adds, peak))
         rows.append(options)
     return rows
@@ -293,12 +297,6 @@ def _subnet(
     elastic: ElasticModel, choice: _Global, rows: Mapping[str, list[list[_Option]]], picked: Sequence[_Option]
 ) -> Subnet:
     values = iter(option.value for option in picked)
-    sizes = {axis: elastic.per_layer(axis, [next(values) for _ in rows[axis]]) for axis in KIND_OF_AXIS}
-    return Subnet(
-        hidden=choice.hidden,
-        ffn=sizes["ffn"],
-        mamba_heads=sizes["mamba_heads"],
-        mamba_head_dim=choice.mamba_head_dim,
-        attention_heads=sizes["attention_heads"],
-        layers=choice.layers,
-    )
+    sizes = {axis: [next(values) for _ in rows[axis]] for axis in Axes.WIDTHS}
+    once = zip(("hidden", *Axes.SHARED, "depth"), (choice.hidden, *choice.shared, choice.depth), strict=True)
+    return elastic.subnet(sizes | {axis: [size] for axis, size in once})

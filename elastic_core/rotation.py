@@ -104,11 +104,12 @@ def check_basis(basis_DD: Tensor, config: ModelConfig) -> None:
 
 def _rotated(name: str, place: Place, read: Blocks, basis_DD: Tensor) -> Iterator[Tensor]:
     """A tensor's blocks of rows after x -> B^T x: W diag(norm) B where it reads the stream, B^T W where it writes."""
-    if "hidden" not in place.axes:
+    axes = place.layout.axes
+    if "hidden" not in axes:
         yield from read(name)
-    elif place.axes == ("hidden",):
+    elif axes == ("hidden",):
         yield from (torch.ones_like(block) for block in read(name))
-    elif place.axes[0] == "hidden":
+    elif axes[0] == "hidden":
         yield from _written(lambda: read(name), basis_DD)
     else:
         norm = _norm_before(name, place)

@@ -5,11 +5,11 @@ logits into masks that the loss reaches; for deployment `resolve.py` turns them 
 their budgets.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,16 @@ from torch import Tensor, nn
 
 from elastic_core import cost
 from elastic_core.budget import Budget
-from elastic_core.geometry import Axes, ModelConfig
+from elastic_core.geometry import LAYER_AXES, Axes, ModelConfig
+from elastic_core.layers.kind import Shape
 from elastic_core.subnet import Masks, Subnet, keep_layers
-
-KIND_OF_AXIS = {axis: kind for kind, axis in cost.WIDTH_AXIS.items()}
 
 # A choice below this probability is dropped from a soft mask, so that compute shrinks as the router makes up its mind.
 NEGLIGIBLE = 1e-3
+
+# In sums over choices: the letters of the axes that layers share, beside h hidden, w width, r row, d depth, v level.
+_SHARED = "pqst"[: len(Axes.SHARED)]
+_EACH_SHARED = ",".join(_SHARED)
 
 Probabilities = Mapping[str, Tensor]
 T = TypeVar("T")
@@ -50,19 +53,29 @@ class ElasticModel:
         return cost.budget_cost(self.config, budget, self.latency_table)
 
     def rows(self, axis: str) -> int:
-        """How many choices are made on an axis: one, or one for each layer of its kind."""
-        return len(self.config.layers_of(KIND_OF_AXIS[axis])) if axis in self.axes.per_layer else 1
+        """How many choices are made on an axis: one, or one for each layer that has it."""
+        return len(self.config.layers_on(axis)) if axis in self.axes.per_layer else 1
 
     def per_layer(self, axis: str, values: Sequence[T]) -> tuple[T, ...]:
-        """The rows' values of an axis, repeated to one for each layer of its kind."""
-        if axis in self.axes.per_layer:
-            return tuple(values)
-        return tuple(values) * len(self.config.layers_of(KIND_OF_AXIS[axis]))
+        """The rows' values of an axis, repeated to one for each layer that has it."""
+        return tuple(values) if axis in self.axes.per_layer else tuple(values) * len(self.config.layers_on(axis))
 
     def layers_of(self, axis: str, row: int) -> tuple[int, ...]:
         """The layers that a row of choices of an axis decides on."""
-        layers = self.config.layers_of(KIND_OF_AXIS[axis])
+        layers = self.config.layers_on(axis)
         return (layers[row],) if axis in self.axes.per_layer else layers
+
+    def kinds(self) -> dict[str, str]:
+        """The kinds of the model's layers, by the axis of their width."""
+        return {
+            axis: self.config.hybrid_override_pattern[i] for axis in Axes.WIDTHS for i in self.config.layers_on(axis)
+        }
+
+    def subnet(self, rows: Mapping[str, Sequence[int]]) -> Subnet:
+        """The subnet with these sizes on every axis: one, or one for each row of a width."""
+        sizes: dict[str, Any] = {axis: self.per_layer(axis, rows[axis]) for axis in Axes.WIDTHS}
+        sizes |= {axis: rows[axis][0] for axis in ("hidden", *Axes.SHARED)}
+        return Subnet(layers=keep_layers(self.layer_ranking, rows["depth"][0]), **sizes)
 
 
 class Router(nn.Module):
@@ -164,27 +177,14 @@ def soft_subnet(elastic: ElasticModel, probabilities: Probabilities) -> tuple[Su
         choices = axes.choices(axis)
         weighty = (probabilities[axis].detach() > 0).tolist()
         enclosing[axis] = [max(c for c, has in zip(choices, row, strict=True) if has) for row in weighty]
-        divisor = {"mamba_heads": config.n_groups, "attention_heads": config.num_key_value_heads}.get(axis, 1)
-        widths = [size // divisor for size in enclosing[axis]]
-        prefixes = [c // divisor for c in choices]
+        groups = config.groups(axis)
+        widths = [size // groups for size in enclosing[axis]]
+        prefixes = [c // groups for c in choices]
         masks[axis] = [_prefix_mask(p, prefixes, w) for p, w in zip(probabilities[axis], widths, strict=True)]
 
-    subnet = Subnet(
-        hidden=enclosing["hidden"][0],
-        ffn=elastic.per_layer("ffn", enclosing["ffn"]),
-        mamba_heads=elastic.per_layer("mamba_heads", enclosing["mamba_heads"]),
-        mamba_head_dim=enclosing["mamba_head_dim"][0],
-        attention_heads=elastic.per_layer("attention_heads", enclosing["attention_heads"]),
-        layers=keep_layers(elastic.layer_ranking, enclosing["depth"][0]),
-    )
-    return subnet, Masks(
-        hidden_D=masks["hidden"][0],
-        ffn_F=elastic.per_layer("ffn", masks["ffn"]),
-        mamba_heads_R=elastic.per_layer("mamba_heads", masks["mamba_heads"]),
-        mamba_head_dim_P=masks["mamba_head_dim"][0],
-        query_heads_R=elastic.per_layer("attention_heads", masks["attention_heads"]),
-        layers_L=layer_gates(elastic, probabilities["depth"][0]),
-    )
+    of_axes: dict[str, Any] = {axis: elastic.per_layer(axis, masks[axis]) for axis in Axes.WIDTHS}
+    of_axes |= {axis: masks[axis][0] for axis in ("hidden", *Axes.SHARED)}
+    return elastic.subnet(enclosing), Masks(layers=layer_gates(elastic, probabilities["depth"][0]), **of_axes)
 
 
 def _prefix_mask(probabilities: Tensor, prefixes: Sequence[int], width: int) -> Tensor:
@@ -221,47 +221,53 @@ def expected_cost(elastic: ElasticModel, probabilities: Probabilities, counted: 
     Each layer adds what it costs at each of its shapes, weighed by the shape's probability and by the layer's of being
     kept; what the peaks add is in `_expected_peak`.
     """
-    hidden, head_dim, depth = (probabilities[axis][0] for axis in ("hidden", "mamba_head_dim", "depth"))
-    gates_L = layer_gates(elastic, depth)
+    hidden, *shared = (probabilities[axis][0] for axis in ("hidden", *Axes.SHARED))
+    gates_L = layer_gates(elastic, probabilities["depth"][0])
     total: Tensor = hidden @ hidden.new_tensor([counted.fixed(size) for size in elastic.axes.hidden])
-    for axis, kind in KIND_OF_AXIS.items():
-        if layers := elastic.config.layers_of(kind):
-            costs = _at_every_shape(elastic, kind, counted.layer).to(hidden)
-            rows = torch.einsum("h,hwp,rw,p->r", hidden, costs, probabilities[axis], head_dim)
-            total = total + (rows * gates_L[list(layers)]).sum()
+    for axis, kind in elastic.kinds().items():
+        costs = _at_every_shape(elastic, kind, counted.layer).to(hidden)
+        rows = torch.einsum(f"h,hw{_SHARED},rw,{_EACH_SHARED}->r", hidden, costs, probabilities[axis], *shared)
+        total = total + (rows * gates_L[list(elastic.config.layers_of(kind))]).sum()
     return total + _expected_peak(elastic, probabilities, counted)
 
 
-def _at_every_shape(elastic: ElasticModel, kind: str, count: Callable[[cost.Shape], int]) -> Tensor:
-    """`count` of a layer of `kind` at every choice of (hidden size, width, Mamba head dim), in float64."""
-    sizes = elastic.axes.hidden, elastic.axes.choices(cost.WIDTH_AXIS[kind]), elastic.axes.mamba_head_dim
-    counts = [count(cost.shape_of(kind, *size)) for size in product(*sizes)]
-    return torch.tensor(counts, dtype=torch.float64).view(*map(len, sizes))
+def _at_every_shape(elastic: ElasticModel, kind: str, count: Callable[[Shape], int]) -> Tensor:
+    """`count` of a layer of `kind` at every choice of (hidden size, width, each shared axis), in float64."""
+    axes = ("hidden", LAYER_AXES[kind][0], *Axes.SHARED)
+    counts = [count(shape) for shape in _every_shape(elastic.axes, kind)]
+    return torch.tensor(counts, dtype=torch.float64).view([len(elastic.axes.choices(axis)) for axis in axes])
+
+
+@cache
+def _every_shape(axes: Axes, kind: str) -> tuple[Shape, ...]:
+    sizes = axes.hidden, axes.choices(LAYER_AXES[kind][0]), product(*map(axes.choices, Axes.SHARED))
+    return tuple(cost.shape_of(kind, *size) for size in product(*sizes))
 
 
 def _expected_peak(elastic: ElasticModel, probabilities: Probabilities, counted: cost.Cost) -> Tensor:
-    """The mean of the largest peak.
+    """The mean of the largest peak: E[max] = v_max - sum over l of F(v_l) (v_(l+1) - v_l).
 
-    It is at most v where every row of choices with a kept layer stays at most v. Given hidden size, head dim and depth
-    the rows are independent, so that its distribution function F(v) is a product over the rows; the mean is the
-    highest level less F summed over the steps between the levels.
+    F(v) = P(max <= v). Given the choices made once for the model, the rows are independent, so that F(v) is the product
+    of P(peak <= v) over the rows with a kept layer.
     """
     axes = elastic.axes
-    hidden, head_dim, depth = (probabilities[axis][0] for axis in ("hidden", "mamba_head_dim", "depth"))
-    peaks = {axis: _at_every_shape(elastic, kind, counted.peak) for axis, kind in KIND_OF_AXIS.items()}
+    hidden, *shared, depth = (probabilities[axis][0] for axis in ("hidden", *Axes.SHARED, "depth"))
+    peaks = {axis: _at_every_shape(elastic, kind, counted.peak) for axis, kind in elastic.kinds().items()}
     outside = torch.tensor([counted.fixed_peak(size) for size in axes.hidden], dtype=torch.float64)
     levels: Tensor = torch.cat([outside, *(p.flatten() for p in peaks.values())]).unique()
     if len(levels) == 1:
         return levels[0].to(hidden)
-    below = (outside[:, None, None] <= levels).to(hidden).expand(len(depth), -1, len(head_dim), -1)
+    once = [len(p) for p in shared]
+    below = (outside.view(-1, *[1] * len(once), 1) <= levels).to(hidden).expand(len(depth), -1, *once, -1)
     for axis, p in peaks.items():
-        stays = torch.einsum("rw,hwpv->rhpv", probabilities[axis], (p[..., None] <= levels).to(hidden))
+        stays = torch.einsum(f"rw,hw{_SHARED}v->rh{_SHARED}v", probabilities[axis], (p[..., None] <= levels).to(hidden))
         for row in range(elastic.rows(axis)):
-            best = min((elastic.layer_ranking.index(i) for i in elastic.layers_of(axis, row)), default=math.inf)
+            best = min(elastic.layer_ranking.index(i) for i in elastic.layers_of(axis, row))
             is_kept = torch.tensor([best < size for size in axes.depth], device=hidden.device)
-            below = below * torch.where(is_kept[:, None, None, None], stays[row], 1.0)
+            below = below * torch.where(is_kept.view(-1, *[1] * (below.ndim - 1)), stays[row], 1.0)
     steps, highest = levels.diff().to(hidden), levels[-1].to(hidden)
-    mean: Tensor = highest - torch.einsum("d,h,p,dhpv,v->", depth, hidden, head_dim, below[..., :-1], steps)
+    each = f"d,h,{_EACH_SHARED},dh{_SHARED}v,v->"
+    mean: Tensor = highest - torch.einsum(each, depth, hidden, *shared, below[..., :-1], steps)
     return mean
 
 

@@ -19,8 +19,8 @@ from elastic_core.budget import Budget
 from elastic_core.geometry import Axes
 from elastic_core.model import ElasticNemotronH
 from elastic_core.resolve import Limits, LogProbabilities, proposals
-from elastic_core.router import KIND_OF_AXIS, ElasticModel
-from elastic_core.subnet import Subnet, full_subnet, is_nested, keep_layers, smallest_subnet
+from elastic_core.router import ElasticModel
+from elastic_core.subnet import Subnet, full_subnet, is_nested, smallest_subnet
 from elastic_core.training.losses import distillation_loss
 from elastic_core.training.tokens import TokenBatch
 
@@ -111,8 +111,8 @@ class Space:
         positions = []
         for axis, row in self.rows:
             value = getattr(subnet, axis)
-            if axis in KIND_OF_AXIS:
-                layers = self.elastic.config.layers_of(KIND_OF_AXIS[axis])
+            if axis in Axes.WIDTHS:
+                layers = self.elastic.config.layers_on(axis)
                 members = self.elastic.layers_of(axis, row)
                 value = value[layers.index(members[0])] if members else self.choices(axis)[0]
             positions.append(self.choices(axis).index(value))
@@ -122,14 +122,7 @@ class Space:
         values: dict[str, list[int]] = {axis: [] for axis in Axes.NAMES}
         for (axis, _), position in zip(self.rows, point, strict=True):
             values[axis].append(self.choices(axis)[position])
-        return Subnet(
-            hidden=values["hidden"][0],
-            ffn=self.elastic.per_layer("ffn", values["ffn"]),
-            mamba_heads=self.elastic.per_layer("mamba_heads", values["mamba_heads"]),
-            mamba_head_dim=values["mamba_head_dim"][0],
-            attention_heads=self.elastic.per_layer("attention_heads", values["attention_heads"]),
-            layers=keep_layers(self.elastic.layer_ranking, values["depth"][0]),
-        )
+        return self.elastic.subnet(values)
 
     def single_cuts(self) -> Iterator[tuple[str, int, int, Subnet]]:
         """Every choice alone: its axis, row and position, and the full model with that row cut to it."""

@@ -75,7 +75,7 @@ def rank_importance(
     depth_batches = batches[: max(1, settings.depth_samples // settings.batch_size)]
     with progress_bar("ranking layers") as report:
         ranking = importance.rank_layers(loaded, depth_batches, bound.depth[-1], report)
-    order = importance.importance_order(loaded.config, scores, ranking, bound.mamba_head_dim[-1])
+    order = importance.importance_order(loaded.config, scores, ranking, bound)
     directory = new_directory(workspace, "importance")
     with shards.staged_directory(directory) as staging:
         reorder.write_order(staging, order)

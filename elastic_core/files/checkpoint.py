@@ -1,6 +1,6 @@
 """Stock Nemotron-H checkpoints and elastic.json: what a directory must hold, read and written with every field checked.
 
-`tensor_places` is the one table of a model's tensors. Expected shapes, the reorder and the slices all derive from it.
+`tensor_places` lists a model's tensors with their layouts: expected shapes, the reorder and the slices follow from it.
 In memory a tensor is called `layers.0.norm.weight`; on disk `backbone.layers.0.norm.weight`, or `model.layers...`.
 """
 
@@ -31,9 +31,11 @@ from elastic_core.files.shards import (
 from elastic_core.files.side_files import CARD_FILE, copy_side_files, write_generation_config
 from elastic_core.files.stock_config import read_config as read_config
 from elastic_core.files.stock_config import write_config as write_config
-from elastic_core.geometry import ATTENTION, FFN, MAMBA, Axes, ModelConfig
+from elastic_core.geometry import Axes, ModelConfig
+from elastic_core.layers.kinds import KINDS
+from elastic_core.layout import Layout, grid
 from elastic_core.schema import build, to_dict
-from elastic_core.subnet import Subnet, check_subnet, conv_channels, in_proj_rows, is_nested, keep_layers
+from elastic_core.subnet import Subnet, check_subnet, is_nested, keep_layers
 
 ORDER_FILE = "order.safetensors"
 ROUTER_FILE = "router.safetensors"
@@ -44,87 +46,30 @@ SHAPES_FILE = "shapes.json"  # beside a family whose shapes were measured
 # The table of tensors
 
 
-Axis = Literal[
-    "vocab", "hidden", "ffn", "in_proj", "conv", "mamba_channels", "mamba_heads", "query", "key", "kernel", "one"
-]
-
-_MIXERS: dict[str, dict[str, tuple[Axis, ...]]] = {
-    MAMBA: {
-        "in_proj.weight": ("in_proj", "hidden"),
-        "conv1d.weight": ("conv", "one", "kernel"),
-        "conv1d.bias": ("conv",),
-        "dt_bias": ("mamba_heads",),
-        "A_log": ("mamba_heads",),
-        "D": ("mamba_heads",),
-        "norm.weight": ("mamba_channels",),
-        "out_proj.weight": ("hidden", "mamba_channels"),
-    },
-    ATTENTION: {
-        "q_proj.weight": ("query", "hidden"),
-        "k_proj.weight": ("key", "hidden"),
-        "v_proj.weight": ("key", "hidden"),
-        "o_proj.weight": ("hidden", "query"),
-    },
-    FFN: {
-        "up_proj.weight": ("ffn", "hidden"),
-        "down_proj.weight": ("hidden", "ffn"),
-    },
-}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a tensor stands in the model: its layer, if it is in one, and what each of its dimensions counts."""
+    """Where a tensor stands in the model: its layer, if it is in one, and how it is laid out."""
 
     layer: int | None
-    axes: tuple[Axis, ...]
+    layout: Layout
 
 
 def tensor_places(config: ModelConfig) -> dict[str, Place]:
     """Every tensor of the model, in model order, by its name in memory."""
-    places = {"embeddings.weight": Place(layer=None, axes=("vocab", "hidden"))}
+    vocab, hidden = (grid(vocab=config.vocab_size),), (grid(hidden=config.hidden_size),)
+    places = {"embeddings.weight": Place(layer=None, layout=Layout(vocab, hidden))}
     for layer, kind in enumerate(config.hybrid_override_pattern):
-        places[f"layers.{layer}.norm.weight"] = Place(layer=layer, axes=("hidden",))
-        for name, axes in _MIXERS[kind].items():
-            if name != "conv1d.bias" or config.use_conv_bias:
-                places[f"layers.{layer}.mixer.{name}"] = Place(layer=layer, axes=axes)
-    places["norm_f.weight"] = Place(layer=None, axes=("hidden",))
-    places["lm_head.weight"] = Place(layer=None, axes=("vocab", "hidden"))
+        places[f"layers.{layer}.norm.weight"] = Place(layer=layer, layout=Layout(hidden))
+        for name, layout in KINDS[kind].mixer.lay_out(config, layer).items():
+            places[f"layers.{layer}.mixer.{name}"] = Place(layer=layer, layout=layout)
+    places["norm_f.weight"] = Place(layer=None, layout=Layout(hidden))
+    places["lm_head.weight"] = Place(layer=None, layout=Layout(vocab, hidden))
     return places
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of the model, in model order, by its name in memory."""
-    conv = config.mamba_size + config.state_rows
-    sizes: dict[Axis, int] = {
-        "vocab": config.vocab_size,
-        "hidden": config.hidden_size,
-        "in_proj": config.mamba_size + conv + config.mamba_num_heads,
-        "conv": conv,
-        "mamba_channels": config.mamba_size,
-        "mamba_heads": config.mamba_num_heads,
-        "query": config.num_attention_heads * config.head_dim,
-        "key": config.num_key_value_heads * config.head_dim,
-        "kernel": config.conv_kernel,
-        "one": 1,
-    }
-
-    def size(axis: Axis, layer: int | None) -> int:
-        return config.ffn_sizes[config.ordinal(layer)] if axis == "ffn" and layer is not None else sizes[axis]
-
-    return {
-        name: tuple(size(axis, place.layer) for axis in place.axes) for name, place in tensor_places(config).items()
-    }
-
-
-def mamba_indices(config: ModelConfig, channels: Tensor, heads: Tensor) -> dict[Axis, Tensor]:
-    """The entries of every axis of a Mamba layer that belong to these channels and heads, with all of B and C."""
-    return {
-        "mamba_heads": heads,
-        "mamba_channels": channels,
-        "in_proj": in_proj_rows(config, channels, heads),
-        "conv": conv_channels(config, channels),
-    }
+    return {name: place.layout.shape() for name, place in tensor_places(config).items()}
 
 
 def disk_name(name: str) -> str:

@@ -8,37 +8,40 @@ and the layers stay where they are.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from elastic_core.files.checkpoint import (
     ORDER_FILE,
-    Axis,
     CheckpointError,
     Place,
-    mamba_indices,
     open_checkpoint,
     tensor_places,
     write_checkpoint,
 )
 from elastic_core.files.shards import Index, Progress, read_tensors, regular_file, select, write_tensors
-from elastic_core.geometry import ATTENTION, FFN, MAMBA, ModelConfig
+from elastic_core.geometry import LAYER_AXES, Axes, ModelConfig
+from elastic_core.layout import indices
+
+# How the entries of some axes are called in the file.
+_FILE_NAMES = {"mamba_head_dim": "mamba_channels", "attention_heads": "query_heads"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Order:
     """Indices of the components of each axis, most important first; the tuples have one entry a layer of their kind.
 
-    `hidden` (D,), `ffn` (F,), `mamba_channels` (P,). `mamba_heads` (H,) and `query_heads` (Q,) hold every group's own
-    heads in that group's place. `layers` ranks the layers, which are kept by rank and do not move.
+    `hidden` (D,), `ffn` (F,), `mamba_head_dim` (P,). `mamba_heads` (H,) and `attention_heads` (Q,) hold every group's
+    own heads in that group's place. `layers` ranks the layers, which are kept by rank and do not move.
     """
 
     hidden: Tensor
     ffn: tuple[Tensor, ...]
     mamba_heads: tuple[Tensor, ...]
-    mamba_channels: tuple[Tensor, ...]
-    query_heads: tuple[Tensor, ...]
+    mamba_head_dim: tuple[Tensor, ...]
+    attention_heads: tuple[Tensor, ...]
     layers: tuple[int, ...]
 
 
@@ -57,34 +60,23 @@ def _order(config: ModelConfig, permutation: Callable[[int], Tensor]) -> Order:
         in_group = size // groups
         return torch.cat([group * in_group + permutation(in_group) for group in range(groups)])
 
-    mamba, attention = config.layers_of(MAMBA), config.layers_of(ATTENTION)
-    return Order(
-        hidden=permutation(config.hidden_size),
-        ffn=tuple(permutation(width) for width in config.ffn_sizes),
-        mamba_heads=tuple(grouped(config.mamba_num_heads, config.n_groups) for _ in mamba),
-        mamba_channels=tuple(permutation(config.mamba_head_dim) for _ in mamba),
-        query_heads=tuple(grouped(config.num_attention_heads, config.num_key_value_heads) for _ in attention),
-        layers=tuple(permutation(config.num_layers).tolist()),
-    )
+    hidden = permutation(config.hidden_size)
+    sizes: dict[str, Any] = {
+        axis: tuple(grouped(size, config.groups(axis)) for size in config.full_sizes(axis)) for axis in Axes.IN_LAYERS
+    }
+    return Order(hidden=hidden, layers=tuple(permutation(config.num_layers).tolist()), **sizes)
 
 
 def check_order(order: Order, config: ModelConfig) -> None:
     """Raise ValueError unless every entry of `order` is a permutation that keeps heads inside their groups."""
     _check_permutation("order.hidden", order.hidden, config.hidden_size)
     _check_permutation("order.layers", torch.tensor(order.layers), config.num_layers)
-    mamba, attention = len(config.layers_of(MAMBA)), len(config.layers_of(ATTENTION))
-    expected: tuple[tuple[str, tuple[int, ...], int], ...] = (
-        ("ffn", config.ffn_sizes, 1),
-        ("mamba_heads", (config.mamba_num_heads,) * mamba, config.n_groups),
-        ("mamba_channels", (config.mamba_head_dim,) * mamba, 1),
-        ("query_heads", (config.num_attention_heads,) * attention, config.num_key_value_heads),
-    )
-    for name, sizes, groups in expected:
-        entries: tuple[Tensor, ...] = getattr(order, name)
+    for axis in Axes.IN_LAYERS:
+        entries, sizes = getattr(order, axis), config.full_sizes(axis)
         if len(entries) != len(sizes):
-            raise ValueError(f"order.{name} has {len(entries)} layers; the model has {len(sizes)}")
+            raise ValueError(f"order.{axis} has {len(entries)} layers; the model has {len(sizes)}")
         for i, (entry, size) in enumerate(zip(entries, sizes, strict=True)):
-            _check_permutation(f"order.{name}[{i}]", entry, size, groups)
+            _check_permutation(f"order.{axis}[{i}]", entry, size, config.groups(axis))
 
 
 def _check_permutation(where: str, entry: Tensor, size: int, groups: int = 1) -> None:
@@ -104,8 +96,8 @@ def write_order(directory: Path, order: Order) -> None:
 
 def _named(order: Order) -> dict[str, Tensor]:
     tensors = {"hidden": order.hidden, "layers": torch.tensor(order.layers)}
-    for name in ("ffn", "mamba_heads", "mamba_channels", "query_heads"):
-        tensors |= {f"{name}.{i}": entry for i, entry in enumerate(getattr(order, name))}
+    for axis in Axes.IN_LAYERS:
+        tensors |= {f"{_FILE_NAMES.get(axis, axis)}.{i}": entry for i, entry in enumerate(getattr(order, axis))}
     return tensors
 
 
@@ -123,17 +115,11 @@ def read_order(directory: Path, config: ModelConfig) -> Order:
                 f"{path}: {name}: is {tensor.dtype} {list(tensor.shape)}; expected int64 {list(expected[name].shape)}"
             )
 
-    def entries(name: str, kind: str) -> tuple[Tensor, ...]:
-        return tuple(tensors[f"{name}.{i}"] for i in range(len(config.layers_of(kind))))
-
-    order = Order(
-        hidden=tensors["hidden"],
-        ffn=entries("ffn", FFN),
-        mamba_heads=entries("mamba_heads", MAMBA),
-        mamba_channels=entries("mamba_channels", MAMBA),
-        query_heads=entries("query_heads", ATTENTION),
-        layers=tuple(tensors["layers"].tolist()),
-    )
+    entries: dict[str, Any] = {
+        axis: tuple(tensors[f"{_FILE_NAMES.get(axis, axis)}.{i}"] for i in range(len(config.layers_on(axis))))
+        for axis in Axes.IN_LAYERS
+    }
+    order = Order(hidden=tensors["hidden"], layers=tuple(tensors["layers"].tolist()), **entries)
     try:
         check_order(order, config)
     except ValueError as error:
@@ -187,19 +173,11 @@ def reorder_checkpoint(
 
 def _indices(place: Place, order: Order, config: ModelConfig) -> tuple[Index, ...]:
     """Where the entries along each dimension of a tensor come from; None where nothing moves."""
-    moved: dict[Axis, Tensor] = {"hidden": order.hidden}
+    moved = {"hidden": order.hidden}
     if place.layer is not None:
-        kind, ordinal = config.hybrid_override_pattern[place.layer], config.ordinal(place.layer)
-        if kind == MAMBA:
-            heads = order.mamba_heads[ordinal]
-            moved |= mamba_indices(config, _spread(heads, order.mamba_channels[ordinal]), heads)
-        elif kind == ATTENTION:
-            moved["query"] = _spread(order.query_heads[ordinal], torch.arange(config.head_dim))
-        else:
-            moved["ffn"] = order.ffn[ordinal]
-    return tuple(moved.get(axis) for axis in place.axes)
-
-
-def _spread(heads: Tensor, channels: Tensor) -> Tensor:
-    """Indices of all channels of `heads`, those of each head in the order `channels`."""
-    return (heads[:, None] * len(channels) + channels).flatten()
+        ordinal = config.ordinal(place.layer)
+        for axis in LAYER_AXES[config.hybrid_override_pattern[place.layer]]:
+            entry, groups = getattr(order, axis)[ordinal], config.groups(axis)
+            in_group = len(entry) // groups
+            moved[axis] = entry if groups == 1 else (entry % in_group).view(groups, in_group)
+    return tuple(indices(dim, moved) for dim in place.layout.dims)

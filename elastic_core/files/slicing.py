@@ -13,10 +13,8 @@ from elastic_core.cost import subnet_params
 from elastic_core.files.card import slice_card
 from elastic_core.files.checkpoint import (
     FAMILY_FILE,
-    Axis,
     Place,
     main_dtype,
-    mamba_indices,
     open_checkpoint,
     read_config,
     read_family,
@@ -26,8 +24,9 @@ from elastic_core.files.checkpoint import (
 )
 from elastic_core.files.shards import CHUNK_BYTES, Index, Progress, TensorInfo, select
 from elastic_core.files.side_files import CARD_FILE
-from elastic_core.geometry import ATTENTION, MAMBA, FfnLayout, ModelConfig
-from elastic_core.subnet import Subnet, mamba_channels, mamba_heads, query_channels, sliced_config
+from elastic_core.geometry import FfnLayout, ModelConfig
+from elastic_core.layout import indices, prefixes
+from elastic_core.subnet import Subnet, kept_at, sliced_config
 
 
 def target_config(config: ModelConfig, subnet: Subnet, *, ffn_layout: FfnLayout = "padded") -> ModelConfig:
@@ -78,8 +77,8 @@ def slice_checkpoint(
     }
 
     def blocks(name: str) -> Iterator[Tensor]:
-        indices = kept_indices(places[name_in_full_model(name, subnet)], subnet, config)
-        return _padded(stored[name].blocks(*indices), plan[name])
+        kept = kept_indices(places[name_in_full_model(name, subnet)], subnet, config)
+        return _padded(stored[name].blocks(*kept), plan[name])
 
     def with_card(staging: Path) -> None:
         (staging / CARD_FILE).write_text(_card(source, subnet, new_config, plan), encoding="utf-8")
@@ -114,18 +113,8 @@ def name_in_full_model(name: str, subnet: Subnet) -> str:
 
 def kept_indices(place: Place, subnet: Subnet, config: ModelConfig) -> tuple[Index, ...]:
     """What `subnet` keeps along each dimension of a tensor; None where it keeps all."""
-    kept: dict[Axis, Tensor] = {"hidden": torch.arange(subnet.hidden)}
-    if place.layer is not None:
-        kind, ordinal = config.hybrid_override_pattern[place.layer], config.ordinal(place.layer)
-        if kind == MAMBA:
-            heads = subnet.mamba_heads[ordinal]
-            channels = mamba_channels(config, heads, subnet.mamba_head_dim)
-            kept |= mamba_indices(config, channels, mamba_heads(config, heads))
-        elif kind == ATTENTION:
-            kept["query"] = query_channels(config, subnet.attention_heads[ordinal])
-        else:
-            kept["ffn"] = torch.arange(subnet.ffn[ordinal])
-    return tuple(kept.get(axis) for axis in place.axes)
+    kept = {"hidden": subnet.hidden} if place.layer is None else kept_at(subnet, config, place.layer)
+    return tuple(indices(dim, prefixes(kept)) for dim in place.layout.dims)
 
 
 def _padded(blocks: Iterable[Tensor], planned: TensorInfo) -> Iterator[Tensor]:

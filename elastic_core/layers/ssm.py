@@ -28,10 +28,10 @@ from torch import Tensor
 from elastic_core.layers.packing import Packing
 
 # 1 MiB of float32: what a core's cache holds while an expression of a few operations runs over it.
-_SEGMENT_VALUES = 2**18
+SEGMENT_VALUES = 2**18
 
 # The scan does least work per token where a chunk is about as long as a head has channels; a GPU prefers longer ones.
-_CPU_CHUNK = 64
+CPU_CHUNK = 64
 
 
 def time_steps(dt_BTH: Tensor, bias_H: Tensor, limit: tuple[float, float | None]) -> Tensor:
@@ -66,7 +66,7 @@ def ssd_scan(
         state_BHPN = x_BTHP.new_zeros(batch, heads, head_dim, B_BTGN.shape[-1], dtype=dtype)
     else:
         state_BHPN = initial_state_BHPN.to(dtype)
-    chunk = min(chunk_size, tokens, _CPU_CHUNK if x_BTHP.device.type == "cpu" else tokens)
+    chunk = min(chunk_size, tokens, CPU_CHUNK if x_BTHP.device.type == "cpu" else tokens)
     mask_SL = torch.full((chunk, chunk), -math.inf, dtype=dtype, device=x_BTHP.device).tril()
 
     outputs = []
@@ -281,7 +281,7 @@ def gated_rms_norm(
 def segments(t_BTC: Tensor) -> Sequence[Tensor]:
     """The runs of tokens that elementwise expressions should walk over, one after another: all at once but on a CPU."""
     batch, tokens, channels = t_BTC.shape
-    at_once = max(1, _SEGMENT_VALUES // (batch * channels)) if t_BTC.device.type == "cpu" else tokens
+    at_once = max(1, SEGMENT_VALUES // (batch * channels)) if t_BTC.device.type == "cpu" else tokens
     return (t_BTC,) if tokens <= at_once else t_BTC.split(at_once, dim=1)
 
 

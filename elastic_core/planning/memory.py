@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from math import ceil
 
 from elastic_core.budget import Dtype
-from elastic_core.cost import DTYPE_BYTES, FLOAT32_BYTES, ParamsCost, Shape, embedding_params, shapes
-from elastic_core.geometry import ATTENTION, FFN, MAMBA, ModelConfig
+from elastic_core.cost import DTYPE_BYTES, ParamsCost, embedding_params, shapes
+from elastic_core.geometry import ModelConfig
+from elastic_core.layers.kind import FLOAT32_BYTES, Shape
+from elastic_core.layers.kinds import KINDS
 from elastic_core.recipe import Distillation
 from elastic_core.subnet import Subnet, full_subnet
 from elastic_core.training.losses import default_chunk_tokens
@@ -106,9 +108,8 @@ def activation_bytes(model: ModelConfig, step: MicroStep) -> int:
 
 def saved_bytes(model: ModelConfig, shape: Shape, step: MicroStep) -> int:
     """What autograd saves of one layer: its norm, its mixer, and its output where a mask weighs it."""
-    mixers = {MAMBA: _mamba, ATTENTION: _attention, FFN: _ffn}
     weighed = step.width * shape.hidden if step.masked else 0
-    return step.tokens * (_norm(shape.hidden, step) + mixers[shape.kind](model, shape, step) + weighed)
+    return step.tokens * (_norm(shape.hidden, step) + KINDS[shape.kind].saved_bytes(model, shape, step) + weighed)
 
 
 def _norm(hidden: int, step: MicroStep) -> int:
@@ -118,36 +119,6 @@ def _norm(hidden: int, step: MicroStep) -> int:
     """
     wide = FLOAT32_BYTES * (hidden + 1)
     return (2 if step.masked else 1) * wide + step.width * hidden
-
-
-def _ffn(model: ModelConfig, shape: Shape, step: MicroStep) -> int:
-    """The neurons after the ReLU, squared, and masked."""
-    return (3 if step.masked else 2) * step.width * shape.width
-
-
-def _attention(model: ModelConfig, shape: Shape, step: MicroStep) -> int:
-    """Queries, keys, values, output, the logarithm of each head's normaliser; the output masked."""
-    queries, keys = shape.width * model.head_dim, model.num_key_value_heads * model.head_dim
-    return step.width * ((3 if step.masked else 2) * queries + 2 * keys) + FLOAT32_BYTES * shape.width
-
-
-def _mamba(model: ModelConfig, shape: Shape, step: MicroStep) -> int:
-    """What in_proj, conv1d, scan and gated norm give; dt before and after softplus, and clamped; the sums of decays."""
-    heads, channels = shape.width, shape.width * shape.mamba_head_dim
-    projected, convolved = 2 * channels + model.state_rows + heads, channels + model.state_rows
-    scanned = step.width * (projected + convolved + channels) + FLOAT32_BYTES * 4 * heads
-    return scanned + gated_norm_bytes(model, shape, step)
-
-
-def gated_norm_bytes(model: ModelConfig, shape: Shape, step: MicroStep) -> int:
-    """Of a token: the gated norm's output, and the root mean square of each group.
-
-    Under a mask the plain norm runs, and saves six float32 tensors too: copies of its inputs where they are not in
-    float32, the gate's activation, the gated values, these masked, and normalised.
-    """
-    channels = shape.width * shape.mamba_head_dim
-    saved = step.width * channels + FLOAT32_BYTES * model.n_groups
-    return saved + (FLOAT32_BYTES * ((6 if step.cast else 4) * channels + model.n_groups) if step.masked else 0)
 
 
 # For a while
@@ -184,32 +155,8 @@ def layer_at_work(model: ModelConfig, step: MicroStep) -> int:
 def _backward_bytes(model: ModelConfig, shape: Shape, step: MicroStep) -> int:
     """The gradients that a layer's backward pass holds at once, in its norm or in its mixer, from above."""
     norm = 2 * (step.width + FLOAT32_BYTES) * shape.hidden
-    if shape.kind == FFN:  # of the squares, and of what the ReLU takes
-        mixer = step.width * 2 * shape.width
-    elif shape.kind == ATTENTION:  # the output's and the projections', each also laid out anew; queries' in float32
-        queries, keys = shape.width * model.head_dim, model.num_key_value_heads * model.head_dim
-        mixer = step.width * 4 * (queries + keys) + FLOAT32_BYTES * queries
-    else:
-        released = gated_norm_bytes(model, shape, step)
-        mixer = max(_norm_backward(shape, step), _scan_backward(model, shape, step) - released)
+    mixer = KINDS[shape.kind].gradient_bytes(model, shape, step)
     return step.tokens * max(norm, step.width * shape.hidden + mixer)
-
-
-def _scan_backward(model: ModelConfig, shape: Shape, step: MicroStep) -> int:
-    """Of a token: gradients of the gate, the output and x; of B and C in float32; scores and states of its chunk.
-
-    The states before each chunk, and their gradients, are there in float32 and in the dtype of computation.
-    """
-    channels, width = shape.width * shape.mamba_head_dim, step.width
-    scores = 2 * FLOAT32_BYTES * model.n_groups * model.chunk_size
-    states = ceil(2 * (FLOAT32_BYTES + width) * channels * model.ssm_state_size / model.chunk_size)
-    return 3 * width * channels + 2 * FLOAT32_BYTES * model.state_rows + scores + states
-
-
-def _norm_backward(shape: Shape, step: MicroStep) -> int:
-    """Of a token: the gated norm's gradients; the plain one's, under a mask, are in float32."""
-    channels = shape.width * shape.mamba_head_dim
-    return channels * (step.width + 3 * FLOAT32_BYTES if step.masked else 3 * step.width)
 
 
 def _autocast_copies(model: ModelConfig, step: MicroStep) -> int:

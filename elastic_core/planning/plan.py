@@ -13,7 +13,7 @@ from typing import Any
 
 from elastic_core.budget import Budget, Dtype
 from elastic_core.cost import DTYPE_BYTES, Cost, LatencyCost, LatencyTable, budget_cost, subnet_params
-from elastic_core.geometry import ModelConfig
+from elastic_core.geometry import GROUPS, Axes, ModelConfig
 from elastic_core.planning.flops import backward_flops, forward_flops, recomputed_flops
 from elastic_core.planning.memory import Memory, MicroStep, activation_bytes, training_memory
 from elastic_core.recipe import Distillation, Recipe, Stage
@@ -252,13 +252,8 @@ def _opening_choices(elastic: ElasticModel, counted: Cost, smallest: Subnet, tar
     config = elastic.config
     if isinstance(counted, LatencyCost):
         return
-    steps = {
-        "hidden": WIDTH_STEP,
-        "ffn": WIDTH_STEP,
-        "mamba_heads": config.n_groups,
-        "attention_heads": config.num_key_value_heads,
-    }
-    for axis, step in steps.items():
+    for axis in ("hidden", *Axes.WIDTHS):
+        step = config.groups(axis) if axis in GROUPS else WIDTH_STEP
         least = elastic.axes.choices(axis)[-1]
         size = getattr(smallest, axis)
         for choice in range((least - 1) // step * step, 0, -step):

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from elastic_core.budget import Serving
-from elastic_core.cost import WIDTH_AXIS, LatencyTable, ParamsCost, Shape, TimedLayer, choices
+from elastic_core.cost import LatencyTable, ParamsCost, TimedLayer, choices
 from elastic_core.files.shards import CheckpointError, Progress, read_json, write_json
-from elastic_core.geometry import ATTENTION, FFN, MAMBA, Axes, ModelConfig
+from elastic_core.geometry import FFN, FULL_SIZES, LAYER_AXES, Axes, ModelConfig
 from elastic_core.layers.kernels import select_backend
+from elastic_core.layers.kind import Shape
+from elastic_core.layers.kinds import KINDS
 from elastic_core.model import Cache, ElasticNemotronH, Layer
 from elastic_core.recipe import Recipe
 from elastic_core.schema import build, to_dict
@@ -71,7 +73,7 @@ def measure(
     A time is the median of `repeats` samples, taken in turns, so that what disturbs the device for a while disturbs
     all parts alike.
     """
-    shapes = [shape for kind in WIDTH_AXIS for shape in choices(model, axes, kind)]
+    shapes = [shape for kind in KINDS for shape in choices(model, axes, kind)]
     bench = _Bench(model, serving, device, shapes, axes.hidden)
     steps = [*map(bench.fixed, axes.hidden), *map(bench.layer, shapes)]
     times = _medians(steps, device, repeats, progress)
@@ -111,17 +113,16 @@ class _Bench:
 
     def layer(self, shape: Shape) -> Step:
         """A layer at the context's last token."""
-        width = {FFN: "intermediate_size", MAMBA: "mamba_num_heads", ATTENTION: "num_attention_heads"}[shape.kind]
-        sizes: dict[str, Any] = {"hidden_size": shape.hidden, "intermediate_size": 1, width: shape.width}
-        if shape.kind == MAMBA:
-            sizes["mamba_head_dim"] = shape.mamba_head_dim
+        width, *shared = LAYER_AXES[shape.kind]
+        sizes: dict[str, Any] = {"hidden_size": shape.hidden, "intermediate_size": 1, FULL_SIZES[width]: shape.width}
+        sizes |= {FULL_SIZES[axis]: getattr(shape, axis) for axis in shared}
         config = replace(self._model, hybrid_override_pattern=shape.kind, **sizes)
         with torch.device("meta"):
             part = Layer(config, 0)
         self._give_weights(part)
         subnet, x_BTD, before = full_subnet(config), self._normal(self._serving.batch, 1, shape.hidden), Cache()
         part(x_BTD, subnet, None, before, self._backend)
-        if shape.kind == ATTENTION:
+        if before.keys:
             before.keys[0], before.values[0] = self._keys, self._values
 
         def step() -> Tensor:

@@ -62,14 +62,14 @@ def one_hot_masks(subnet: Subnet) -> Masks:
 
     groups, kv_heads = NANO_97M.n_groups, NANO_97M.num_key_value_heads
     return Masks(
-        hidden_D=prefix(subnet.hidden, NANO_97M.hidden_size),
-        ffn_F=tuple(prefix(kept, full) for kept, full in zip(subnet.ffn, NANO_97M.ffn_sizes, strict=True)),
-        mamba_heads_R=tuple(prefix(h // groups, NANO_97M.mamba_num_heads // groups) for h in subnet.mamba_heads),
-        mamba_head_dim_P=prefix(subnet.mamba_head_dim, NANO_97M.mamba_head_dim),
-        query_heads_R=tuple(
+        hidden=prefix(subnet.hidden, NANO_97M.hidden_size),
+        ffn=tuple(prefix(kept, full) for kept, full in zip(subnet.ffn, NANO_97M.ffn_sizes, strict=True)),
+        mamba_heads=tuple(prefix(h // groups, NANO_97M.mamba_num_heads // groups) for h in subnet.mamba_heads),
+        mamba_head_dim=prefix(subnet.mamba_head_dim, NANO_97M.mamba_head_dim),
+        attention_heads=tuple(
             prefix(h // kv_heads, NANO_97M.num_attention_heads // kv_heads) for h in subnet.attention_heads
         ),
-        layers_L=torch.ones(NANO_97M.num_layers),
+        layers=torch.ones(NANO_97M.num_layers),
     )
 
 

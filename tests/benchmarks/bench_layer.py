@@ -18,7 +18,9 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mi
 
 from elastic_core.geometry import ModelConfig
 from elastic_core.layers.kernels import TORCH
-from elastic_core.model import ElasticNemotronH, MambaMixer
+from elastic_core.layers.mamba import MambaMixer
+from elastic_core.layout import WHOLE
+from elastic_core.model import ElasticNemotronH
 from elastic_core.subnet import full_subnet
 from elastic_core.training.curriculum import generator
 from elastic_core.training.losses import distillation_loss
@@ -142,14 +144,13 @@ def record_both(benchmark: str, shape: str, seconds: dict[str, float]) -> None:
 def test_layer_beside_transformers(name: str, dtype: str) -> None:
     geometry, batch, tokens = LAYERS[name]
     config = ModelConfig(**geometry)
-    subnet = full_subnet(config)
     ours, theirs = MambaMixer(config, 0), NemotronHMamba2Mixer(NemotronHConfig(**geometry), 0).train()
     fill(theirs)
     ours.load_state_dict(theirs.state_dict())
     x_BTD, weight_BTD = (torch.randn(batch, tokens, config.hidden_size, generator=generator(i)) for i in "xw")
 
     def our_layer(x_BTD: Tensor) -> Tensor:
-        return ours(x_BTD, subnet, None, None, TORCH) * weight_BTD
+        return ours(x_BTD, WHOLE, None, None, TORCH) * weight_BTD
 
     def stock_layer(x_BTD: Tensor) -> Tensor:
         return theirs(x_BTD) * weight_BTD

@@ -31,7 +31,7 @@ CUTS = {
     "attention_heads": (4, 2),
     "depth": (7, 6),
 }
-FIELDS = ("hidden", "ffn", "mamba_heads", "mamba_channels", "query_heads", "layers")  # of an order, by axis
+FIELDS = ("hidden", "ffn", "mamba_heads", "mamba_head_dim", "attention_heads", "layers")  # of an order, by axis
 RANKING = (0, 2, 3, 1, 6, 5, 7, 4)
 
 # The same float64 products, whose terms are added up in another order.

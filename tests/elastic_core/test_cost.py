@@ -15,13 +15,11 @@ from live_bytes import LiveBytes
 from nano import NANO_9B, NANO_12B
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from elastic_core import cost
 from elastic_core.budget import Budget, Dtype, LatencyTarget, Serving
 from elastic_core.cost import Cost, LatencyCost, MemoryCost, ParamsCost, budget_cost, shapes, subnet_params
 from elastic_core.files.checkpoint import open_checkpoint, write_weights
 from elastic_core.files.slicing import slice_checkpoint, slice_weights
 from elastic_core.geometry import ATTENTION, FFN, MAMBA, Axes, ModelConfig
-from elastic_core.layers import ssm
 from elastic_core.model import Cache, ElasticNemotronH
 from elastic_core.router import ElasticModel, expected_cost
 from elastic_core.subnet import Subnet, full_subnet, keep_layers, sliced_config
@@ -270,10 +268,6 @@ def test_memory_is_what_serving_a_slice_takes(name: str, dtype: Dtype) -> None:
         assert sum(map(counted.cache, shapes(SERVED, subnet))) == caches, subnet
         activations = counted.of(subnet) - weights - caches
         assert USED_OF_BOUND * activations <= most - caches <= activations, subnet
-
-
-def test_memory_counts_the_segments_and_chunks_that_the_scan_walks_over() -> None:
-    assert (cost.SEGMENT_VALUES, cost.CPU_CHUNK) == (ssm._SEGMENT_VALUES, ssm._CPU_CHUNK)
 
 
 @pytest.mark.parametrize("kind", [MAMBA, ATTENTION, FFN])

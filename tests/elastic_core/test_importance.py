@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import NemotronHForCausalLM
 
 from elastic_core.files.reorder import check_order
-from elastic_core.geometry import ModelConfig
+from elastic_core.geometry import Axes, ModelConfig
 from elastic_core.importance import WidthScores, importance_order, rank_layers, width_scores
 from elastic_core.layers.packing import pack
 from elastic_core.model import ElasticNemotronH
@@ -111,16 +111,17 @@ def slow_width_scores(
                 norms[head] += row[head * config.head_dim : (head + 1) * config.head_dim].square().sum().sqrt()
         return norms
 
-    return WidthScores(
-        hidden_D=hidden,
-        ffn_F=tuple(ffn_scores(layer) for layer in config.layers_of("-")),
-        mamba_HP=tuple(mamba_scores(layer) for layer in config.layers_of("M")),
-        query_Q=tuple(query_scores(layer) for layer in config.layers_of("*")),
-    )
+    of_kind = {"-": ffn_scores, "M": mamba_scores, "*": query_scores}
+    pattern = enumerate(config.hybrid_override_pattern)
+    return WidthScores(hidden_D=hidden, layers=tuple(of_kind[kind](layer) for layer, kind in pattern))
+
+
+def of_kind(scores: WidthScores, config: ModelConfig, kind: str) -> list[Tensor]:
+    return [scores.layers[layer] for layer in config.layers_of(kind)]
 
 
 def all_scores(scores: WidthScores) -> list[Tensor]:
-    return [scores.hidden_D, *scores.ffn_F, *scores.mamba_HP, *scores.query_Q]
+    return [scores.hidden_D, *scores.layers]
 
 
 def assert_close(found: WidthScores, expected: WidthScores, tolerance: float) -> None:
@@ -154,11 +155,14 @@ def test_a_channel_that_is_large_in_both_directions_counts_unless_scores_are_sig
             norm, rows = elastic.layers[layer].norm, elastic.layers[layer].mixer.in_proj.weight
             rows[config.mamba_size] = 10 * norm.weight * elastic.embeddings.weight[0]
     batch = torch.tensor([[0, 1, 0, 1]])
-    absolute, signed = (width_scores(elastic, unpacked([batch]), mamba).mamba_HP for mamba in ("absolute", "signed"))
+    absolute, signed = (
+        of_kind(width_scores(elastic, unpacked([batch]), mamba), config, "M") for mamba in ("absolute", "signed")
+    )
     for first, second in zip(absolute, signed, strict=True):
         assert first[0, 0] > 2 * first.flatten()[1:].max()
         assert second.abs().max() < FLOAT32_SUM * first.max()
-    assert width_scores(elastic, unpacked([batch])).mamba_HP[0].equal(absolute[0]), "absolute unless asked otherwise"
+    unasked = width_scores(elastic, unpacked([batch]))
+    assert of_kind(unasked, config, "M")[0].equal(absolute[0]), "absolute unless asked otherwise"
 
 
 def test_packed_documents_are_ranked_by_as_each_of_them_alone(
@@ -191,13 +195,21 @@ def random_scores(config: ModelConfig, seed: int) -> WidthScores:
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    mamba = [draw(config.mamba_num_heads, config.mamba_head_dim) for _ in config.layers_of("M")]
+    shapes = {
+        "M": (config.mamba_num_heads, config.mamba_head_dim),
+        "-": (config.ffn_sizes[0],),
+        "*": (config.num_attention_heads,),
+    }
+    layers = [draw(*shapes[kind]) for kind in config.hybrid_override_pattern]
     return WidthScores(
         hidden_D=draw(config.hidden_size).abs(),
-        ffn_F=tuple(draw(width).abs() for width in config.ffn_sizes),
-        mamba_HP=tuple(mamba),
-        query_Q=tuple(draw(config.num_attention_heads).abs() for _ in config.layers_of("*")),
+        layers=tuple(scores if scores.ndim > 1 else scores.abs() for scores in layers),
     )
+
+
+def keeping(config: ModelConfig, head_dim: int) -> Axes:
+    """Axes whose every subnet keeps at least `head_dim` channels of a Mamba head."""
+    return Axes(mamba_head_dim=tuple(range(config.mamba_head_dim, head_dim - 1, -1))).bind(config)
 
 
 def ranked_in_groups(scores: Sequence[float], groups: int) -> list[int]:
@@ -213,15 +225,16 @@ def test_components_are_ranked_by_score_and_heads_inside_their_group(
     for seed in range(5):
         scores = random_scores(tiny_config, seed)
         ranking = tuple(range(tiny_config.num_layers))
-        order = importance_order(tiny_config, scores, ranking, kept_head_dim)
+        order = importance_order(tiny_config, scores, ranking, keeping(tiny_config, kept_head_dim))
         check_order(order, tiny_config)
         assert order.layers == ranking
         assert order.hidden.tolist() == ranked_in_groups(scores.hidden_D.tolist(), 1)
-        for found, expected in zip(order.ffn, scores.ffn_F, strict=True):
+        for found, expected in zip(order.ffn, of_kind(scores, tiny_config, "-"), strict=True):
             assert found.tolist() == ranked_in_groups(expected.tolist(), 1)
-        for found, expected in zip(order.query_heads, scores.query_Q, strict=True):
+        for found, expected in zip(order.attention_heads, of_kind(scores, tiny_config, "*"), strict=True):
             assert found.tolist() == ranked_in_groups(expected.tolist(), 2)
-        for channels, heads, s_HP in zip(order.mamba_channels, order.mamba_heads, scores.mamba_HP, strict=True):
+        mamba = of_kind(scores, tiny_config, "M")
+        for channels, heads, s_HP in zip(order.mamba_head_dim, order.mamba_heads, mamba, strict=True):
             rows = s_HP.tolist()
             by_channel = [sum(row[d] ** 2 for row in rows) for d in range(6)]
             assert channels.tolist() == ranked_in_groups(by_channel, 1)
@@ -232,14 +245,15 @@ def test_components_are_ranked_by_score_and_heads_inside_their_group(
 
 def test_mamba_heads_are_ranked_on_the_kept_channels_only(tiny_config: ModelConfig) -> None:
     scores = random_scores(tiny_config, 0)
-    for s_HP in scores.mamba_HP:
+    for s_HP in of_kind(scores, tiny_config, "M"):
         s_HP.fill_(1.0)
         s_HP[:, 5] = 0.0
         s_HP[3, 5] = 2.0  # head 3 stands out, in the least important channel
         s_HP[4, :5] = 1.1
     ranking = tuple(range(tiny_config.num_layers))
-    assert importance_order(tiny_config, scores, ranking, 6).mamba_heads[0][0] == 3
-    assert importance_order(tiny_config, scores, ranking, 5).mamba_heads[0][0] == 4
+    for head_dim, best in ((6, 3), (5, 4)):
+        order = importance_order(tiny_config, scores, ranking, keeping(tiny_config, head_dim))
+        assert order.mamba_heads[0][0] == best
 
 
 def test_dead_components_are_ranked_last(elastic: ElasticNemotronH, tiny_config: ModelConfig) -> None:
@@ -255,12 +269,12 @@ def test_dead_components_are_ranked_last(elastic: ElasticNemotronH, tiny_config:
         x_rows_HPD[8] = 0.0
         x_rows_HPD[:, 2] = 0.0
     scores = width_scores(elastic, unpacked(token_batches(config)))
-    order = importance_order(config, scores, range(config.num_layers), config.mamba_head_dim)
+    order = importance_order(config, scores, range(config.num_layers), Axes().bind(config))
     assert order.hidden[-1] == 7
     assert order.ffn[0][-1] == 11
-    assert order.query_heads[0][-1] == 4, "last of the second KV group"
+    assert order.attention_heads[0][-1] == 4, "last of the second KV group"
     assert order.mamba_heads[0][-1] == 8, "last of the second SSM group"
-    assert order.mamba_channels[0][-1] == 2
+    assert order.mamba_head_dim[0][-1] == 2
 
 
 def slow_rank_layers(

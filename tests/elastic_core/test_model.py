@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +18,14 @@ from elastic_core.files.slicing import slice_checkpoint, slice_weights
 from elastic_core.generate import decode
 from elastic_core.geometry import ATTENTION, MAMBA, Axes, ModelConfig
 from elastic_core.layers import ssm
+from elastic_core.layers.ffn import FeedForward
 from elastic_core.layers.kernels import TORCH
+from elastic_core.layers.kind import Cache
+from elastic_core.layers.norm import RMSNorm
 from elastic_core.layers.packing import Packing, pack
 from elastic_core.layers.ssm import time_steps
-from elastic_core.model import Cache, ElasticNemotronH, FeedForward, RMSNorm
+from elastic_core.layout import WHOLE
+from elastic_core.model import ElasticNemotronH
 from elastic_core.router import ElasticModel, soft_subnet
 from elastic_core.subnet import Masks, Subnet, full_subnet, keep_layers, sliced_config
 from elastic_core.training.curriculum import generator
@@ -233,12 +237,12 @@ def masks_over_full(elastic: ElasticModel, probabilities: dict[str, torch.Tensor
         return torch.cat([mask, torch.zeros(len(over) - len(mask), dtype=mask.dtype)])
 
     return subnet, Masks(
-        hidden_D=widen(exact.hidden_D, enclosing.hidden_D),
-        ffn_F=tuple(map(widen, exact.ffn_F, enclosing.ffn_F)),
-        mamba_heads_R=tuple(map(widen, exact.mamba_heads_R, enclosing.mamba_heads_R)),
-        mamba_head_dim_P=widen(exact.mamba_head_dim_P, enclosing.mamba_head_dim_P),
-        query_heads_R=tuple(map(widen, exact.query_heads_R, enclosing.query_heads_R)),
-        layers_L=exact.layers_L,
+        hidden=widen(exact.hidden, enclosing.hidden),
+        ffn=tuple(map(widen, exact.ffn, enclosing.ffn)),
+        mamba_heads=tuple(map(widen, exact.mamba_heads, enclosing.mamba_heads)),
+        mamba_head_dim=widen(exact.mamba_head_dim, enclosing.mamba_head_dim),
+        attention_heads=tuple(map(widen, exact.attention_heads, enclosing.attention_heads)),
+        layers=exact.layers,
     )
 
 
@@ -267,7 +271,7 @@ def test_soft_masks_run_at_the_largest_choice_with_weight(model):
     probabilities["hidden"] = torch.tensor([[0.0, 0.25, 0.75]], dtype=torch.float64)
     subnet, masks = soft_subnet(elastic, probabilities)
     assert subnet == uniform(model.config, 40, 16, 4, 4, 2, 5)
-    assert masks.hidden_D.tolist() == [1.0] * 24 + [0.25] * 16
+    assert masks.hidden.tolist() == [1.0] * 24 + [0.25] * 16
 
 
 @pytest.mark.parametrize("sizes", UNIFORM.values(), ids=UNIFORM.keys())
@@ -357,7 +361,7 @@ def test_decoding_takes_weights_once_a_text(model):
     def taken(text: torch.Tensor) -> dict[int, set[int]]:
         with torch.no_grad():
             model(text, subnet, cache=cache)
-        return {i: {id(getattr(of_layer, f.name)) for f in fields(of_layer)} for i, of_layer in cache.weights.items()}
+        return {i: set(map(id, of_layer.values())) for i, of_layer in cache.weights.items()}
 
     read = taken(tokens(model.config))
     assert set(read) == set(subnet.layers)
@@ -394,7 +398,7 @@ def test_the_norm_does_not_depend_on_how_many_tokens_it_takes_at_once(masked, mo
         return [y_BTD, *torch.autograd.grad(y_BTD, [given, norm.weight], grad_BTD)]
 
     at_once = results()
-    monkeypatch.setattr(ssm, "_SEGMENT_VALUES", 2 * 24 * 2)
+    monkeypatch.setattr(ssm, "SEGMENT_VALUES", 2 * 24 * 2)
     assert max(map(difference, results(), at_once)) < FLOAT64_OWN_FORMS
 
 
@@ -402,7 +406,7 @@ def test_the_activation_is_the_square_of_a_relu(tiny_config):
     layer = FeedForward(tiny_config, tiny_config.layers_of("-")[0]).double()
     x_BTD = torch.randn(2, 3, tiny_config.hidden_size, dtype=torch.float64, requires_grad=True)
     expected = layer.down_proj(torch.relu(layer.up_proj(x_BTD)).square())
-    y_BTD = layer(x_BTD, full_subnet(tiny_config), None, None, TORCH)
+    y_BTD = layer(x_BTD, WHOLE, None, None, TORCH)
     wanted = [x_BTD, *layer.parameters()]
     for ours, theirs in zip(
         (y_BTD, *torch.autograd.grad(y_BTD.sin().sum(), wanted)),
@@ -411,7 +415,7 @@ def test_the_activation_is_the_square_of_a_relu(tiny_config):
     ):
         assert difference(ours, theirs) < FLOAT64_OWN_FORMS
     with torch.no_grad():
-        assert difference(layer(x_BTD, full_subnet(tiny_config), None, None, TORCH), expected) < FLOAT64_OWN_FORMS
+        assert difference(layer(x_BTD, WHOLE, None, None, TORCH), expected) < FLOAT64_OWN_FORMS
 
 
 def test_reordering_leaves_the_function_unchanged(model):

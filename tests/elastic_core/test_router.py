@@ -197,12 +197,12 @@ def test_certain_choices_give_exactly_their_subnet_with_masks_of_ones(per_layer:
         assert set(subnet.layers) == set(RANKING[: size["depth"][0]])
 
         gates = [1.0 if layer in subnet.layers else 0.0 for layer in range(8)]
-        assert masks.hidden_D.tolist() == [1.0] * subnet.hidden
-        assert [m.tolist() for m in masks.ffn_F] == [[1.0] * width for width in subnet.ffn]
-        assert [m.tolist() for m in masks.mamba_heads_R] == [[1.0] * (heads // 3) for heads in subnet.mamba_heads]
-        assert masks.mamba_head_dim_P.tolist() == [1.0] * subnet.mamba_head_dim
-        assert [m.tolist() for m in masks.query_heads_R] == [[1.0] * (heads // 2) for heads in subnet.attention_heads]
-        assert masks.layers_L.tolist() == gates
+        assert masks.hidden.tolist() == [1.0] * subnet.hidden
+        assert [m.tolist() for m in masks.ffn] == [[1.0] * width for width in subnet.ffn]
+        assert [m.tolist() for m in masks.mamba_heads] == [[1.0] * (heads // 3) for heads in subnet.mamba_heads]
+        assert masks.mamba_head_dim.tolist() == [1.0] * subnet.mamba_head_dim
+        assert [m.tolist() for m in masks.attention_heads] == [[1.0] * (heads // 2) for heads in subnet.attention_heads]
+        assert masks.layers.tolist() == gates
 
 
 def slow_mask(probabilities: list[float], sizes: list[int]) -> list[float]:
@@ -224,11 +224,11 @@ def test_a_soft_mask_weighs_each_unit_by_the_choices_that_keep_it(per_layer: tup
     assert subnet.mamba_heads[0] == 9
     assert set(subnet.layers) == set(RANKING[:6])
     found = {
-        "hidden": [masks.hidden_D],
-        "ffn": masks.ffn_F,
-        "mamba_heads": masks.mamba_heads_R,
-        "mamba_head_dim": [masks.mamba_head_dim_P],
-        "attention_heads": masks.query_heads_R,
+        "hidden": [masks.hidden],
+        "ffn": masks.ffn,
+        "mamba_heads": masks.mamba_heads,
+        "mamba_head_dim": [masks.mamba_head_dim],
+        "attention_heads": masks.attention_heads,
     }
     for axis, layer_masks in found.items():
         sizes = [size // DIVISOR.get(axis, 1) for size in elastic.axes.choices(axis)]
@@ -312,8 +312,8 @@ def test_a_loss_on_the_masks_reaches_every_head(per_layer: tuple[AxisName, ...])
     generator = torch.Generator().manual_seed(0)
     sampled = gumbel_softmax(router(router.one_hot(0)), temperature=2.0, scale=0.1, generator=generator)
     _, masks = soft_subnet(elastic, drop_negligible(sampled))
-    every = [masks.hidden_D, *masks.ffn_F, *masks.mamba_heads_R, masks.mamba_head_dim_P, *masks.query_heads_R]
-    loss = torch.stack([mask.square().sum() for mask in [*every, masks.layers_L]]).sum()
+    every = [masks.hidden, *masks.ffn, *masks.mamba_heads, masks.mamba_head_dim, *masks.attention_heads]
+    loss = torch.stack([mask.square().sum() for mask in [*every, masks.layers]]).sum()
     assert_gradient_reaches_every_row(router, loss)
 
 

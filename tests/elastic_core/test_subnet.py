@@ -5,21 +5,17 @@ import itertools
 import random
 
 import pytest
-import torch
 
 from elastic_core.geometry import ATTENTION, FFN, MAMBA, Axes, ModelConfig
+from elastic_core.layers.kinds import KINDS
+from elastic_core.layout import indices, prefixes
 from elastic_core.subnet import (
-    Masks,
     Subnet,
     check_subnet,
-    conv_channels,
     full_subnet,
-    in_proj_rows,
     is_nested,
     keep_layers,
-    mamba_channels,
-    mamba_heads,
-    query_channels,
+    kept_at,
     sliced_config,
     smallest_subnet,
 )
@@ -68,39 +64,50 @@ def kept_pairs(groups: int, per_group: int, channels: int, kept_in_group: int, k
     return [flat for flat, (_, unit, channel) in walk if unit < kept_in_group and channel < kept_channels]
 
 
+def kept_entries(layer: int, name: str, dim: int = 0, **widths: int) -> list[int]:
+    """What the full subnet, with other widths, keeps along a dimension of a tensor of a layer's mixer."""
+    full = full_subnet(MODEL)
+    sizes = {axis: (w,) * len(getattr(full, axis)) if axis in Axes.WIDTHS else w for axis, w in widths.items()}
+    kept = kept_at(dataclasses.replace(full, **sizes), MODEL, layer)
+    found = indices(KINDS[PATTERN[layer]].mixer.lay_out(MODEL, layer)[name].dims[dim], prefixes(kept))
+    assert found is not None
+    entries: list[int] = found.tolist()
+    return entries
+
+
 @pytest.mark.parametrize("heads", [3, 6, 9, 12])
 @pytest.mark.parametrize("head_dim", [1, 3, 4])
 def test_mamba_keeps_the_first_heads_of_each_group_and_their_first_channels(heads: int, head_dim: int) -> None:
-    assert mamba_channels(MODEL, heads, head_dim).tolist() == kept_pairs(3, 4, 4, heads // 3, head_dim)
-    assert mamba_heads(MODEL, heads).tolist() == kept_pairs(3, 4, 1, heads // 3, 1)
+    widths = {"mamba_heads": heads, "mamba_head_dim": head_dim}
+    assert kept_entries(0, "norm.weight", **widths) == kept_pairs(3, 4, 4, heads // 3, head_dim)
+    assert kept_entries(0, "D", **widths) == kept_pairs(3, 4, 1, heads // 3, 1)
 
 
 @pytest.mark.parametrize("heads", [2, 4, 6])
 def test_attention_keeps_the_first_queries_of_each_kv_head(heads: int) -> None:
-    assert query_channels(MODEL, heads).tolist() == kept_pairs(2, 3, 5, heads // 2, 5)
+    assert kept_entries(3, "q_proj.weight", attention_heads=heads) == kept_pairs(2, 3, 5, heads // 2, 5)
+    assert kept_entries(3, "o_proj.weight", 1, attention_heads=heads) == kept_pairs(2, 3, 5, heads // 2, 5)
 
 
 @pytest.mark.parametrize(("heads", "head_dim"), [(12, 4), (9, 2), (3, 1)])
 def test_in_proj_and_conv_keep_every_state_row_and_the_kept_channels_of_each_part(heads: int, head_dim: int) -> None:
-    channels, kept_heads = mamba_channels(MODEL, heads, head_dim), mamba_heads(MODEL, heads)
+    channels, kept_heads = kept_pairs(3, 4, 4, heads // 3, head_dim), kept_pairs(3, 4, 1, heads // 3, 1)
     parts = {"z": 12 * 4, "x": 12 * 4, "B": 3 * 3, "C": 3 * 3, "dt": 12}
-    kept = {"z": set(channels.tolist()), "x": set(channels.tolist()), "dt": set(kept_heads.tolist())}
+    kept = {"z": channels, "x": channels, "dt": kept_heads}
     rows = [(part, i) for part, size in parts.items() for i in range(size)]
     expected = [row for row, (part, i) in enumerate(rows) if i in kept.get(part, range(9))]
-    assert in_proj_rows(MODEL, channels, kept_heads).tolist() == expected
+    assert kept_entries(0, "in_proj.weight", mamba_heads=heads, mamba_head_dim=head_dim) == expected
 
     conv_rows = [(part, i) for part, i in rows if part in ("x", "B", "C")]
     expected = [row for row, (part, i) in enumerate(conv_rows) if i in kept.get(part, range(9))]
-    assert conv_channels(MODEL, channels).tolist() == expected
+    assert kept_entries(0, "conv1d.weight", mamba_heads=heads, mamba_head_dim=head_dim) == expected
+    assert kept_entries(0, "conv1d.bias", mamba_heads=heads, mamba_head_dim=head_dim) == expected
 
 
 def test_the_full_subnet_keeps_every_row() -> None:
-    full = full_subnet(MODEL)
-    channels = mamba_channels(MODEL, full.mamba_heads[0], full.mamba_head_dim)
-    heads = mamba_heads(MODEL, full.mamba_heads[0])
-    assert in_proj_rows(MODEL, channels, heads).tolist() == list(range(2 * 48 + 18 + 12))
-    assert conv_channels(MODEL, channels).tolist() == list(range(48 + 18))
-    assert sliced_config(MODEL, full) == MODEL
+    assert kept_entries(0, "in_proj.weight") == list(range(2 * 48 + 18 + 12))
+    assert kept_entries(0, "conv1d.weight") == list(range(48 + 18))
+    assert sliced_config(MODEL, full_subnet(MODEL)) == MODEL
 
 
 def test_layers_are_kept_by_rank_and_listed_in_model_order() -> None:
@@ -242,35 +249,3 @@ def test_valid_shapes_are_accepted() -> None:
     no_attention = model_config("M-M-")
     check_subnet(full_subnet(no_attention), no_attention)
     assert sliced_config(no_attention, full_subnet(no_attention)) == no_attention
-
-
-def test_channel_masks_repeat_the_head_masks_over_their_layout() -> None:
-    generator = torch.Generator().manual_seed(0)
-
-    def falling(size: int) -> torch.Tensor:
-        return torch.rand(size, generator=generator, dtype=torch.float64).sort(descending=True).values
-
-    masks = Masks(
-        hidden_D=falling(5),
-        ffn_F=(falling(3),),
-        mamba_heads_R=(falling(4), falling(2)),
-        mamba_head_dim_P=falling(3),
-        query_heads_R=(falling(3), falling(1)),
-        layers_L=falling(6),
-    )
-    for ordinal, in_group in enumerate((4, 2)):
-        expected = [
-            float(masks.mamba_heads_R[ordinal][head] * masks.mamba_head_dim_P[channel])
-            for _group in range(3)
-            for head in range(in_group)
-            for channel in range(3)
-        ]
-        assert masks.mamba_channels(ordinal, 3).tolist() == expected
-    for ordinal, in_group in enumerate((3, 1)):
-        expected = [
-            float(masks.query_heads_R[ordinal][query])
-            for _kv_head in range(2)
-            for query in range(in_group)
-            for _channel in range(5)
-        ]
-        assert masks.query_channels(ordinal, 2, 5).tolist() == expected

@@ -3,8 +3,9 @@
 import random
 
 from elastic_core.budget import Serving
-from elastic_core.cost import WIDTH_AXIS, LatencyTable, TimedLayer, choices
+from elastic_core.cost import LatencyTable, TimedLayer, choices
 from elastic_core.geometry import Axes, ModelConfig
+from elastic_core.layers.kinds import KINDS
 
 
 def random_table(
@@ -12,7 +13,7 @@ def random_table(
 ) -> LatencyTable:
     """A table of the (bound) axes in no order, as noise may have it; or one in which more work takes longer."""
     rng = random.Random(seed)
-    shapes = [shape for kind in WIDTH_AXIS for shape in choices(model, axes, kind)]
+    shapes = [shape for kind in KINDS for shape in choices(model, axes, kind)]
     if monotonic:
         fixed = {hidden: 1000 * hidden + 7 for hidden in axes.hidden}
         times = [500 + s.hidden * (3 + s.width * (1 + s.mamba_head_dim)) for s in shapes]

@@ -48,7 +48,7 @@ def inverse(order: Order) -> Order:
         hidden=order.hidden.argsort(),
         **{
             name: tuple(entry.argsort() for entry in getattr(order, name))
-            for name in ("ffn", "mamba_heads", "mamba_channels", "query_heads")
+            for name in ("ffn", "mamba_heads", "mamba_head_dim", "attention_heads")
         },
     )
 
@@ -69,8 +69,8 @@ def turned(config: ModelConfig) -> Order:
         hidden=turn(order.hidden),
         ffn=tuple(map(turn, order.ffn)),
         mamba_heads=tuple(turn(entry, config.n_groups) for entry in order.mamba_heads),
-        mamba_channels=tuple(map(turn, order.mamba_channels)),
-        query_heads=tuple(turn(entry, config.num_key_value_heads) for entry in order.query_heads),
+        mamba_head_dim=tuple(map(turn, order.mamba_head_dim)),
+        attention_heads=tuple(turn(entry, config.num_key_value_heads) for entry in order.attention_heads),
     )
 
 
@@ -97,8 +97,8 @@ def test_each_axis_alone_leaves_the_function_and_moves_only_its_tensors(
     touched = {
         "ffn": ("up_proj", "down_proj"),
         "mamba_heads": ("in_proj", "conv1d", "dt_bias", "A_log", ".D", "mixer.norm", "out_proj"),
-        "mamba_channels": ("in_proj", "conv1d", "mixer.norm", "out_proj"),
-        "query_heads": ("q_proj", "o_proj"),
+        "mamba_head_dim": ("in_proj", "conv1d", "mixer.norm", "out_proj"),
+        "attention_heads": ("q_proj", "o_proj"),
     }
     model, weights = stock_model(), load_weights(tiny_checkpoint)
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_the_most_important_come_first(tiny_checkpoint: Path, tiny_config: Model
         best_head = int(order.mamba_heads[0][group * heads_in_group])
         assert best_head // heads_in_group == group
         assert moved["layers.0.mixer.D"][group * heads_in_group] == weights["layers.0.mixer.D"][best_head]
-        best_channel = best_head * head_dim + int(order.mamba_channels[0][0])
+        best_channel = best_head * head_dim + int(order.mamba_head_dim[0][0])
         assert (
             moved["layers.0.mixer.norm.weight"][group * heads_in_group * head_dim]
             == weights["layers.0.mixer.norm.weight"][best_channel]
@@ -238,7 +238,7 @@ def test_an_order_reads_back(tiny_config: ModelConfig, tmp_path: Path) -> None:
     found = read_order(tmp_path, tiny_config)
     assert torch.equal(found.hidden, order.hidden)
     assert found.layers == order.layers
-    for name in ("ffn", "mamba_heads", "mamba_channels", "query_heads"):
+    for name in ("ffn", "mamba_heads", "mamba_head_dim", "attention_heads"):
         for one, other in zip(getattr(found, name), getattr(order, name), strict=True):
             assert torch.equal(one, other)
 
@@ -254,12 +254,16 @@ BAD_ORDERS: dict[str, tuple[str, Callable[[Order], object], str]] = {
     "hidden floats": ("hidden", lambda o: torch.arange(48.0), r"order\.hidden is torch\.float32"),
     "layers twice": ("layers", lambda o: (0,) * 8, r"order\.layers is not a permutation of 0\.\.7"),
     "heads over groups": ("mamba_heads", lambda o: (torch.arange(12).flip(0),) * 3, r"mamba_heads\[0\] moves heads"),
-    "queries over groups": ("query_heads", lambda o: (torch.arange(6).roll(1),) * 2, r"query_heads\[0\] moves heads"),
+    "queries over groups": (
+        "attention_heads",
+        lambda o: (torch.arange(6).roll(1),) * 2,
+        r"attention_heads\[0\] moves heads",
+    ),
     "too few layers": ("ffn", lambda o: o.ffn[:2], r"order\.ffn has 2 layers; the model has 3"),
     "channels of all heads": (
-        "mamba_channels",
+        "mamba_head_dim",
         lambda o: (torch.arange(72),) * 3,
-        r"mamba_channels\[0\] is torch\.int64",
+        r"mamba_head_dim\[0\] is torch\.int64",
     ),
 }
 

@@ -99,7 +99,7 @@ def cut_by_hand(weights: dict[str, Tensor], subnet: Subnet, order: Order) -> dic
             new_part["mixer.down_proj.weight"] = part["mixer.down_proj.weight"][hidden][:, neurons]
         elif kind == "*":
             kept = subnet.attention_heads[ordinal] // kv_heads
-            queries = [int(order.query_heads[ordinal][3 * kv + i]) for kv in range(kv_heads) for i in range(kept)]
+            queries = [int(order.attention_heads[ordinal][3 * kv + i]) for kv in range(kv_heads) for i in range(kept)]
             rows = [query_dim * query + channel for query in queries for channel in range(query_dim)]
             new_part["mixer.q_proj.weight"] = part["mixer.q_proj.weight"][rows][:, hidden]
             new_part["mixer.k_proj.weight"] = part["mixer.k_proj.weight"][:, hidden]
@@ -108,7 +108,7 @@ def cut_by_hand(weights: dict[str, Tensor], subnet: Subnet, order: Order) -> dic
         else:
             kept = subnet.mamba_heads[ordinal] // groups
             heads = [int(order.mamba_heads[ordinal][6 * group + i]) for group in range(groups) for i in range(kept)]
-            in_head = order.mamba_channels[ordinal].tolist()[: subnet.mamba_head_dim]
+            in_head = order.mamba_head_dim[ordinal].tolist()[: subnet.mamba_head_dim]
             channels = [head * head_dim + channel for head in heads for channel in in_head]
             rows = channels + [mamba + channel for channel in channels]
             rows += [2 * mamba + state for state in range(states)] + [2 * mamba + states + head for head in heads]

@@ -245,7 +245,7 @@ def plain_conv(x_BTC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, initial_
 @pytest.fixture(params=[1, 60, 2**18], ids="segment_values={}".format)
 def segment_values(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Segments of one token, of a few, and of all."""
-    monkeypatch.setattr(ssm, "_SEGMENT_VALUES", request.param)
+    monkeypatch.setattr(ssm, "SEGMENT_VALUES", request.param)
     return request.param
 
 

@@ -140,12 +140,12 @@ def masks(config: ModelConfig, subnet: Subnet) -> Masks:
     """Masks of ones over all of the full subnet."""
     queries = config.num_attention_heads // config.num_key_value_heads
     return Masks(
-        hidden_D=torch.ones(subnet.hidden),
-        ffn_F=tuple(torch.ones(width) for width in subnet.ffn),
-        mamba_heads_R=(torch.ones(config.mamba_num_heads // config.n_groups),) * len(config.layers_of(MAMBA)),
-        mamba_head_dim_P=torch.ones(config.mamba_head_dim),
-        query_heads_R=(torch.ones(queries),) * len(config.layers_of(ATTENTION)),
-        layers_L=torch.ones(config.num_layers, requires_grad=True),
+        hidden=torch.ones(subnet.hidden),
+        ffn=tuple(torch.ones(width) for width in subnet.ffn),
+        mamba_heads=(torch.ones(config.mamba_num_heads // config.n_groups),) * len(config.layers_of(MAMBA)),
+        mamba_head_dim=torch.ones(config.mamba_head_dim),
+        attention_heads=(torch.ones(queries),) * len(config.layers_of(ATTENTION)),
+        layers=torch.ones(config.num_layers, requires_grad=True),
     )
 
 

@@ -19,11 +19,11 @@ from elastic_core.cost import ParamsCost, shapes
 from elastic_core.geometry import ATTENTION, MAMBA, Axes, ModelConfig
 from elastic_core.layers import ssm
 from elastic_core.layers.kernels import TORCH, Backend
+from elastic_core.layers.mamba import gated_norm_bytes
 from elastic_core.model import ElasticNemotronH
 from elastic_core.planning.memory import (
     MicroStep,
     activation_bytes,
-    gated_norm_bytes,
     layer_at_work,
     loss_bytes,
     saved_bytes,
@@ -110,12 +110,12 @@ def full_masks(subnet: Subnet) -> Masks:
 
     queries = CONFIG.num_attention_heads // CONFIG.num_key_value_heads
     return Masks(
-        hidden_D=ones(subnet.hidden),
-        ffn_F=tuple(ones(width) for width in subnet.ffn),
-        mamba_heads_R=tuple(ones(CONFIG.mamba_num_heads // CONFIG.n_groups) for _ in CONFIG.layers_of(MAMBA)),
-        mamba_head_dim_P=ones(CONFIG.mamba_head_dim),
-        query_heads_R=tuple(ones(queries) for _ in CONFIG.layers_of(ATTENTION)),
-        layers_L=ones(CONFIG.num_layers),
+        hidden=ones(subnet.hidden),
+        ffn=tuple(ones(width) for width in subnet.ffn),
+        mamba_heads=tuple(ones(CONFIG.mamba_num_heads // CONFIG.n_groups) for _ in CONFIG.layers_of(MAMBA)),
+        mamba_head_dim=ones(CONFIG.mamba_head_dim),
+        attention_heads=tuple(ones(queries) for _ in CONFIG.layers_of(ATTENTION)),
+        layers=ones(CONFIG.num_layers),
     )
 
 
@@ -205,7 +205,7 @@ def test_a_layers_backward_pass_needs_no_more_than_planned(layer: int, recompute
 
 
 def test_a_masked_gated_norm_needs_no_more_than_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ssm, "_SEGMENT_VALUES", 2**30)  # one segment, as on CUDA
+    monkeypatch.setattr(ssm, "SEGMENT_VALUES", 2**30)  # one segment, as on CUDA
     channels, groups = CONFIG.mamba_size, CONFIG.n_groups
     y, gate = (torch.randn(1, TOKENS, channels).bfloat16().requires_grad_() for _ in range(2))
     weight, mask = (torch.ones(channels, requires_grad=True) for _ in range(2))

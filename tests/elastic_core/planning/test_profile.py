@@ -13,9 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from elastic_core.budget import Budget, Dtype, LatencyTarget, Serving
-from elastic_core.cost import WIDTH_AXIS, Shape, budget_cost, choices
+from elastic_core.cost import budget_cost, choices
 from elastic_core.files.shards import CheckpointError
 from elastic_core.geometry import ATTENTION, FFN, MAMBA, Axes, ModelConfig
+from elastic_core.layers.kind import Shape
+from elastic_core.layers.kinds import KINDS
 from elastic_core.planning.profile import _Bench, measure, read_table, write_table
 from elastic_core.subnet import full_subnet
 
@@ -63,7 +65,7 @@ def flops(step: Callable[[], object]) -> int:
 
 def test_a_part_does_the_work_of_the_slices_layer_at_the_context() -> None:
     batch, context = 3, 20
-    shapes = [shape for kind in WIDTH_AXIS for shape in choices(MODEL, AXES, kind)]
+    shapes = [shape for kind in KINDS for shape in choices(MODEL, AXES, kind)]
     bench = _Bench(MODEL, Serving(context=context, batch=batch, dtype="float32"), CPU, shapes, AXES.hidden)
     states = MODEL.state_rows
     for hidden in AXES.hidden:

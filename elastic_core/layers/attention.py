@@ -1,0 +1,149 @@
+"""Causal grouped-query attention without positional encoding; key and value heads are never pruned."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elastic_core.geometry import ATTENTION, ModelConfig
+from elastic_core.layers.kernels import Backend
+from elastic_core.layers.kind import (
+    FLOAT32_BYTES,
+    Cache,
+    Flops,
+    Kind,
+    Mixer,
+    ServingStep,
+    Shape,
+    Training,
+    descending,
+)
+from elastic_core.layers.packing import Packing
+from elastic_core.layout import Kept, Layout, Run, grid, mask
+
+
+def query_grid(model: ModelConfig) -> Run:
+    """The query channels: [KV head, query in KV head, channel]."""
+    groups = model.num_key_value_heads
+    return grid(group=groups, attention_heads=model.num_attention_heads // groups, channel=model.head_dim)
+
+
+class Attention(Mixer):
+    """Grouped-query attention at any subnet."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.queries = query_grid(config)
+        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+    @staticmethod
+    def lay_out(model: ModelConfig, layer: int) -> dict[str, Layout]:
+        hidden, query = (grid(hidden=model.hidden_size),), (query_grid(model),)
+        keys = (grid(keys=model.num_key_value_heads * model.head_dim),)
+        return {
+            "q_proj.weight": Layout(query, hidden),
+            "k_proj.weight": Layout(keys, hidden),
+            "v_proj.weight": Layout(keys, hidden),
+            "o_proj.weight": Layout(hidden, query),
+        }
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        kept: Kept,
+        soft: Mapping[str, Tensor] | None,
+        cache: Cache | None,
+        backend: Backend,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        weights = self.weights(kept, cache)
+
+        def project(name: str) -> Tensor:
+            heads: Tensor = F.linear(x_BTD, weights[name]).unflatten(-1, (-1, self.config.head_dim))
+            return heads.transpose(1, 2)
+
+        q_BQTE, k_BKTE, v_BKTE = map(project, ("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+        if cache is not None:
+            if self.layer in cache.keys:
+                k_BKTE = torch.cat([cache.keys[self.layer], k_BKTE], dim=2)
+                v_BKTE = torch.cat([cache.values[self.layer], v_BKTE], dim=2)
+            cache.keys[self.layer], cache.values[self.layer] = k_BKTE, v_BKTE
+        tokens, seen = q_BQTE.shape[2], k_BKTE.shape[2]
+        causal = None  # a first piece needs no mask in memory, nor does a single token, which sees all
+        if 1 < tokens < seen:
+            causal = torch.ones(tokens, seen, dtype=torch.bool, device=x_BTD.device).tril(seen - tokens)
+        if packing is not None:
+            y_BQTE = _attend_in_documents(q_BQTE, k_BKTE, v_BKTE, packing)
+        else:
+            y_BQTE = F.scaled_dot_product_attention(
+                q_BQTE, k_BKTE, v_BKTE, attn_mask=causal, is_causal=tokens == seen, enable_gqa=True
+            )
+        y = y_BQTE.transpose(1, 2).flatten(-2)
+        if soft is not None:
+            y = y * mask(self.queries, kept, soft).to(y.dtype)
+        return F.linear(y, weights["o_proj.weight"])
+
+
+def _attend_in_documents(q_BQTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, packing: Packing) -> Tensor:
+    """Causal attention of each document by itself.
+
+    A mask of T x T values would not fit at long lengths, and pairs of tokens of two documents cost nothing here. Each
+    document is exactly what it is alone, on every device and in every type.
+    """
+    outputs: list[list[Tensor]] = [[] for _ in q_BQTE]
+    for row, first, end in packing.spans:
+        q_1QTE, k_1KTE, v_1KTE = (t[row : row + 1, :, first:end] for t in (q_BQTE, k_BKTE, v_BKTE))
+        y_1QTE = F.scaled_dot_product_attention(q_1QTE, k_1KTE, v_1KTE, is_causal=True, enable_gqa=True)
+        outputs[row].append(y_1QTE)
+    return torch.cat([torch.cat(of_row, dim=2) for of_row in outputs])
+
+
+class AttentionKind(Kind):
+    """What an attention layer answers."""
+
+    letter, mixer, residual = ATTENTION, Attention, "o_proj.weight"
+
+    def scores(self, mixer: Mixer, normed_BTD: Tensor, *, signed: bool) -> Tensor:
+        """Query head: the norm of its query."""
+        assert isinstance(mixer, Attention)
+        queries = F.linear(normed_BTD, mixer.q_proj.weight).unflatten(-1, (-1, mixer.config.head_dim))
+        norms_Q: Tensor = queries.norm(dim=-1).sum((0, 1))
+        return norms_Q
+
+    def order(self, model: ModelConfig, scores: Tensor, kept: Mapping[str, int]) -> dict[str, Tensor]:
+        return {"attention_heads": descending(scores, model.num_key_value_heads)}
+
+    def cache_bytes(self, model: ModelConfig, shape: Shape, serving: ServingStep) -> int:
+        """Keys and values."""
+        return 2 * serving.batch * serving.context * model.num_key_value_heads * model.head_dim * serving.width
+
+    def serving_bytes(self, model: ModelConfig, shape: Shape, serving: ServingStep) -> int:
+        """queries + max(the cache copied by torch.cat, two copies of the mask, mask + queries' and layer's output)."""
+        later = min(serving.tokens, serving.context - serving.tokens)  # the most that are read after a full piece
+        mask = later * serving.context if later > 1 else 0
+        queries = serving.rows * shape.width * model.head_dim * serving.width
+        output = queries + serving.rows * shape.hidden * serving.width
+        return queries + max(self.cache_bytes(model, shape, serving) if later else 0, 2 * mask, mask + output)
+
+    def saved_bytes(self, model: ModelConfig, shape: Shape, step: Training) -> int:
+        """Queries, keys, values, output, the logarithm of each head's normaliser; the output masked."""
+        queries, keys = shape.width * model.head_dim, model.num_key_value_heads * model.head_dim
+        return step.width * ((3 if step.masked else 2) * queries + 2 * keys) + FLOAT32_BYTES * shape.width
+
+    def gradient_bytes(self, model: ModelConfig, shape: Shape, step: Training) -> int:
+        """The gradients of the output and the projections, each also laid out anew; those of the queries in float32."""
+        queries, keys = shape.width * model.head_dim, model.num_key_value_heads * model.head_dim
+        return step.width * 4 * (queries + keys) + FLOAT32_BYTES * queries
+
+    def flops(self, model: ModelConfig, shape: Shape, tokens: int, *, last_projection: bool) -> Flops:
+        queries, keys = shape.width * model.head_dim, model.num_key_value_heads * model.head_dim
+        widths = queries + 2 * keys + (queries if last_projection else 0)
+        return Flops(
+            projections=2 * tokens * shape.hidden * widths,
+            attention=2 * 2 * queries * (tokens * (tokens + 1) // 2),
+        )
