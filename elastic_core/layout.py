@@ -111,6 +111,13 @@ class Layout:
         """Whether all of the weight is kept."""
         return all(self._sides.get(name, entries) <= entries for name, entries in kept.items())
 
+    def is_joined(self, kept: Kept) -> bool:
+        """Whether `join` copies: there are several runs, or an inner side of the one is cut."""
+        inner = self._runs[0][1:]
+        return not self.is_whole(kept) and (
+            len(self._runs) > 1 or any(kept.get(side.name, side.size) < side.size for side in inner)
+        )
+
     def views(self, weight: Tensor, kept: Kept) -> list[Tensor]:
         """What is kept of `weight`, or of its gradient: a view a run, its sides as dimensions of their own."""
         for dim, side in self._others:

@@ -212,6 +212,8 @@ class Stage(Strict):
     recompute: bool = False
     """Whether a layer keeps its input alone until the backward pass, which saves memory and costs a second forward
     pass. Example: `true`."""
+    offload: bool = False
+    """Whether the inputs that `recompute` keeps wait in host memory, copied beside the compute. Example: `true`."""
     checkpoint_every: int = 100
     """Steps between checkpoints, to which a killed run goes back. Example: `50`."""
     sources: dict[str, float] | None = None
@@ -226,6 +228,8 @@ class Stage(Strict):
             positive(self, "budget_rows")
             multiple_of("batch_size", self.batch_size, "budget_rows", self.budget_rows)
         checked_name("stage", self.name)
+        if self.offload and not self.recompute:
+            raise ValueError("offload=true moves the inputs that recompute keeps; set recompute=true too")
         multiple_of("batch_size", self.batch_size, "micro_batch_size", self.micro_batch_size)
         if not self.budgets or min(self.budgets.values()) < 0 or sum(self.budgets.values()) <= 0:
             raise ValueError(f"budgets={self.budgets} must give each budget a share of at least 0, and some more")

@@ -81,11 +81,15 @@ def plan(
     ] = PEAK_TFLOPS,
     mfu: Annotated[float, typer.Option(help="The share of --tflops that training reaches.")] = MFU,
     price: Annotated[float, typer.Option(help="Dollars for a GPU-hour.")] = PRICE,
+    bandwidth: Annotated[str, typer.Option(help="What a GPU reads of its memory in a second.")] = "3.35TB",
+    on_a_host: Annotated[int, typer.Option(help="GPUs that share a host.")] = 8,
+    core_price: Annotated[float, typer.Option(help="Dollars for a core-hour.")] = 0.04,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Say before spending what a recipe takes: sizes, tokens, FLOPs, memory, hours, dollars, and where it fits."""
     from elastic_core.budget import parse_bytes
-    from elastic_core.planning.plan import Accelerator, plan_recipe
+    from elastic_core.planning.machine import Accelerator
+    from elastic_core.planning.plan import plan_recipe
     from elastic_core.planning.profile import recipe_table
     from flows.commands.plan import parse_gpus, plan_json, print_plan, teacher_geometry
     from flows.commands.recipes import load_recipe
@@ -96,6 +100,9 @@ def plan(
         flops_per_second=tflops * 1e12,
         utilisation=mfu,
         dollars_per_hour=price,
+        bandwidth=parse_bytes(bandwidth, "--bandwidth"),
+        on_a_host=on_a_host,
+        dollars_per_core_hour=core_price,
     )
     table = recipe_table(loaded)
     planned = plan_recipe(loaded, teacher_geometry(loaded), accelerator, parse_gpus(gpus), table)
@@ -126,7 +133,7 @@ def init(
 ) -> None:
     """Write a recipe for a teacher from its config.json, and show its plan."""
     from elastic_core.budget import parse_bytes
-    from elastic_core.planning.plan import Accelerator
+    from elastic_core.planning.machine import Accelerator
     from elastic_core.planning.profile import recipe_table
     from flows.commands.init import draft, family_name, write_recipe
     from flows.commands.plan import geometry_at, print_plan

@@ -250,20 +250,27 @@ def gated_norm_bytes(model: ModelConfig, shape: Shape, step: Training) -> int:
 
 
 def _scan_backward(model: ModelConfig, shape: Shape, step: Training) -> int:
-    """Of a token: gradients of the gate, the output and x; of B and C in float32; scores and states of its chunk.
+    """Of a token: gradients of the gate and the output; of B and C; scores and states of its chunk.
 
-    The states before each chunk, and their gradients, are there in float32 and in the dtype of computation.
+    The states before each chunk, and their gradients, are there in float32 and in the dtype of computation. Once the
+    wide ones are gone, the gradient of x is there, those of B and C in float32, and that of the scores.
     """
     channels, width = shape.width * shape.mamba_head_dim, step.width
-    scores = 2 * FLOAT32_BYTES * model.n_groups * model.chunk_size
-    states = ceil(2 * (FLOAT32_BYTES + width) * channels * model.ssm_state_size / model.chunk_size)
-    return 3 * width * channels + 2 * FLOAT32_BYTES * model.state_rows + scores + states
+    scores = FLOAT32_BYTES * model.n_groups * model.chunk_size
+    of_states = ceil(2 * channels * model.ssm_state_size / model.chunk_size)
+    later = width * channels + FLOAT32_BYTES * model.state_rows + scores
+    return (
+        2 * width * channels
+        + width * model.state_rows
+        + scores
+        + max((FLOAT32_BYTES + width) * of_states, width * of_states + later)
+    )
 
 
 def _norm_backward(shape: Shape, step: Training) -> int:
-    """Of a token: the gated norm's gradients; the plain one's, under a mask, are in float32."""
+    """Of a token: the gated norm's gradients; the plain one's, under a mask, are in float32, and its output is gone."""
     channels = shape.width * shape.mamba_head_dim
-    return channels * (step.width + 3 * FLOAT32_BYTES if step.masked else 3 * step.width)
+    return channels * (3 * FLOAT32_BYTES - step.width if step.masked else 3 * step.width)
 
 
 def _chunk_flops(model: ModelConfig, channels: int, tokens: int) -> int:

@@ -7,7 +7,9 @@ from dataclasses import replace
 from elastic_core.budget import Budget
 from elastic_core.cost import LatencyTable, budget_cost
 from elastic_core.geometry import ATTENTION, FFN, MAMBA, Axes, ModelConfig
-from elastic_core.planning.plan import Accelerator, RecipePlan, StagePlan, check_budgets, plan_recipe
+from elastic_core.planning.machine import Accelerator
+from elastic_core.planning.plan import RecipePlan, check_budgets, plan_recipe
+from elastic_core.planning.stages import StagePlan
 from elastic_core.recipe import Optimizer, Recipe, RouterSchedule, Stage
 from elastic_core.subnet import Subnet, smallest_subnet
 
@@ -69,8 +71,8 @@ def fit_stages(
 ) -> tuple[Recipe, RecipePlan]:
     """The recipe with what lets its stages fit on so many GPUs, and its plan.
 
-    That is recompute, and where this is not enough shorter sequences, more of them. Where nothing helps, the plan says
-    so.
+    That is recompute; where this is not enough, offload; and then shorter sequences, more of them. Where nothing helps,
+    the plan says so.
     """
     while True:
         plan = plan_recipe(recipe, model, accelerator, (gpus,), table)
@@ -156,6 +158,8 @@ def _fitting(planned: StagePlan) -> Stage:
         return stage
     if not stage.recompute:
         return replace(stage, recompute=True)
+    if not stage.offload:
+        return replace(stage, offload=True)
     shorter = [
         c.sequence_length for c in mesh.changes if c.gpus == mesh.gpus and c.sequence_length < stage.sequence_length
     ]

@@ -7,26 +7,33 @@ saves several times what the fused one does, and is not planned for.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from math import ceil
 
 from elastic_core.budget import Dtype
-from elastic_core.cost import DTYPE_BYTES, ParamsCost, embedding_params, shapes
+from elastic_core.cost import DTYPE_BYTES, ParamsCost, shapes
 from elastic_core.geometry import ModelConfig
 from elastic_core.layers.kind import FLOAT32_BYTES, Shape
 from elastic_core.layers.kinds import KINDS
+from elastic_core.layout import Layout
 from elastic_core.recipe import Distillation
 from elastic_core.subnet import Subnet, full_subnet
 from elastic_core.training.losses import default_chunk_tokens
+
+# Layer inputs that offloading leaves on the device: a layer's, and that of the one before it.
+ON_DEVICE = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
     """Bytes on one GPU, by part.
 
-    `gathered` is weights in the dtype of computation beside the float32 ones: autocast's copies in one process; in
-    several, the units that FSDP2 holds whole, and their gradients. `activations` is what the backward pass waits for.
-    `working` is what the loss or one layer needs on top, whichever is more.
+    The last three are those of the moment at which they are most together. `gathered` is weights in the dtype of
+    computation beside the float32 ones: autocast's copies in one process; in several, the units that FSDP2 holds
+    whole, and their gradients. `activations` is what the backward pass waits for. `working` is what the loss or one
+    layer needs on top.
     """
 
     parameters: int
@@ -54,6 +61,7 @@ class MicroStep:
     recompute: bool
     distillation: Distillation
     dtype: Dtype
+    offload: bool = False
 
     @property
     def tokens(self) -> int:
@@ -75,22 +83,80 @@ class MicroStep:
         return self.distillation.kl_weight > 0 and self.distillation.teacher == "frozen"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Moment:
+    """What a moment of a micro-step needs beside the states; parts as in `Memory`."""
+
+    gathered: int
+    activations: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        return self.gathered + self.activations + self.working
+
+
 def training_memory(model: ModelConfig, step: MicroStep, *, gpus: int, router_params: int = 0) -> Memory:
     """The memory of one of `gpus` that train together (parallel.py); every one holds the router whole."""
     params = ParamsCost(model=model).of(full_subnet(model))
     mine = ceil(params / gpus) + router_params
-    working = max(loss_bytes(model, step, gathered=gpus > 1), layer_at_work(model, step))
-    if gpus > 1:
-        working = max(working, _last_reduction(model, step))
+    moments = _moments(model, step) if gpus > 1 else _moments_alone(model, step)
+    most = max(moments, key=lambda moment: moment.total)
     return Memory(
         parameters=FLOAT32_BYTES * mine,
         gradients=FLOAT32_BYTES * mine,
         optimizer=2 * FLOAT32_BYTES * mine,
         teacher=step.width * ceil(params / gpus) if step.has_teacher else 0,
-        gathered=_gathered(model, step) if gpus > 1 else _autocast_copies(model, step),
-        activations=activation_bytes(model, step),
-        working=working,
+        gathered=most.gathered,
+        activations=most.activations,
+        working=most.working,
     )
+
+
+def host_bytes(step: MicroStep) -> int:
+    """What offloading keeps in host memory for one GPU: the input of each layer."""
+    return step.subnet.depth * step.tokens * step.width * step.subnet.hidden if step.offload else 0
+
+
+# Moments
+
+
+def _moments(model: ModelConfig, step: MicroStep) -> Iterator[_Moment]:
+    """The loss, the backward pass of each layer, and the last reduction, under FSDP2.
+
+    Embeddings and head of student and teacher stay gathered. A layer's backward pass finds its own weights gathered,
+    makes their gradients, and gathers the layer before it, while the gradient of the layer after it is reduced in
+    float32.
+    """
+    root, hidden = step.width * root_matrices(model), step.tokens * step.width * step.subnet.hidden
+    roots = (2 if step.has_teacher else 1) * root
+    layers = list(zip(step.subnet.layers, shapes(model, step.subnet), strict=True))
+    joined = [_joined(model, step, *layer) for layer in layers]
+    yield _Moment(
+        gathered=roots,
+        activations=activation_bytes(model, step) + (0 if step.recompute else sum(joined)),
+        working=loss_bytes(model, step, gathered=True) + kept_rows_bytes(model, step) - hidden,
+    )
+    whole = [matrix_params(model, layer) for layer, _ in layers]
+    for place, (_, shape) in enumerate(layers):
+        before, after = whole[place - 1] if place else 0, whole[place + 1] if place + 1 < len(whole) else 0
+        units = root // 2 + step.width * (2 * whole[place] + before) + FLOAT32_BYTES * after
+        kept = joined[place] if step.recompute else sum(joined[: place + 1])
+        yield _Moment(
+            gathered=roots + units,
+            activations=_activations_before(model, step, place + 1) + kept,
+            working=_layer_bytes(model, shape, step),
+        )
+    # The student's embeddings and head have been given back; their gradients are there.
+    yield _Moment(gathered=roots, activations=0, working=FLOAT32_BYTES * root_matrices(model))
+
+
+def _moments_alone(model: ModelConfig, step: MicroStep) -> Iterator[_Moment]:
+    """The loss, and the layer that needs most, in one process, which holds autocast's copies of the layers' weights."""
+    copies = _autocast_copies(model, step)
+    activations = activation_bytes(model, step)
+    for working in (loss_bytes(model, step) + kept_rows_bytes(model, step), layer_at_work(model, step)):
+        yield _Moment(gathered=copies, activations=activations, working=working)
 
 
 # Activations
@@ -98,12 +164,17 @@ def training_memory(model: ModelConfig, step: MicroStep, *, gpus: int, router_pa
 
 def activation_bytes(model: ModelConfig, step: MicroStep) -> int:
     """What is saved of the forward pass: all that layers save, or with recomputation the input of each."""
-    hidden, width = step.subnet.hidden, step.width
-    outside = step.tokens * ((width * hidden if step.masked else 0) + _norm(hidden, step))
+    return step.tokens * _norm(step.subnet.hidden, step) + _activations_before(model, step, step.subnet.depth)
+
+
+def _activations_before(model: ModelConfig, step: MicroStep, layers: int) -> int:
+    """What is saved until so many layers have run: of the masked embeddings, and of these layers."""
+    hidden = step.tokens * step.width * step.subnet.hidden
+    embedded = hidden if step.masked else 0
     if step.recompute:
-        return outside + step.tokens * step.subnet.depth * width * hidden
-    layers = Counter(shapes(model, step.subnet))
-    return outside + sum(count * saved_bytes(model, shape, step) for shape, count in layers.items())
+        return embedded + (min(layers, ON_DEVICE) if step.offload else layers) * hidden
+    ran = Counter(islice(shapes(model, step.subnet), layers))
+    return embedded + sum(count * saved_bytes(model, shape, step) for shape, count in ran.items())
 
 
 def saved_bytes(model: ModelConfig, shape: Shape, step: MicroStep) -> int:
@@ -144,19 +215,30 @@ def loss_bytes(model: ModelConfig, step: MicroStep, *, gathered: bool = False) -
     return states + head_gradient + head_copy + buffers + working
 
 
+def kept_rows_bytes(model: ModelConfig, step: MicroStep) -> int:
+    """The hidden states of student and teacher once more, without the tokens after which nothing is to be learned."""
+    teacher = model.hidden_size if step.distillation.kl_weight > 0 else 0
+    return step.tokens * step.width * (step.subnet.hidden + teacher)
+
+
 def layer_at_work(model: ModelConfig, step: MicroStep) -> int:
-    """The layer whose backward pass needs most; with recomputation, what it saves is made again first."""
-    return max(
-        (saved_bytes(model, shape, step) if step.recompute else 0) + _backward_bytes(model, shape, step)
-        for shape in set(shapes(model, step.subnet))
-    )
+    """The layer whose backward pass needs most."""
+    return max(_layer_bytes(model, shape, step) for shape in set(shapes(model, step.subnet)))
+
+
+def _layer_bytes(model: ModelConfig, shape: Shape, step: MicroStep) -> int:
+    """What a layer's backward pass needs; with recomputation, what it saves is made again first."""
+    return (saved_bytes(model, shape, step) if step.recompute else 0) + _backward_bytes(model, shape, step)
 
 
 def _backward_bytes(model: ModelConfig, shape: Shape, step: MicroStep) -> int:
-    """The gradients that a layer's backward pass holds at once, in its norm or in its mixer, from above."""
+    """The gradients that a layer's backward pass holds at once, in its norm or in its mixer, from above.
+
+    What a mask weighed is given back before the mixer's.
+    """
     norm = 2 * (step.width + FLOAT32_BYTES) * shape.hidden
     mixer = KINDS[shape.kind].gradient_bytes(model, shape, step)
-    return step.tokens * max(norm, step.width * shape.hidden + mixer)
+    return step.tokens * max(norm, (0 if step.masked else step.width * shape.hidden) + mixer)
 
 
 def _autocast_copies(model: ModelConfig, step: MicroStep) -> int:
@@ -165,22 +247,22 @@ def _autocast_copies(model: ModelConfig, step: MicroStep) -> int:
     return step.cast * sum(map(counted.layer, shapes(model, step.subnet)))
 
 
-def _gathered(model: ModelConfig, step: MicroStep) -> int:
-    """Embeddings and head of student and teacher, a layer and the next, the gradients of the layer and of the head.
-
-    A layer's gradient is there in the dtype of computation and in float32, in which it is reduced.
-    """
-    roots = (2 if step.has_teacher else 1) * embedding_params(model, model.hidden_size)
-    largest = _largest_layer(model)
-    head = model.vocab_size * model.hidden_size
-    return step.width * (roots + 3 * largest + head) + FLOAT32_BYTES * largest
+def _joined(model: ModelConfig, step: MicroStep, layer: int, shape: Shape) -> int:
+    """The copies that `take` makes of a layer's matrices where they are not one prefix, for autograd to keep."""
+    kept = shape.kept(model)
+    return step.width * sum(w.numel(kept) for w in _matrices(model, layer) if w.is_joined(kept))
 
 
-def _last_reduction(model: ModelConfig, step: MicroStep) -> int:
-    """The gradient of embeddings and head, reduced at the end of the backward pass."""
-    return (step.width + FLOAT32_BYTES) * embedding_params(model, model.hidden_size)
+def root_matrices(model: ModelConfig) -> int:
+    """Elements of embeddings and head."""
+    return 2 * model.vocab_size * model.hidden_size
 
 
-def _largest_layer(model: ModelConfig) -> int:
-    counted = ParamsCost(model=model)
-    return max(map(counted.layer, set(shapes(model, full_subnet(model)))))
+def matrix_params(model: ModelConfig, layer: int) -> int:
+    """Elements of the matrices of a whole layer: what FSDP2 shards."""
+    return sum(weight.numel() for weight in _matrices(model, layer))
+
+
+def _matrices(model: ModelConfig, layer: int) -> list[Layout]:
+    laid_out = KINDS[model.hybrid_override_pattern[layer]].mixer.lay_out(model, layer)
+    return [weight for weight in laid_out.values() if len(weight.dims) == 2]

@@ -108,7 +108,7 @@ def prepare(job: TrainJob, world: World) -> tuple[StageRun, checkpoint.Family | 
 
     def wrap_student(model: ElasticNemotronH) -> None:
         if job.stage.recompute:
-            parallel.recompute_layers(model)
+            parallel.recompute_layers(model, offload=job.stage.offload)
         wrap(model)
 
     student, router, family = load_family(Path(job.student), world.device, wrap_student)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,9 +20,11 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from elastic_core.files.shards import StoredTensor, staged_directory
 from elastic_core.model import ElasticNemotronH, is_matrix
+from elastic_core.training.offload import InputsOnHost
 
 # The longest that processes wait for one of them: it may be writing its part of a checkpoint to a slow disk. One that
 # is gone is no matter of waiting, for torchrun ends the others.
@@ -102,10 +105,21 @@ def join() -> Iterator[World]:
     dist.destroy_process_group()  # not after an error: others may be waiting for this process, and would go on to
 
 
-def recompute_layers(model: ElasticNemotronH) -> None:
-    """Keep of each layer's forward pass only its input, and run the layer again in the backward pass."""
-    for index, layer in enumerate(model.layers):
-        model.layers[index] = checkpoint_wrapper(layer, preserve_rng_state=False)  # no layer is random
+def recompute_layers(model: ElasticNemotronH, *, offload: bool = False) -> None:
+    """Keep of each layer's forward pass only its input, and run the layer again in the backward pass.
+
+    `offload` keeps the inputs in host memory.
+    """
+    inputs = InputsOnHost()
+
+    def run_offloaded(layer: nn.Module, *given: Any, **settings: Any) -> Tensor:
+        with inputs:
+            hidden_BTD: Tensor = checkpoint(layer, *given, use_reentrant=False, **settings)
+        return hidden_BTD
+
+    run = run_offloaded if offload else None
+    for index, layer in enumerate(model.layers):  # none of them is random
+        model.layers[index] = checkpoint_wrapper(layer, checkpoint_fn=run, preserve_rng_state=False)
 
 
 def shard(model: ElasticNemotronH, world: World, dtype: torch.dtype) -> None:

@@ -12,7 +12,8 @@ from elastic_core.budget import BYTE_UNITS, SECOND_UNITS, Budget
 from elastic_core.cost import subnet_params
 from elastic_core.geometry import ModelConfig
 from elastic_core.planning.draft import draft_axes, draft_stages, fit_stages
-from elastic_core.planning.plan import Accelerator, RecipePlan
+from elastic_core.planning.machine import Accelerator
+from elastic_core.planning.plan import RecipePlan
 from elastic_core.planning.profile import read_table
 from elastic_core.recipe import Recipe
 from elastic_core.schema import NAME, build, descriptions, told

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,8 +10,11 @@ from typing import Any
 from elastic_core.cost import LatencyTable, budget_cost
 from elastic_core.files.checkpoint import CheckpointError, read_config
 from elastic_core.geometry import ModelConfig
+from elastic_core.planning.machine import LEAST_MARGIN, USABLE_SHARE
 from elastic_core.planning.memory import Memory
-from elastic_core.planning.plan import USABLE_SHARE, BudgetPlan, Change, MeshPlan, RecipePlan, StagePlan
+from elastic_core.planning.plan import BudgetPlan, RecipePlan
+from elastic_core.planning.stages import Change, MeshPlan, StagePlan
+from elastic_core.planning.steps import TOKENS_PER_CORE_SECOND, StepPlan
 from elastic_core.recipe import Recipe
 from elastic_core.schema import to_dict
 from elastic_core.subnet import Subnet
@@ -70,7 +73,10 @@ def parse_gpus(text: str) -> tuple[int, ...]:
 
 def plan_json(plan: RecipePlan) -> dict[str, Any]:
     """The plan as plain data, with the totals that it only computes."""
-    data = to_dict(plan) | {"feasible": plan.feasible, "fits_on": list(plan.fitting)}
+    kept, most = plan.disk
+    data = to_dict(plan) | {"feasible": plan.feasible, "fits_on": list(plan.fitting), "disk": kept, "most_disk": most}
+    for step, step_data in zip(plan.steps, data["steps"], strict=True):
+        step_data |= {"gpu_hours": plan.gpu_hours(step), "dollars": plan.dollars(step)}
     for stage, stage_data in zip(plan.stages, data["stages"], strict=True):
         for name in ("flops", "flops_at_most"):
             stage_data[name]["total"] = getattr(stage, name).total
@@ -88,7 +94,8 @@ def print_plan(plan: RecipePlan, table: LatencyTable | None = None) -> None:
         f"its axes reach down to {plan.least_params:,} ({share})",
         highlight=False,
     )
-    for rows in (_budget_rows(plan, table), _stage_rows(plan), _work_rows(plan), _memory_rows(plan), _time_rows(plan)):
+    tables = (_budget_rows(plan, table), _stage_rows(plan), _work_rows(plan), _memory_rows(plan), _step_rows(plan))
+    for rows in (*tables, _time_rows(plan)):
         console.print(text_table(rows))
     for line in [*_explanations(plan), *_verdicts(plan, table)]:
         console.print(line, highlight=False, soft_wrap=True)
@@ -143,7 +150,7 @@ def _stage_rows(plan: RecipePlan) -> list[dict[str, str]]:
             "sequences": f"{planned.sequences:,}",
             "tokens": human_count(planned.tokens),
             "micro-batch": f"{planned.stage.micro_batch_size:,}",
-            "recompute": "yes" if planned.stage.recompute else "no",
+            "recompute": ("offloaded" if planned.stage.offload else "yes") if planned.stage.recompute else "no",
         }
         for planned in plan.stages
     ]
@@ -182,25 +189,52 @@ def _memory_rows(plan: RecipePlan) -> list[dict[str, str]]:
     ]
 
 
+def _step_rows(plan: RecipePlan) -> list[dict[str, str]]:
+    """Every step of the pipeline; a stage's memory has a table of its own."""
+    return [
+        {
+            "step": step.name,
+            "GPU-hours": _number(plan.gpu_hours(step)) if plan.gpu_hours(step) else "-",
+            "core-hours": _number(step.core_hours) if step.core_hours else "-",
+            "GB on a GPU": _gigabytes(step.memory) if step.memory else "-",
+            "from and to elsewhere": human_bytes(step.moved) if step.moved else "-",
+            "disk": human_bytes(step.disk) if step.disk else "-",
+            "meanwhile": human_bytes(step.scratch) if step.scratch else "-",
+            "cost": _dollars(plan.dollars(step)) if plan.dollars(step) else "-",
+        }
+        for step in plan.steps
+    ]
+
+
 def _time_rows(plan: RecipePlan) -> list[dict[str, str]]:
+    """The whole pipeline on each mesh; what is no stage runs on one GPU."""
     rows = []
+    around = sum(map(plan.gpu_hours, plan.around))
     for index, gpus in enumerate(plan.gpus):
         meshes = {planned.stage.name: planned.meshes[index] for planned in plan.stages}
         rows.append(
             {
                 "GPUs": f"{gpus:,}",
                 **{name: _hours(mesh.hours) for name, mesh in meshes.items()},
-                "together": _hours(sum(mesh.hours for mesh in meshes.values())),
-                "GPU-hours": _number(sum(mesh.gpu_hours for mesh in meshes.values())),
-                "cost": _dollars(sum(mesh.dollars for mesh in meshes.values())),
+                "other steps": _hours(around),
+                "together": _hours(around + sum(mesh.hours for mesh in meshes.values())),
+                "GPU-hours": _number(around + sum(mesh.gpu_hours for mesh in meshes.values())),
+                "between hosts": human_bytes(sent) if (sent := _between_hosts(meshes.values())) else "-",
+                "cost": _dollars(sum(map(plan.dollars, plan.steps))),
                 "fits": "yes" if gpus in plan.fitting else "no",
             }
         )
     return rows
 
 
+def _between_hosts(meshes: Iterable[MeshPlan]) -> int:
+    return sum(mesh.between_hosts for mesh in meshes)
+
+
 def _fits(mesh: MeshPlan) -> str:
-    return "yes" if mesh.fits else "no" if mesh.micro_steps is not None else "batch"
+    if mesh.fits:
+        return "tightly" if mesh.tight else "yes"
+    return "no" if mesh.micro_steps is not None else "batch"
 
 
 def _scientific(count: float) -> str:
@@ -233,12 +267,24 @@ def _explanations(plan: RecipePlan) -> Iterator[str]:
     yield (
         f"Assumed: GPUs of {human_bytes(gpu.memory)}, {percent(USABLE_SHARE)} of it to plan with; "
         f"{gpu.flops_per_second / 1e12:,.0f} TFLOP/s, {percent(gpu.utilisation)} of it reached; "
-        f"${gpu.dollars_per_hour:.2f} a GPU-hour; the fused kernels. Data, ranking and evaluation are not in it."
+        f"${gpu.dollars_per_hour:.2f} a GPU-hour, ${gpu.dollars_per_core_hour:.2f} a core-hour; the fused kernels; "
+        f"{TOKENS_PER_CORE_SECOND:,} tokens a second and core to prepare data."
+    )
+    yield (
+        "Steps that are no stage run on one GPU or on none, and are planned from above: every measurement that may be "
+        "made, each at the full model."
     )
     yield (
         "Subnets are examples within their budgets; the router chooses. While it learns, a soft choice runs wider than "
         "its budget: at most, everything runs at full size."
     )
+    for planned in plan.stages:
+        if planned.host_bytes:
+            of_a_host = human_bytes(gpu.on_a_host * planned.host_bytes)
+            yield (
+                f"{planned.stage.name} keeps {human_bytes(planned.host_bytes)} for each GPU in host memory, "
+                f"{of_a_host} on a host of {gpu.on_a_host}."
+            )
     longest = max(plan.stages, key=lambda planned: planned.stage.sequence_length)
     saved, recomputed = longest.sequence_bytes
     yield (
@@ -251,10 +297,15 @@ def _verdicts(plan: RecipePlan, table: LatencyTable | None) -> Iterator[str]:
     for budget in plan.budgets:
         if not budget.feasible:
             yield _infeasible(plan, budget, table)
+    for step in plan.around:
+        if step.memory > plan.accelerator.usable:
+            yield _too_large(plan, step)
     for planned in plan.stages:
         for mesh in planned.meshes:
             if not mesh.fits:
                 yield _unfit(plan, planned, mesh)
+            elif mesh.tight:
+                yield _tight(planned, mesh)
     meshes = _joined([f"{gpus:,}" for gpus in plan.fitting]) if plan.fitting else "none of these numbers of"
     yield f"It fits on {meshes} GPU{'s' * (plan.fitting != (1,))}."
     if not plan.feasible:
@@ -272,6 +323,21 @@ def _infeasible(plan: RecipePlan, budget: BudgetPlan, table: LatencyTable | None
     )
 
 
+def _too_large(plan: RecipePlan, step: StepPlan) -> str:
+    needed, usable = human_bytes(step.memory), human_bytes(plan.accelerator.usable)
+    return (
+        f"{step.name}: {needed} are needed on one GPU and {usable} are there. Lower its batch_size or sequence_length."
+    )
+
+
+def _tight(planned: StagePlan, mesh: MeshPlan) -> str:
+    return (
+        f"{planned.stage.name} on {mesh.gpus:,} GPU{'s' * (mesh.gpus > 1)} fits with {percent(mesh.margin, 1)} to "
+        f"spare. Below {percent(LEAST_MARGIN)}, a fragmented memory may end it; more GPUs, recompute or a smaller "
+        "micro-batch leave more."
+    )
+
+
 def _unfit(plan: RecipePlan, planned: StagePlan, mesh: MeshPlan) -> str:
     where = f"{planned.stage.name} on {mesh.gpus:,} GPU{'s' * (mesh.gpus > 1)}"
     if mesh.micro_steps is None:
@@ -286,6 +352,8 @@ def _change(planned: StagePlan, mesh: MeshPlan, change: Change) -> str:
     stage, parts = planned.stage, []
     if change.recompute != stage.recompute:
         parts.append("recompute: true")
+    if change.offload != stage.offload:
+        parts.append("offload: true")
     if change.micro_batch_size != stage.micro_batch_size:
         parts.append(f"micro_batch_size: {change.micro_batch_size}")
     if change.sequence_length != stage.sequence_length:

@@ -26,8 +26,8 @@ from elastic_core.geometry import ModelConfig
 from elastic_core.layers import kernels, ssm
 from elastic_core.model import ElasticNemotronH
 from elastic_core.planning.flops import backward_flops, forward_flops
+from elastic_core.planning.machine import USABLE_SHARE
 from elastic_core.planning.memory import MicroStep, training_memory
-from elastic_core.planning.plan import USABLE_SHARE
 from elastic_core.recipe import Distillation, Optimizer, Stage
 from elastic_core.subnet import Subnet, full_subnet
 from elastic_core.training.parallel import World, recompute_layers

@@ -13,7 +13,11 @@ from elastic_core.budget import Budget, LatencyTarget
 from elastic_core.cost import budget_cost, subnet_params
 from elastic_core.geometry import Axes
 from elastic_core.planning.flops import backward_flops, forward_flops, recomputed_flops
-from elastic_core.planning.plan import USABLE_SHARE, Accelerator, BudgetPlan, MeshPlan, RecipePlan, plan_recipe
+from elastic_core.planning.machine import USABLE_SHARE, Accelerator
+from elastic_core.planning.memory import MicroStep
+from elastic_core.planning.plan import BudgetPlan, RecipePlan, plan_recipe
+from elastic_core.planning.stages import MeshPlan
+from elastic_core.planning.traffic import micro_step_traffic
 from elastic_core.recipe import DataConfig, DataSource, Distillation, Pretraining, Recipe, Stage, Teacher
 from elastic_core.resolve import USED_SHARE
 from elastic_core.schema import build
@@ -36,6 +40,14 @@ STAGE: dict[str, Any] = {
     "steps": 7,
     "shares": "fixed",
     "optimizer": {"learning_rate": 1e-4},
+}
+ONE_SEQUENCE: dict[str, Any] = {
+    "masked": False,
+    "sequences": 1,
+    "sequence_length": 49152,
+    "recompute": True,
+    "distillation": Distillation(),
+    "dtype": "bfloat16",
 }
 TASKS = {
     "frozen": Distillation(),
@@ -214,7 +226,9 @@ def test_every_change_that_is_advised_fits_and_is_the_least(gpus: int, stage: di
     assert not mesh.fits
     assert mesh.changes
     for change in mesh.changes:
-        changed = {name: getattr(change, name) for name in ("recompute", "micro_batch_size", "sequence_length")}
+        changed = {
+            name: getattr(change, name) for name in ("recompute", "offload", "micro_batch_size", "sequence_length")
+        }
         tried = only_mesh(plan(change.gpus, **stage | changed))
         assert tried.fits
         assert tried.memory.total == change.memory
@@ -263,3 +277,37 @@ def test_a_teacher_that_is_trained_first_is_the_first_stage_and_has_no_teacher()
 def test_a_gpu_that_cannot_be_is_refused(change: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(H100, **change)
+
+
+# Traffic and margins
+
+
+def test_what_leaves_a_gpu_is_what_its_micro_steps_gather_and_reduce() -> None:
+    planned = plan(8, 64, router={"mode": "frozen"}, recompute=True)
+    (stage,) = planned.stages
+    for mesh in stage.meshes:
+        steps = [
+            (share, MicroStep(**ONE_SEQUENCE, subnet=budget.subnet))
+            for share, budget in zip(SHARES.values(), planned.budgets, strict=True)
+        ]
+        of_a_micro_step = sum(s * micro_step_traffic(NANO_12B, step, mesh.gpus).sent(mesh.gpus) for s, step in steps)
+        assert mesh.sent == pytest.approx(of_a_micro_step * stage.sequences / mesh.gpus)
+
+
+def test_one_gpu_sends_nothing_and_one_host_nothing_outside() -> None:
+    alone, host, hosts = plan(1, 8, 24, recompute=True).stages[0].meshes
+    assert (alone.sent, alone.between_hosts, host.between_hosts) == (0, 0, 0)
+    assert host.sent > 0
+    assert hosts.between_hosts == 3 * hosts.sent
+
+
+def test_a_fit_with_little_to_spare_is_tight() -> None:
+    needed = only_mesh(plan(8, recompute=True)).memory.total
+    fits = {
+        share: only_mesh(plan(8, accelerator=dataclasses.replace(H100, memory=int(needed / share)), recompute=True))
+        for share in (0.99 * USABLE_SHARE, 0.96 * USABLE_SHARE)
+    }
+    tight, loose = fits.values()
+    assert (tight.fits, tight.tight) == (True, True)
+    assert (loose.fits, loose.tight) == (True, False)
+    assert tight.margin == pytest.approx(0.01, abs=1e-6)

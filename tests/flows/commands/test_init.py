@@ -140,11 +140,16 @@ def test_a_batch_gives_every_budget_the_same_number_of_rows_on_every_gpu() -> No
             assert stage.steps <= 2000
 
 
-def test_a_stage_that_does_not_fit_is_recomputed_and_then_shortened(tmp_path: Path) -> None:
+def test_a_stage_that_does_not_fit_is_recomputed_then_offloaded_and_then_shortened(tmp_path: Path) -> None:
     path, _ = written(tmp_path, MODELS["12b"], "--gpus", "8", "--tokens", "2e9")
     first, second = load_recipe(path).stages
-    assert first.recompute and second.recompute
-    assert first.sequence_length == 8192 < second.sequence_length < 49152
+    assert first.recompute and not first.offload
+    assert second.recompute and second.offload
+    assert (first.sequence_length, second.sequence_length) == (8192, 49152)
+    (tmp_path / "few").mkdir()
+    path, _ = written(tmp_path / "few", MODELS["12b"], "--gpus", "4", "--tokens", "2e9")
+    second = load_recipe(path).stages[1]
+    assert second.offload and second.sequence_length < 49152
 
 
 BUDGETS = {

@@ -64,8 +64,16 @@ def test_the_papers_recipe_is_planned_with_the_papers_numbers() -> None:
     for stage in ("stage1", "stage2"):
         assert row(text, stage, "1").endswith(" no │")
         assert row(text, stage, "64").endswith(" yes │")
-    assert "It fits on 64 GPUs." in text
-    assert "stage2 on 8 GPUs: " in text
+    assert "It fits on 8 and 64 GPUs." in text
+    assert "stage2 on 1 GPU: " in text
+
+
+def test_the_papers_recipe_fits_on_one_node_by_offloading() -> None:
+    text = printed(NANO, "stages.1.offload=false", "--gpus", "8")
+    assert "It fits with offload: true" in text
+    (mesh,) = planned(NANO, "--gpus", "8")["stages"][1]["meshes"]
+    assert mesh["fits"] and mesh["memory"]["total"] < 75e9
+    assert "stage2 keeps 31.2 GB for each GPU in host memory" in printed(NANO, "--gpus", "8")
 
 
 def test_the_papers_smaller_budgets_are_met() -> None:
@@ -98,8 +106,35 @@ def test_the_small_recipe_has_data_for_what_it_reads_and_shapes_that_the_kernels
     assert all(heads % 8 == 0 for heads in recipe.axes.mamba_heads)
 
 
+def test_every_step_of_the_pipeline_is_planned() -> None:
+    text, plan = printed(NANO, "--gpus", "64"), planned(NANO, "--gpus", "64")
+    names = [step["name"] for step in plan["steps"]]
+    assert names[:7] == ["teacher", "data", "rotation", "ranking", "reorder", "shapes", "orders"]
+    assert names[-3:] == ["slices", "evaluation", "publish"]
+    for name in set(names) - {"stage1", "stage2"}:  # which other tables have too
+        assert row(text, name)
+    spent = sum(step["dollars"] for step in plan["steps"])
+    assert row(text, "64").endswith(f" ${spent:,.0f} │  yes │")
+    assert plan["most_disk"] > plan["disk"] > sum(step["disk"] for step in plan["steps"][:2])
+    assert plan["stages"][0]["meshes"][0]["between_hosts"] > 0
+
+
+def test_a_step_that_is_too_large_for_a_gpu_is_named() -> None:
+    text = printed(NANO, "--gpus", "64", "evaluation.batch_size=64")
+    assert "evaluation: " in text and "are needed on one GPU and 75.2 GB are there" in text
+
+
+def test_little_to_spare_is_told() -> None:
+    (mesh,) = planned(NANO, "--gpus", "64")["stages"][1]["meshes"]
+    memory = f"{round(mesh['memory']['total'] / 0.94 / 0.99)}B"
+    text = printed(NANO, "--gpus", "64", "--gpu-memory", memory)
+    assert "stage2 on 64 GPUs fits with 1.0 % to spare" in text
+    assert "fits with" not in printed(NANO, "--gpus", "64", "--gpu-memory", "141GB")
+
+
 def test_json_holds_what_the_tables_show() -> None:
-    text, plan = printed(NANO, "--gpus", "8"), planned(NANO, "--gpus", "8")
+    alone = ("stages.1.offload=false", "--gpus", "8")
+    text, plan = printed(NANO, *alone), planned(NANO, *alone)
     for stage in plan["stages"]:
         (mesh,) = stage["meshes"]
         parts = {name: size for name, size in mesh["memory"].items() if name != "total"}
@@ -116,7 +151,9 @@ def test_the_options_are_the_machine_that_is_planned_for() -> None:
         for mesh, twin in zip(ours["meshes"], theirs["meshes"], strict=True):
             assert mesh["gpu_hours"] == pytest.approx(twin["gpu_hours"])
             assert 2 * mesh["dollars"] == pytest.approx(twin["dollars"])
-    assert planned(NANO, "--gpu-memory", "141GB", "--gpus", "8")["fits_on"] == [8]
+    kept = ("stages.1.offload=false", "--gpus", "8")
+    assert planned(NANO, *kept)["fits_on"] == []
+    assert planned(NANO, *kept, "--gpu-memory", "141GB")["fits_on"] == [8]
 
 
 def test_a_budget_that_cannot_be_met_is_named_with_what_would_help() -> None:
@@ -171,6 +208,8 @@ def test_a_budget_above_the_teacher_is_refused_as_it_is_by_a_run() -> None:
         (["--mfu", "40"], "utilisation=40.0 must be above 0 and at most 1"),
         (["--tflops", "0"], "must be greater than 0"),
         (["--price", "-1"], "dollars_per_hour=-1.0 must be at least 0"),
+        (["--core-price", "-1"], "dollars_per_core_hour=-1.0 must be at least 0"),
+        (["--on-a-host", "0"], "on_a_host=0 must be greater than 0"),
     ],
 )
 def test_an_option_that_means_nothing_is_refused_in_one_line(arguments: list[str], message: str) -> None:
