@@ -38,7 +38,7 @@ class WidthScores:
 
 @torch.no_grad()
 def width_scores(
-    model: ElasticNemotronH, batches: Iterable[TokenBatch], mamba_scores: MambaScores = "absolute"
+    model: ElasticNemotronH, batches: Iterable[TokenBatch], channel_scores: MambaScores = "absolute"
 ) -> WidthScores:
     """Activation-based importance of hidden channels and of each layer's components.
 
@@ -55,7 +55,7 @@ def width_scores(
             assert isinstance(layer, Layer)
             normed_BTD = layer.norm(x_BTD)
             hidden_D += normed_BTD.abs().sum((0, 1))
-            sums = layer.kind.scores(layer.mixer, normed_BTD, signed=mamba_scores == "signed").double()
+            sums = layer.kind.scores(layer.mixer, normed_BTD, signed=channel_scores == "signed").double()
             layers[index] = layers[index] + sums if index in layers else sums
             x_BTD = x_BTD + layer.mixer(normed_BTD, WHOLE, None, None, backend, batch.packing)
     return WidthScores(hidden_D=hidden_D, layers=tuple(layers.values()))

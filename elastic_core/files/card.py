@@ -8,7 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from elastic_core.geometry import ATTENTION, FFN, MAMBA, ModelConfig
+from elastic_core.geometry import ModelConfig
+from elastic_core.layers.kinds import KINDS
 
 if TYPE_CHECKING:
     from elastic_core.files.checkpoint import Family
@@ -48,9 +49,7 @@ def slice_card(config: ModelConfig, *, params: int, zeros: int, dtype: str, fami
         "dtype": dtype,
         "layers": f"{config.num_layers}: `{config.hybrid_override_pattern}`",
         "hidden size": config.hidden_size,
-        "FFN width": config.intermediate_size if config.layers_of(FFN) else None,
-        "Mamba heads": f"{config.mamba_num_heads} of {config.mamba_head_dim}" if config.layers_of(MAMBA) else None,
-        "attention heads": config.num_attention_heads if config.layers_of(ATTENTION) else None,
+        **dict(kind.width(config) for letter, kind in KINDS.items() if config.layers_of(letter)),
         "longest text": f"{config.max_position_embeddings} tokens",
     }
     return "\n".join(

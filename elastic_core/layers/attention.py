@@ -108,6 +108,9 @@ class AttentionKind(Kind):
 
     letter, mixer, residual = ATTENTION, Attention, "o_proj.weight"
 
+    def width(self, model: ModelConfig) -> tuple[str, object]:
+        return "attention heads", model.num_attention_heads
+
     def scores(self, mixer: Mixer, normed_BTD: Tensor, *, signed: bool) -> Tensor:
         """Query head: the norm of its query."""
         assert isinstance(mixer, Attention)

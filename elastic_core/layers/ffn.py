@@ -75,6 +75,9 @@ class FeedForwardKind(Kind):
 
     letter, mixer, residual = FFN, FeedForward, "down_proj.weight"
 
+    def width(self, model: ModelConfig) -> tuple[str, object]:
+        return "FFN width", model.intermediate_size
+
     def scores(self, mixer: Mixer, normed_BTD: Tensor, *, signed: bool) -> Tensor:
         """Neuron i: |RMSNorm(X) W1|_i, before the activation."""
         assert isinstance(mixer, FeedForward)

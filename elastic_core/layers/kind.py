@@ -146,6 +146,10 @@ class Kind(ABC):
     # The tensor whose output is added to the residual stream, which fresh weights make smaller in a deeper model.
     residual: str
 
+    @abstractmethod
+    def width(self, model: ModelConfig) -> tuple[str, object]:
+        """What people call its width, and how wide the model's layers are."""
+
     def initialise(self, name: str, weight: Tensor, model: ModelConfig, generator: torch.Generator) -> None:
         """Fresh values for a tensor of the mixer: normal, of a residual projection over sqrt(layers)."""
         std = model.initializer_range / (math.sqrt(model.num_layers) if name == self.residual else 1.0)

@@ -125,6 +125,9 @@ class MambaKind(Kind):
 
     letter, mixer, residual = MAMBA, MambaMixer, "out_proj.weight"
 
+    def width(self, model: ModelConfig) -> tuple[str, object]:
+        return "Mamba heads", f"{model.mamba_num_heads} of {model.mamba_head_dim}"
+
     def initialise(self, name: str, weight: Tensor, model: ModelConfig, generator: torch.Generator) -> None:
         """A and dt as Mamba-2 draws them; D and the norm are one."""
         if name in ("D", "norm.weight"):

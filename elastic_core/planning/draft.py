@@ -1,12 +1,13 @@
 """A first recipe for a teacher: axes around its geometry that hold the budgets asked for, stages of so many tokens."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from elastic_core.budget import Budget
 from elastic_core.cost import LatencyTable, budget_cost
-from elastic_core.geometry import ATTENTION, FFN, MAMBA, Axes, ModelConfig
+from elastic_core.geometry import GROUPS, LAYER_AXES, Axes, ModelConfig
 from elastic_core.planning.machine import Accelerator
 from elastic_core.planning.plan import RecipePlan, check_budgets, plan_recipe
 from elastic_core.planning.stages import StagePlan
@@ -84,31 +85,28 @@ def fit_stages(
 
 def _around(model: ModelConfig, reach: float) -> Axes:
     """Axes down to `reach` of the widths; FFN further, layers less far, as in the paper's own 6B of 12B."""
-    kinds, width = set(model.hybrid_override_pattern), max(model.ffn_sizes, default=1)
-    groups, kv_heads, layers = model.n_groups, model.num_key_value_heads, model.num_layers
-    return Axes(
-        hidden=_choices(model.hidden_size, reach, _step(model.hidden_size)),
-        ffn=_choices(width, reach**2, _step(width)) if FFN in kinds else (),
-        mamba_heads=_choices(model.mamba_num_heads, reach, groups) if MAMBA in kinds else (),
-        attention_heads=_choices(model.num_attention_heads, reach, kv_heads) if ATTENTION in kinds else (),
-        depth=_choices(layers, (1 + reach) / 2, max(1, layers // 31)),
-    )
+    layers, widths = model.num_layers, dict[str, Any]()
+    for axis in Axes.WIDTHS:
+        if full := max(model.full_sizes(axis), default=0):
+            step = model.groups(axis) if axis in GROUPS else _step(full)
+            widths[axis] = _choices(full, reach**2 if axis == "ffn" else reach, step)
+    hidden = _choices(model.hidden_size, reach, _step(model.hidden_size))
+    return Axes(hidden=hidden, depth=_choices(layers, (1 + reach) / 2, max(1, layers // 31)), **widths)
 
 
 def _measured(table: LatencyTable) -> Axes:
-    def widths(kind: str) -> tuple[int, ...]:
-        return tuple(sorted({layer.width for layer in table.layers if layer.kind == kind}, reverse=True))
+    def falling(sizes: Iterable[int]) -> tuple[int, ...]:
+        return tuple(sorted(set(sizes), reverse=True))
 
+    measured: dict[str, Any] = {
+        axis: falling(layer.width for layer in table.layers if LAYER_AXES[layer.kind][0] == axis)
+        for axis in Axes.WIDTHS
+    }
+    measured |= {
+        axis: falling(size for layer in table.layers if (size := getattr(layer, axis))) for axis in Axes.SHARED
+    }
     depth = _choices(table.model.num_layers, 0.5, max(1, table.model.num_layers // 31))
-    head_dims = {layer.mamba_head_dim for layer in table.layers if layer.kind == MAMBA and layer.mamba_head_dim}
-    return Axes(
-        hidden=tuple(sorted(table.fixed, reverse=True)),
-        ffn=widths(FFN),
-        mamba_heads=widths(MAMBA),
-        mamba_head_dim=tuple(sorted(head_dims, reverse=True)),
-        attention_heads=widths(ATTENTION),
-        depth=depth,
-    )
+    return Axes(hidden=falling(table.fixed), depth=depth, **measured)
 
 
 def _holds(model: ModelConfig, budget: Budget, table: LatencyTable | None, smallest: Subnet) -> bool:

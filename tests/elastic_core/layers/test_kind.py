@@ -67,6 +67,9 @@ class GatedMLP(Mixer):
 class GatedKind(Kind):
     letter, mixer, residual = GATED, GatedMLP, "down_proj.weight"
 
+    def width(self, model: ModelConfig) -> tuple[str, object]:
+        return "gated width", model.intermediate_size
+
     def scores(self, mixer: Mixer, normed_BTD: Tensor, *, signed: bool) -> Tensor:
         gate, up = F.linear(normed_BTD, mixer.gate_up_proj.weight).chunk(2, dim=-1)
         return (F.silu(gate) * up).abs().sum((0, 1))
