@@ -76,10 +76,10 @@ class TokenRows:
 
     def batch(self, rows: Sequence[int]) -> TokenBatch:
         """These rows, on the CPU."""
-        read = [self._read(row) for row in rows]
-        targets = np.stack([self._targets(row, tokens[1:]) for row, tokens in zip(rows, read, strict=True)])
+        tokens = np.stack([self._read(row) for row in rows])
+        targets = np.where(np.stack([self._is_target(row) for row in rows]), tokens[:, 1:], IGNORED)
         return TokenBatch(
-            inputs_BT=torch.from_numpy(np.stack([tokens[:-1] for tokens in read])),
+            inputs_BT=torch.from_numpy(tokens[:, :-1].copy()),
             targets_BT=torch.from_numpy(targets),
             packing=pack(torch.from_numpy(np.stack([*map(self._seq_idx, rows)]))) if self._stream.separate else None,
             learned=int(np.count_nonzero(targets != IGNORED)),
@@ -88,7 +88,7 @@ class TokenRows:
     def learned(self, rows: Sequence[int]) -> int:
         """The number of targets that count in these rows."""
         if not self._stream.all_learned:
-            return sum(int(np.count_nonzero(self._targets(row, self._read(row)[1:]) != IGNORED)) for row in rows)
+            return sum(int(np.count_nonzero(self._is_target(row))) for row in rows)
         return len(rows) * self._length - sum(len(self._documents_from(row)) for row in rows)
 
     def _read(self, row: int) -> NDArray[np.int64]:
@@ -96,12 +96,12 @@ class TokenRows:
         first = self._first(row)
         return self._stream.tokens(first, first + self._length + 1).astype(np.int64)
 
-    def _targets(self, row: int, following: NDArray[np.int64]) -> NDArray[np.int64]:
-        targets, first = following.copy(), self._first(row)
-        if not self._stream.all_learned:
-            targets[self._stream.learned(first + 1, first + self._length + 1) == 0] = IGNORED
-        targets[self._documents_from(row) - 1] = IGNORED  # a document says nothing of the next one's first token
-        return targets
+    def _is_target(self, row: int) -> NDArray[np.bool_]:
+        """Which of the tokens after those of a row are to be learned: of another document's first nothing is known."""
+        first = self._first(row)
+        wanted: NDArray[np.bool_] = self._stream.learned(first + 1, first + self._length + 1) != 0
+        wanted[self._documents_from(row) - 1] = False
+        return wanted
 
     def _seq_idx(self, row: int) -> NDArray[np.int32]:
         begins = np.zeros(self._length + 1, dtype=np.int32)
