@@ -465,8 +465,8 @@ BAD_VALUES: list[tuple[tuple[str | int, ...], Any, str]] = [
         {"name": "s"},
         "budgets ['l', 'm', 's'] must fall from the largest to the smallest, each size once",
     ),
-    (("stages",), [], "stages must be at least one, each name once"),
-    (("stages", 1, "name"), "stage1", "stages must be at least one, each name once"),
+    (("stages",), [], "stages [] must be at least one, each name once"),
+    (("stages", 1, "name"), "stage1", "stages ['stage1', 'stage1'] must be at least one, each name once"),
     *((("stages", 1, "name"), name, f"stages[1]: stage {name!r} {NOT_A_NAME}") for name in ("a b", "étape", "../x")),
     (("stages", 1, "steps"), 0, "stages[1]: steps=0 must be greater than 0"),
     (
