@@ -8,6 +8,7 @@ import math
 import re
 import sys
 import threading
+import time
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,8 +22,10 @@ T = TypeVar("T")
 # What a family, a budget, a stage and a version may be called: the registry, S3 and file systems take it as it is.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
-# Python 3.11 fails where two threads parse at once ("AST constructor recursion depth mismatch").
-PARSER = threading.Lock()
+# Python 3.11 raises SystemError where two threads parse at once ("AST constructor recursion depth mismatch"). Ours take
+# turns; where a thread of another library parses beside one of ours, ours does it again.
+_parser = threading.Lock()
+_PARSES = 10
 
 
 class _Mistyped(ValueError):
@@ -43,12 +46,24 @@ def descriptions(cls: type) -> dict[str, str]:
     return _described_classes(cls.__module__).get(cls.__name__, {})
 
 
+def syntax_tree(source: str) -> ast.Module:
+    """Python source, parsed, in any thread."""
+    with _parser:
+        for attempt in range(_PARSES):
+            try:
+                return ast.parse(source)
+            except SystemError:
+                if attempt == _PARSES - 1:
+                    raise
+                time.sleep(0.01 * 2**attempt)
+    raise AssertionError("unreachable")
+
+
 @cache
 def _described_classes(module: str) -> dict[str, dict[str, str]]:
-    with PARSER:
-        tree = ast.parse(inspect.getsource(sys.modules[module]))
-        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-        return {node.name: dict(_described_fields(node.body)) for node in classes}
+    tree = syntax_tree(inspect.getsource(sys.modules[module]))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    return {node.name: dict(_described_fields(node.body)) for node in classes}
 
 
 def _described_fields(body: Sequence[ast.stmt]) -> Iterator[tuple[str, str]]:

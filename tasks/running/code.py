@@ -20,7 +20,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
-from elastic_core.schema import PARSER
+from elastic_core.schema import syntax_tree
 
 PROJECT = "elastic-family"
 DIGEST_LENGTH = 64  # of SHA-256 in hex
@@ -65,13 +65,12 @@ class _Parsed:
 @cache
 def code_of(function: Function) -> Code:
     """Everything that runs when a step's function runs, as it was when this process asked first."""
-    return _followed(function, _parsed)
+    return _reachable(function, _parsed)
 
 
 def own_digest(function: Function) -> str:
     """SHA-256 of a function and of what it reaches in its own module."""
-    with PARSER:
-        return _reached(function).digest
+    return _reached(function).digest
 
 
 def check_unchanged(function: Function) -> None:
@@ -81,15 +80,10 @@ def check_unchanged(function: Function) -> None:
     """
     if all(_written(name) == at for name, at in _read_at.items()):
         return
-    if changed := differences(code_of(function).modules, _followed(function, _parse).modules):
+    if changed := differences(code_of(function).modules, _reachable(function, _parse).modules):
         raise ValueError(
             f"{function.__name__}: {changed} while this run was going; run again with the code as it is now"
         )
-
-
-def _followed(function: Function, parse: Callable[[str], "_Parsed"]) -> Code:
-    with PARSER:
-        return _reachable(function, parse)
 
 
 def _reachable(function: Function, parse: Callable[[str], "_Parsed"]) -> Code:
@@ -117,13 +111,13 @@ def _parsed(name: str) -> _Parsed:
 
 
 def _parse(name: str) -> _Parsed:
-    tree = ast.parse(_source(name))
+    tree = syntax_tree(_source(name))
     return _Parsed(digest=_digest(tree.body), imports=frozenset(_imports(tree.body, name)))
 
 
 def _reached(function: Function) -> _Parsed:
     """The statements of a function's module that it reaches by name, and what these import."""
-    tree = ast.parse(_source(function.__module__))
+    tree = syntax_tree(_source(function.__module__))
     binding: dict[str, list[ast.stmt]] = {}
     for statement in tree.body:
         for name in _bound(statement):

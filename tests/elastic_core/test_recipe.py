@@ -1,5 +1,6 @@
 """Laws of the configuration: a recipe is strict, says what is wrong and where, and survives a round trip."""
 
+import ast
 import copy
 import dataclasses
 import inspect
@@ -19,7 +20,7 @@ from elastic_core import recipe as config
 from elastic_core.budget import Budget, LatencyTarget, MemoryTarget, Serving
 from elastic_core.geometry import Axes, ModelConfig
 from elastic_core.recipe import Optimizer, Pretraining, Recipe
-from elastic_core.schema import build, to_dict
+from elastic_core.schema import build, syntax_tree, to_dict
 
 MODEL: dict[str, Any] = {
     "hybrid_override_pattern": "M-M*-",
@@ -666,3 +667,18 @@ def test_importing_the_configuration_imports_no_torch() -> None:
     code = "import sys, elastic_core.recipe; print('torch' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_source_is_parsed_though_another_librarys_thread_parses_at_once(monkeypatch):
+    parse, failures = ast.parse, ["AST constructor recursion depth mismatch (before=114, after=77)"] * 3
+
+    def disturbed(source: str) -> ast.Module:
+        if failures:
+            raise SystemError(failures.pop())
+        return parse(source)
+
+    monkeypatch.setattr(ast, "parse", disturbed)
+    assert ast.unparse(syntax_tree("a = 1")) == "a = 1"
+    failures.extend(["a fault that stays"] * 99)
+    with pytest.raises(SystemError, match="stays"):
+        syntax_tree("a = 1")

@@ -525,10 +525,14 @@ POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\ns
         ),
         (
             "a.jsonl.gz",
-            gzip.compress(b'{"text"\n'),
+            gzip.compress(b'{"text"\n', mtime=0),  # the same id in every process of pytest-xdist
             "a.jsonl.gz line 1 is not JSON (Expecting ':' delimiter, column 8); ",
         ),
-        ("a.jsonl.gz", gzip.compress(GOOD.encode() * 99)[:-9], "a.jsonl.gz: Compressed file ended before the end"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(GOOD.encode() * 99, mtime=0)[:-9],
+            "a.jsonl.gz: Compressed file ended before the end",
+        ),
         ("a.jsonl", '{"text": "\\ud83d"}\n', "a.jsonl line 1 holds half a surrogate pair, which is no character; mend"),
         ("a.json", '[{"text": "x"}]\n', "a.json line 1 is not a JSON object, of which JSONL holds one a line; mend"),
         ("a.jsonl", "", "a.jsonl: the file is empty; mend or remove it"),
