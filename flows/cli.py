@@ -113,6 +113,20 @@ def plan(
 
 
 @app.command()
+def check(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, such as infra/recipes/tiny.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: stages.0.steps=100 ...")] = None,
+) -> None:
+    """Find before spending what would end a run: services, teacher, tokenizer, data as rendered, GPUs, disk."""
+    from flows.commands.check import check_recipe
+    from flows.commands.recipes import load_recipe
+
+    if faults := check_recipe(load_recipe(recipe, overrides or [])):
+        raise ValueError(f"{recipe}: {faults} fault{'s' * (faults > 1)}, each in its line above")
+    typer.echo(f"{recipe}: nothing stands in the way of `elastic run {recipe}`")
+
+
+@app.command()
 def init(
     teacher: Annotated[str, typer.Option(help="A checkpoint's directory, s3://BUCKET/PREFIX, or its name on the Hub.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write; it must not exist yet.")],

@@ -183,14 +183,14 @@ def prepare(recipe: Recipe, workspace: str) -> tuple[Artifact, Artifact]:
         assert path is not None and identity is not None, "config.Teacher has one of path and pretrain"
         teacher = run(fetch_teacher, path=path, identity=identity, workspace=workspace)
         check_model(recipe, read_config(Path(teacher.path)))
-        check_ends(tokenizer=teacher)
-        check_problems(recipe.evaluation, tokenizer=teacher)
+        check_ends(Path(teacher.path))
+        check_problems(recipe.evaluation, Path(teacher.path))
         corpus = run(prepare_data, config=data, identity=sources, tokenizer=teacher, workspace=workspace)
         check_corpus(recipe, corpus)
         return teacher, corpus
     check_model(recipe, pretraining.model)
     tokenizer = run(train_tokenizer, pretraining=pretraining, corpus=data, identity=sources, workspace=workspace)
-    check_problems(recipe.evaluation, tokenizer)
+    check_problems(recipe.evaluation, Path(tokenizer.path))
     corpus = run(prepare_data, config=data, identity=sources, tokenizer=tokenizer, workspace=workspace)
     check_corpus(recipe, corpus)
     teacher = run(

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 from prefect.client.orchestration import get_client
@@ -12,8 +13,9 @@ from elastic_core.geometry import ModelConfig
 from elastic_core.planning.plan import check_budgets
 from elastic_core.planning.profile import recipe_table
 from elastic_core.recipe import Evaluation, Recipe
-from tasks.artifacts import check_bucket
+from tasks.artifacts import check_bucket, get_file, list_objects, open_store
 from tasks.corpus.ends import end_warnings
+from tasks.corpus.hub import bring_model, commit_of, parse_model
 from tasks.corpus.mixing import check_portions
 from tasks.corpus.pieces import first_line
 from tasks.corpus.problems import encode_questions, read_problems
@@ -24,6 +26,9 @@ from tasks.settings import PREFECT_API, ServiceError, Settings, redact, remedy
 from tasks.tracking import CHECK_SECONDS, check_server
 
 logger = logging.getLogger(__name__)
+
+# Of a checkpoint, what is read before its weights are.
+SIDE_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 # What gives a checkpoint's tensors their shapes.
 GEOMETRY = (
@@ -36,10 +41,16 @@ GEOMETRY = (
 def check_services() -> None:
     """ServiceError, one line, unless Prefect and MLflow answer and the bucket takes what we write."""
     settings = Settings.from_environment()
-    check_prefect(PREFECT_API_URL.value())
+    check_prefect(prefect_url())
     for uri in sorted({settings.tracking_uri, settings.registry}):
         check_server(uri)
     check_bucket(settings)
+
+
+def prefect_url() -> str | None:
+    """The URL of Prefect's API; None where a flow starts a temporary server."""
+    url: str | None = PREFECT_API_URL.value()
+    return url
 
 
 def check_prefect(url: str | None) -> None:
@@ -76,16 +87,29 @@ def _check_geometry(expected: ModelConfig, found: ModelConfig, path: str | None)
             )
 
 
-def check_problems(evaluation: Evaluation, tokenizer: Artifact) -> None:
+def bring_side_files(path: str, directory: Path) -> None:
+    """Put what a teacher in S3 or on the Hub has beside its weights into a new directory."""
+    if not path.startswith("s3://"):
+        hub = parse_model(path)
+        bring_model(hub, commit_of(hub), SIDE_FILES, directory)
+        return
+    store = open_store(Settings.from_environment(need_bucket=False))
+    directory.mkdir()
+    for name, _ in list_objects(store, path):
+        if any(fnmatch(name, pattern) for pattern in SIDE_FILES):
+            get_file(store, f"{path.rstrip('/')}/{name}", directory / name)
+
+
+def check_problems(evaluation: Evaluation, tokenizer: Path) -> None:
     """ValueError for a problem that cannot be read, or that the teacher's chat template refuses or loses."""
     if evaluation.problems is not None:
         problems = read_problems(Path(evaluation.problems), evaluation.max_problems)
-        encode_questions(load_tokenizer(Path(tokenizer.path)), problems, evaluation.chat_template_kwargs)
+        encode_questions(load_tokenizer(tokenizer), problems, evaluation.chat_template_kwargs)
 
 
-def check_ends(tokenizer: Artifact) -> None:
+def check_ends(tokenizer: Path) -> None:
     """Say in a line each what the teacher's files tell differently about the end of a text."""
-    for warning in end_warnings(Path(tokenizer.path)):
+    for warning in end_warnings(tokenizer):
         logger.warning("%s", warning)
 
 

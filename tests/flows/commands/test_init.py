@@ -1,9 +1,7 @@
 """Laws of `elastic init`: any teacher gets a valid recipe that holds its budgets and trains on the tokens asked for."""
 
 import json
-import random
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +9,9 @@ import jsonschema
 import pytest
 import torch
 import yaml
+from geometries import MODELS
 from latency import random_table
-from nano import NANO_9B, NANO_12B
+from nano import NANO_12B
 from typer.testing import CliRunner
 
 from elastic_core.budget import Budget
@@ -44,33 +43,6 @@ SMALL = ModelConfig(
     vocab_size=1024,
     max_position_embeddings=1024,
 )
-
-
-def random_model(seed: int) -> ModelConfig:
-    """A geometry as odd as a Nemotron-H may be."""
-    choose = random.Random(seed)
-    groups, kv_heads = choose.choice([1, 2, 4, 8]), choose.choice([1, 2, 8])
-    return ModelConfig(
-        hybrid_override_pattern="M-" + "".join(choose.choices("M-M-*", k=choose.randint(4, 40))),
-        hidden_size=choose.choice([96, 200, 768, 1000, 2688]),
-        intermediate_size=choose.choice([250, 1024, 3000, 7680]),
-        num_attention_heads=kv_heads * choose.choice([1, 2, 5]),
-        num_key_value_heads=kv_heads,
-        head_dim=choose.choice([16, 64, 128]),
-        mamba_num_heads=groups * choose.choice([2, 3, 12]),
-        mamba_head_dim=choose.choice([16, 64]),
-        ssm_state_size=choose.choice([16, 128]),
-        n_groups=groups,
-        vocab_size=choose.choice([300, 32768]),
-        max_position_embeddings=choose.choice([512, 4096, 131072]),
-    )
-
-
-MODELS = {
-    "12b": replace(NANO_12B, max_position_embeddings=131072),
-    "9b": replace(NANO_9B, max_position_embeddings=131072),
-    **{f"random-{seed}": random_model(seed) for seed in range(10)},
-}
 
 
 def written(directory: Path, model: ModelConfig, *arguments: str) -> tuple[Path, str]:

@@ -1,0 +1,168 @@
+"""`elastic check`: what would end a run, found before anything is spent on it."""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import typer
+
+from elastic_core.budget import bytes_text
+from elastic_core.files.checkpoint import open_checkpoint, read_config
+from elastic_core.geometry import ModelConfig
+from elastic_core.planning.machine import Accelerator
+from elastic_core.planning.plan import RecipePlan, plan_recipe
+from elastic_core.planning.profile import recipe_table
+from elastic_core.recipe import DataSource, Recipe
+from flows.serving.services import embedded_services
+from tasks.artifacts import check_bucket
+from tasks.corpus.ends import end_warnings
+from tasks.corpus.sample import sample
+from tasks.corpus.tokenizer import SMALLEST_VOCABULARY, check_tokenizer, train_tokenizer
+from tasks.reporting.numbers import human_count
+from tasks.running.preflight import bring_side_files, check_model, check_prefect, check_problems, prefect_url
+from tasks.settings import ServiceError, Settings, make_home, redact
+from tasks.tracking import check_server
+
+DOCUMENTS = 64  # of each source, to read and render
+SHOWN = 600  # characters of a rendered document
+
+T = TypeVar("T")
+
+
+class Findings:
+    """Prints a line for everything that is looked at, and counts what is at fault."""
+
+    def __init__(self) -> None:
+        self.faults = 0
+
+    def look(self, what: str, check: Callable[[], tuple[str, T]]) -> T | None:
+        """What a check gives, after its line; None where it finds a fault."""
+        try:
+            said, value = check()
+        except (ValueError, ServiceError, OSError) as error:
+            self.faults += 1
+            typer.echo(f"FAULT  {what}: {redact(' '.join(str(error).split()))}")
+            return None
+        typer.echo(f"ok     {what}: {said}")
+        return value
+
+
+def check_recipe(recipe: Recipe) -> int:
+    """Look at everything that a run needs, a line each, and return how much of it is at fault."""
+    findings, home = Findings(), make_home()
+    with embedded_services(home, share=True), tempfile.TemporaryDirectory() as work:
+        look_at_services(findings)
+        directory = findings.look("teacher", partial(_teacher, recipe, Path(work) / "teacher"))
+        if directory is None:
+            typer.echo("       data, problems, budgets, GPUs and disk are looked at when there is a teacher")
+            return findings.faults
+        for warning in end_warnings(directory) if recipe.teacher.pretrain is None else ():
+            typer.echo(f"note   teacher: {warning}")
+        for i, source in enumerate(recipe.data.sources):
+            rendered = findings.look(f"data.sources[{i}]", partial(_source, source, directory, Path(work) / str(i)))
+            if rendered:
+                typer.echo("".join(f"         | {line}\n" for line in rendered.splitlines()), nl=False)
+        if recipe.evaluation.problems is not None:
+            findings.look("evaluation.problems", partial(_problems, recipe, directory))
+        pretraining = recipe.teacher.pretrain
+        model = read_config(directory) if pretraining is None else pretraining.model
+        plan = findings.look("budgets", partial(_budgets, recipe, model))
+        if plan is not None:
+            findings.look("GPUs", partial(_gpus, plan))
+            findings.look("disk", partial(_disk, plan, home))
+    return findings.faults
+
+
+def look_at_services(findings: Findings) -> None:
+    """Prefect, MLflow and the bucket, as the environment names them, or as `elastic run` brings them along."""
+    settings = Settings.from_environment()
+
+    def prefect() -> tuple[str, None]:
+        check_prefect(url := prefect_url())
+        return (f"{redact(url)} answers" if url else "a server of its own"), None
+
+    def mlflow(uri: str) -> tuple[str, None]:
+        check_server(uri)
+        return f"{redact(uri)} answers", None
+
+    def bucket() -> tuple[str, None]:
+        check_bucket(settings)
+        return f"s3://{settings.bucket} stores, gives back and overwrites nothing", None
+
+    findings.look("Prefect", prefect)
+    for uri in sorted({settings.tracking_uri, settings.registry}):
+        findings.look("MLflow" if uri == settings.tracking_uri else "registry", partial(mlflow, uri))
+    findings.look("bucket", bucket)
+
+
+def _teacher(recipe: Recipe, work: Path) -> tuple[str, Path]:
+    """A directory with the teacher's config and tokenizer; of a teacher to train, with a tokenizer of single bytes."""
+    path = recipe.teacher.path
+    if path is None:
+        train_tokenizer([], work, vocab_size=SMALLEST_VOCABULARY)
+        return "trained by the run, as its tokenizer is", work
+    if here := Path(path).is_dir():
+        model, directory = open_checkpoint(Path(path)).config, Path(path)
+    else:
+        bring_side_files(path, work)
+        model, directory = read_config(work), work
+    check_tokenizer(directory, model.vocab_size)
+    check_model(recipe, model)
+    left = "" if here else "; its weights are looked at when they are here"
+    return f"{path}: {model.num_layers} layers, hidden size {model.hidden_size}, and a tokenizer{left}", directory
+
+
+def _source(source: DataSource, tokenizer: Path, work: Path) -> tuple[str, str]:
+    """Read and encode the first documents as a run would; the first of them as what is trained on."""
+    texts, tokens, learned = sample(source, tokenizer, DOCUMENTS, work)
+    if not texts:
+        raise ValueError(f"{source.path}: the dataset is empty; add documents or take it out of data.sources")
+    first = texts[0] if len(texts[0]) <= SHOWN else f"{texts[0][:SHOWN]} ..."
+    counted = f"{tokens:,} tokens" + ("" if learned == tokens else f", {learned:,} of them learned")
+    return f"{source.path}: the first {len(texts)} texts are {counted}; the first of all:", first
+
+
+def _problems(recipe: Recipe, tokenizer: Path) -> tuple[str, None]:
+    check_problems(recipe.evaluation, tokenizer)
+    return f"{recipe.evaluation.problems}: read and rendered", None
+
+
+def _budgets(recipe: Recipe, model: ModelConfig) -> tuple[str, RecipePlan]:
+    """A plan on the GPUs of this machine, or on one such as `elastic plan` assumes."""
+    check_model(recipe, model)
+    count = torch.cuda.device_count()
+    memory = torch.cuda.get_device_properties(0).total_memory if count else 80 * 10**9
+    accelerator = Accelerator(memory=memory, flops_per_second=1e15, utilisation=0.4, dollars_per_hour=0)
+    plan = plan_recipe(recipe, model, accelerator, (max(1, count),), recipe_table(recipe))
+    if missed := [planned.budget.name for planned in plan.budgets if not planned.feasible]:
+        raise ValueError(
+            f"{' and '.join(missed)} cannot be met by these axes; `elastic plan` says which choices would make room"
+        )
+    sizes = ", ".join(f"{planned.budget.name} {human_count(planned.params)}" for planned in plan.budgets)
+    return f"{sizes} parameters", plan
+
+
+def _gpus(plan: RecipePlan) -> tuple[str, None]:
+    count = torch.cuda.device_count()
+    if not count:
+        return "none here; training runs on this CPU, or on workers with GPUs, for which `elastic plan` is asked", None
+    name, memory = torch.cuda.get_device_name(0), bytes_text(plan.accelerator.memory)
+    if not plan.fitting:
+        raise ValueError(
+            f"a stage does not fit on {count} x {name} of {memory}; `elastic plan RECIPE --gpus {count} --gpu-memory "
+            f"{plan.accelerator.memory // 10**9}GB` says what would"
+        )
+    return f"{count} x {name} of {memory}, on which every stage fits", None
+
+
+def _disk(plan: RecipePlan, home: Path) -> tuple[str, None]:
+    """What the plan needs at the most, and what is free where the steps work."""
+    (_, needed), free = plan.disk, shutil.disk_usage(home).free
+    said = f"about {bytes_text(needed)} are needed at the most, and {bytes_text(free)} are free in {home}"
+    if free < needed:
+        raise ValueError(f"{said}; make room, or set ELASTIC_HOME to a larger disk")
+    return said, None
