@@ -93,7 +93,7 @@ class ProgressArtifact:
         pace = self._pace.text(done, total)
         of_total = f" of {total:,}" if total else ""
         text = f"{self._description}: {done:,}{of_total}" + (f", {pace}" if pace else "")
-        share = 100.0 * done / max(total, 1)
+        share = 100.0 * done / total if total else 0.0
         if artifact is not None:
             client.update_artifact(artifact, ArtifactUpdate(data=share, description=text))
             return artifact
