@@ -18,7 +18,7 @@ from elastic_core.planning.plan import RecipePlan, plan_recipe
 from elastic_core.planning.profile import recipe_table
 from elastic_core.recipe import DataSource, Recipe
 from flows.serving.services import embedded_services
-from tasks.artifacts import check_bucket
+from tasks.artifacts import check_bucket, check_keys
 from tasks.corpus.ends import end_warnings
 from tasks.corpus.sample import sample
 from tasks.corpus.tokenizer import SMALLEST_VOCABULARY, check_tokenizer, train_tokenizer
@@ -93,10 +93,16 @@ def look_at_services(findings: Findings) -> None:
         check_bucket(settings)
         return f"s3://{settings.bucket} stores, gives back and overwrites nothing", None
 
+    def keys() -> tuple[str, None]:
+        check_keys(settings)
+        return "what signs manifests, and what verifies them, can be read", None
+
     findings.look("Prefect", prefect)
     for uri in sorted({settings.tracking_uri, settings.registry}):
         findings.look("MLflow" if uri == settings.tracking_uri else "registry", partial(mlflow, uri))
     findings.look("bucket", bucket)
+    if settings.signing_key or settings.verification_key:
+        findings.look("keys", keys)
 
 
 def _teacher(recipe: Recipe, work: Path) -> tuple[str, Path]:

@@ -12,22 +12,18 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
 from tasks.artifacts.manifest import Manifest, manifest_json
-from tasks.settings import SIGNING_KEY, VERIFICATION_KEY, ServiceError
+from tasks.settings import SIGNING_KEY, VERIFICATION_KEY, ServiceError, Settings
 
 
 def sign(manifest: Manifest, key_file: Path) -> Manifest:
     """The manifest with a signature by the private key in `key_file`; the same each time."""
-    key = _load(key_file, SIGNING_KEY)
-    if not isinstance(key, Ed25519PrivateKey):
-        raise ValueError(f"{SIGNING_KEY}={key_file} holds another key than a private Ed25519 one")
+    key = _signing_key(key_file)
     return replace(manifest, signature=base64.b64encode(key.sign(_signed(manifest))).decode())
 
 
 def verify(manifest: Manifest, key_file: Path, where: str) -> None:
     """Raise a ServiceError about `where` unless the manifest is signed by the key with this public half."""
-    key = _load(key_file, VERIFICATION_KEY)
-    if not isinstance(key, Ed25519PublicKey):
-        raise ValueError(f"{VERIFICATION_KEY}={key_file} holds another key than a public Ed25519 one")
+    key = _verification_key(key_file)
     if not manifest.signature:
         raise ServiceError(f"{where} is not signed, and {VERIFICATION_KEY} asks for a signature: do not use it")
     try:
@@ -38,6 +34,28 @@ def verify(manifest: Manifest, key_file: Path, where: str) -> None:
 
 def _signed(manifest: Manifest) -> bytes:
     return manifest_json(replace(manifest, signature=""))
+
+
+def check_keys(settings: Settings) -> None:
+    """ValueError, naming the variable, for a key of the settings that cannot be used."""
+    if settings.signing_key is not None:
+        _signing_key(settings.signing_key)
+    if settings.verification_key is not None:
+        _verification_key(settings.verification_key)
+
+
+def _signing_key(file: Path) -> Ed25519PrivateKey:
+    key = _load(file, SIGNING_KEY)
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ValueError(f"{SIGNING_KEY}={file} holds another key than a private Ed25519 one")
+    return key
+
+
+def _verification_key(file: Path) -> Ed25519PublicKey:
+    key = _load(file, VERIFICATION_KEY)
+    if not isinstance(key, Ed25519PublicKey):
+        raise ValueError(f"{VERIFICATION_KEY}={file} holds another key than a public Ed25519 one")
+    return key
 
 
 def _load(path: Path, variable: str) -> object:

@@ -16,7 +16,7 @@ from elastic_core.geometry import ModelConfig
 from flows.cli import app
 from tasks.artifacts import Store, put_file
 from tasks.corpus.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
-from tasks.settings import BUCKET, TRACKING_URI, Settings
+from tasks.settings import BUCKET, SIGNING_KEY, TRACKING_URI, Settings
 
 pytestmark = pytest.mark.usefixtures("settings", "large_disk")
 
@@ -128,6 +128,10 @@ FAULTS: dict[str, tuple[Spoil, str]] = {
     "no MLflow": (
         environment(**{TRACKING_URI: "http://127.0.0.1:9"}),
         r"MLflow: MLflow at http://127.0.0.1:9 does not answer",
+    ),
+    "no key": (
+        environment(**{SIGNING_KEY: "/no/key.pem"}),
+        r"keys: ELASTIC_SIGNING_KEY_FILE=.* cannot be read",
     ),
     "no room": (small_disk, r"disk: about .* are needed at the most, and .* are free in .*; make room, or set"),
 }
