@@ -3,13 +3,16 @@
 The reordered teacher is the elastic checkpoint that distillation starts from.
 """
 
+import json
 import logging
+import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from elastic_core import comparison, cost, importance, resolve, rotation, router, search
+from elastic_core import comparison, cost, depth, importance, resolve, rotation, router, search
 from elastic_core.budget import Budget, Dtype
 from elastic_core.cost import LatencyTable
 from elastic_core.files import checkpoint, reorder, shapes, shards
@@ -26,9 +29,10 @@ from tasks.evaluate import batches_of, heldout_loss, predicted, spread
 from tasks.records import Artifact, OrderComparison
 from tasks.reporting.summary import order_warnings
 from tasks.running.bars import counter
+from tasks.running.devices import dealt, devices, gathered, shared
 from tasks.running.digests import artifact
 from tasks.running.progress import progress_bar
-from tasks.running.steps import new_directory, step
+from tasks.running.steps import new_directory, step, work_directory
 
 logger = logging.getLogger(__name__)
 
@@ -67,19 +71,65 @@ def rank_importance(
     weights: tuple[float, ...] | None = None,
 ) -> Artifact:
     """Score every component of the teacher on calibration data; the order of importance on every axis."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = job.load_model(Path(teacher.path), device, job.DTYPES[dtype])
-    bound = axes.bind(loaded.config)
+    config = checkpoint.read_config(Path(teacher.path))
+    bound, work = axes.bind(config), work_directory(workspace, "ranking")
     batches = _calibration(corpus, settings, weights, generator(seed, "importance"))
-    scores = importance.width_scores(loaded, batches, settings.mamba_scores)
+    width = work / "width"
+    if not width.exists():
+        scores = _width_scores(teacher, batches, settings, dtype)
+        with shards.staged_directory(width) as staging:
+            layers = range(config.num_layers)
+            reorder.write_order(staging, importance.importance_order(config, scores, layers, bound))
     depth_batches = batches[: max(1, settings.depth_samples // settings.batch_size)]
-    with progress_bar("ranking layers") as report:
-        ranking = importance.rank_layers(loaded, depth_batches, bound.depth[-1], report)
-    order = importance.importance_order(loaded.config, scores, ranking, bound)
+    ranking = _layer_ranking(teacher, depth_batches, bound.depth[-1], dtype, work / "removed.json")
     directory = new_directory(workspace, "importance")
     with shards.staged_directory(directory) as staging:
-        reorder.write_order(staging, order)
+        reorder.write_order(staging, replace(reorder.read_order(width, config), layers=ranking))
+    shutil.rmtree(work)
     return artifact(directory)
+
+
+def _width_scores(
+    teacher: Artifact, batches: list[TokenBatch], settings: Importance, dtype: Dtype
+) -> importance.WidthScores:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = job.load_model(Path(teacher.path), device, job.DTYPES[dtype])
+    return importance.width_scores(loaded, batches, settings.mamba_scores)
+
+
+def _layer_ranking(
+    teacher: Artifact, batches: list[TokenBatch], smallest_depth: int, dtype: Dtype, file: Path
+) -> tuple[int, ...]:
+    """The layers in order of importance, ranked by all devices; it goes on after the last round that `file` holds."""
+    config = checkpoint.read_config(Path(teacher.path))
+    if smallest_depth == config.num_layers:
+        return tuple(range(config.num_layers))
+    removed = json.loads(file.read_text()) if file.exists() else []
+    if removed:
+        logger.info("ranking goes on: %d layers were removed before it was interrupted", len(removed))
+    shares = dealt(batches, devices())
+    with (
+        progress_bar("ranking layers") as report,
+        shared(_removal_terms, [(teacher.path, dtype, share) for share in shares]) as everywhere,
+    ):
+
+        def keep(gone: Sequence[int]) -> None:
+            part = file.with_suffix(".part")
+            part.write_text(json.dumps(list(gone)))
+            shards.sync(part)
+            part.replace(file)
+            report(len(gone), config.num_layers - smallest_depth)
+
+        def terms(which: range, candidates: Sequence[int], remaining: Sequence[int]) -> list[list[float]]:
+            return gathered(everywhere.ask(depth.RemovalTerms.on, which, candidates, remaining))
+
+        return depth.rank_layers(config, smallest_depth, terms, len(shares[0]), removed=removed, on_removed=keep)
+
+
+def _removal_terms(share: tuple[str, Dtype, list[TokenBatch]]) -> depth.RemovalTerms:
+    path, dtype, batches = share
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return depth.RemovalTerms(job.load_model(Path(path), device, job.DTYPES[dtype]), batches)
 
 
 @step()

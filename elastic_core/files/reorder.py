@@ -34,7 +34,8 @@ class Order:
     """Indices of the components of each axis, most important first; the tuples have one entry a layer of their kind.
 
     `hidden` (D,), `ffn` (F,), `mamba_head_dim` (P,). `mamba_heads` (H,) and `attention_heads` (Q,) hold every group's
-    own heads in that group's place. `layers` ranks the layers, which are kept by rank and do not move.
+    own heads in that group's place. `layers` ranks the layers, which are kept by rank and do not move;
+    those that every subnet keeps come first, in model order.
     """
 
     hidden: Tensor

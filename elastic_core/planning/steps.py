@@ -111,11 +111,12 @@ class Around:
         )
 
     def ranking(self) -> StepPlan:
-        """The width scores, and the rounds of layer removal: in each, every layer that is left is left out in turn."""
+        """The width scores, and the rounds of layer removal, as if no candidate of a round were dropped early."""
         settings, depth = self.recipe.importance, self.elastic.axes.depth[-1]
         length, layers = settings.sequence_length, self.model.num_layers
         forward = forward_flops(self.model, self.full, length)
-        runs = sum(left * (left - 1) // 2 + 2 * left for left in range(depth, layers + 1)) + layers
+        rounds = range(depth + 1, layers + 1)
+        runs = sum(left * (left - 1) // 2 + 2 * left for left in rounds) + (layers if rounds else 0)
         of_a_layer = (forward.total - forward.head) // layers
         samples = max(1, settings.depth_samples // settings.batch_size) * settings.batch_size
         kept = samples * length * self.model.hidden_size * DTYPE_BYTES[self.recipe.dtype]

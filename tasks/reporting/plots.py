@@ -212,7 +212,9 @@ def _draw_anatomy(run: Run) -> "Figure":
     figure = new_figure(WIDE, 1.2 + 0.55 * len(names))
     panel = figure.subplots()
     layers = range(len(pattern))
-    panel.bar(run.layer_ranking, [0.8 * (1 - rank / len(pattern)) for rank in layers], color=MUTED)
+    kept_by_all = set(layers).intersection(*(subnet.layers for subnet in run.subnets.values()))
+    heights = [1 if layer in kept_by_all else 1 - rank / len(pattern) for rank, layer in enumerate(run.layer_ranking)]
+    panel.bar(run.layer_ranking, [0.8 * height for height in heights], color=MUTED)
     for row, name in enumerate(names, start=1):
         subnet = run.subnets[name]
         dropped = [layer for layer in layers if layer not in subnet.layers]

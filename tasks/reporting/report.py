@@ -53,9 +53,9 @@ def write_report(
     """Write index.html, one PNG a plot, results.json and results.md into `directory`; returns the page.
 
     `stages` gives each stage's name and its metrics, one JSON object of `StepMetrics` a line. `subnets` has every
-    budget of `evaluation`. `layer_ranking` lists all layers, most important first. `shapes` are those that the subnets
-    were chosen of, None where the router chose alone. `links` has addresses by title;
-    secrets in them are hidden, and only http addresses become links.
+    budget of `evaluation`. `layer_ranking` lists all layers, first those that every subnet keeps. `shapes` are those
+    that the subnets were chosen of, None where the router chose alone. `links` has addresses by title; secrets in them
+    are hidden, and only http addresses become links.
     """
     run = Run(
         recipe=recipe,

@@ -1,6 +1,5 @@
-"""Laws of importance: scores and rankings agree with the paper's formulas on the stock model, written out slowly."""
+"""Laws of importance: width scores agree with the paper's formulas on the stock model, written out slowly."""
 
-import itertools
 import typing
 from collections.abc import Callable, Sequence
 
@@ -11,7 +10,7 @@ from transformers import NemotronHForCausalLM
 
 from elastic_core.files.reorder import check_order
 from elastic_core.geometry import Axes, ModelConfig
-from elastic_core.importance import WidthScores, importance_order, rank_layers, width_scores
+from elastic_core.importance import WidthScores, importance_order, width_scores
 from elastic_core.layers.packing import pack
 from elastic_core.model import ElasticNemotronH
 from elastic_core.recipe import MambaScores
@@ -174,9 +173,6 @@ def test_packed_documents_are_ranked_by_as_each_of_them_alone(
     together = [TokenBatch(inputs_BT=text, targets_BT=text, packing=packing, learned=text.numel())]
     alone = unpacked(text.split(lengths, dim=1))
     assert_close(width_scores(elastic, together), width_scores(elastic, alone), FLOAT32_BATCHING)
-    assert (
-        rank_layers(elastic, together, 5) == rank_layers(elastic, alone, 5) != rank_layers(elastic, unpacked([text]), 5)
-    )
 
 
 @pytest.mark.parametrize("mamba", typing.get_args(MambaScores))
@@ -277,88 +273,9 @@ def test_dead_components_are_ranked_last(elastic: ElasticNemotronH, tiny_config:
     assert order.mamba_head_dim[0][-1] == 2
 
 
-def slow_rank_layers(
-    stock: NemotronHForCausalLM, config: ModelConfig, batches: Sequence[Tensor], smallest_depth: int
-) -> tuple[tuple[int, ...], float]:
-    """Iterative removal on whole logits, all but the last attention layer, and the least relative gap of two scores."""
-    layers, attention = list(stock.model.layers), set(config.layers_of("*"))
-
-    def logits(kept: Sequence[int]) -> Tensor:
-        stock.model.layers = nn.ModuleList([layers[i] for i in kept])
-        with torch.no_grad():
-            found = torch.cat([stock(tokens).logits.double() for tokens in batches])
-        stock.model.layers = nn.ModuleList(layers)
-        return found
-
-    remaining, removed, gaps = list(range(len(layers))), list[int](), list[float]()
-    full = logits(remaining)
-    while True:
-        scores = {
-            j: float((full - logits([i for i in remaining if i != j])).square().sum() / full.square().sum())
-            for j in remaining
-        }
-        ranked = sorted(remaining, key=lambda j: scores[j])
-        gaps += [1 - scores[a] / scores[b] for a, b in itertools.pairwise(ranked)]
-        if len(remaining) == smallest_depth:
-            return (*reversed(ranked), *reversed(removed)), min(gaps)
-        least = next(j for j in ranked if attention & set(remaining) != {j})
-        remaining.remove(least)
-        removed.append(least)
-
-
-@pytest.mark.parametrize("smallest_depth", [1, 4, 8])
-def test_depth_ranking_is_iterative_removal_on_the_stock_models_logits(
-    elastic: ElasticNemotronH, stock: NemotronHForCausalLM, tiny_config: ModelConfig, smallest_depth: int
-) -> None:
-    batches = token_batches(tiny_config, count=2)
-    expected, gap = slow_rank_layers(stock, tiny_config, batches, smallest_depth)
-    assert gap > FLOAT32_SUM, "the scores must be far enough apart for float32 to tell"
-    assert rank_layers(elastic, unpacked(batches), smallest_depth) == expected
-
-
-def test_ranking_is_a_permutation_whose_tail_does_not_depend_on_where_removal_stops(
-    elastic: ElasticNemotronH, tiny_config: ModelConfig
-) -> None:
-    batches = token_batches(tiny_config, count=1)
-    to_the_end = rank_layers(elastic, unpacked(batches), 1)
-    for smallest_depth in range(1, 9):
-        ranking = rank_layers(elastic, unpacked(batches), smallest_depth)
-        assert sorted(ranking) == list(range(8))
-        assert ranking[smallest_depth:] == to_the_end[smallest_depth:]
-
-
-@pytest.mark.parametrize(("layer", "projection"), [(0, "out_proj"), (5, "out_proj"), (1, "down_proj"), (3, "o_proj")])
-@pytest.mark.parametrize("smallest_depth", [3, 8])
-def test_a_layer_that_adds_nothing_is_ranked_last(
-    elastic: ElasticNemotronH, tiny_config: ModelConfig, layer: int, projection: str, smallest_depth: int
-) -> None:
-    with torch.no_grad():
-        getattr(elastic.layers[layer].mixer, projection).weight.zero_()
-    assert rank_layers(elastic, unpacked(token_batches(tiny_config, count=1)), smallest_depth)[-1] == layer
-
-
-def test_the_last_attention_layer_stays(elastic: ElasticNemotronH, tiny_config: ModelConfig) -> None:
-    attention = tiny_config.layers_of("*")
-    with torch.no_grad():
-        for layer in attention:
-            elastic.layers[layer].mixer.o_proj.weight.zero_()
-    for smallest_depth in (1, 2, 4):
-        kept = rank_layers(elastic, unpacked(token_batches(tiny_config, count=1)), smallest_depth)[:smallest_depth]
-        assert len(set(kept) & set(attention)) == 1
-
-
-def test_ranking_reports_each_round(elastic: ElasticNemotronH, tiny_config: ModelConfig) -> None:
-    rounds: list[tuple[int, int]] = []
-    rank_layers(
-        elastic, unpacked(token_batches(tiny_config, count=1)), 5, lambda done, total: rounds.append((done, total))
-    )
-    assert rounds == [(1, 4), (2, 4), (3, 4), (4, 4)]
-
-
-def test_ranking_leaves_the_model_as_it_was(elastic: ElasticNemotronH, tiny_config: ModelConfig) -> None:
+def test_scoring_leaves_the_model_as_it_was(elastic: ElasticNemotronH, tiny_config: ModelConfig) -> None:
     before = {name: value.clone() for name, value in elastic.state_dict().items()}
     batches = token_batches(tiny_config, count=1)
     width_scores(elastic, unpacked(batches))
-    rank_layers(elastic, unpacked(batches), 6)
     assert all(torch.equal(before[name], value) for name, value in elastic.state_dict().items())
     assert all(parameter.grad is None for parameter in elastic.parameters())

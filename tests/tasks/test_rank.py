@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from elastic_core import depth
 from elastic_core.budget import Budget
 from elastic_core.files import checkpoint, reorder, shapes
 from elastic_core.geometry import Axes, ModelConfig
@@ -17,7 +18,7 @@ from elastic_core.subnet import full_subnet, is_nested
 from elastic_core.training import job
 from elastic_core.training.curriculum import generator
 from tasks.corpus.record import TRAIN_FILE
-from tasks.rank import choose_shapes, reorder_teacher, rotate_teacher
+from tasks.rank import choose_shapes, rank_importance, reorder_teacher, rotate_teacher
 from tasks.records import Artifact
 from tasks.running.digests import artifact
 
@@ -175,3 +176,50 @@ def test_the_router_of_a_family_that_trained_stays_as_it_is_and_its_shapes_are_m
 def test_the_same_family_is_shaped_to_the_same_bytes(reordered, corpus, tmp_path):
     first, second = (artifact(choose(reordered, reordered, corpus, tmp_path)) for _ in range(2))
     assert first.path != second.path and first.digest == second.digest
+
+
+DEEP = Axes(hidden=(16, 8), depth=(3, 2, 1))
+
+
+def rank(teacher: Artifact, corpus: Artifact, axes: Axes, tmp_path: Path) -> Artifact:
+    return rank_importance.fn(
+        teacher=teacher,
+        corpus=corpus,
+        axes=axes,
+        settings=Importance(samples=6, sequence_length=8, batch_size=1, depth_samples=5),
+        dtype="float32",
+        seed=0,
+        workspace=str(tmp_path / "workspace"),
+    )
+
+
+def test_two_processes_rank_as_one_to_the_byte(teacher, corpus, tmp_path, monkeypatch):
+    alone = rank(teacher, corpus, DEEP, tmp_path)
+    monkeypatch.setattr("tasks.rank.devices", lambda: 2)
+    assert rank(teacher, corpus, DEEP, tmp_path).digest == alone.digest
+
+
+def test_a_ranking_that_was_interrupted_repeats_no_round(teacher, corpus, tmp_path, monkeypatch):
+    expected, rounds = rank(teacher, corpus, DEEP, tmp_path), list[int]()
+    measure, deaths = depth.RemovalTerms.on, iter([True])
+
+    def dies_in_the_second_round(self, groups, candidates, remaining):
+        rounds.append(len(remaining))
+        if len(remaining) == 2 and next(deaths, False):
+            raise KeyboardInterrupt
+        return measure(self, groups, candidates, remaining)
+
+    monkeypatch.setattr(depth.RemovalTerms, "on", dies_in_the_second_round)
+    with pytest.raises(KeyboardInterrupt):
+        rank(teacher, corpus, DEEP, tmp_path)
+    first = rounds.count(3)
+    monkeypatch.setattr("tasks.rank.importance.width_scores", None)
+    assert rank(teacher, corpus, DEEP, tmp_path).digest == expected.digest
+    assert rounds.count(3) == first
+    assert [path for path in (tmp_path / "workspace").iterdir() if path.name.startswith("ranking")] == []
+
+
+def test_no_layer_is_left_out_where_depth_is_not_elastic(teacher, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(depth, "RemovalTerms", None)
+    made = rank(teacher, corpus, AXES, tmp_path)
+    assert reorder.read_order(Path(made.path), CONFIG).layers == (0, 1, 2)

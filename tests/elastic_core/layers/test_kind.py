@@ -15,11 +15,12 @@ from trainee import ALONE
 
 from elastic_core import cost, geometry
 from elastic_core.budget import Budget, Serving
+from elastic_core.depth import RemovalTerms, rank_layers
 from elastic_core.files import checkpoint, shards
 from elastic_core.files.reorder import reorder_checkpoint, reorder_weights, write_order
 from elastic_core.files.slicing import slice_checkpoint, slice_weights, target_config
 from elastic_core.geometry import Axes, ModelConfig
-from elastic_core.importance import importance_order, rank_layers, width_scores
+from elastic_core.importance import importance_order, width_scores
 from elastic_core.layers.kind import Flops, Kind, Mixer, ServingStep, Shape, Training, descending
 from elastic_core.layers.kinds import KINDS
 from elastic_core.layout import Layout, grid
@@ -157,12 +158,17 @@ def subnets(config: ModelConfig) -> Iterator[Subnet]:
             )
 
 
+def ranked(model, config):
+    read = batches(config)
+    return rank_layers(config, 4, RemovalTerms(model, read).on, len(read))
+
+
 def test_ranking_puts_dead_neurons_last_and_reordering_keeps_the_function(model, config):
     with torch.no_grad():
         for layer in config.layers_of(GATED):
             model.layers[layer].mixer.gate_up_proj.weight[20 + 7] = 0.0  # of the second part, [gate, up]
     scores = width_scores(model, batches(config))
-    order = importance_order(config, scores, rank_layers(model, batches(config), 4), AXES.bind(config))
+    order = importance_order(config, scores, ranked(model, config), AXES.bind(config))
     assert [int(entry[-1]) for entry in order.ffn] == [7, 7]
     weights = model.state_dict()
     reordered = reorder_weights(weights, order, config)
@@ -206,7 +212,7 @@ def test_a_family_with_it_is_ranked_routed_trained_and_sliced(model, config, tmp
     checkpoint.write_weights(teacher, config, model.state_dict(), torch.float32)
     assert checkpoint.read_config(teacher) == config
     save_file({"tokens": torch.randint(40, (600,), generator=generator("stream"), dtype=torch.int32)}, tokens)
-    axes, ranking = AXES.bind(config), rank_layers(model, batches(config), 4)
+    axes, ranking = AXES.bind(config), ranked(model, config)
     order = importance_order(config, width_scores(model, batches(config)), ranking, axes)
     router = Router(ElasticModel(config, axes, ranking), len(BUDGETS), 8)
     router.initialise(generator("router"))

@@ -9,8 +9,8 @@ import torch
 from nano import NANO_12B
 
 from elastic_core.budget import Budget
+from elastic_core.depth import RemovalTerms, rank_layers
 from elastic_core.geometry import Axes, ModelConfig
-from elastic_core.importance import rank_layers
 from elastic_core.model import ElasticNemotronH, Layer
 from elastic_core.planning.flops import forward_flops
 from elastic_core.planning.machine import Accelerator
@@ -79,7 +79,7 @@ def test_ranking_runs_no_more_layers_than_planned(monkeypatch: pytest.MonkeyPatc
     model.initialise(torch.Generator().manual_seed(0))
     tokens_BT = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
     batch = TokenBatch(inputs_BT=tokens_BT, targets_BT=tokens_BT, packing=None, learned=32)
-    rank_layers(model, [batch, batch], 4)
+    rank_layers(TINY, 4, RemovalTerms(model, [batch, batch]).on, 2)
     settings, forward = recipe().importance, forward_flops(TINY, full_subnet(TINY), 16)
     of_layers = around(recipe()).ranking().flops - settings.samples * forward.total
     planned = of_layers / (settings.depth_samples * ((forward.total - forward.head) // TINY.num_layers))
