@@ -373,7 +373,8 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint's cross-entropy on held-out tokens."""
     from elastic_core.recipe import Evaluation
-    from tasks.evaluate import heldout_batches, heldout_loss
+    from tasks.corpus.heldout import heldout_batches
+    from tasks.evaluate import heldout_loss
 
     settings = Evaluation(heldout_tokens=tokens, sequence_length=sequence_length)
     model, subnet = _load(checkpoint, budget)

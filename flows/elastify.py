@@ -104,8 +104,7 @@ def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationReco
             )
             for budget in recipe.budgets
         }
-        evaluation = run(
-            evaluate,
+        evaluation = evaluate(
             teacher=teacher,
             reordered=reordered,
             family=family,

@@ -23,15 +23,16 @@ from elastic_core.subnet import Subnet, full_subnet, keep_layers
 from elastic_core.training import job
 from elastic_core.training.curriculum import generator
 from elastic_core.training.losses import distillation_loss
-from elastic_core.training.tokens import TokenBatch, TokenRows
+from elastic_core.training.tokens import TokenBatch
 from tasks import tracking
+from tasks.corpus.heldout import heldout_batches, predicted, sequences
 from tasks.corpus.problems import Problem, encode_questions, read_problems
 from tasks.corpus.record import HELDOUT_FILE, read_record
 from tasks.corpus.tokenizer import load_tokenizer
 from tasks.records import Artifact, BudgetEvaluation, Conditions, EvaluationRecord
 from tasks.running.code import code_of
-from tasks.running.progress import progress_bar
-from tasks.running.steps import fingerprint, step
+from tasks.running.devices import dealt, devices, gathered, on_devices
+from tasks.running.steps import fingerprint, run, step
 from tasks.settings import Settings
 
 DECODED_TOKENS = 64
@@ -46,11 +47,54 @@ NOT_OF_THE_LOSS |= {"problems", "max_problems", "max_new_tokens", "chat_template
 class Answers:
     """Exact-match accuracy over all problems, and by kind of problem."""
 
+    problems: int
     accuracy: float
     by_task: Mapping[str, float]
 
 
-@step(on_gpu=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchLoss:
+    """Nats of cross-entropy and of KL to the teacher, summed over the `tokens` of a batch that count."""
+
+    cross_entropy: float
+    kl: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldoutLoss:
+    """Held-out cross-entropy, and KL to the teacher, in nats a token, over `tokens` tokens under `conditions`."""
+
+    cross_entropy: float
+    kl: float
+    tokens: int
+    conditions: Conditions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoding:
+    """A model's parameters and their bytes, those with the decoded text's caches, and its tokens a second."""
+
+    params: int
+    weight_bytes: int
+    memory_bytes: int
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reader:
+    """Which model reads held-out text: a checkpoint, at a subnet or whole, in random order where that has a seed.
+
+    `teacher` is the checkpoint that its KL is to. Never more than these two are in memory.
+    """
+
+    model: str
+    dtype: Dtype
+    teacher: str | None = None
+    subnet: Subnet | None = None
+    random_seed: int | None = None
+
+
 def evaluate(
     teacher: Artifact,
     reordered: Artifact,
@@ -62,95 +106,146 @@ def evaluate(
     dtype: Dtype,
     seed: int,
 ) -> EvaluationRecord:
-    """Held-out loss, KL, problems, speed and memory of every budget; and the loss of cutting without training."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    load_as = job.DTYPES[dtype]
-    teaching = job.load_model(Path(teacher.path), device, load_as)
-    full = full_subnet(teaching.config)
-    batches = heldout_batches(Path(corpus.path) / HELDOUT_FILE, settings, teaching.config.vocab_size)
-    tokenizer = load_tokenizer(Path(teacher.path))
-    problems = read_problems(Path(settings.problems), settings.max_problems) if settings.problems else []
-    teacher_answers = answer(teaching, tokenizer, problems, settings)
-    teacher_loss, _ = heldout_loss(teaching, full, batches)
-    cut = job.load_model(Path(reordered.path), device, load_as)
-    random_order = reorder.random_order(cut.config, generator(seed, "random order"))
-    shuffled = shuffled_copy(cut, random_order)
-    measured = []
-    with progress_bar("evaluating") as report:
-        for done, budget in enumerate(checkpoint.read_family(Path(family.path)).budgets):
-            submodel = job.load_model(Path(slices[budget.name].path), device, load_as)
-            whole = full_subnet(submodel.config)
-            loss, kl = heldout_loss(submodel, whole, batches, teaching)
-            random_layers = keep_layers(random_order.layers, budget.subnet.depth)
-            answers = answer(submodel, tokenizer, problems, settings)
-            speed, cache_bytes = decoding_speed(submodel, whole, batches[0])
-            weight_bytes = sum(weight.nbytes for weight in submodel.parameters())
-            measured.append(
-                BudgetEvaluation(
-                    budget=budget.name,
-                    params=sum(weight.numel() for weight in submodel.parameters()),
-                    weight_bytes=weight_bytes,
-                    memory_bytes=weight_bytes + cache_bytes,
-                    cross_entropy=loss,
-                    kl=kl,
-                    cut_cross_entropy=heldout_loss(cut, budget.subnet, batches)[0],
-                    random_cut_cross_entropy=heldout_loss(
-                        shuffled, replace(budget.subnet, layers=random_layers), batches
-                    )[0],
-                    tokens_per_second=speed,
-                    accuracy=answers.accuracy if answers else None,
-                    accuracy_by_task=answers.by_task if answers else {},
-                )
-            )
-            report(done + 1, len(slices))
+    """Held-out loss, KL, problems, speed and memory of every budget; and the loss of cutting without training.
+
+    Every number is a step of its own: an evaluation that was killed goes on at the first that is missing.
+    """
+    text, asked = of_the_text(settings), replace(settings, heldout_tokens=1, sequence_length=1, batch_size=1)
+
+    def answered(model: Artifact) -> Answers | None:
+        if not settings.problems:
+            return None
+        return run(measure_answers, model=model, settings=asked, problems_digest=problems_digest, dtype=dtype)
+
+    def cut(subnet: Subnet, random_seed: int | None) -> float:
+        return run(
+            measure_cut,
+            reordered=reordered,
+            subnet=subnet,
+            corpus=corpus,
+            settings=text,
+            dtype=dtype,
+            random_seed=random_seed,
+        )
+
+    def measured(budget: checkpoint.ResolvedBudget) -> BudgetEvaluation:
+        model = slices[budget.name]
+        loss = run(measure_loss, model=model, teacher=teacher, corpus=corpus, settings=text, dtype=dtype)
+        answers = answered(model)
+        decoding = run(measure_decoding, model=model, corpus=corpus, settings=text, dtype=dtype)
+        return BudgetEvaluation(
+            budget=budget.name,
+            params=decoding.params,
+            weight_bytes=decoding.weight_bytes,
+            memory_bytes=decoding.memory_bytes,
+            cross_entropy=loss.cross_entropy,
+            kl=loss.kl,
+            cut_cross_entropy=cut(budget.subnet, None),
+            random_cut_cross_entropy=cut(budget.subnet, seed),
+            tokens_per_second=decoding.tokens_per_second,
+            accuracy=answers.accuracy if answers else None,
+            accuracy_by_task=answers.by_task if answers else {},
+        )
+
+    whole = run(measure_loss, model=teacher, teacher=teacher, corpus=corpus, settings=text, dtype=dtype)
+    answers, config = answered(teacher), checkpoint.read_config(Path(teacher.path))
     return EvaluationRecord(
-        conditions=conditions(Path(corpus.path), settings, batches, dtype, device),
-        teacher_params=subnet_params(teaching.config, full),
-        teacher_cross_entropy=teacher_loss,
-        teacher_accuracy=teacher_answers.accuracy if teacher_answers else None,
-        heldout_tokens=predicted(batches),
-        problems=len(problems),
-        budgets=tuple(measured),
+        conditions=whole.conditions,
+        teacher_params=subnet_params(config, full_subnet(config)),
+        teacher_cross_entropy=whole.cross_entropy,
+        teacher_accuracy=answers.accuracy if answers else None,
+        heldout_tokens=whole.tokens,
+        problems=answers.problems if answers else 0,
+        budgets=tuple(measured(budget) for budget in checkpoint.read_family(Path(family.path)).budgets),
     )
 
 
-def heldout_batches(path: Path, settings: Evaluation, vocab_size: int) -> list[TokenBatch]:
-    """Held-out tokens in batches, from all over the file, up to the number asked for.
-
-    ValueError when there is not one sequence, or a token that a model of `vocab_size` does not have.
-    """
-    try:
-        rows = TokenRows(path, settings.sequence_length)
-    except (OSError, checkpoint.CheckpointError) as error:
-        raise ValueError(f"{path} holds no tokens ({error}); name heldout.safetensors of a prepared corpus") from error
-    if rows.num_rows == 0:
-        raise ValueError(
-            f"{path} holds no sequence of {settings.sequence_length} tokens; raise data.heldout_fraction or lower "
-            "evaluation.sequence_length"
-        )
-    batches = batches_of(rows, spread(rows.num_rows, settings.heldout_tokens, settings), settings.batch_size)
-    highest = max(int(tokens.max()) for batch in batches for tokens in (batch.inputs_BT, batch.targets_BT))
-    if highest >= vocab_size:
-        raise ValueError(
-            f"{path} holds token {highest}, but the model's vocab_size is {vocab_size}; "
-            "use tokens of the model's own tokenizer"
-        )
-    if predicted(batches) == 0:
-        raise ValueError(
-            f"{path}: none of the {sequences(batches)} sequences read holds a token to learn; hold out more documents"
-        )
-    return batches
+def of_the_text(settings: Evaluation) -> Evaluation:
+    """What of the settings a held-out loss is measured by; problems that change leave it as it is."""
+    return Evaluation(
+        heldout_tokens=settings.heldout_tokens,
+        sequence_length=settings.sequence_length,
+        batch_size=settings.batch_size,
+    )
 
 
-def spread(rows: int, tokens: int, settings: Evaluation) -> list[int]:
-    """As many of a file's rows as hold `tokens`, at even distances: its sources lie one after the other."""
-    count = min(rows, max(1, tokens // settings.sequence_length))
-    return [place * rows // count for place in range(count)]
+@step(on_gpu=True)
+def measure_loss(
+    model: Artifact, teacher: Artifact, corpus: Artifact, settings: Evaluation, dtype: Dtype
+) -> HeldoutLoss:
+    """Held-out loss of a stock checkpoint, and its KL to the teacher, where it is not the teacher itself."""
+    batches = _heldout(teacher, corpus, settings)
+    taught_by = teacher.path if model.digest != teacher.digest else None
+    loss, kl = shared_loss(Reader(model=model.path, dtype=dtype, teacher=taught_by), batches)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    under = conditions(Path(corpus.path), settings, batches, dtype, device)
+    return HeldoutLoss(cross_entropy=loss, kl=kl, tokens=predicted(batches), conditions=under)
 
 
-def batches_of(rows: TokenRows, chosen: Sequence[int], size: int) -> list[TokenBatch]:
-    """The chosen rows, `size` of them together."""
-    return [rows.batch(chosen[start : start + size]) for start in range(0, len(chosen), size)]
+@step(on_gpu=True)
+def measure_cut(
+    reordered: Artifact,
+    subnet: Subnet,
+    corpus: Artifact,
+    settings: Evaluation,
+    dtype: Dtype,
+    random_seed: int | None,
+) -> float:
+    """Held-out loss of cutting a subnet with no training: in the order of importance, or in the seed's random order."""
+    reader = Reader(model=reordered.path, dtype=dtype, subnet=subnet, random_seed=random_seed)
+    return shared_loss(reader, _heldout(reordered, corpus, settings))[0]
+
+
+@step(on_gpu=True)
+def measure_answers(model: Artifact, settings: Evaluation, problems_digest: str | None, dtype: Dtype) -> Answers:
+    """How many held-out problems a stock checkpoint answers exactly."""
+    assert settings.problems, "asked only where there are problems"
+    problems = read_problems(Path(settings.problems), settings.max_problems)
+    shares = [(model.path, dtype, settings, share) for share in dealt(problems, devices())]
+    return tally(problems, gathered(on_devices(_right, shares)))
+
+
+@step(on_gpu=True)
+def measure_decoding(model: Artifact, corpus: Artifact, settings: Evaluation, dtype: Dtype) -> Decoding:
+    """Size, memory and speed of a stock checkpoint as it decodes."""
+    loaded = _load(model.path, dtype)
+    prompt = _heldout(model, corpus, settings)[0]
+    speed, cache_bytes = decoding_speed(loaded, full_subnet(loaded.config), prompt)
+    weight_bytes = sum(weight.nbytes for weight in loaded.parameters())
+    return Decoding(
+        params=sum(weight.numel() for weight in loaded.parameters()),
+        weight_bytes=weight_bytes,
+        memory_bytes=weight_bytes + cache_bytes,
+        tokens_per_second=speed,
+    )
+
+
+def _heldout(model: Artifact, corpus: Artifact, settings: Evaluation) -> list[TokenBatch]:
+    vocab_size = checkpoint.read_config(Path(model.path)).vocab_size
+    return heldout_batches(Path(corpus.path) / HELDOUT_FILE, settings, vocab_size)
+
+
+def _load(path: str, dtype: Dtype) -> ElasticNemotronH:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return job.load_model(Path(path), device, job.DTYPES[dtype])
+
+
+def shared_loss(reader: Reader, batches: list[TokenBatch]) -> tuple[float, float]:
+    """Mean cross-entropy, and mean KL to the teacher (0 without one), in nats a token, read by all devices."""
+    return mean_loss(gathered(on_devices(read_losses, [(reader, share) for share in dealt(batches, devices())])))
+
+
+def read_losses(share: tuple[Reader, list[TokenBatch]]) -> list[BatchLoss]:
+    """What a reader loses on each batch."""
+    reader, batches = share
+    model = _load(reader.model, reader.dtype)
+    subnet = reader.subnet or full_subnet(model.config)
+    if reader.random_seed is not None:
+        order = reorder.random_order(model.config, generator(reader.random_seed, "random order"))
+        reorder.reorder_in_place(model.state_dict(), order, model.config)
+        subnet = replace(subnet, layers=keep_layers(order.layers, subnet.depth))
+    teacher = _load(reader.teacher, reader.dtype) if reader.teacher else None
+    return batch_losses(model, subnet, batches, teacher)
 
 
 def conditions(
@@ -170,24 +265,26 @@ def conditions(
     )
 
 
-def sequences(batches: list[TokenBatch]) -> int:
-    """The rows of all batches."""
-    return sum(len(batch.inputs_BT) for batch in batches)
-
-
-def predicted(batches: list[TokenBatch]) -> int:
-    """The tokens whose loss counts: those learned, and not the first of a sequence or of a document."""
-    return sum(batch.learned for batch in batches)
-
-
-@torch.inference_mode()
 def heldout_loss(
     student: ElasticNemotronH, subnet: Subnet, batches: list[TokenBatch], teacher: ElasticNemotronH | None = None
 ) -> tuple[float, float]:
     """Mean cross-entropy, and mean KL(teacher || student) (0 without a teacher), in nats a token."""
-    device = student.embeddings.weight.device
-    cross_entropy = kl = tokens = 0.0
-    for batch in (batch.to(device) for batch in batches):
+    return mean_loss(batch_losses(student, subnet, batches, teacher))
+
+
+def mean_loss(losses: list[BatchLoss]) -> tuple[float, float]:
+    """Mean cross-entropy and mean KL in nats a token."""
+    tokens = sum(loss.tokens for loss in losses)
+    return sum(loss.cross_entropy for loss in losses) / tokens, sum(loss.kl for loss in losses) / tokens
+
+
+@torch.inference_mode()
+def batch_losses(
+    student: ElasticNemotronH, subnet: Subnet, batches: list[TokenBatch], teacher: ElasticNemotronH | None = None
+) -> list[BatchLoss]:
+    """What a student loses on each batch; the KL is 0 without a teacher."""
+    losses = list[BatchLoss]()
+    for batch in (batch.to(student.embeddings.weight.device) for batch in batches):
         parts = distillation_loss(
             last_hidden(student, subnet, batch),
             student.head_weight(subnet.hidden),
@@ -198,10 +295,9 @@ def heldout_loss(
             ce_weight=1.0,
             learned=batch.learned,
         )
-        cross_entropy += float(parts.cross_entropy) * parts.tokens
-        kl += float(parts.kl) * parts.tokens
-        tokens += parts.tokens
-    return cross_entropy / tokens, kl / tokens
+        nats, kl = float(parts.cross_entropy) * parts.tokens, float(parts.kl) * parts.tokens
+        losses.append(BatchLoss(cross_entropy=nats, kl=kl, tokens=parts.tokens))
+    return losses
 
 
 def last_hidden(reader: ElasticNemotronH, subnet: Subnet, batch: TokenBatch) -> torch.Tensor:
@@ -210,22 +306,17 @@ def last_hidden(reader: ElasticNemotronH, subnet: Subnet, batch: TokenBatch) -> 
     return hidden_BTD.flatten(0, 1)
 
 
-def shuffled_copy(source: ElasticNemotronH, order: reorder.Order) -> ElasticNemotronH:
-    """The same function with its components in another order: what cutting without a ranking would cut."""
-    with torch.device("meta"):
-        shuffled = ElasticNemotronH(source.config)
-    weights = {name: weight.cpu() for name, weight in source.state_dict().items()}
-    moved = reorder.reorder_weights(weights, order, source.config)
-    shuffled.load_state_dict({name: w.to(source.embeddings.weight.device) for name, w in moved.items()}, assign=True)
-    return shuffled.requires_grad_(False)
-
-
 def answer(
     submodel: ElasticNemotronH, tokenizer: PreTrainedTokenizerFast, problems: list[Problem], settings: Evaluation
 ) -> Answers | None:
-    """Answer every problem greedily; None without problems. What counts is what follows the last thought."""
-    if not problems:
-        return None
+    """Answer every problem greedily; None without problems."""
+    return tally(problems, right_answers(submodel, tokenizer, problems, settings)) if problems else None
+
+
+def right_answers(
+    submodel: ElasticNemotronH, tokenizer: PreTrainedTokenizerFast, problems: list[Problem], settings: Evaluation
+) -> list[bool]:
+    """Which problems are answered exactly, greedily. What counts is what follows the last thought."""
     prompts = encode_questions(tokenizer, problems, settings.chat_template_kwargs)
     completions = complete(
         submodel,
@@ -234,12 +325,27 @@ def answer(
         max_new_tokens=settings.max_new_tokens,
         stop_tokens=stop_tokens(submodel.config),
     )
+    return [
+        prompt.answer(str(tokenizer.decode(completion))) == problem.answer
+        for problem, prompt, completion in zip(problems, prompts, completions, strict=True)
+    ]
+
+
+def tally(problems: Sequence[Problem], is_right: Sequence[bool]) -> Answers:
+    """The share of the problems that were answered exactly, and of each kind."""
     asked, right = Counter(problem.task for problem in problems), Counter[str]()
-    for problem, prompt, completion in zip(problems, prompts, completions, strict=True):
-        right[problem.task] += prompt.answer(str(tokenizer.decode(completion))) == problem.answer
-    return Answers(
-        accuracy=right.total() / len(problems), by_task={task: right[task] / asked[task] for task in sorted(asked)}
-    )
+    for problem, hit in zip(problems, is_right, strict=True):
+        right[problem.task] += hit
+    by_task = {task: right[task] / asked[task] for task in sorted(asked)}
+    return Answers(problems=len(problems), accuracy=right.total() / len(problems), by_task=by_task)
+
+
+Asked = tuple[str, Dtype, Evaluation, list[Problem]]
+
+
+def _right(share: Asked) -> list[bool]:
+    path, dtype, settings, problems = share
+    return right_answers(_load(path, dtype), load_tokenizer(Path(path)), problems, settings)
 
 
 def stop_tokens(config: ModelConfig) -> set[int]:

@@ -16,15 +16,14 @@ from elastic_core.budget import Dtype
 from elastic_core.files import checkpoint
 from elastic_core.files.locks import held
 from elastic_core.recipe import Evaluation, Promotion
-from elastic_core.subnet import full_subnet
-from elastic_core.training import job
 from elastic_core.training.tokens import IGNORED, TokenBatch
 from tasks import artifacts, tracking
 from tasks.artifacts.staging import scratch
 from tasks.corpus.documents import digest_files
+from tasks.corpus.heldout import heldout_batches, predicted
 from tasks.corpus.record import HELDOUT_FILE, read_record
 from tasks.corpus.tokenizer import load_tokenizer, tokenizer_files
-from tasks.evaluate import conditions, heldout_batches, heldout_loss, predicted
+from tasks.evaluate import Reader, conditions, shared_loss
 from tasks.records import Artifact, BudgetEvaluation, Conditions, EvaluationRecord, Release
 from tasks.running.patience import patiently
 from tasks.running.steps import run, step
@@ -182,15 +181,14 @@ def loss_on(directory: Path, teacher: Path, corpus: Path, settings: Evaluation, 
 
     A model with another tokenizer reads the same text in its own tokens: what it loses is divided by the teacher's.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = job.load_model(directory, device, job.DTYPES[dtype])
     batches = heldout_batches(corpus / HELDOUT_FILE, settings, checkpoint.read_config(teacher).vocab_size)
     own = batches
     if digest_files(tokenizer_files(directory)) != read_record(corpus).tokenizer_sha256:
         theirs, its = load_tokenizer(teacher), load_tokenizer(directory)
         own = [retokenised(text, theirs, its) for batch in batches for text in documents(batch)]
         own = [text for text in own if text.learned]
-    loss, _ = heldout_loss(loaded, full_subnet(loaded.config), own)
+    loss, _ = shared_loss(Reader(model=str(directory), dtype=dtype), own)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Measured(
         cross_entropy=loss * predicted(own) / predicted(batches),
         conditions=conditions(corpus, settings, batches, dtype, device),

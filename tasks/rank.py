@@ -23,9 +23,10 @@ from elastic_core.subnet import Subnet
 from elastic_core.training import job
 from elastic_core.training.curriculum import generator, sample_rows
 from elastic_core.training.tokens import TokenBatch, TokenRows
+from tasks.corpus.heldout import batches_of, predicted, spread
 from tasks.corpus.mixing import portions
 from tasks.corpus.record import HELDOUT_FILE, TRAIN_FILE
-from tasks.evaluate import batches_of, heldout_loss, predicted, spread
+from tasks.evaluate import heldout_loss
 from tasks.records import Artifact, OrderComparison
 from tasks.reporting.summary import order_warnings
 from tasks.running.bars import counter

@@ -133,7 +133,7 @@ def test_what_was_deleted_from_the_registry_is_registered_anew(finished, command
             client.delete_registered_model(f"micro-{budget}")
     again = completed(command)
     steps = cached(again)
-    assert (steps["evaluate"], steps["register"]) == ([True], [False]) and "micro-s:1" in again.stdout
+    assert (steps["measure_loss"], steps["register"]) == ([True] * 4, [False]) and "micro-s:1" in again.stdout
     with embedded_services(command.home):
         assert {tracking.resolve(uri, f"micro-{budget}").version for budget in "lms"} == {1}
 
@@ -154,7 +154,8 @@ def test_an_evaluation_of_another_length_registers_anew_measures_the_champions_a
     objects, before = published()
     steps = cached(again := completed(command, "evaluation.sequence_length=16"))
     assert steps["distill"] == [True, True] and steps["slice_budget"] == [True] * 3
-    assert steps["evaluate"] == steps["register"] == [False]
+    assert steps["measure_loss"] == [False] * 4 and steps["register"] == [False]
+    assert steps["measure_answers"] == [True] * 4, "they depend on no length of text"
     assert steps["measure_champion"] == [False] * 3 and "no budget is worse" in again.stdout
     now, after = published()
     assert now == objects
@@ -174,7 +175,8 @@ def test_changing_a_stage_runs_again_from_that_stage_on(finished, command):
     before = ("train_tokenizer", "prepare_data", "pretrain_teacher", "rotate_teacher", "rank_importance")
     for name in (*before, "reorder_teacher", "compare_orders"):
         assert steps[name] == [True], name
-    for name in ("slice_budget", "evaluate", "register"):
+    assert steps["measure_loss"] == [True, False, False, False], "the teacher's own first"
+    for name in ("slice_budget", "measure_answers", "measure_decoding", "register"):
         assert not any(steps[name]), name
 
 

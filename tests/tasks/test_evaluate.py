@@ -1,25 +1,42 @@
 """What counts of a completion when problems are answered, and of held-out text."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from micro import MICRO
-from safetensors.torch import load_file
+from records import CONDITIONS
+from safetensors.torch import load_file, save_file
 from templates import write_tokenizer
 from trainee import documents_and_mask, write_family, write_tokens
 
+from elastic_core.budget import Budget
+from elastic_core.cost import subnet_params
+from elastic_core.files import reorder
+from elastic_core.files.checkpoint import ResolvedBudget, write_weights
 from elastic_core.geometry import ModelConfig
 from elastic_core.model import ElasticNemotronH
 from elastic_core.recipe import Evaluation
 from elastic_core.schema import build
 from elastic_core.subnet import full_subnet
+from elastic_core.training.curriculum import generator
 from elastic_core.training.job import load_model
 from elastic_core.training.tokens import IGNORED
 from tasks import evaluate
 from tasks.corpus.chats import Chat
+from tasks.corpus.documents import digest_files
+from tasks.corpus.heldout import heldout_batches, predicted
 from tasks.corpus.problems import Problem
-from tasks.evaluate import heldout_batches, heldout_loss, predicted
+from tasks.corpus.record import HELDOUT_FILE
+from tasks.evaluate import heldout_loss
+from tasks.promote import loss_on
+from tasks.records import Artifact
+from tasks.running.digests import artifact
 
 MODEL = build(ModelConfig, MICRO["teacher"]["pretrain"]["model"])
 
@@ -46,7 +63,7 @@ def test_what_follows_the_last_thought_is_compared(
     answers = [tokenizer.encode(said.format(a + 1), add_special_tokens=False) for a in range(4)]
     monkeypatch.setattr(evaluate, "complete", lambda *args, **options: answers)
     found = evaluate.answer(ElasticNemotronH(MODEL), tokenizer, problems, Evaluation())
-    assert found == evaluate.Answers(accuracy=accuracy, by_task={"sum": accuracy})
+    assert found == evaluate.Answers(problems=4, accuracy=accuracy, by_task={"sum": accuracy})
 
 
 def test_a_held_out_loss_is_the_mean_over_what_is_learned_of_documents_read_alone(tmp_path: Path) -> None:
@@ -84,3 +101,111 @@ def test_held_out_text_of_which_nothing_is_learned_is_refused(tmp_path: Path) ->
     path = write_tokens(tmp_path / "heldout.safetensors", learned=torch.zeros(500, dtype=torch.uint8))
     with pytest.raises(ValueError, match="none of the 10 sequences read holds a token to learn"):
         heldout_batches(path, Evaluation(heldout_tokens=400, sequence_length=40), 32)
+
+
+# Weights far larger than what a few tokens activate.
+WIDE = replace(
+    MODEL,
+    hybrid_override_pattern=8 * MODEL.hybrid_override_pattern,
+    hidden_size=256,
+    intermediate_size=1024,
+    vocab_size=512,
+)
+TEXT = Evaluation(heldout_tokens=24, sequence_length=8, batch_size=1)
+MOST_RESIDENT = 2.05  # teachers: two, and what a batch activates
+
+
+@pytest.fixture(scope="module")
+def measured_on(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    """A teacher, another model of its size, and held-out text."""
+    root = tmp_path_factory.mktemp("wide")
+    for seed, name in enumerate(("teacher", "other")):
+        model = ElasticNemotronH(WIDE)
+        model.initialise(generator(seed))
+        write_weights(root / name, WIDE, model.state_dict(), torch.float32)
+    (root / "corpus").mkdir()
+    save_file({"tokens": torch.arange(200, dtype=torch.int32)}, root / "corpus" / HELDOUT_FILE)
+    return {name: artifact(root / name) for name in ("teacher", "other", "corpus")}
+
+
+@pytest.fixture
+def measuring(measured_on: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[], Any]]:
+    """Everything that loads a model to measure it."""
+    monkeypatch.setattr(evaluate, "conditions", lambda *_: CONDITIONS)
+    monkeypatch.setattr("tasks.promote.conditions", lambda *_: CONDITIONS)
+    monkeypatch.setattr("tasks.promote.read_record", lambda _: SimpleNamespace(tokenizer_sha256=digest_files({})))
+    teacher, other, corpus = (measured_on[name] for name in ("teacher", "other", "corpus"))
+    whole = full_subnet(WIDE)
+    text: dict[str, Any] = {"corpus": corpus, "settings": TEXT, "dtype": "float32"}
+    cut: dict[str, Any] = {"reordered": other, "subnet": replace(whole, hidden=128), **text}
+    return {
+        "loss": lambda: evaluate.measure_loss.fn(model=other, teacher=teacher, **text),
+        "cut": lambda: evaluate.measure_cut.fn(random_seed=None, **cut),
+        "random cut": lambda: evaluate.measure_cut.fn(random_seed=3, **cut),
+        "decoding": lambda: evaluate.measure_decoding.fn(model=other, **text),
+        "champion": lambda: loss_on(Path(other.path), Path(teacher.path), Path(corpus.path), TEXT, "float32"),
+    }
+
+
+@pytest.mark.parametrize("what", ["loss", "cut", "random cut", "decoding", "champion"])
+def test_no_measurement_holds_more_than_two_teachers(what: str, measuring: dict[str, Callable[[], Any]]) -> None:
+    one = 4 * subnet_params(WIDE, full_subnet(WIDE))
+    with LiveBytes() as memory:
+        measuring[what]()
+    assert (2 if what == "loss" else 1) * one <= memory.peak <= MOST_RESIDENT * one
+
+
+def test_two_processes_measure_as_one_to_the_bit(
+    measuring: dict[str, Callable[[], Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = measuring["loss"]()
+    monkeypatch.setattr(evaluate, "devices", lambda: 2)
+    assert measuring["loss"]() == alone
+
+
+def test_a_random_cut_is_the_cut_of_the_model_in_that_order(
+    measured_on: dict[str, Artifact], measuring: dict[str, Callable[[], Any]]
+) -> None:
+    model = load_model(Path(measured_on["other"].path), torch.device("cpu"), torch.float32)
+    order = reorder.random_order(WIDE, generator(3, "random order"))
+    model.load_state_dict(reorder.reorder_weights(model.state_dict(), order, WIDE))
+    subnet = replace(full_subnet(WIDE), hidden=128)
+    batches = heldout_batches(Path(measured_on["corpus"].path) / HELDOUT_FILE, TEXT, WIDE.vocab_size)
+    assert measuring["random cut"]() == heldout_loss(model, subnet, batches)[0] != measuring["cut"]()
+
+
+def test_an_evaluation_asks_one_step_for_each_number_of_each_budget(
+    measured_on: dict[str, Artifact], measuring: dict[str, Callable[[], Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, other, corpus = (measured_on[name] for name in ("teacher", "other", "corpus"))
+    whole = full_subnet(WIDE)
+    half = replace(whole, hidden=128)
+    budgets = [ResolvedBudget(budget=Budget(name=n), subnet=at, params=1) for n, at in (("l", whole), ("s", half))]
+    asked: list[str] = []
+
+    def run(step: Any, **inputs: Any) -> Any:
+        asked.append(step.name)
+        return step.fn(**inputs)
+
+    monkeypatch.setattr(evaluate, "run", run)
+    monkeypatch.setattr(evaluate.checkpoint, "read_family", lambda _: SimpleNamespace(budgets=budgets))
+    found = evaluate.evaluate(
+        teacher=teacher,
+        reordered=other,
+        family=other,
+        slices={"l": other, "s": other},
+        corpus=corpus,
+        settings=TEXT,
+        problems_digest=None,
+        dtype="float32",
+        seed=3,
+    )
+    of_a_budget = ["measure_loss", "measure_decoding", "measure_cut", "measure_cut"]
+    assert asked == ["measure_loss", *of_a_budget, *of_a_budget]
+    assert (found.heldout_tokens, found.problems, found.teacher_accuracy) == (24, 0, None)
+    loss, (large, small) = measuring["loss"](), found.budgets
+    assert (large.cross_entropy, large.kl) == (small.cross_entropy, small.kl) == (loss.cross_entropy, loss.kl)
+    assert large.cut_cross_entropy == pytest.approx(large.cross_entropy, rel=1e-6)
+    assert small.cut_cross_entropy == measuring["cut"]()
+    assert small.random_cut_cross_entropy == measuring["random cut"]()
+    assert large.weight_bytes == 4 * large.params < large.memory_bytes

@@ -30,9 +30,10 @@ from elastic_core.training.job import load_model
 from tasks import tracking
 from tasks.artifacts import Store, manifest_uri, publish
 from tasks.corpus.build import build_corpus
+from tasks.corpus.heldout import heldout_batches, predicted
 from tasks.corpus.record import HELDOUT_FILE
 from tasks.corpus.tokenizer import load_tokenizer, train_tokenizer
-from tasks.evaluate import conditions, heldout_batches, heldout_loss, predicted
+from tasks.evaluate import conditions, heldout_loss
 from tasks.promote import Measured, Verdict, decide, documents, loss_on, promote
 from tasks.records import Conditions, EvaluationRecord, Release
 from tasks.running.digests import artifact

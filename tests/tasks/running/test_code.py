@@ -24,7 +24,8 @@ STEPS = {
         rank.reorder_teacher,
         distill.distill,
         slice.slice_budget,
-        evaluate.evaluate,
+        evaluate.measure_loss,
+        evaluate.measure_answers,
         register.register,
     )
 }
@@ -81,7 +82,8 @@ def test_all_that_a_training_process_imports_of_ours_is_code_of_distill() -> Non
         ("rotate_teacher", ["elastic_core.rotation"], ["elastic_core.importance"]),
         ("rank_importance", ["elastic_core.importance", "elastic_core.model"], ["elastic_core.files.slicing"]),
         ("slice_budget", ["elastic_core.files.slicing"], ["elastic_core.resolve", TRAIN]),
-        ("evaluate", ["elastic_core.generate", "elastic_core.layers.kernels"], ["tasks.corpus.build", "tasks.rank"]),
+        ("measure_loss", ["elastic_core.layers.kernels"], ["elastic_core.generate", "tasks.corpus.problems"]),
+        ("measure_answers", ["elastic_core.generate", "tasks.corpus.problems"], ["tasks.corpus.build", "tasks.rank"]),
         ("register", ["tasks.reporting.report", "tasks.reporting.plots"], ["elastic_core.importance"]),
     ],
 )
