@@ -107,8 +107,13 @@ class ServingStep:
 
 
 class Training(Protocol):
-    """A micro-step of training: the bytes of a value, those of its copy if it is cast, and whether masks weigh it."""
+    """A micro-step of training.
 
+    Its tokens, the bytes of a value, those of its copy if it is cast, and whether masks weigh it.
+    """
+
+    @property
+    def tokens(self) -> int: ...
     @property
     def width(self) -> int: ...
     @property

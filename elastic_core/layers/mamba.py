@@ -24,7 +24,11 @@ from elastic_core.layers.kind import (
 )
 from elastic_core.layers.norm import RMSNorm
 from elastic_core.layers.packing import Packing
+from elastic_core.layers.tiles import GPU_VALUES
 from elastic_core.layout import Kept, Layout, Run, grid, mask
+
+# Of the size of a tile, what the masked gated norm's backward pass has in float32 at once.
+TILE_TENSORS = 10
 
 
 def channel_grid(model: ModelConfig) -> Run:
@@ -242,14 +246,9 @@ def _fused_scan(model: ModelConfig, shape: Shape, serving: ServingStep) -> int:
 
 
 def gated_norm_bytes(model: ModelConfig, shape: Shape, step: Training) -> int:
-    """Saved of a token: the gated norm's output, and the root mean square of each group.
-
-    Under a mask the plain norm runs, and saves six float32 tensors too: copies of its inputs where they are not in
-    float32, the gate's activation, the gated values, these masked, and normalised.
-    """
+    """Saved of a token: the gated norm's output, and of the fused norm, which runs without a mask, each group's RMS."""
     channels = shape.width * shape.mamba_head_dim
-    saved = step.width * channels + FLOAT32_BYTES * model.n_groups
-    return saved + (FLOAT32_BYTES * ((6 if step.cast else 4) * channels + model.n_groups) if step.masked else 0)
+    return step.width * channels + (0 if step.masked else FLOAT32_BYTES * model.n_groups)
 
 
 def _scan_backward(model: ModelConfig, shape: Shape, step: Training) -> int:
@@ -271,9 +270,10 @@ def _scan_backward(model: ModelConfig, shape: Shape, step: Training) -> int:
 
 
 def _norm_backward(shape: Shape, step: Training) -> int:
-    """Of a token: the gated norm's gradients; the plain one's, under a mask, are in float32, and its output is gone."""
+    """Of a token: the gated norm's gradients; under a mask a tile's intermediate values in float32 too."""
     channels = shape.width * shape.mamba_head_dim
-    return channels * (3 * FLOAT32_BYTES - step.width if step.masked else 3 * step.width)
+    tile = ceil(min(channels, GPU_VALUES / step.tokens)) if step.masked else 0
+    return 3 * step.width * channels + TILE_TENSORS * FLOAT32_BYTES * tile
 
 
 def _chunk_flops(model: ModelConfig, channels: int, tokens: int) -> int:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_core.layers.ssm import joined, segments
+from elastic_core.layers.tiles import over_tiles
 from elastic_core.layers.weights import take
 from elastic_core.layout import Layout, grid
 
@@ -21,14 +22,12 @@ class RMSNorm(nn.Module):
         """Under a mask, which `x_BTD` already carries, the mean is over the channels that the mask keeps."""
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
         weight = take(self.weight, self._layout, {"hidden": x_BTD.shape[-1]}).to(dtype)
-        kept = None if mask_D is None else mask_D.to(dtype).sum()
+        if mask_D is not None:
+            return over_tiles(self._masked, (x_BTD,), (weight, mask_D.to(dtype).sum()))
+        pieces = (segment_BTD.to(dtype) for segment_BTD in segments(x_BTD))
+        return joined([F.rms_norm(wide, weight.shape, weight, self.eps).to(x_BTD.dtype) for wide in pieces])
 
-        outputs = []
-        for segment_BTD in segments(x_BTD):
-            wide = segment_BTD.to(dtype)
-            if kept is None:
-                normed = F.rms_norm(wide, weight.shape, weight, self.eps)
-            else:
-                normed = wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) / kept + self.eps) * weight
-            outputs.append(normed.to(x_BTD.dtype))
-        return joined(outputs)
+    def _masked(self, x_BTD: Tensor, weight_D: Tensor, kept: Tensor) -> Tensor:
+        wide = x_BTD.to(weight_D.dtype)
+        normed = wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) / kept + self.eps) * weight_D
+        return normed.to(x_BTD.dtype)

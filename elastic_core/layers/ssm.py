@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_core.layers.packing import Packing
+from elastic_core.layers.tiles import over_tiles
 
 # 1 MiB of float32: what a core's cache holds while an expression of a few operations runs over it.
 SEGMENT_VALUES = 2**18
@@ -264,18 +265,32 @@ def gated_rms_norm(
     dtype = torch.promote_types(y_BTI.dtype, torch.float32)
     groups = (n_groups, y_BTI.shape[-1] // n_groups)
     weight_GM = weight_I.to(dtype).view(groups)
-    mask_GM = None if mask is None else torch.unflatten(mask.to(dtype), -1, groups)
-    kept = groups[1] if mask_GM is None else mask_GM.sum(-1, keepdim=True)
+    if mask is not None:
+        mask_GM = torch.unflatten(mask.to(dtype), -1, groups)
+        shared = (weight_GM, mask_GM, mask_GM.sum(-1, keepdim=True))
+        return over_tiles(
+            lambda y, gate, *of_all: _gated_norm(y, gate, groups, eps, *of_all), (y_BTI, gate_BTI), shared
+        )
+    pieces = zip(segments(y_BTI), segments(gate_BTI), strict=True)
+    return joined([_gated_norm(y, gate, groups, eps, weight_GM) for y, gate in pieces])
 
-    outputs = []
-    for y_segment_BTI, gate_segment_BTI in zip(segments(y_BTI), segments(gate_BTI), strict=True):
-        gated_BTGM = torch.unflatten(y_segment_BTI.to(dtype) * F.silu(gate_segment_BTI.to(dtype)), -1, groups)
-        if mask_GM is not None:
-            gated_BTGM = gated_BTGM * mask_GM
-        mean_square_BTG1 = gated_BTGM.square().sum(-1, keepdim=True) / kept
-        normed_BTGM = gated_BTGM * torch.rsqrt(mean_square_BTG1 + eps) * weight_GM
-        outputs.append(normed_BTGM.flatten(-2).to(y_BTI.dtype))
-    return joined(outputs)
+
+def _gated_norm(
+    y_BTI: Tensor,
+    gate_BTI: Tensor,
+    groups: tuple[int, int],
+    eps: float,
+    weight_GM: Tensor,
+    mask_GM: Tensor | None = None,
+    kept_G1: Tensor | None = None,
+) -> Tensor:
+    dtype = weight_GM.dtype
+    gated_BTGM = torch.unflatten(y_BTI.to(dtype) * F.silu(gate_BTI.to(dtype)), -1, groups)
+    if mask_GM is not None:
+        gated_BTGM = gated_BTGM * mask_GM
+    mean_square_BTG1 = gated_BTGM.square().sum(-1, keepdim=True) / (groups[1] if kept_G1 is None else kept_G1)
+    normed_BTGM = gated_BTGM * torch.rsqrt(mean_square_BTG1 + eps) * weight_GM
+    return normed_BTGM.flatten(-2).to(y_BTI.dtype)
 
 
 def segments(t_BTC: Tensor) -> Sequence[Tensor]:

@@ -17,10 +17,14 @@ from elastic_core.cost import DTYPE_BYTES, ParamsCost, shapes
 from elastic_core.geometry import ModelConfig
 from elastic_core.layers.kind import FLOAT32_BYTES, Shape
 from elastic_core.layers.kinds import KINDS
+from elastic_core.layers.tiles import GPU_VALUES
 from elastic_core.layout import Layout
 from elastic_core.recipe import Distillation
 from elastic_core.subnet import Subnet, full_subnet
 from elastic_core.training.losses import default_chunk_tokens
+
+# Of the size of a tile, what a masked norm's backward pass has in float32 at once.
+TILE_TENSORS = 4
 
 # Layer inputs that offloading leaves on the device: a layer's, and that of the one before it.
 ON_DEVICE = 2
@@ -184,12 +188,11 @@ def saved_bytes(model: ModelConfig, shape: Shape, step: MicroStep) -> int:
 
 
 def _norm(hidden: int, step: MicroStep) -> int:
-    """Of a token: the input in float32 and its root mean square, and the output, which the next product saves.
+    """Of a token: the norm's output, which the next product saves; its input in float32 and its root mean square.
 
-    A mask takes the norm apart, and the normalised values and a second mean are saved too.
+    Under a mask the input is saved as it came.
     """
-    wide = FLOAT32_BYTES * (hidden + 1)
-    return (2 if step.masked else 1) * wide + step.width * hidden
+    return step.width * hidden + (step.width * hidden if step.masked else FLOAT32_BYTES * (hidden + 1))
 
 
 # For a while
@@ -227,8 +230,13 @@ def layer_at_work(model: ModelConfig, step: MicroStep) -> int:
 
 
 def _layer_bytes(model: ModelConfig, shape: Shape, step: MicroStep) -> int:
-    """What a layer's backward pass needs; with recomputation, what it saves is made again first."""
-    return (saved_bytes(model, shape, step) if step.recompute else 0) + _backward_bytes(model, shape, step)
+    """What a layer's backward pass needs; with recomputation, what it saves is made again first.
+
+    A masked norm saves the layer's input, which is there.
+    """
+    again = saved_bytes(model, shape, step) if step.recompute else 0
+    there = step.tokens * step.width * shape.hidden if step.recompute and step.masked else 0
+    return again - there + _backward_bytes(model, shape, step)
 
 
 def _backward_bytes(model: ModelConfig, shape: Shape, step: MicroStep) -> int:
@@ -236,7 +244,8 @@ def _backward_bytes(model: ModelConfig, shape: Shape, step: MicroStep) -> int:
 
     What a mask weighed is given back before the mixer's.
     """
-    norm = 2 * (step.width + FLOAT32_BYTES) * shape.hidden
+    tile = TILE_TENSORS * FLOAT32_BYTES * ceil(min(shape.hidden, GPU_VALUES / step.tokens))
+    norm = 2 * step.width * shape.hidden + (tile if step.masked else 2 * FLOAT32_BYTES * shape.hidden)
     mixer = KINDS[shape.kind].gradient_bytes(model, shape, step)
     return step.tokens * max(norm, (0 if step.masked else step.width * shape.hidden) + mixer)
 

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from elastic_core import model as model_module
 from elastic_core.geometry import ModelConfig
-from elastic_core.layers import ssm
+from elastic_core.layers import ssm, tiles
 from elastic_core.model import ElasticNemotronH
 from elastic_core.recipe import Distillation, Stage
 from elastic_core.subnet import Masks, Subnet
@@ -128,12 +128,13 @@ def world_of(ranks: int) -> Iterator[World]:
 @contextlib.contextmanager
 def as_on_cuda() -> Iterator[None]:
     """The code as it runs on a CUDA device: fused kernels, and no walk over short runs of tokens."""
-    kept = model_module.select_backend, F.rms_norm, ssm.SEGMENT_VALUES
-    model_module.select_backend, F.rms_norm, ssm.SEGMENT_VALUES = (lambda *_: FUSED), rms_norm, 2**62
+    kept = model_module.select_backend, F.rms_norm, ssm.SEGMENT_VALUES, tiles.CPU_VALUES
+    model_module.select_backend, F.rms_norm = (lambda *_: FUSED), rms_norm
+    ssm.SEGMENT_VALUES, tiles.CPU_VALUES = 2**62, tiles.GPU_VALUES
     try:
         yield
     finally:
-        model_module.select_backend, F.rms_norm, ssm.SEGMENT_VALUES = kept
+        model_module.select_backend, F.rms_norm, ssm.SEGMENT_VALUES, tiles.CPU_VALUES = kept
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from elastic_core import model as model_module
 from elastic_core.budget import Dtype
 from elastic_core.cost import ParamsCost, shapes
 from elastic_core.geometry import ATTENTION, MAMBA, Axes, ModelConfig
-from elastic_core.layers import ssm
+from elastic_core.layers import ssm, tiles
 from elastic_core.layers.kernels import TORCH
 from elastic_core.layers.mamba import gated_norm_bytes
 from elastic_core.model import ElasticNemotronH
@@ -162,7 +162,7 @@ def test_a_layers_backward_pass_needs_no_more_than_planned(layer: int, recompute
 
 
 def test_a_masked_gated_norm_needs_no_more_than_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ssm, "SEGMENT_VALUES", 2**30)  # one segment, as on CUDA
+    monkeypatch.setattr(tiles, "CPU_VALUES", tiles.GPU_VALUES)
     channels, groups = CONFIG.mamba_size, CONFIG.n_groups
     y, gate = (torch.randn(1, TOKENS, channels).bfloat16().requires_grad_() for _ in range(2))
     weight, mask = (torch.ones(channels, requires_grad=True) for _ in range(2))
