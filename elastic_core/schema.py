@@ -25,7 +25,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # Python 3.11 raises SystemError where two threads parse at once ("AST constructor recursion depth mismatch"). Ours take
 # turns; where a thread of another library parses beside one of ours, ours does it again.
 _parser = threading.Lock()
-_PARSES = 10
+_PARSES = 6
 
 
 class _Mistyped(ValueError):
