@@ -3,6 +3,7 @@
 # too, and the kernels.
 # make test-faults: kill -9 of everything at every step, a spoilt network, a full disk.
 # make reference: the page and the schema of recipes, from their classes.
+# make race: one elastic run against each size made alone, on the tiny recipe, into infra/race.md; it resumes.
 # make bench: every benchmark that runs on a CPU, into infra/benchmarks.md.   make bench-gpu: those for one CUDA device.
 PYTHON ?= python3.11
 VENV := .venv
@@ -17,10 +18,13 @@ LLAMACPP := $(ENGINES)/llamacpp
 BINDING := 0.3.36
 ROWS := infra/benchmarks.jsonl
 
-.PHONY: demo test test-all test-faults test-kernels lint check reference bench bench-gpu clean
+.PHONY: demo race test test-all test-faults test-kernels lint check reference bench bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/elastic run infra/recipes/tiny.yaml
+
+race: $(INSTALLED)
+	$(BIN)/python -m flows.race infra/recipes/tiny.yaml infra/race.md
 
 # A process for each core: half the time, and they share nothing but the machine. Those of `services` take turns.
 test: $(INSTALLED)

@@ -38,30 +38,7 @@ def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationReco
     with tracked(recipe, settings, elastify.fn) as run_id:
         link_curves(settings, run_id)
         teacher, corpus = prepare(recipe, workspace)
-        source = rotated(recipe, teacher, corpus, workspace)
-        ranking = run(
-            rank_importance,
-            teacher=source,
-            corpus=corpus,
-            axes=recipe.axes,
-            settings=recipe.importance,
-            dtype=recipe.dtype,
-            seed=recipe.seed,
-            workspace=workspace,
-            weights=recipe.data.weights(),
-        )
-        family = reordered = run(
-            reorder_teacher,
-            teacher=source,
-            ranking=ranking,
-            axes=recipe.axes,
-            budgets=recipe.budgets,
-            settings=recipe.router,
-            lineage=lineage(recipe, teacher, corpus),
-            latency_table=recipe_table(recipe),
-            seed=recipe.seed,
-            workspace=workspace,
-        )
+        family = reordered = in_order(recipe, teacher, corpus, workspace)
         if recipe.shapes.by == "measured":
             family = shaped(recipe, reordered, reordered, corpus, workspace)
         orders = run(
@@ -142,19 +119,42 @@ def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationReco
         return evaluation, orders, release, verdict
 
 
-def rotated(recipe: Recipe, teacher: Artifact, corpus: Artifact, workspace: str) -> Artifact:
-    """The teacher whose components are ranked and cut: in principal channels, unless the recipe wants its own."""
-    if recipe.importance.hidden == "channels":
-        return teacher
-    return run(
-        rotate_teacher,
-        teacher=teacher,
+def in_order(recipe: Recipe, teacher: Artifact, corpus: Artifact, workspace: str) -> Artifact:
+    """The teacher as an elastic checkpoint: in principal channels, unless the recipe wants its own, and in order."""
+    ranked = teacher
+    if recipe.importance.hidden == "principal":
+        ranked = run(
+            rotate_teacher,
+            teacher=teacher,
+            corpus=corpus,
+            settings=recipe.importance,
+            dtype=recipe.dtype,
+            seed=recipe.seed,
+            workspace=workspace,
+            weights=recipe.data.weights(),
+        )
+    ranking = run(
+        rank_importance,
+        teacher=ranked,
         corpus=corpus,
+        axes=recipe.axes,
         settings=recipe.importance,
         dtype=recipe.dtype,
         seed=recipe.seed,
         workspace=workspace,
         weights=recipe.data.weights(),
+    )
+    return run(
+        reorder_teacher,
+        teacher=ranked,
+        ranking=ranking,
+        axes=recipe.axes,
+        budgets=recipe.budgets,
+        settings=recipe.router,
+        lineage=lineage(recipe, teacher, corpus),
+        latency_table=recipe_table(recipe),
+        seed=recipe.seed,
+        workspace=workspace,
     )
 
 

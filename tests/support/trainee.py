@@ -152,5 +152,11 @@ def main(arguments: list[str]) -> None:
                 job.run_job(each, world)
 
 
+def train_here(settings: job.TrainJob, on_step: object = None) -> None:
+    """What tasks.running.training.train does, in this process."""
+    Path(settings.work).mkdir(parents=True, exist_ok=True)
+    job.run_job(settings, ALONE)
+
+
 if __name__ == "__main__":
     main(sys.argv[1:])

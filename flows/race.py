@@ -1,0 +1,148 @@
+"""The race: one elastic run against the ways of making each size alone. `make race`
+
+All ways start from the same teacher, order of importance and shapes, and train by the same loop with the router frozen,
+so that only the training differs. Every lap is a cached step: a race that was killed goes on with the lap it was in.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from prefect import flow
+
+from elastic_core.files.shapes import read_shapes
+from elastic_core.recipe import Recipe, RouterSchedule, Stage
+from elastic_core.subnet import Subnet
+from flows.cli import PREFECT_LOGGING
+from flows.commands.recipes import load_recipe
+from flows.elastify import in_order, prepare, shaped
+from flows.serving.services import embedded_services
+from tasks.race import Lap, Start, run_lap
+from tasks.records import Artifact
+from tasks.reporting.race import Entry, write_page
+from tasks.running.steps import run
+from tasks.running.usage import noting
+from tasks.settings import home_directory, make_home
+
+# The shares of the elastic run's tokens that each size gets alone, and from scratch.
+ALONE, SCRATCH = (0.125, 0.25, 0.5), 0.5
+# Exploration as Minitron-SSM has it: some of a size's best cuts are distilled briefly, and the best of them to the end.
+CANDIDATES, BRIEF = 4, 0.0625
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """What all laps of a seed share."""
+
+    recipe: Recipe
+    teacher: Artifact
+    family: Artifact
+    corpus: Artifact
+    workspace: str
+    seed: int
+
+    def lap(self, share: float = 1.0, only: str = "", subnet: Subnet | None = None, start: Start = "cut") -> Lap:
+        """Train all budgets, or `only` one, at its chosen subnet or another, on a share of the recipe's tokens."""
+        return run(
+            run_lap,
+            family=self.family,
+            teacher=self.teacher,
+            corpus=self.corpus,
+            stages=tuple(shortened(stage, share, only) for stage in self.recipe.stages),
+            subnets={only: subnet} if subnet else {},
+            start=start,
+            distillation=self.recipe.distillation,
+            evaluation=self.recipe.evaluation,
+            dtype=self.recipe.dtype,
+            seed=self.seed,
+            workspace=self.workspace,
+            weights=tuple(self.recipe.data.weights(stage.sources) for stage in self.recipe.stages),
+        )
+
+    def explore(self, only: str) -> tuple[int, Subnet]:
+        """The best of a size's candidates after a brief distillation of each, and the tokens that this took."""
+        measured = read_shapes(Path(self.family.path))
+        if measured is None:
+            raise ValueError("the race needs shapes that were measured; leave shapes.by at measured")
+        subnets = [candidate.subnet for candidate in measured.budgets[only][:CANDIDATES]]
+        laps = [self.lap(BRIEF, only, subnet) for subnet in subnets]
+        best = min(range(len(laps)), key=lambda index: laps[index].kl[only])
+        return sum(lap.tokens for lap in laps), subnets[best]
+
+
+def shortened(stage: Stage, share: float, only: str) -> Stage:
+    """A stage with a share of its tokens, for all budgets or `only` one.
+
+    One alone has the rows of a step that it would have among all, and as many more steps: batches of the elastic run's
+    size would be a poorer opponent.
+    """
+    rows = max(1, stage.batch_size // len(stage.budgets)) if only else stage.batch_size
+    steps = max(1, round(stage.steps * share * stage.batch_size / rows))
+    return replace(
+        stage,
+        batch_size=rows,
+        micro_batch_size=math.gcd(rows, stage.micro_batch_size),
+        budget_rows=None if only else stage.budget_rows,
+        steps=steps,
+        budgets={only: 1.0} if only else stage.budgets,
+        optimizer=replace(stage.optimizer, warmup_steps=min(stage.optimizer.warmup_steps, steps // 4)),
+        router=RouterSchedule(mode="frozen"),
+    )
+
+
+@flow(name="race")
+def race(recipe: Recipe, seeds: int) -> list[Entry]:
+    """All laps: what each way reaches for each size, at how many tokens."""
+    home = home_directory()
+    workspace = str(home / "workspace")
+    with noting(home):
+        teacher, corpus = prepare(recipe, workspace)
+        reordered = in_order(recipe, teacher, corpus, workspace)
+        family = shaped(recipe, reordered, reordered, corpus, workspace)
+        courses = [
+            Course(
+                recipe=recipe, teacher=teacher, family=family, corpus=corpus, workspace=workspace, seed=recipe.seed + i
+            )
+            for i in range(seeds)
+        ]
+        return [entry for course in courses for entry in entries(course)]
+
+
+def entries(course: Course) -> Iterator[Entry]:
+    """The laps of one seed; sizes that are the teacher itself have nothing to learn alone."""
+    elastic = course.lap()
+    for name, kl in elastic.kl.items():
+        yield Entry(way="elastic", budget=name, seed=course.seed, tokens=elastic.tokens, kl=kl)
+    for name in [budget.name for budget in course.recipe.budgets if budget.target is not None]:
+        for share in ALONE:
+            lap = course.lap(share, name)
+            yield Entry(way="alone", budget=name, seed=course.seed, tokens=lap.tokens, kl=lap.kl[name])
+        spent, subnet = course.explore(name)
+        lap = course.lap(ALONE[-1], name, subnet)
+        yield Entry(way="explored", budget=name, seed=course.seed, tokens=lap.tokens, kl=lap.kl[name], explored=spent)
+        lap = course.lap(SCRATCH, name, start="fresh")
+        yield Entry(way="from scratch", budget=name, seed=course.seed, tokens=lap.tokens, kl=lap.kl[name])
+
+
+def main(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, such as infra/recipes/tiny.yaml.")],
+    page: Annotated[Path, typer.Argument(help="The Markdown page to write; its picture goes beside it.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: stages.0.steps=100 ...")] = None,
+    seeds: Annotated[int, typer.Option(help="Trainings of each way, from different seeds.")] = 3,
+) -> None:
+    """Run the race on a recipe's teacher, data, axes and budgets, and write what came of it."""
+    loaded = load_recipe(recipe, overrides or [])
+    for name, value in PREFECT_LOGGING.items():
+        os.environ.setdefault(name, value)
+    with embedded_services(make_home(), prefect=True):
+        found = race(loaded, seeds)
+    write_page(page, loaded.family, found)
+    typer.echo(f"{page} has the results")
+
+
+if __name__ == "__main__":
+    typer.run(main)

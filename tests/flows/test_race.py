@@ -1,0 +1,67 @@
+"""Laws of the race's laps: shares of tokens hold, and a size alone has the rows of a step that it has among all."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from micro import write_micro
+from trainee import train_here
+
+from elastic_core.recipe import Optimizer, Stage
+from flows.commands.recipes import load_recipe
+from flows.race import ALONE, BRIEF, CANDIDATES, SCRATCH, race, shortened
+
+STAGE = Stage(
+    name="stage1",
+    sequence_length=128,
+    batch_size=18,
+    micro_batch_size=6,
+    steps=200,
+    budgets={"l": 1, "m": 1, "s": 1},
+    optimizer=Optimizer(learning_rate=1e-3, warmup_steps=20),
+)
+
+
+@pytest.mark.parametrize("only", ["", "m"])
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.125, 0.0625])
+def test_a_lap_has_its_share_of_the_tokens(share: float, only: str) -> None:
+    made = shortened(STAGE, share, only)
+    one_step = made.batch_size * made.sequence_length
+    assert abs(made.tokens - share * STAGE.tokens) <= one_step
+    assert made.optimizer.warmup_steps <= made.steps // 4
+    assert made.router.mode == "frozen" and made.budgets == ({only: 1.0} if only else STAGE.budgets)
+
+
+def test_a_size_alone_has_the_rows_that_it_has_among_all() -> None:
+    assert shortened(STAGE, 0.25, "m").batch_size * len(STAGE.budgets) == STAGE.batch_size
+    assert shortened(STAGE, 0.25, "").batch_size == STAGE.batch_size
+
+
+def test_every_way_is_gone_for_every_size_at_the_tokens_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole race on a micro recipe, its steps and trainings in this process."""
+    monkeypatch.setenv("ELASTIC_HOME", str(tmp_path / "home"))
+    for module in ("flows.race", "flows.elastify"):
+        monkeypatch.setattr(f"{module}.run", lambda step, **given: step.fn(**given))
+    for module in ("tasks.race", "tasks.teacher"):
+        monkeypatch.setattr(f"{module}.run_training", train_here)
+    recipe = load_recipe(write_micro(tmp_path), ["stages.0.steps=16", "stages.1.steps=4"])
+    found = race.fn(recipe, 1)
+    total = sum(stage.tokens for stage in recipe.stages)
+    assert Counter((e.way, e.budget) for e in found) == {
+        ("elastic", "l"): 1,
+        **{("elastic", name): 1 for name in "ms"},
+        **{("alone", name): len(ALONE) for name in "ms"},
+        **{(way, name): 1 for way in ("explored", "from scratch") for name in "ms"},
+    }
+    rounding = sum(2 * stage.batch_size * stage.sequence_length for stage in recipe.stages)
+    shares = {"elastic": [1.0], "alone": ALONE, "explored": ALONE[-1:], "from scratch": [SCRATCH]}
+    for way, expected in shares.items():
+        for name in "ms":
+            laps = [e for e in found if (e.way, e.budget) == (way, name)]
+            assert all(abs(lap.tokens - share * total) <= rounding for lap, share in zip(laps, expected, strict=True))
+            explored = CANDIDATES * BRIEF * total if way == "explored" else 0
+            assert all(abs(lap.explored - explored) <= CANDIDATES * rounding for lap in laps)
+    fresh = {e.budget: e.kl for e in found if e.way == "from scratch"}
+    assert all(e.kl < fresh[e.budget] for e in found if e.way == "elastic" and e.budget in fresh)

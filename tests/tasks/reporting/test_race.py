@@ -1,0 +1,60 @@
+"""Laws of the race's page: tokens are read off the curve, and the page keeps what it did not write."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from tasks.reporting.race import Entry, needed, tokens_for, write_page
+
+
+def power_law(tokens: float) -> float:
+    return 3.0 * tokens**-0.5
+
+
+def entries(seeds: int = 2, elastic: int = 4000) -> list[Entry]:
+    """Alone, every size follows the power law; the elastic run of 4,000 tokens reaches what 3,000 alone do."""
+    made = []
+    for seed in range(seeds):
+        for name in ("m", "s"):
+            made.append(Entry(way="elastic", budget=name, seed=seed, tokens=elastic, kl=power_law(3000)))
+            made += [
+                Entry(way="alone", budget=name, seed=seed, tokens=tokens, kl=power_law(tokens))
+                for tokens in (500, 1000, 2000)
+            ]
+            # A shape that reaches with 2,000 tokens what the chosen one does with 4,000.
+            made.append(Entry(way="explored", budget=name, seed=seed, tokens=2000, kl=power_law(4000), explored=1500))
+            made.append(Entry(way="from scratch", budget=name, seed=seed, tokens=2000, kl=1.0))
+        made.append(Entry(way="elastic", budget="l", seed=seed, tokens=elastic, kl=0.001))
+    return made
+
+
+@pytest.mark.parametrize("tokens", [200, 500, 700, 1000, 1999, 8000])
+def test_tokens_are_read_off_a_power_law_inside_and_beyond_the_points(tokens: int) -> None:
+    points = [(2000, power_law(2000)), (500, power_law(500)), (1000, power_law(1000))]
+    assert math.isclose(tokens_for(power_law(tokens), points), tokens, rel_tol=1e-9)
+
+
+def test_a_curve_that_does_not_fall_never_gets_there() -> None:
+    assert tokens_for(0.1, [(100, 0.5), (200, 0.5)]) == math.inf
+
+
+def test_what_the_others_need_is_counted_with_their_exploration() -> None:
+    table = needed(entries(seeds=1))
+    titles, values = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[::2])
+    row = dict(zip(titles, values, strict=True))
+    assert row["elastic, all sizes"] == "4K" and row["m alone"] == row["s alone"] == "3K"
+    assert row["m explored"] == "3K"  # 1,500 to find the shape, which then needs half of 3,000
+    assert row["elastic / alone"] == row["elastic / explored"] == "0.67"
+
+
+def test_the_page_keeps_what_it_did_not_write_and_its_picture_lies_beside_it(tmp_path: Path) -> None:
+    page = tmp_path / "race.md"
+    write_page(page, "tiny", entries())
+    first = page.read_text()
+    assert (tmp_path / "race-tiny.png").read_bytes().startswith(b"\x89PNG") and "(race-tiny.png)" in first
+    page.write_text(f"Before.\n\n{first}\nAfter.\n")
+    write_page(page, "tiny", entries(seeds=1))
+    text = page.read_text()
+    assert text.startswith("Before.\n") and text.endswith("After.\n")
+    assert text.count("| elastic | m |") == 1 and "one seed" in text
