@@ -1,10 +1,10 @@
 """Work shared among processes: what they make of their shares, and how their ends are told."""
 
 import os
-import signal
 from pathlib import Path
 
 import pytest
+from shares import die, process_of, refuse
 
 from tasks.running.devices import dealt, gathered, on_devices, shared
 from tasks.settings import ServiceError, is_transient
@@ -16,18 +16,6 @@ def test_dealt_items_are_gathered_in_their_first_order_and_no_share_is_empty(ite
     shares = dealt(range(items), count)
     assert len(shares) == min(items, count) and all(shares)
     assert gathered(shares) == list(range(items))
-
-
-def process_of(share: int) -> tuple[int, int]:
-    return share, os.getpid()
-
-
-def refuse(share: int) -> None:
-    raise ValueError(f"share {share} is refused")
-
-
-def die(made: tuple[int, int]) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_one_share_is_made_here_and_each_of_several_in_a_process_of_its_own_that_keeps_it() -> None:
