@@ -25,7 +25,7 @@ from tasks.corpus.record import HELDOUT_FILE, TRAIN_FILE
 from tasks.evaluate import heldout_loss
 from tasks.records import Artifact
 from tasks.running.progress import stage_progress
-from tasks.running.steps import step, work_directory
+from tasks.running.steps import end_work, step, work_directory
 from tasks.running.training import train as run_training
 
 # The weights that a lap begins with: the teacher's, cut, or fresh ones.
@@ -92,7 +92,7 @@ def run_lap(
         tokens=sum(stage.tokens for stage in stages),
         kl={budget.name: heldout_loss(trained, budget.subnet, batches, teaching)[1] for budget in budgets},
     )
-    shutil.rmtree(work)
+    end_work(work)
     return lap
 
 

@@ -5,7 +5,6 @@ The reordered teacher is the elastic checkpoint that distillation starts from.
 
 import json
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from tasks.running.bars import counter
 from tasks.running.devices import dealt, devices, gathered, shared
 from tasks.running.digests import artifact
 from tasks.running.progress import progress_bar
-from tasks.running.steps import new_directory, step, work_directory
+from tasks.running.steps import end_work, new_directory, step, work_directory
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +85,7 @@ def rank_importance(
     directory = new_directory(workspace, "importance")
     with shards.staged_directory(directory) as staging:
         reorder.write_order(staging, replace(reorder.read_order(width, config), layers=ranking))
-    shutil.rmtree(work)
+    end_work(work)
     return artifact(directory)
 
 

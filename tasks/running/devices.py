@@ -1,11 +1,13 @@
 """A step's work on every GPU of this machine: a process a device, each with its share.
 
-Processes, not threads: the kernels' autotuners keep their state in the process.
+Processes, not threads: the kernels' autotuners keep their state in the process. What goes from one to another is
+pickled to bytes by ourselves, for torch would keep a file open, and shared memory, for every tensor.
 """
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
@@ -40,15 +42,15 @@ def gathered(shares: Sequence[Sequence[T]]) -> list[T]:
 class Shares(Generic[S]):
     """What was made of each share, each on a device of its own."""
 
-    def __init__(self, calls: Sequence[Callable[..., "Future[Any]"]]) -> None:
-        self._calls = calls
+    def __init__(self, ask: Callable[[Callable[..., Any], Any, Any], list[Any]]) -> None:
+        self._ask = ask
 
     def ask(self, function: Callable[Concatenate[S, P], R], *args: P.args, **named: P.kwargs) -> list[R]:
         """`function` of what was made of each share, on all devices at once; the answers in order.
 
         Raises what the function raises; a transient ServiceError where a process is gone.
         """
-        return _answers([call(function, args, named) for call in self._calls])
+        return self._ask(function, args, named)
 
 
 @contextmanager
@@ -60,7 +62,7 @@ def shared(make: Callable[[T], S], shares: Sequence[T]) -> Iterator[Shares[S]]:
     """
     if len(shares) == 1:
         made = make(shares[0])
-        yield Shares([lambda function, args, named: _done(function(made, *args, **named))])
+        yield Shares(lambda function, args, named: [function(made, *args, **named)])
         return
     threads = max(1, torch.get_num_threads() // len(shares))
     with ExitStack() as stack:
@@ -75,8 +77,13 @@ def shared(make: Callable[[T], S], shares: Sequence[T]) -> Iterator[Shares[S]]:
             )
             for number in range(len(shares))
         ]
-        _answers([pool.submit(_make, make, share) for pool, share in zip(pools, shares, strict=True)])
-        yield Shares([_asking(pool) for pool in pools])
+        _answers(pool.submit(_make, pickle.dumps((make, share))) for pool, share in zip(pools, shares, strict=True))
+
+        def ask(function: Callable[..., Any], args: Any, named: Any) -> list[Any]:
+            asked = pickle.dumps((function, args, named))
+            return _answers(pool.submit(_ask, asked) for pool in pools)
+
+        yield Shares(ask)
 
 
 def on_devices(function: Callable[[T], R], shares: Sequence[T]) -> list[R]:
@@ -89,21 +96,12 @@ def _itself(made: R) -> R:
     return made
 
 
-def _answers(asked: Sequence["Future[R]"]) -> list[R]:
+def _answers(asked: Iterable["Future[bytes]"]) -> list[Any]:
     try:
-        return [answer.result() for answer in asked]
+        answers = [future.result() for future in list(asked)]
     except BrokenProcessPool as error:
         raise ServiceError("a process that shared the step's work ended too early", transient=True) from error
-
-
-def _done(value: R) -> "Future[R]":
-    future: Future[R] = Future()
-    future.set_result(value)
-    return future
-
-
-def _asking(pool: ProcessPoolExecutor) -> Callable[..., "Future[Any]"]:
-    return lambda function, args, named: pool.submit(_ask, function, args, named)
+    return [pickle.loads(answer) for answer in answers]
 
 
 # In a process that shares the work: what was made of its share.
@@ -117,9 +115,12 @@ def _begin(number: int, threads: int, parent: int) -> None:
         torch.cuda.set_device(number)
 
 
-def _make(make: Callable[[Any], Any], share: Any) -> None:
+def _make(sent: bytes) -> bytes:
+    make, share = pickle.loads(sent)
     _made.append(make(share))
+    return pickle.dumps(None)
 
 
-def _ask(function: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    return function(_made[0], *args, **named)
+def _ask(asked: bytes) -> bytes:
+    function, args, named = pickle.loads(asked)
+    return pickle.dumps(function(_made[0], *args, **named))

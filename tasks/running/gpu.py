@@ -1,5 +1,6 @@
 """Steps that need a GPU: one at a time has the devices of a machine, here or where a pool of workers has them."""
 
+import gc
 import logging
 import os
 import socket
@@ -90,6 +91,13 @@ def device_to_oneself(home: Path) -> Iterator[None]:
             file = home / "locks" / f"{socket.gethostname()}-{device}"
             stack.enter_context(held(file, waits=f"waiting for {device}, which another run has"))
         yield
+
+
+def give_back_memory() -> None:
+    """Free the device's memory that this process keeps without using it: trainers and other processes come next."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _devices() -> list[str]:

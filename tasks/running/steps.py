@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import time
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +30,7 @@ from elastic_core.files.locks import held
 from tasks.records import Artifact, Release, StageRecord
 from tasks.running import code, usage
 from tasks.running.digests import can_be_made, check_inputs, damage, recorded, remedy, set_aside
-from tasks.running.gpu import asked_deployment, device, device_to_oneself, run_on_workers
+from tasks.running.gpu import asked_deployment, device, device_to_oneself, give_back_memory, run_on_workers
 from tasks.running.patience import DELAYS, JITTER, RETRIES, patiently, say_waiting
 from tasks.settings import ServiceError, home_directory, is_transient
 
@@ -100,6 +101,8 @@ def step(*, on_gpu: bool = False, cached: bool = True) -> Callable[[Callable[P, 
                 return function(*args, **kwargs)
             finally:
                 _own_key.reset(token)
+                if on_gpu:
+                    give_back_memory()
 
         made = Task(
             checked,
@@ -301,6 +304,13 @@ def _content(value: Any) -> Any:
 def work_directory(workspace: str, name: str) -> Path:
     """Where the running step works, in the workspace: the same place at each attempt, another once its key changes."""
     return Path(workspace) / f"{name}-{_own_key.get()[:16]}"
+
+
+def end_work(directory: Path) -> None:
+    """Remove the directory that a step worked in; killed on the way, it leaves nothing to go on from."""
+    leaving = directory.with_name(f".{directory.name}-{secrets.token_hex(4)}.partial")
+    directory.rename(leaving)
+    shutil.rmtree(leaving)
 
 
 def new_directory(workspace: str, name: str) -> Path:

@@ -1,10 +1,12 @@
 """Work shared among processes: what they make of their shares, and how their ends are told."""
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
-from shares import die, process_of, refuse
+import torch
+from shares import die, process_of, refuse, total
 
 from tasks.running.devices import dealt, gathered, on_devices, shared
 from tasks.settings import ServiceError, is_transient
@@ -35,3 +37,15 @@ def test_one_share_is_made_here_and_each_of_several_in_a_process_of_its_own_that
 def test_what_a_share_raises_is_raised_here(shares: list[int]) -> None:
     with pytest.raises(ValueError, match="share 1 is refused"):
         on_devices(refuse, shares)
+
+
+def test_any_number_of_tensors_goes_to_a_process_and_no_file_stays_open_for_them() -> None:
+    tensors = [torch.full((3,), number) for number in range(300)]
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with shared(process_of, [7, 8]) as everywhere:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 50, before[1]))
+        try:
+            totals = everywhere.ask(total, tensors)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert totals == [3 * sum(range(300))] * 2
