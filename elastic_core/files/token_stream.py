@@ -124,9 +124,10 @@ def _joined(parts: list[NDArray[N]], kind: type[N]) -> NDArray[N]:
 
 def _map(path: Path) -> _Mapped:
     stored = read_header(path)
-    tokens = _mapped(path, stored, "tokens", np.int32)
-    starts = _mapped(path, stored, "document_starts", np.int64) if "document_starts" in stored else None
-    learned = _mapped(path, stored, "learned", np.uint8) if "learned" in stored else None
+    content = np.memmap(path, dtype=np.uint8, mode="r")  # one for all tensors, since each keeps a file open
+    tokens = _mapped(path, content, stored, "tokens", np.int32)
+    starts = _mapped(path, content, stored, "document_starts", np.int64) if "document_starts" in stored else None
+    learned = _mapped(path, content, stored, "learned", np.uint8) if "learned" in stored else None
     count = len(tokens)
     if starts is not None and (len(starts) == 0 or starts[0] != 0 or starts[-1] >= count):
         raise CheckpointError(f"{path}: document_starts do not rise from 0 to below {count}, the number of tokens")
@@ -135,11 +136,12 @@ def _map(path: Path) -> _Mapped:
     return _Mapped(path=path, tokens=tokens, starts=starts, learned=learned)
 
 
-def _mapped(path: Path, stored: dict[str, StoredTensor], name: str, kind: type[N]) -> NDArray[N]:
+def _mapped(
+    path: Path, content: NDArray[np.uint8], stored: dict[str, StoredTensor], name: str, kind: type[N]
+) -> NDArray[N]:
     found = stored.get(name)
     if found is None or found.dtype != _STORED[kind] or len(found.shape) != 1:
         what = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
         raise CheckpointError(f"{path}: {name} is {what}; expected one row of {_STORED[kind]}, as a corpus has it")
-    if not found.shape[0]:
-        return np.empty(0, dtype=kind)
-    return np.memmap(path, dtype=kind, mode="r", offset=found.offset, shape=found.shape)
+    end = found.offset + found.shape[0] * np.dtype(kind).itemsize
+    return content[found.offset : end].view(kind)
