@@ -22,10 +22,12 @@ from elastic_core.recipe import DataConfig, DataSource
 from elastic_core.schema import to_dict
 from tasks.corpus.documents import SHOWN, Fetch, digest_files, iter_documents, source_pieces
 from tasks.corpus.record import HELDOUT_FILE, RECORD_FILE, TRAIN_FILE, DataRecord, SourceRecord, SplitRecord
-from tasks.corpus.shards import Shard, ShardRecord, plan_shards
+from tasks.corpus.shards import SHARD_FILE, Shard, ShardRecord, plan_shards
 from tasks.corpus.token_file import TokenFile
 from tasks.corpus.tokenizer import tokenizer_files
 from tasks.corpus.workers import Progress, ShardMaker, make_shards
+from tasks.running.digests import file_digest
+from tasks.settings import ServiceError
 
 # A split of one shard, and the shard's directory.
 Split = tuple[Path, SplitRecord]
@@ -183,12 +185,15 @@ def _divided(directory: Path, files: Sequence[Split]) -> SplitRecord:
 
 
 def _joined(directory: Path, files: Sequence[Split], config: DataConfig) -> SplitRecord:
-    """The token files of the shards as one."""
+    """The token files of the shards as one, each compared with its record: they may be of a run of days ago."""
     with (
         tempfile.TemporaryDirectory(dir=directory) as spool,
         TokenFile(directory / HELDOUT_FILE, Path(spool), separate=config.separate_documents) as joined,
     ):
         for place, split in files:
+            if file_digest(place / split.file) != split.sha256:
+                (place / SHARD_FILE).unlink()  # the next attempt makes this shard anew
+                raise ServiceError(f"{place / split.file} is not what was written to it; run again", transient=True)
             joined.append_file(place, split)
         return joined.finish()
 

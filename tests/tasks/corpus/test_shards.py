@@ -25,6 +25,7 @@ from tasks.corpus.shards import Shard, ShardRecord, Taken, plan_shards
 from tasks.corpus.tokenizer import train_tokenizer
 from tasks.corpus.workers import ShardMaker, Workers
 from tasks.running.digests import artifact
+from tasks.settings import ServiceError, is_transient
 
 TEXTS = [f"document {i}: {'lorem ipsum ' * (i % 5)}x = {i * i}\n" for i in range(120)]
 WHOLE = 10**9
@@ -269,6 +270,22 @@ def test_a_shard_of_other_pieces_is_made_again(recipe: Recipe, tokenizer_dir: Pa
     build_corpus(recipe(1000), tokenizer_dir, tmp_path / "second", fetch=refuse, work=work)
     build_corpus(recipe(1000), tokenizer_dir, tmp_path / "third", fetch=refuse)
     assert artifact(tmp_path / "second").digest == artifact(tmp_path / "third").digest
+
+
+def test_a_shard_whose_held_out_tokens_were_damaged_is_told_of_and_made_again(
+    recipe: Recipe, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    config, work = recipe(1000), tmp_path / "work"
+    build_corpus(config, tokenizer_dir, tmp_path / "undisturbed", fetch=refuse, work=work)
+    damaged = next(work.glob(f"*/{HELDOUT_FILE}"))
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(ServiceError, match=rf"{damaged} is not what was written to it") as error:
+        build_corpus(config, tokenizer_dir, tmp_path / "out", fetch=refuse, work=work)
+    assert is_transient(error.value) and not (tmp_path / "out").exists()
+    build_corpus(config, tokenizer_dir, tmp_path / "out", fetch=refuse, work=work)
+    assert artifact(tmp_path / "out").digest == artifact(tmp_path / "undisturbed").digest
 
 
 def test_what_was_fetched_is_not_fetched_again(tokenizer_dir: Path, tmp_path: Path) -> None:
