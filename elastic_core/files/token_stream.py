@@ -1,14 +1,19 @@
 """A stream of tokens in one safetensors file or in several, read through maps: no file need fit in memory.
 
+A map keeps its file open, and a process may have few files open (often 1024), so that of many files only some are
+mapped at once.
+
 A file holds `tokens`, int32 (N,); where documents are kept apart `document_starts`, int64 (D,), the index of each
 document's first token, rising from 0; and where not all tokens are targets `learned`, uint8 (N,), 1 where one is. A
 document lies in one file. `train.safetensors` may lie divided beside itself, as `train-00001-of-00016.safetensors` and
 so on; the stream is the same however it is divided.
 """
 
+import errno
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +22,9 @@ import torch
 from numpy.typing import NDArray
 
 from elastic_core.files.shards import CheckpointError, StoredTensor, read_header
+
+# Files of one stream that are mapped at once.
+MOST_MAPPED = 64
 
 N = TypeVar("N", np.int32, np.int64, np.uint8)
 
@@ -36,20 +44,24 @@ class _Mapped:
 class TokenStream:
     """Reads any range of a stream by the index of its tokens. Raises CheckpointError, one line, for another file.
 
-    `separate`: the files say where documents start. `all_learned`: every token is a target to learn.
+    `separate`: the files say where documents start. `all_learned`: every token is a target to learn. A range that lies
+    in one file is a view of the file's map, and keeps the file open.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._files = [_map(file) for file in stream_files(path)]
-        self._ends = np.cumsum([len(file.tokens) for file in self._files], dtype=np.int64)
-        self.separate = self._files[0].starts is not None
-        self.all_learned = all(file.learned is None for file in self._files)
-        for file in self._files:
+        self._files, self._map = stream_files(path), lru_cache(MOST_MAPPED)(_map)
+        counts: list[int] = []
+        for file in map(self._map, self._files):
+            if not counts:
+                self.separate, self.all_learned = file.starts is not None, True
             if (file.starts is not None) != self.separate:
                 raise CheckpointError(
                     f"{file.path}: only some files of this stream have document_starts; prepare the data again"
                 )
+            self.all_learned &= file.learned is None
+            counts.append(len(file.tokens))
+        self._ends = np.cumsum(counts, dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -87,9 +99,11 @@ class TokenStream:
         """Each file that holds some of these tokens, the index of its first one, and which of its own they are."""
         at = int(np.searchsorted(self._ends, first, side="right"))
         while first < end:
-            offset = int(self._ends[at]) - len(self._files[at].tokens)
-            last = min(end, int(self._ends[at]))
-            yield self._files[at], offset, first - offset, last - offset
+            file, offset, last = self._map(self._files[at]), int(self._ends[at - 1]) if at else 0, int(self._ends[at])
+            if len(file.tokens) != last - offset:
+                raise CheckpointError(f"{file.path}: holds {len(file.tokens)} tokens and held {last - offset} before")
+            last = min(end, last)
+            yield file, offset, first - offset, last - offset
             first, at = last, at + 1
 
 
@@ -123,8 +137,13 @@ def _joined(parts: list[NDArray[N]], kind: type[N]) -> NDArray[N]:
 
 
 def _map(path: Path) -> _Mapped:
-    stored = read_header(path)
-    content = np.memmap(path, dtype=np.uint8, mode="r")  # one for all tensors, since each keeps a file open
+    try:
+        stored = read_header(path)
+        content = np.memmap(path, dtype=np.uint8, mode="r")  # one for all tensors, since each keeps a file open
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        raise CheckpointError(f"{path}: this process may open no more files; raise its limit (ulimit -n)") from error
     tokens = _mapped(path, content, stored, "tokens", np.int32)
     starts = _mapped(path, content, stored, "document_starts", np.int64) if "document_starts" in stored else None
     learned = _mapped(path, content, stored, "learned", np.uint8) if "learned" in stored else None

@@ -1,17 +1,20 @@
 """Laws of a stream of tokens on disk: the same however it is divided, and larger than any memory."""
 
 import json
-from collections.abc import Mapping
+import resource
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from elastic_core.files.shards import CheckpointError
-from elastic_core.files.token_stream import TokenStream, part_name, stream_files
+from elastic_core.files.token_stream import MOST_MAPPED, TokenStream, part_name, stream_files
 from elastic_core.recipe import Optimizer, Stage
 from elastic_core.training.curriculum import DataOrder
 from elastic_core.training.tokens import IGNORED, TokenRows
@@ -157,3 +160,38 @@ def test_sixty_five_billion_tokens_in_parts_are_addressed_and_ordered_right(tmp_
     drawn = order.rows(0) + order.rows(steps - 1)
     assert len(set(drawn)) == 2 * batch and max(drawn) > 2**32 // length
     assert min(drawn) >= 0 and max(drawn) < rows.num_rows
+
+
+def one_token_a_file(directory: Path, count: int) -> Path:
+    for number in range(1, count + 1):
+        tensors = {"tokens": torch.tensor([number], dtype=torch.int32), "document_starts": torch.tensor([0])}
+        save_file(tensors, directory / part_name("train.safetensors", number, count))
+    return directory / "train.safetensors"
+
+
+def test_a_stream_of_many_files_keeps_few_open(tmp_path: Path) -> None:
+    count = 3 * MOST_MAPPED
+    path = one_token_a_file(tmp_path, count)
+    before = psutil.Process().num_fds()
+    stream = TokenStream(path)
+    backwards = [int(stream.tokens(place, place + 1)[0]) for place in reversed(range(count))]
+    assert backwards == list(range(count, 0, -1))
+    assert stream.document_starts(0, count).tolist() == list(range(count))
+    assert 0 < psutil.Process().num_fds() - before <= MOST_MAPPED
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """As where the process has all files open that it may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_process_that_may_open_no_more_files_says_what_to_raise(tmp_path: Path) -> None:
+    path = one_token_a_file(tmp_path, 1)
+    with no_more_files(), pytest.raises(CheckpointError, match=r"train.safetensors: .*\(ulimit -n\)$"):
+        TokenStream(path)
