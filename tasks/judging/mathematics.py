@@ -1,0 +1,132 @@
+"""Whether two mathematical answers are the same: math-verify, in a process of its own that may be killed.
+
+An answer such as 9^{9^{9^9}} keeps sympy busy for ever, or takes all memory. So that process has a limit of memory, and
+is replaced where it does not answer in time.
+"""
+
+import logging
+import multiprocessing
+import re
+import resource
+from multiprocessing.connection import Connection
+from threading import Lock
+from types import TracebackType
+from typing import Self
+
+START_SECONDS = 120.0  # until sympy is imported, on a busy machine
+ANSWER_SECONDS = 20.0  # math-verify itself gives a comparison, and each of the two parses, five
+MEMORY_BYTES = 4 << 30
+LONGEST = 2000  # characters; no answer of a benchmark is nearly as long
+
+_SPACE = re.compile(r"\\[,;:! ]|\\quad|\\qquad|~|\s+")
+_PERCENT_OR_DEGREES = re.compile(r"\\?%|\^\s*\{?\s*\\circ\s*\}?|\\degree")
+_GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+(?![\d,])")
+_MIXED = re.compile(r"(-?)(\d+)\s*(\\[dt]?frac\s*(?:\{\d+\}|\d)\s*(?:\{\d+\}|\d))")
+
+logger = logging.getLogger(__name__)
+
+
+class Mathematician:
+    """Compares answers with math-verify. One comparison at a time; close it, or use it as a context."""
+
+    def __init__(self, *, seconds: float = ANSWER_SECONDS) -> None:
+        self._seconds = seconds
+        self._lock = Lock()
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._connection: Connection | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def same(self, expected: str, answer: str) -> bool:
+        """Whether an answer equals the expected one, both in LaTeX or plain text.
+
+        An answer that cannot be read, or whose comparison takes too long or too much memory, is not the same.
+        """
+        expected, answer = normalised(expected), normalised(answer)
+        if _bare(expected) == _bare(answer):
+            return True
+        if len(answer) > LONGEST:
+            return False
+        with self._lock:
+            return self._asked(expected, answer)
+
+    def close(self) -> None:
+        """End the process; the next comparison would start another."""
+        if self._process is not None and self._connection is not None:
+            self._connection.close()
+            self._process.kill()
+            self._process.join()
+        self._process = self._connection = None
+
+    def _asked(self, expected: str, answer: str) -> bool:
+        for _ in range(2):  # the second time where the first process died, of whatever
+            connection = self._connection or self._started()
+            try:
+                connection.send((expected, answer))
+                if connection.poll(self._seconds):
+                    return bool(connection.recv())
+            except (EOFError, BrokenPipeError, ConnectionResetError):
+                self.close()
+                continue
+            logger.warning("comparing %.80r with %.80r took over %.0f s: not the same", answer, expected, self._seconds)
+            self.close()
+            return False
+        logger.warning("comparing %.80r with %.80r ended math-verify twice: not the same", answer, expected)
+        return False
+
+    def _started(self) -> Connection:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        self._process = context.Process(target=_compare, args=(theirs,), name="mathematician", daemon=True)
+        self._process.start()
+        theirs.close()
+        try:
+            ready = ours.poll(START_SECONDS) and ours.recv()
+        except EOFError:
+            ready = False
+        self._connection = ours
+        if ready is not True:
+            self.close()
+            raise ValueError(ready or "math-verify did not start; see the lines above")
+        return ours
+
+
+def normalised(answer: str) -> str:
+    r"""An answer without what does not change it: dollar signs, 1{,}000's commas, signs of percent and degrees.
+
+    A mixed number such as 3\frac{1}{2} becomes the sum that it is; to math-verify it is a product.
+    """
+    text = answer.strip().strip("$").strip().rstrip(".")
+    text = _GROUPED.sub(lambda number: re.sub(r"\D", "", number[0]), text)
+    if mixed := _MIXED.fullmatch(text):
+        text = f"{mixed[1]}({mixed[2]}+{mixed[3]})"
+    return _PERCENT_OR_DEGREES.sub("", text).strip()
+
+
+def _bare(answer: str) -> str:
+    return _SPACE.sub("", answer).replace("\\left", "").replace("\\right", "").replace("dfrac", "frac")
+
+
+def _compare(connection: Connection) -> None:
+    """The process: pairs come in, verdicts go out, until the other end closes."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    try:
+        from math_verify import parse, verify
+    except ImportError:
+        connection.send("math-verify is not installed; pip install 'elastic-family[eval]'")
+        return
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # an answer that cannot be read is no news
+    connection.send(True)
+    while True:
+        try:
+            expected, answer = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send(verify(parse(f"${expected}$"), parse(f"${answer}$")))
+        except (MemoryError, RecursionError):
+            connection.send(False)
