@@ -15,6 +15,7 @@ from elastic_core.geometry import Axes, FfnLayout, ModelConfig
 from elastic_core.schema import Strict, checked_name, multiple_of, not_negative, positive
 
 Storage = Literal["materialised", "nested"]
+Sharding = Literal["full", "hybrid"]
 MambaScores = Literal["absolute", "signed"]
 TemplateArgument = str | bool | int | float
 
@@ -214,6 +215,9 @@ class Stage(Strict):
     pass. Example: `true`."""
     offload: bool = False
     """Whether the inputs that `recompute` keeps wait in host memory, copied beside the compute. Example: `true`."""
+    sharding: Sharding = "full"
+    """Which processes divide weights, gradients and moments: `full`, all of them; `hybrid`, those of one host, so that
+    every host has a copy, and hosts send one another gradients alone, once a step. Example: `hybrid`."""
     checkpoint_every: int = 100
     """Steps between checkpoints, to which a killed run goes back. Example: `50`."""
     sources: dict[str, float] | None = None

@@ -101,7 +101,7 @@ class _Moment:
 
 
 def training_memory(model: ModelConfig, step: MicroStep, *, gpus: int, router_params: int = 0) -> Memory:
-    """The memory of one of `gpus` that train together (parallel.py); every one holds the router whole."""
+    """The memory of one of `gpus` that divide the weights (parallel.py); every one holds the router whole."""
     params = ParamsCost(model=model).of(full_subnet(model))
     mine = ceil(params / gpus) + router_params
     moments = _moments(model, step) if gpus > 1 else _moments_alone(model, step)

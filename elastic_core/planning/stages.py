@@ -11,8 +11,8 @@ from elastic_core.geometry import ModelConfig
 from elastic_core.planning.flops import backward_flops, forward_flops, recomputed_flops
 from elastic_core.planning.machine import LEAST_MARGIN, Accelerator
 from elastic_core.planning.memory import Memory, MicroStep, activation_bytes, host_bytes, training_memory
-from elastic_core.planning.traffic import micro_step_traffic
-from elastic_core.recipe import Distillation, Stage
+from elastic_core.planning.traffic import averaging_traffic, micro_step_traffic
+from elastic_core.recipe import Distillation, Sharding, Stage
 from elastic_core.subnet import Subnet, full_subnet
 from elastic_core.training.curriculum import Need
 
@@ -38,6 +38,7 @@ class Change:
     gpus: int
     recompute: bool
     offload: bool
+    sharding: Sharding
     micro_batch_size: int
     sequence_length: int
     memory: int
@@ -51,7 +52,8 @@ class MeshPlan:
     does; none, if nothing does.
 
     `margin` is the share of the usable memory that stays free; a fit is `tight` below `LEAST_MARGIN`. `sent` is what
-    one GPU sends in the whole stage, `between_hosts` what leaves all hosts together, in bytes.
+    one GPU sends in the whole stage, `between_hosts` what leaves all hosts together, in bytes; `between_copies` is what
+    would leave them with a copy of the weights on every host, None where there is one or it does not fit.
     """
 
     gpus: int
@@ -61,6 +63,7 @@ class MeshPlan:
     fits: bool
     sent: int
     between_hosts: int
+    between_copies: int | None
     gpu_hours: float
     hours: float
     dollars: float
@@ -166,14 +169,18 @@ class StageWork:
         )
 
     def memory(self, stage: Stage, gpus: int) -> Memory:
-        return training_memory(self.model, self.largest(stage), gpus=gpus, router_params=self.router_params)
+        shards = self.shards(stage, gpus)
+        return training_memory(self.model, self.largest(stage), gpus=shards, router_params=self.router_params)
+
+    def shards(self, stage: Stage, gpus: int) -> int:
+        """The number of GPUs that divide the weights."""
+        return gpus if stage.sharding == "full" else min(gpus, self.accelerator.on_a_host)
 
     def mesh(self, gpus: int, flops: int) -> MeshPlan:
         divides = self.divides(self.stage, gpus)
         memory = self.memory(self.stage, gpus)
         fits = divides and memory.total <= self.accelerator.usable
-        hours, sent = self.accelerator.hours(flops), self.sent(gpus)
-        hosts = -(-gpus // self.accelerator.on_a_host)
+        hours, (sent, between) = self.accelerator.hours(flops), self.sent(self.stage, gpus)
         return MeshPlan(
             gpus=gpus,
             micro_steps=self.stage.micro_steps(gpus) if divides else None,
@@ -181,28 +188,40 @@ class StageWork:
             margin=self.accelerator.margin(memory.total),
             fits=fits,
             sent=sent,
-            between_hosts=hosts * sent if hosts > 1 else 0,
+            between_hosts=between,
+            between_copies=self.between_copies(gpus) if between else None,
             gpu_hours=hours,
             hours=hours / gpus,
             dollars=hours * self.accelerator.dollars_per_hour,
             changes=() if fits else tuple(self.changes(gpus)),
         )
 
-    def sent(self, gpus: int) -> int:
-        """Bytes that one GPU sends in the whole stage; while a router learns, no layer is sure to be left out."""
-        full, sent = full_subnet(self.model), Fraction(0)
+    def sent(self, stage: Stage, gpus: int) -> tuple[int, int]:
+        """Bytes that one GPU sends in the whole stage, and that leave all hosts together.
+
+        While a router learns, no layer is sure to be left out.
+        """
+        full, within, layers = full_subnet(self.model), Fraction(0), set[int]()
+        shards, hosts = self.shards(stage, gpus), -(-gpus // self.accelerator.on_a_host)
         for name, share in self.shares().items():
             subnet = full if self.masked(self.subnets[name]) else self.subnets[name]
-            step = dataclasses.replace(self.largest(self.stage), subnet=subnet)
-            sent += share * micro_step_traffic(self.model, step, gpus).sent(gpus)
-        together = self.stage.micro_batch_size * gpus
-        return round(sent * self.stage.steps * Fraction(self.stage.batch_size, together))
+            step = dataclasses.replace(self.largest(stage), subnet=subnet)
+            within += share * micro_step_traffic(self.model, step, shards).sent(shards)
+            layers |= {*subnet.layers}
+        within *= Fraction(stage.batch_size, stage.micro_batch_size * gpus)
+        if shards == gpus:
+            return round(within * stage.steps), round(hosts * within * stage.steps) if hosts > 1 else 0
+        averaging = averaging_traffic(self.model, layers, shards, hosts)
+        return round((within + averaging) * stage.steps), averaging * gpus * stage.steps
 
-    @staticmethod
-    def divides(stage: Stage, gpus: int) -> bool:
-        """Whether the batch, and the rows that share a budget, divide among so many GPUs."""
-        together = stage.budget_rows or gpus
-        return stage.batch_size % (stage.micro_batch_size * gpus) == 0 and together % gpus == 0
+    def between_copies(self, gpus: int) -> int | None:
+        hybrid = dataclasses.replace(self.stage, sharding="hybrid")
+        return self.sent(hybrid, gpus)[1] if hybrid != self.stage and self.change(hybrid, gpus) else None
+
+    def divides(self, stage: Stage, gpus: int) -> bool:
+        """Whether the batch, and the rows that share a budget, divide among so many GPUs, and these among hosts."""
+        together, shards = stage.budget_rows or gpus, self.shards(stage, gpus)
+        return stage.batch_size % (stage.micro_batch_size * gpus) == together % gpus == gpus % shards == 0
 
     # What would fit
 
@@ -212,7 +231,7 @@ class StageWork:
         if not any(change.sequence_length == self.stage.sequence_length for change in found):
             sparing = dataclasses.replace(self.stage, recompute=True, offload=True, micro_batch_size=1)
             found += [change for change in [self.fewest_gpus(sparing)] if change is not None]
-        yield from found
+        yield from dict.fromkeys(found)
 
     def single_changes(self, gpus: int) -> Iterator[Change | None]:
         stage = self.stage
@@ -220,6 +239,8 @@ class StageWork:
             yield self.change(dataclasses.replace(stage, recompute=True), gpus)
         if not stage.offload:
             yield self.change(dataclasses.replace(stage, recompute=True, offload=True), gpus)
+        if stage.sharding != "full":
+            yield self.change(dataclasses.replace(stage, sharding="full"), gpus)
         smaller = (size for size in range(stage.micro_batch_size - 1, 0, -1) if stage.batch_size % size == 0)
         yield self.first(gpus, (dataclasses.replace(stage, micro_batch_size=size) for size in smaller))
         yield self.fewest_gpus(stage)
@@ -230,6 +251,7 @@ class StageWork:
         return next((change for stage in stages if (change := self.change(stage, gpus)) is not None), None)
 
     def fewest_gpus(self, stage: Stage) -> Change | None:
+        stage = dataclasses.replace(stage, sharding="full")  # else more hosts hold more copies
         together = stage.batch_size // stage.micro_batch_size
         counts = (count for count in range(1, together + 1) if together % count == 0)
         return next((change for count in counts if (change := self.change(stage, count)) is not None), None)
@@ -245,6 +267,7 @@ class StageWork:
             gpus=gpus,
             recompute=stage.recompute,
             offload=stage.offload,
+            sharding=stage.sharding,
             micro_batch_size=stage.micro_batch_size,
             sequence_length=stage.sequence_length,
             memory=memory,

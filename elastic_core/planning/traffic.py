@@ -2,9 +2,10 @@
 
 A layer that is run is gathered and reduced whole, whatever subnet runs of it; a layer that a subnet leaves out is not.
 Collectives are planned as rings: every GPU sends all but its own share of a tensor to the next, so that as much leaves
-every host.
+every host. Where every host has a copy of the weights, all of that stays inside a host, and hosts average gradients.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -39,6 +40,15 @@ def micro_step_traffic(model: ModelConfig, step: MicroStep, gpus: int) -> Traffi
     if step.distillation.kl_weight > 0:
         gathered += layer_matrices(model, full_subnet(model))
     return Traffic(gathered=step.width * gathered, reduced=FLOAT32_BYTES * (root + layers))
+
+
+def averaging_traffic(model: ModelConfig, layers: Collection[int], shards: int, hosts: int) -> int:
+    """Bytes that one GPU sends, once a step, to average its `1 / shards` of the gradients of these layers over `hosts`.
+
+    An all-reduce in float32: every part goes round the ring twice, but for one hop each time.
+    """
+    params = root_matrices(model) + sum(matrix_params(model, layer) for layer in layers)
+    return round(2 * FLOAT32_BYTES * Fraction(params, shards) * Fraction(hosts - 1, hosts))
 
 
 def layer_matrices(model: ModelConfig, subnet: Subnet) -> int:

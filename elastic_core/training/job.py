@@ -101,7 +101,7 @@ def _measured_kl(row: str) -> dict[str, float]:
 
 def prepare(job: TrainJob, world: World) -> tuple[StageRun, checkpoint.Family | None]:
     """Everything loaded, this process's part of it where there are several."""
-    dtype = DTYPES[job.dtype]
+    dtype, world = DTYPES[job.dtype], world.divided(job.stage.sharding)
 
     def wrap(model: ElasticNemotronH) -> None:
         parallel.shard(model, world, dtype)

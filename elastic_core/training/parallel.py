@@ -1,14 +1,15 @@
 """The processes that train one model together: the only module that touches torch.distributed.
 
 The model is wrapped from outside (FSDP2): every process holds its rows of every weight, and a layer is gathered whole
-while it runs, so that a subnet's prefixes are views here as they are in one process. A world of one process needs no
-torch.distributed, and its model stays as it is.
+while it runs, so that a subnet's prefixes are views here as they are in one process. With hybrid sharding (HSDP) the
+processes of one host divide the weights, and every host has a copy. A world of one process needs no torch.distributed,
+and its model stays as it is.
 """
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from elastic_core.files.shards import StoredTensor, staged_directory
 from elastic_core.model import ElasticNemotronH, is_matrix
+from elastic_core.recipe import Sharding
 from elastic_core.training.offload import InputsOnHost
 
 # The longest that processes wait for one of them: it may be writing its part of a checkpoint to a slow disk. One that
@@ -33,12 +35,39 @@ TIMEOUT = timedelta(minutes=20)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """The processes that train together, and this one's place among them; each has a device of its own."""
+    """The processes that train together, and this one's place among them; each has a device of its own.
+
+    Those of `mesh` divide the weights among them. `replicas` are the processes that hold the same rows, one on every
+    host; None where no two do. Each host has `on_a_host` processes, of consecutive ranks.
+    """
 
     device: torch.device
     rank: int = 0
     size: int = 1
+    on_a_host: int = 1
     mesh: DeviceMesh | None = None
+    replicas: dist.ProcessGroup | None = None
+
+    @property
+    def shards(self) -> int:
+        """The number of processes that divide the weights; the first so many hold all of them once."""
+        return self.mesh.size() if self.mesh is not None else 1
+
+    def divided(self, sharding: Sharding) -> "World":
+        """This world with the weights divided among all its processes, or with `hybrid` among those of each host."""
+        if self.size == 1:
+            return self
+        kind = self.device.type
+        if sharding == "full" or self.on_a_host == self.size:
+            return replace(self, mesh=init_device_mesh(kind, (self.size,)), replicas=None)
+        if (first := self.from_first(self.on_a_host)) != self.on_a_host:  # torchrun then ends those that agree
+            raise ValueError(
+                f"sharding=hybrid needs as many processes on every host; one has {first}, another {self.on_a_host}. "
+                "Start as many on each, or set sharding=full"
+            )
+        shape = (self.size // self.on_a_host, self.on_a_host)
+        mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+        return replace(self, mesh=mesh["shard"], replicas=mesh.get_group("replicate"))
 
     def mean(self, values: Tensor) -> list[float]:
         """The mean of every value over the processes."""
@@ -49,11 +78,16 @@ class World:
         return means
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Make the gradients of those parameters that every process holds whole their mean over the processes.
+        """Make the gradients of those parameters that several processes hold their mean over these processes.
 
         All processes run the same budgets under the same noise, so that they have gradients of the same parameters.
         """
-        whole = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.replicas is not None:
+            for gradient in (g.to_local() for g in gradients if isinstance(g, DTensor)):
+                dist.all_reduce(gradient, group=self.replicas)
+                gradient.div_(self.replicas.size())
+        whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
         if self.size == 1 or not whole:
             return
         together = torch.cat([gradient.flatten() for gradient in whole])
@@ -100,8 +134,8 @@ def join() -> Iterator[World]:
         yield World(device=device)
         return
     dist.init_process_group("nccl" if has_cuda else "gloo", timeout=TIMEOUT, device_id=device if has_cuda else None)
-    rank, size = dist.get_rank(), dist.get_world_size()
-    yield World(device=device, rank=rank, size=size, mesh=init_device_mesh(device.type, (size,)))
+    on_a_host = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    yield World(device=device, rank=dist.get_rank(), size=dist.get_world_size(), on_a_host=on_a_host)
     dist.destroy_process_group()  # not after an error: others may be waiting for this process, and would go on to
 
 
@@ -126,8 +160,9 @@ def shard(model: ElasticNemotronH, world: World, dtype: torch.dtype) -> None:
     """Leave each process its rows of every matrix; gather each layer in `dtype` while it runs.
 
     What is no matrix stays whole in every process, in its own type. Embeddings, last norm and head are one unit, which
-    stays gathered after the forward pass, because the loss uses the head. Gradients of matrices are averaged over the
-    processes in float32, after every micro-step; those of the others by `World.average_gradients`, once a step.
+    stays gathered after the forward pass, because the loss uses the head. Gradients of matrices are averaged in
+    float32 over the processes that divide them, after every micro-step; over the hosts that have copies, and those of
+    all else, by `World.average_gradients`, once a step.
     """
     if world.mesh is None:
         return
@@ -165,7 +200,10 @@ def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
 
 
 def own_part(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    """What this process adds to a file of these tensors: its rows of each; of what all hold whole, the first all."""
+    """What one of the first `World.shards` processes adds to a file of these tensors: its rows of each.
+
+    Of what every process holds whole, the first adds all.
+    """
     return {
         name: local_rows(tensor)[0]
         for name, tensor in tensors.items()

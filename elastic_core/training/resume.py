@@ -1,9 +1,10 @@
 """The state of a stage in training: written by all its processes together, read again by any number of them.
 
-`checkpoints/step-000000042/` holds a safetensors file of each process with its rows of every tensor, in the order of
-the ranks; what every process holds whole (the router, AdamW's step counts) is in the first alone. One process writes
-the same form: a single file. FSDP2 divides along the first dimension only, so a reader takes the rows it needs of each
-piece. torch.distributed.checkpoint is not used: it pickles what is not a tensor, under a safetensors name too (C8).
+`checkpoints/step-000000042/` holds a safetensors file of each process that divides the weights (of the first host's,
+where every host has a copy) with its rows of every tensor, in the order of the ranks; what every process holds whole
+(the router, AdamW's step counts) is in the first alone. One process writes the same form: a single file. FSDP2 divides
+along the first dimension only, so a reader takes the rows it needs of each piece. torch.distributed.checkpoint is not
+used: it pickles what is not a tensor, under a safetensors name too (C8).
 
 `metrics.jsonl` beside them has the metrics of every step done, and `state.json` the size and the SHA-256 of all these
 files. A checkpoint whose files are not what `state.json` says is never loaded: the one before it is.
@@ -69,20 +70,23 @@ def save_checkpoint(work: Path, run: StageRun, done: int, rows: Sequence[str]) -
     """
     world = run.world
     with staged_together(_directory(work, done), world) as staging:
-        own = staging / _file_name(world.rank, world.size)
-        digest = write_tensors(own, own_part(_tensors(run), world))
-        sync(own)  # on a disk that hosts share, no other process can do it
-        fact = torch.tensor([own.stat().st_size, *bytes.fromhex(digest)], dtype=torch.int64)
-        facts = [shared.tolist() for shared in world.gathered(fact)]
+        size, digest = 0, bytes(hashlib.sha256().digest_size)
+        if world.rank < world.shards:
+            own = staging / _file_name(world.rank, world.shards)
+            digest = bytes.fromhex(write_tensors(own, own_part(_tensors(run), world)))
+            sync(own)  # on a disk that hosts share, no other process can do it
+            size = own.stat().st_size
+        fact = torch.tensor([size, *digest], dtype=torch.int64)
+        facts = [shared.tolist() for shared in world.gathered(fact)][: world.shards]
         if world.rank == 0:
             text = "".join(f"{row}\n" for row in rows).encode()
             (staging / ROWS_FILE).write_bytes(text)
             files = {
-                _file_name(rank, world.size): _Written(size=size, sha256=bytes(digest).hex())
+                _file_name(rank, world.shards): _Written(size=size, sha256=bytes(digest).hex())
                 for rank, (size, *digest) in enumerate(facts)
             }
             files[ROWS_FILE] = _Written(size=len(text), sha256=hashlib.sha256(text).hexdigest())
-            state = _State(stage=run.stage.name, done=done, processes=world.size, files=files)
+            state = _State(stage=run.stage.name, done=done, processes=world.shards, files=files)
             write_json(staging / STATE_FILE, to_dict(state))
     if world.rank == 0:
         _remove_older(work)

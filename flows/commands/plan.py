@@ -302,14 +302,20 @@ def _verdicts(plan: RecipePlan, table: LatencyTable | None) -> Iterator[str]:
             yield _too_large(plan, step)
     for planned in plan.stages:
         for mesh in planned.meshes:
-            if not mesh.fits:
-                yield _unfit(plan, planned, mesh)
-            elif mesh.tight:
-                yield _tight(planned, mesh)
+            yield from _mesh_verdicts(plan, planned, mesh)
     meshes = _joined([f"{gpus:,}" for gpus in plan.fitting]) if plan.fitting else "none of these numbers of"
     yield f"It fits on {meshes} GPU{'s' * (plan.fitting != (1,))}."
     if not plan.feasible:
         yield "It does not run as it stands: a budget cannot be met."
+
+
+def _mesh_verdicts(plan: RecipePlan, planned: StagePlan, mesh: MeshPlan) -> Iterator[str]:
+    if not mesh.fits:
+        yield _unfit(plan, planned, mesh)
+    elif mesh.tight:
+        yield _tight(planned, mesh)
+    if mesh.between_copies is not None:
+        yield _copies(planned, mesh, mesh.between_copies)
 
 
 def _infeasible(plan: RecipePlan, budget: BudgetPlan, table: LatencyTable | None) -> str:
@@ -338,6 +344,13 @@ def _tight(planned: StagePlan, mesh: MeshPlan) -> str:
     )
 
 
+def _copies(planned: StagePlan, mesh: MeshPlan, between: int) -> str:
+    return (
+        f"{planned.stage.name} on {mesh.gpus:,} GPUs also fits with sharding: hybrid, a copy of the weights on every "
+        f"host; then the hosts send one another {human_bytes(between)} instead of {human_bytes(mesh.between_hosts)}."
+    )
+
+
 def _unfit(plan: RecipePlan, planned: StagePlan, mesh: MeshPlan) -> str:
     where = f"{planned.stage.name} on {mesh.gpus:,} GPU{'s' * (mesh.gpus > 1)}"
     if mesh.micro_steps is None:
@@ -354,6 +367,8 @@ def _change(planned: StagePlan, mesh: MeshPlan, change: Change) -> str:
         parts.append("recompute: true")
     if change.offload != stage.offload:
         parts.append("offload: true")
+    if change.sharding != stage.sharding:
+        parts.append(f"sharding: {change.sharding}")
     if change.micro_batch_size != stage.micro_batch_size:
         parts.append(f"micro_batch_size: {change.micro_batch_size}")
     if change.sequence_length != stage.sequence_length:

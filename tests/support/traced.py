@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from fused import FUSED, rms_norm
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,7 +24,7 @@ from elastic_core import model as model_module
 from elastic_core.geometry import ModelConfig
 from elastic_core.layers import ssm, tiles
 from elastic_core.model import ElasticNemotronH
-from elastic_core.recipe import Distillation, Stage
+from elastic_core.recipe import Distillation, Sharding, Stage
 from elastic_core.subnet import Masks, Subnet
 from elastic_core.training import offload, train
 from elastic_core.training.parallel import World, recompute_layers, shard
@@ -34,13 +33,16 @@ from elastic_core.training.tokens import TokenBatch
 
 @dataclasses.dataclass
 class Trace:
-    """Bytes on one GPU: what the states take, the most that was there at once, what the step gathered and reduced."""
+    """Bytes on one GPU: what the states take, the most that was there at once, what a micro-step gathered and reduced.
+
+    `averaged` are the gradients that all GPUs, or those of several hosts, average at the end of the step.
+    """
 
     states: int = 0
     peak: int = 0
     gathered: int = 0
     reduced: int = 0
-    all_reduced: int = 0
+    averaged: int = 0
 
 
 class Watch(TorchDispatchMode):
@@ -112,15 +114,15 @@ class Watch(TorchDispatchMode):
         elif name.startswith("c10d::_reduce_scatter_base_"):
             self.trace.reduced += inputs[1].nbytes
         elif name.startswith("c10d::allreduce_"):
-            self.trace.all_reduced += sum(tensor.nbytes for tensor in inputs[0])
+            self.trace.averaged += sum(tensor.nbytes for tensor in inputs[0])
 
 
 @contextlib.contextmanager
-def world_of(ranks: int) -> Iterator[World]:
-    """The first of so many processes, whose messages reach nobody."""
+def world_of(ranks: int, sharding: Sharding = "full") -> Iterator[World]:
+    """The first of so many processes, eight on a host, whose messages reach nobody."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
-        yield World(device=torch.device("cpu"), rank=0, size=ranks, mesh=init_device_mesh("cpu", (ranks,)))
+        yield World(device=torch.device("cpu"), size=ranks, on_a_host=8).divided(sharding)
     finally:
         dist.destroy_process_group()
 

@@ -6,6 +6,7 @@ with `--copy`, loads the last checkpoint of the first job and writes it as the l
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -117,21 +118,33 @@ def metrics_of(work: Path) -> dict[int, dict[str, Any]]:
     return {row["step"]: row for row in map(json.loads, filter(None, lines))}
 
 
-def launch(processes: int, *jobs: TrainJob, copy: bool = False) -> None:
-    """Run this file with these jobs under torchrun."""
+def launch(processes: int, *jobs: TrainJob, copy: bool = False, hosts: int = 1) -> None:
+    """Run this file with these jobs under torchrun, with so many processes on each host; the hosts are all this one."""
     files = []
     for each in jobs:
         files.append(Path(each.work) / "job.json")
         files[-1].write_text(json.dumps(to_dict(each)))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run(
-        [*torchrun, __file__, *(["--copy"] if copy else []), *map(str, files)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}", f"--nnodes={hosts}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *meet, f"--nproc-per-node={processes}"]
+    started = [
+        subprocess.Popen(
+            [*torchrun, __file__, *(["--copy"] if copy else []), *map(str, files)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(hosts)
+    ]
+    for process in started:
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
 
 
 def copy_checkpoint(source: TrainJob, target: TrainJob, world: parallel.World) -> None:

@@ -11,6 +11,7 @@ from nano import NANO_12B
 
 from elastic_core.budget import Budget, LatencyTarget
 from elastic_core.cost import budget_cost, subnet_params
+from elastic_core.files.checkpoint import tensor_shapes
 from elastic_core.geometry import Axes
 from elastic_core.planning.flops import backward_flops, forward_flops, recomputed_flops
 from elastic_core.planning.machine import USABLE_SHARE, Accelerator
@@ -286,12 +287,16 @@ def test_what_leaves_a_gpu_is_what_its_micro_steps_gather_and_reduce() -> None:
     planned = plan(8, 64, router={"mode": "frozen"}, recompute=True)
     (stage,) = planned.stages
     for mesh in stage.meshes:
-        steps = [
-            (share, MicroStep(**ONE_SEQUENCE, subnet=budget.subnet))
-            for share, budget in zip(SHARES.values(), planned.budgets, strict=True)
-        ]
-        of_a_micro_step = sum(s * micro_step_traffic(NANO_12B, step, mesh.gpus).sent(mesh.gpus) for s, step in steps)
-        assert mesh.sent == pytest.approx(of_a_micro_step * stage.sequences / mesh.gpus)
+        assert mesh.sent == pytest.approx(micro_step_sent(planned, mesh.gpus) * stage.sequences / mesh.gpus)
+
+
+def micro_step_sent(planned: RecipePlan, shards: int) -> float:
+    """What one GPU sends in a micro-step, on average over the budgets."""
+    steps = [MicroStep(**ONE_SEQUENCE, subnet=budget.subnet) for budget in planned.budgets]
+    return sum(
+        share * micro_step_traffic(NANO_12B, step, shards).sent(shards)
+        for share, step in zip(SHARES.values(), steps, strict=True)
+    )
 
 
 def test_one_gpu_sends_nothing_and_one_host_nothing_outside() -> None:
@@ -299,6 +304,29 @@ def test_one_gpu_sends_nothing_and_one_host_nothing_outside() -> None:
     assert (alone.sent, alone.between_hosts, host.between_hosts) == (0, 0, 0)
     assert host.sent > 0
     assert hosts.between_hosts == 3 * hosts.sent
+
+
+def test_hosts_with_a_copy_each_need_the_memory_of_one_host_and_send_gradients_alone_once_a_step() -> None:
+    settings: dict[str, Any] = {"router": {"mode": "frozen"}, "recompute": True, "offload": True}
+    (full,) = plan(8, 24, **settings).stages
+    planned = plan(8, 24, sharding="hybrid", **settings)
+    host, hosts = planned.stages[0].meshes
+    assert dataclasses.replace(host, between_copies=None) == full.meshes[0]
+    assert hosts.memory == host.memory
+    assert hosts.between_hosts == full.meshes[1].between_copies < full.meshes[1].between_hosts
+    gradients = 4 * sum(math.prod(shape) for shape in tensor_shapes(NANO_12B).values() if len(shape) == 2)
+    # Three hosts in a ring: two thirds of every part go round it twice.
+    assert hosts.between_hosts == pytest.approx(STAGE["steps"] * 3 * 2 * gradients * 2 / 3)
+    inside = micro_step_sent(planned, 8) * STAGE["batch_size"] / 24
+    assert hosts.sent == pytest.approx(STAGE["steps"] * (inside + 2 * gradients / 8 * 2 / 3))
+
+
+def test_a_copy_on_every_host_is_not_advised_where_it_does_not_fit() -> None:
+    tight = dataclasses.replace(H100, memory=plan(24, recompute=True).stages[0].meshes[0].memory.total * 10 // 9)
+    mesh = plan(24, recompute=True, accelerator=tight).stages[0].meshes[0]
+    assert mesh.fits and mesh.between_copies is None
+    (mesh,) = plan(24, recompute=True, sharding="hybrid", accelerator=tight).stages[0].meshes
+    assert not mesh.fits and "full" in {change.sharding for change in mesh.changes}
 
 
 def test_a_fit_with_little_to_spare_is_tight() -> None:

@@ -12,8 +12,8 @@ from traced import Trace, traced_step, world_of
 
 from elastic_core.geometry import ATTENTION, FFN, MAMBA, ModelConfig
 from elastic_core.planning.memory import MicroStep, training_memory
-from elastic_core.planning.traffic import micro_step_traffic
-from elastic_core.recipe import Distillation, Optimizer, Stage
+from elastic_core.planning.traffic import averaging_traffic, micro_step_traffic
+from elastic_core.recipe import Distillation, Optimizer, Sharding, Stage
 from elastic_core.subnet import Subnet, full_subnet
 
 # What is planned from above may be above by so much, and what is left out, such as one value a token, below by it.
@@ -35,7 +35,15 @@ def size(config: ModelConfig, hidden: int, ffn: int, mamba_heads: int, queries: 
     )
 
 
-def compare(config: ModelConfig, subnet: Subnet, ranks: int, tokens: int, masked: bool, keeps: str) -> None:
+def compare(
+    config: ModelConfig,
+    subnet: Subnet,
+    ranks: int,
+    tokens: int,
+    masked: bool,
+    keeps: str,
+    sharding: Sharding = "full",
+) -> None:
     stage = Stage(
         name="traced",
         sequence_length=tokens,
@@ -45,8 +53,9 @@ def compare(config: ModelConfig, subnet: Subnet, ranks: int, tokens: int, masked
         optimizer=Optimizer(learning_rate=1e-4),
         recompute=keeps != "all",
         offload=keeps == "nothing",
+        sharding=sharding,
     )
-    with world_of(ranks) as world:
+    with world_of(ranks, sharding) as world:
         traced: Trace = traced_step(config, stage, Distillation(), subnet, masked=masked, world=world)
     step = MicroStep(
         subnet=subnet,
@@ -58,16 +67,22 @@ def compare(config: ModelConfig, subnet: Subnet, ranks: int, tokens: int, masked
         distillation=Distillation(),
         dtype="bfloat16",
     )
-    traffic = micro_step_traffic(config, step, ranks)
-    planned = training_memory(config, step, gpus=ranks).total
+    shards = 8 if sharding == "hybrid" else ranks
+    traffic = micro_step_traffic(config, step, shards)
+    planned = training_memory(config, step, gpus=shards).total
     print(f"traced {traced.peak / 1e9:.2f} GB, planned {planned / 1e9:.2f} GB ({planned / traced.peak - 1:+.1%})")  # noqa: T201
     assert planned == pytest.approx(traced.peak, rel=MEMORY)
     assert traffic.gathered == pytest.approx(traced.gathered, rel=TRAFFIC)
     assert traffic.reduced == pytest.approx(traced.reduced, rel=TRAFFIC)
+    hosts = ranks // shards
+    averaging = averaging_traffic(config, subnet.layers, shards, hosts)
+    assert averaging == pytest.approx(2 * traced.averaged * (hosts - 1) / hosts, rel=TRAFFIC)
 
 
-def test_a_short_models_step_is_planned_right() -> None:
-    compare(SHORT, size(SHORT, 4096, 10240, 96, 32, 9), 8, STAGE1, masked=False, keeps="all")
+@pytest.mark.parametrize(("ranks", "sharding"), [(8, "full"), (64, "hybrid")])
+def test_a_short_models_step_is_planned_right(ranks: int, sharding: Sharding) -> None:
+    subnet = size(SHORT, 4096, 10240, 96, 32, 9)
+    compare(SHORT, subnet, ranks, STAGE1, masked=False, keeps="all", sharding=sharding)
 
 
 LARGE = full_subnet(NANO_12B)

@@ -1,9 +1,11 @@
 """Laws of training in several processes: it is the training of one process, and so is a pass that runs layers twice."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,14 +102,34 @@ def pairs(tmp_path_factory) -> dict[Case, tuple[TrainJob, TrainJob]]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(case, pairs):
     near = partial(pytest.approx, abs=SUM_ORDER) if case.dtype == "float32" else partial(pytest.approx, rel=BFLOAT16)
-    two, one = (metrics_of(Path(each.work)) for each in pairs[case])
-    assert two.keys() == one.keys() == set(range(STAGE.steps))
-    for step in one:
-        assert two[step]["loss"] == near(one[step]["loss"]), step
-        assert two[step]["gradient_norm"] == near(one[step]["gradient_norm"]), step
-        for name, budget in one[step]["budgets"].items():
-            assert two[step]["budgets"][name]["loss"] == near(budget["loss"]), (step, name)
-            assert two[step]["budgets"][name]["choices"] == near(budget["choices"]), (step, name)
+    assert_same_losses(*pairs[case], near)
+
+
+def assert_same_losses(many: TrainJob, one: TrainJob, near: Callable[[Any], Any]) -> None:
+    found, expected = (metrics_of(Path(each.work)) for each in (many, one))
+    assert found.keys() == expected.keys() == set(range(STAGE.steps))
+    for step in expected:
+        assert found[step]["loss"] == near(expected[step]["loss"]), step
+        assert found[step]["gradient_norm"] == near(expected[step]["gradient_norm"]), step
+        for name, budget in expected[step]["budgets"].items():
+            assert found[step]["budgets"][name]["loss"] == near(budget["loss"]), (step, name)
+            assert found[step]["budgets"][name]["choices"] == near(budget["choices"]), (step, name)
+
+
+@pytest.mark.services
+def test_hosts_that_have_a_copy_of_the_weights_each_train_as_one_process_does(tmp_path):
+    family, tokens = write_family(tmp_path / "family"), write_tokens(tmp_path / "tokens.safetensors")
+
+    def distilled(processes: int) -> TrainJob:
+        stage = replace(STAGE, batch_size=12, micro_batch_size=4 // processes, budget_rows=4, sharding="hybrid")
+        return train_job(family, tokens, tmp_path / str(processes), stage=stage)
+
+    four, one = distilled(4), distilled(1)
+    launch(2, four, hosts=2)
+    job.run_job(one, ALONE)
+    assert_same_losses(four, one, partial(pytest.approx, abs=SUM_ORDER))
+    found, expected = (read_header(Path(each.output) / "model.safetensors") for each in (four, one))
+    assert {name: weight.shape for name, weight in found.items()} == {name: w.shape for name, w in expected.items()}
 
 
 @pytest.mark.services
