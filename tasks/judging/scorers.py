@@ -1,9 +1,11 @@
-"""Whether a completion answers a problem: by mathematics, by the letter of a choice, or by exact match."""
+"""Whether a completion answers a problem: by mathematics, a choice's letter, exact match, or a program's tests."""
 
 from dataclasses import dataclass
 
-from tasks.judging.answers import boxed, letter
+from tasks.judging.answers import boxed, code_block, letter
 from tasks.judging.mathematics import Mathematician
+from tasks.judging.programs import Cases, passes
+from tasks.judging.sandbox import Sandbox
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class Text:
     value: str
 
 
-Key = Expression | Choice | Text
+Key = Expression | Choice | Text | Cases
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +46,11 @@ class Verdict:
     right: bool
 
 
-def judged(answer: str | None, key: Key, mathematician: Mathematician) -> Verdict:
-    """The verdict on what a completion says after its last thought; None is a thought that does not end."""
+def judged(answer: str | None, key: Key, mathematician: Mathematician, sandbox: Sandbox) -> Verdict:
+    """The verdict on what a completion says after its last thought; None is a thought that does not end.
+
+    A program of the answer is run in the sandbox.
+    """
     if answer is None:
         return Verdict(None, False)
     match key:
@@ -57,3 +62,6 @@ def judged(answer: str | None, key: Key, mathematician: Mathematician) -> Verdic
             return Verdict(found, found == right)
         case Text(value):
             return Verdict(answer or None, answer == value.strip())
+        case Cases():
+            found = code_block(answer)
+            return Verdict(found, found is not None and passes(found, key, sandbox))

@@ -6,6 +6,7 @@ import pytest
 
 from tasks.judging.answers import boxed, code_block, letter, without_thought
 from tasks.judging.mathematics import Mathematician
+from tasks.judging.sandbox import Sandbox
 from tasks.judging.scorers import Choice, Expression, Key, Text, Verdict, judged
 
 pytest.importorskip("math_verify", reason="math-verify comes with the extra `eval`")
@@ -91,7 +92,7 @@ EXPRESSIONS = [
 def test_mathematics_is_judged_by_its_value(
     expected: str, said: str, right: bool, mathematician: Mathematician
 ) -> None:
-    verdict = judged(f"So it is \\boxed{{{said}}}.", Expression(expected), mathematician)
+    verdict = judged(f"So it is \\boxed{{{said}}}.", Expression(expected), mathematician, Sandbox())
     assert (verdict.answer, verdict.right) == (said, right)
 
 
@@ -147,7 +148,7 @@ def test_an_answer_is_found_where_it_stands(
     completion: str, key: Key, found: str | None, right: bool, mathematician: Mathematician
 ) -> None:
     after = without_thought(completion, thinking=False)
-    assert judged(after, key, mathematician) == Verdict(found, right)
+    assert judged(after, key, mathematician, Sandbox()) == Verdict(found, right)
 
 
 @pytest.mark.parametrize(("completion", "key", "found", "right"), COMPLETIONS)
@@ -156,9 +157,9 @@ def test_a_model_that_thinks_scores_as_its_answers_alone_would(
 ) -> None:
     thought = r"Is it \boxed{77}, or \boxed{D}, or Rome?"
     begun_in_prompt = without_thought(f"{thought}</think>{completion}", thinking=True)
-    assert judged(begun_in_prompt, key, mathematician) == Verdict(found, right)
+    assert judged(begun_in_prompt, key, mathematician, Sandbox()) == Verdict(found, right)
     never_ended = without_thought(f"{thought} {completion.rpartition('</think>')[2]}", thinking=True)
-    assert judged(never_ended, key, mathematician) == Verdict(None, False)
+    assert judged(never_ended, key, mathematician, Sandbox()) == Verdict(None, False)
 
 
 def test_an_answer_that_cannot_be_computed_is_wrong_and_the_next_is_judged() -> None:

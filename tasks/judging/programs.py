@@ -1,0 +1,79 @@
+"""Programs judged by tests, as LiveCodeBench judges them: by what they print, or by what a function of theirs returns.
+
+What is expected never enters the sandbox: the output comes out and is compared here.
+"""
+
+import json
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+
+from tasks.judging.sandbox import Sandbox
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Standard input and the output that is expected; for a function its arguments, a line of JSON each, and result."""
+
+    given: str
+    expected: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cases:
+    """Every test must pass. `function`: the name of the function, or method of class Solution, that they call."""
+
+    all: tuple[Case, ...]
+    function: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.all:
+            raise ValueError("a program without tests cannot be judged")
+
+
+def passes(program: str, cases: Cases, sandbox: Sandbox) -> bool:
+    """Whether a program passes every test; the first that fails ends it."""
+    compare = same_text if cases.function is None else same_value
+    for case in cases.all:
+        outcome = sandbox.run(program, case.given, function=cases.function)
+        if outcome.ending != "ended" or not compare(outcome.output, case.expected):
+            return False
+    return True
+
+
+def same_text(output: str, expected: str) -> bool:
+    """Whether two outputs have the same lines, less white space around each, or lines of the same numbers."""
+    ours, theirs = _lines(output), _lines(expected)
+    return len(ours) == len(theirs) and all(map(_same_line, ours, theirs))
+
+
+def same_value(output: str, expected: str) -> bool:
+    """Whether two texts are the same value in JSON; True is not 1, but 1.0 is."""
+    try:
+        ours, theirs = json.loads(output), json.loads(expected)
+    except ValueError:
+        return False
+    return bool(ours == theirs) and _truths(ours) == _truths(theirs)
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.strip().split("\n")]
+
+
+def _same_line(ours: str, theirs: str) -> bool:
+    if ours == theirs:
+        return True
+    try:
+        return [Decimal(word) for word in ours.split()] == [Decimal(word) for word in theirs.split()]
+    except InvalidOperation:
+        return False
+
+
+def _truths(value: object) -> object:
+    """The places of true and false in a value, which Python takes for 1 and 0."""
+    match value:
+        case dict():
+            return {key: _truths(each) for key, each in value.items()}
+        case list():
+            return [_truths(each) for each in value]
+        case _:
+            return isinstance(value, bool)
