@@ -81,7 +81,8 @@ def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationReco
             )
             for budget in recipe.budgets
         }
-        evaluation = evaluate(
+        evaluation = run(
+            evaluate,
             teacher=teacher,
             reordered=reordered,
             family=family,

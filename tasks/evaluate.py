@@ -95,6 +95,7 @@ class Reader:
     random_seed: int | None = None
 
 
+@step(on_gpu=True)
 def evaluate(
     teacher: Artifact,
     reordered: Artifact,
@@ -108,7 +109,8 @@ def evaluate(
 ) -> EvaluationRecord:
     """Held-out loss, KL, problems, speed and memory of every budget; and the loss of cutting without training.
 
-    Every number is a step of its own: an evaluation that was killed goes on at the first that is missing.
+    Every number is a step of its own inside this one, so that one run on a worker measures them all: an evaluation that
+    was killed goes on at the first that is missing.
     """
     text, asked = of_the_text(settings), replace(settings, heldout_tokens=1, sequence_length=1, batch_size=1)
 

@@ -46,6 +46,9 @@ shown_on: ContextVar[UUID | None] = ContextVar("shown_on", default=None)
 # The deployment that this process does a step for. In the step's key its name stands for the device.
 device_of_run: ContextVar[str | None] = ContextVar("device_of_run", default=None)
 
+# Whether a step that has the devices runs here: the steps inside it have them too.
+_has_devices: ContextVar[bool] = ContextVar("has_devices", default=False)
+
 logger = logging.getLogger(__name__)
 
 
@@ -83,13 +86,17 @@ def this_device() -> str:
 def device_to_oneself(home: Path) -> Iterator[None]:
     """Hold the devices of this machine against every other process of this state directory.
 
-    The end of a process frees what it held, however it ends. A pool's limit does not do it alone: a server that was
+    A step inside a step has what that one holds. The end of a process frees what it held, however it ends. A pool's limit does not do it alone: a server that was
     away may believe that a run has ended which goes on.
     """
+    if _has_devices.get():
+        yield
+        return
     with ExitStack() as stack:
         for device in _devices():
             file = home / "locks" / f"{socket.gethostname()}-{device}"
             stack.enter_context(held(file, waits=f"waiting for {device}, which another run has"))
+        stack.callback(_has_devices.reset, _has_devices.set(True))
         yield
 
 

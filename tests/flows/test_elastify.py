@@ -133,7 +133,7 @@ def test_what_was_deleted_from_the_registry_is_registered_anew(finished, command
             client.delete_registered_model(f"micro-{budget}")
     again = completed(command)
     steps = cached(again)
-    assert (steps["measure_loss"], steps["register"]) == ([True] * 4, [False]) and "micro-s:1" in again.stdout
+    assert (steps["evaluate"], steps["register"]) == ([True], [False]) and "micro-s:1" in again.stdout
     with embedded_services(command.home):
         assert {tracking.resolve(uri, f"micro-{budget}").version for budget in "lms"} == {1}
 

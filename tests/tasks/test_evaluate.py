@@ -189,7 +189,7 @@ def test_an_evaluation_asks_one_step_for_each_number_of_each_budget(
 
     monkeypatch.setattr(evaluate, "run", run)
     monkeypatch.setattr(evaluate.checkpoint, "read_family", lambda _: SimpleNamespace(budgets=budgets))
-    found = evaluate.evaluate(
+    found = evaluate.evaluate.fn(
         teacher=teacher,
         reordered=other,
         family=other,

@@ -161,7 +161,7 @@ def test_the_page_has_the_table_and_the_plots(served: Served, elastified: Elasti
 
 def test_the_page_has_the_lines_of_our_steps(served: Served, elastified: Elastified):
     said = "\n".join(served.log(elastified.run))
-    for step in ("train_tokenizer  cached", "distill  ", "register  ", "measure_loss waits for a worker, as run "):
+    for step in ("train_tokenizer  cached", "distill  ", "register  ", "evaluate waits for a worker, as run "):
         assert step in said
 
 

@@ -12,6 +12,7 @@ import pytest
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Completed, Running
 
+from elastic_core.files.locks import is_held
 from tasks.running import gpu, steps
 from tasks.settings import HOME, ServiceError
 
@@ -63,6 +64,15 @@ def test_workers_that_elastic_up_started_share_results_with_runs_of_their_machin
     on_workers = steps.MAKINGS["learn_on_gpu"]({"seed": 1}).key
     monkeypatch.delenv(gpu.DEPLOYMENT_VARIABLE)
     assert steps.MAKINGS["learn_on_gpu"]({"seed": 1}).key == on_workers != by_name
+
+
+def test_a_step_inside_a_step_that_has_the_devices_has_them_too(tmp_path: Path) -> None:
+    with gpu.device_to_oneself(tmp_path), gpu.device_to_oneself(tmp_path):
+        (lock,) = (tmp_path / "locks").iterdir()
+        assert is_held(lock)
+    assert not is_held(lock)
+    with gpu.device_to_oneself(tmp_path):
+        assert is_held(lock), "once more, for the next step"
 
 
 def answer(status: int) -> PrefectHTTPStatusError:
