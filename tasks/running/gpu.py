@@ -86,8 +86,8 @@ def this_device() -> str:
 def device_to_oneself(home: Path) -> Iterator[None]:
     """Hold the devices of this machine against every other process of this state directory.
 
-    A step inside a step has what that one holds. The end of a process frees what it held, however it ends. A pool's limit does not do it alone: a server that was
-    away may believe that a run has ended which goes on.
+    A step inside a step has what that one holds. The end of a process frees what it held, however it ends. A pool's
+    limit does not do it alone: a server that was away may believe that a run has ended which goes on.
     """
     if _has_devices.get():
         yield
