@@ -219,7 +219,9 @@ class Stage(Strict):
     """Which processes divide weights, gradients and moments: `full`, all of them; `hybrid`, those of one host, so that
     every host has a copy, and hosts send one another gradients alone, once a step. Example: `hybrid`."""
     checkpoint_every: int = 100
-    """Steps between checkpoints, to which a killed run goes back. Example: `50`."""
+    """The most steps between checkpoints, to which a killed run goes back. Example: `50`."""
+    checkpoint_minutes: float = 30.0
+    """The most minutes between checkpoints, by the first process's clock. Example: `10`."""
     sources: dict[str, float] | None = None
     """The weight of each source of data that the stage draws from, by its name; unset, the sources' own weights.
     Example: `{books: 0.8, web: 0.2}`."""
@@ -227,7 +229,8 @@ class Stage(Strict):
     def __post_init__(self) -> None:
         if self.sources is not None and (min(self.sources.values(), default=0) < 0 or not any(self.sources.values())):
             raise ValueError(f"sources={self.sources} must give each source a weight of at least 0, and one a greater")
-        positive(self, "sequence_length", "batch_size", "steps", "micro_batch_size", "checkpoint_every")
+        positive(self, "sequence_length", "batch_size", "steps", "micro_batch_size")
+        positive(self, "checkpoint_every", "checkpoint_minutes")
         if self.budget_rows is not None:
             positive(self, "budget_rows")
             multiple_of("batch_size", self.batch_size, "budget_rows", self.budget_rows)

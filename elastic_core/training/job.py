@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
@@ -75,14 +76,17 @@ def run_job(job: TrainJob, world: World) -> None:
     run, family = prepare(job, world)
     work, steps = Path(job.work), job.stage.steps
     start, rows = resume(work, run)
+    saved = time.monotonic()
     with open_metrics(work / METRICS if world.rank == 0 else None, rows) as metrics_file:
         for metrics in train_stage(run, start, [_measured_kl(row) for row in rows]):
             rows.append(json.dumps(asdict(metrics)))
             metrics_file.write(f"{rows[-1]}\n")
             metrics_file.flush()
-            done = metrics.step + 1
-            if done % job.stage.checkpoint_every == 0 or done == steps:
+            done, minutes = metrics.step + 1, (time.monotonic() - saved) / 60
+            late = world.from_first(minutes >= job.stage.checkpoint_minutes)
+            if done % job.stage.checkpoint_every == 0 or late or done == steps:
                 save_checkpoint(work, run, done, rows)
+                saved = time.monotonic()
     if start < steps and last_whole(work, world) < steps:
         save_checkpoint(work, run, steps, rows)
         if last_whole(work, world) < steps:

@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from trainee import ALONE, STAGE, launch, metrics_of, train_job, write_family, w
 from elastic_core.recipe import Distillation
 from elastic_core.training import job, resume
 from elastic_core.training.job import TrainJob
-from elastic_core.training.train import StageRun, train_stage
+from elastic_core.training.train import StageRun, StepMetrics, train_stage
 
 # As in test_parallel.py: two processes sum a gradient in another order than one.
 SUM_ORDER = 1e-5
@@ -110,6 +112,29 @@ def test_the_latest_two_checkpoints_are_kept_and_none_of_a_finished_stage(start,
     assert names == ["step-000000004", "step-000000006"]
     job.run_job(trained, ALONE)
     assert not (tmp_path / "work/checkpoints").exists()
+
+
+def test_a_checkpoint_is_written_by_the_clock_too_which_begins_again_with_each(start, tmp_path, monkeypatch):
+    """A clock that goes a minute a step, and in every checkpoint half an hour."""
+    now, written = [0.0], []
+
+    def save(work: Path, run: StageRun, done: int, rows: list[str]) -> None:
+        resume.save_checkpoint(work, run, done, rows)
+        written.append(done)
+        now[0] += 1800
+
+    def step(*given: Any) -> Iterator[StepMetrics]:
+        for metrics in train_stage(*given):
+            now[0] += 60
+            yield metrics
+
+    monkeypatch.setattr(job, "save_checkpoint", save)
+    monkeypatch.setattr(job, "train_stage", step)
+    monkeypatch.setattr(job, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    trained = sized(start, tmp_path / "work", 1)
+    by_clock = replace(trained.stage, checkpoint_every=100, checkpoint_minutes=3.0)
+    job.run_job(replace(trained, stage=by_clock), ALONE)
+    assert written == [3, 6, STAGE.steps]
 
 
 def test_a_checkpoint_of_another_model_is_refused(start, tmp_path, monkeypatch):
