@@ -10,7 +10,6 @@ import lzma
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -67,7 +66,7 @@ def file_pieces(source: DataSource, files: Mapping[str, Path], piece_bytes: int 
 def hub_pieces(source: DataSource, cache_dir: str) -> list[Piece]:
     """The files of a data set on the Hub, at the commit that it has now."""
     path = f"{source.path.partition('@')[0]}@{commit_of(parse_dataset(source.path))}"
-    files = _streamed(path, source.path, source.split, cache_dir).num_shards
+    files = _listed(path, source.path, source.split, cache_dir).num_shards
     return [
         Piece(name=source.path, path=path, format=HUB_FORMAT, size=None, span=(number, files))
         for number in range(files)
@@ -219,7 +218,7 @@ def _hub_rows(piece: Piece, split: str, cache_dir: str) -> Iterator[tuple[str, R
         rows = _stream(piece.path, piece.name, split, cache_dir)
     else:
         at, files = piece.span
-        rows = _streamed(piece.path, piece.name, split, cache_dir).shard(num_shards=files, index=at)
+        rows = _listed(piece.path, piece.name, split, cache_dir).shard(num_shards=files, index=at)
         of_file = f" file {at + 1}" if files > 1 else ""
     for number, row in enumerate(rows, 1):
         yield f"{piece.name}{of_file} row {number}", row
@@ -237,5 +236,14 @@ def _stream(path: str, name: str, split: str, cache_dir: str) -> IterableDataset
         raise ValueError(f"{name}: {first_line(error)}; correct it in data.sources") from error
 
 
-# Asked once a process: the listing of a large data set takes the Hub seconds.
-_streamed = cache(_stream)
+def _listed(path: str, name: str, split: str, cache_dir: str) -> IterableDataset:
+    """A data set at a commit, asked for once a process: the Hub takes seconds to list a large one.
+
+    Each shard has a `cache_dir` of its own, of which `datasets` uses nothing any more once it has listed the files.
+    """
+    if (path, split) not in _known:
+        _known[path, split] = _stream(path, name, split, cache_dir)
+    return _known[path, split]
+
+
+_known: dict[tuple[str, str], IterableDataset] = {}

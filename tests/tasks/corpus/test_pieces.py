@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import load_dataset
 
 from elastic_core.recipe import DataSource
 from tasks.corpus import pieces
@@ -83,27 +85,31 @@ def test_a_file_of_300_gigabytes_is_cut_without_being_read(tmp_path: Path) -> No
     assert all(0 < end - first <= piece_bytes for first, end in spans)
 
 
-def test_a_data_set_on_the_hub_is_read_file_by_file_at_one_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = [[{"text": "a"}, {"text": "b"}], [{"text": "c"}], [{"text": "d"}]]
+def test_a_data_set_on_the_hub_is_read_file_by_file_at_one_commit_that_is_listed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = []
+    for name, texts in {"1": "ab", "2": "c", "3": "d"}.items():
+        files.append(tmp_path / f"{name}.jsonl")
+        files[-1].write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     asked: list[Any] = []
 
-    class Streamed:
-        num_shards = len(files)
+    def list_and_stream(name: str, subset: str | None, *, split: str, revision: str, **options: Any) -> Any:
+        asked.append((name, subset, revision, split))
+        return load_dataset("json", data_files={split: [str(file) for file in files]}, split=split, **options)
 
-        def shard(self, num_shards: int, index: int) -> list[dict[str, str]]:
-            assert num_shards == len(files)
-            return files[index]
-
-    def load_dataset(name: str, subset: str | None, **options: Any) -> Streamed:
-        asked.append((name, subset, options["revision"], options["split"]))
-        return Streamed()
-
-    monkeypatch.setattr(pieces, "load_dataset", load_dataset)
+    monkeypatch.setattr(pieces, "load_dataset", list_and_stream)
     monkeypatch.setattr(pieces, "commit_of", lambda hub: f"commit of {hub.revision}")
     source = DataSource(path="hf://org/three-files/config@v1.0", split="math")
-    found = hub_pieces(source, "cache")
+    found = hub_pieces(source, str(tmp_path / "cache"))
+    shutil.rmtree(tmp_path / "cache")
     assert [piece.size for piece in found] == [None] * 3
-    assert [(where, row["text"]) for where, row in piece_rows(found, source, "cache") if isinstance(row, dict)] == [
+    read = list[tuple[str, Any]]()
+    for number, piece in enumerate(found):  # as shards read them, each with a directory that ends with it
+        cache = tmp_path / f"cache of {number}"
+        read += [(where, row["text"]) for where, row in piece_rows([piece], source, str(cache)) if isinstance(row, dict)]
+        shutil.rmtree(cache, ignore_errors=True)
+    assert read == [
         (f"{source.path} file 1 row 1", "a"),
         (f"{source.path} file 1 row 2", "b"),
         (f"{source.path} file 2 row 1", "c"),
