@@ -15,6 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from multiprocessing.context import SpawnContext
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,7 +116,10 @@ class _Pool:
         )
 
     def submit(self, shard: Shard, before: Taken) -> "Future[ShardRecord]":
-        return self._executor.submit(_make, shard, before)
+        try:
+            return self._executor.submit(_make, shard, before)
+        except BrokenProcessPool as error:
+            raise _process_ended() from error
 
     def tokens(self) -> int:
         return int(self._counter.value)
@@ -124,6 +128,12 @@ class _Pool:
         """End what is being made; what is whole stays."""
         self._stopped.set()
         self._executor.shutdown(cancel_futures=True)
+
+
+def _process_ended() -> ServiceError:
+    return ServiceError(
+        "a process that tokenises ended, maybe for want of memory; its shards are begun again", transient=True
+    )
 
 
 class _Stopped(Exception):
@@ -141,7 +151,8 @@ def _begin(maker: ShardMaker, counter: Any, stopped: Any, threads: int, parent: 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the parent's to handle
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
-    encoder = maker.encoder()
+    # At the first shard, whose fault it then is if the tokenizer cannot be loaded; here it would only break the pool.
+    encoder = cache(maker.encoder)
 
     def report(tokens: int) -> None:
         if stopped.is_set():
@@ -150,7 +161,7 @@ def _begin(maker: ShardMaker, counter: Any, stopped: Any, threads: int, parent: 
             counter.value += tokens
 
     def make(shard: Shard, before: Taken) -> ShardRecord:
-        return maker.make(encoder, shard, before, report)
+        return maker.make(encoder(), shard, before, report)
 
     _make_here = make
 
@@ -256,9 +267,7 @@ class _State:
         try:
             self.made[number] = future.result()
         except BrokenProcessPool as error:
-            raise ServiceError(
-                "a process that tokenises ended, maybe for want of memory; its shards are begun again", transient=True
-            ) from error
+            raise _process_ended() from error
         except Exception:
             if number == len(self.settled) and before == self._begins(self.shards[number])[1]:
                 raise

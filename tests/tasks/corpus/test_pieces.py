@@ -107,7 +107,9 @@ def test_a_data_set_on_the_hub_is_read_file_by_file_at_one_commit_that_is_listed
     read = list[tuple[str, Any]]()
     for number, piece in enumerate(found):  # as shards read them, each with a directory that ends with it
         cache = tmp_path / f"cache of {number}"
-        read += [(where, row["text"]) for where, row in piece_rows([piece], source, str(cache)) if isinstance(row, dict)]
+        read += [
+            (where, row["text"]) for where, row in piece_rows([piece], source, str(cache)) if isinstance(row, dict)
+        ]
         shutil.rmtree(cache, ignore_errors=True)
     assert read == [
         (f"{source.path} file 1 row 1", "a"),

@@ -6,12 +6,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from elastic_core.files.token_stream import TokenStream, stream_files
@@ -19,9 +20,10 @@ from elastic_core.recipe import DataConfig, DataSource
 from elastic_core.schema import to_dict
 from tasks.corpus import workers
 from tasks.corpus.build import build_corpus
+from tasks.corpus.documents import source_pieces
 from tasks.corpus.pieces import Piece
 from tasks.corpus.record import HELDOUT_FILE, TRAIN_FILE, DataRecord
-from tasks.corpus.shards import Shard, ShardRecord, Taken, plan_shards
+from tasks.corpus.shards import NOTHING, Shard, ShardRecord, Taken, plan_shards
 from tasks.corpus.tokenizer import train_tokenizer
 from tasks.corpus.workers import ShardMaker, Workers
 from tasks.running.digests import artifact
@@ -375,6 +377,35 @@ class Preparation:
     def digest(self) -> str:
         assert self.process.wait() == 0
         return artifact(self.output).digest
+
+
+@pytest.mark.services
+def test_a_tokenizer_that_no_process_can_load_is_told_as_that(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=f"^{tmp_path}/empty: no tokenizer can be loaded"):
+        build_corpus(recipe(1000), tmp_path / "empty", tmp_path / "out", fetch=refuse, processes=2)
+
+
+@pytest.mark.services
+def test_a_pool_of_which_a_process_was_killed_is_told_of_whoever_notices_it(
+    recipe: Recipe, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    config = recipe(1000)
+    maker = ShardMaker(config=config, tokenizer=tokenizer_dir, directory=tmp_path)
+    pieces = [source_pieces(s, fetch=refuse, directory=tmp_path, piece_bytes=1000) for s in config.sources]
+    shards = plan_shards(pieces, 1000)
+    before = set(psutil.Process().children())
+    with workers.workers(maker, 2, lambda tokens: None) as pool:
+        state = workers._State(maker, shards)
+        running = pool.submit(shards[0], NOTHING)
+        state.running[running] = 0, NOTHING
+        for process in set(psutil.Process().children()) - before:
+            process.kill()
+        wait([running])
+        for notices in (lambda: state.take(running), lambda: pool.submit(shards[1], NOTHING)):
+            with pytest.raises(ServiceError, match="a process that tokenises ended") as error:
+                notices()
+            assert is_transient(error.value)
 
 
 @pytest.mark.services
