@@ -16,9 +16,9 @@ from elastic_core.schema import to_dict
 from tasks import tracking
 from tasks.corpus.sources import problems_digest, source_identity, teacher_identity
 from tasks.records import Release
-from tasks.running.code import CODE, own_digest, project_version
+from tasks.running.code import CODE, code_of, own_digest, project_version
 from tasks.running.patience import patiently
-from tasks.running.steps import WAYS, fingerprint
+from tasks.running.steps import FUNCTIONS, WAYS, fingerprint
 from tasks.running.usage import noting
 from tasks.settings import ServiceError, Settings, redact
 
@@ -55,8 +55,13 @@ def to_do(recipe: Recipe, settings: Settings, pipeline: Callable[..., Any]) -> s
 
 
 def ways(pipeline: Callable[..., Any]) -> dict[str, str]:
-    """Digests, by name, of the pipeline's own code, and of what each of its cached steps runs."""
-    return {name: way() for name, way in WAYS.items()} | {pipeline.__name__: own_digest(pipeline)[:16]}
+    """Digests, by name, of the pipeline's own code, and of what each of its cached steps runs.
+
+    A process may have imported steps of others, such as the race's; they make nothing of this pipeline's.
+    """
+    reached = code_of(pipeline).modules
+    own = {function.__name__ for function in FUNCTIONS if function.__module__ in reached}
+    return {name: way() for name, way in WAYS.items() if name in own} | {pipeline.__name__: own_digest(pipeline)[:16]}
 
 
 @contextmanager
