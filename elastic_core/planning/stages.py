@@ -53,7 +53,8 @@ class MeshPlan:
 
     `margin` is the share of the usable memory that stays free; a fit is `tight` below `LEAST_MARGIN`. `sent` is what
     one GPU sends in the whole stage, `between_hosts` what leaves all hosts together, in bytes; `between_copies` is what
-    would leave them with a copy of the weights on every host, None where there is one or it does not fit.
+    would leave them with a copy of the weights on every host, None where there is one or it does not fit. `rare` are
+    the budgets that not every step trains, for their share of it is less than the rows that share a budget.
     """
 
     gpus: int
@@ -68,6 +69,7 @@ class MeshPlan:
     hours: float
     dollars: float
     changes: tuple[Change, ...]
+    rare: tuple[str, ...]
 
     @property
     def tight(self) -> bool:
@@ -194,6 +196,7 @@ class StageWork:
             hours=hours / gpus,
             dollars=hours * self.accelerator.dollars_per_hour,
             changes=() if fits else tuple(self.changes(gpus)),
+            rare=tuple(self.rare(gpus)) if divides else (),
         )
 
     def sent(self, stage: Stage, gpus: int) -> tuple[int, int]:
@@ -222,6 +225,10 @@ class StageWork:
         """Whether the batch, and the rows that share a budget, divide among so many GPUs, and these among hosts."""
         together, shards = stage.budget_rows or gpus, self.shards(stage, gpus)
         return stage.batch_size % (stage.micro_batch_size * gpus) == together % gpus == gpus % shards == 0
+
+    def rare(self, gpus: int) -> Iterator[str]:
+        places = self.stage.batch_size // self.stage.rows_together(gpus)
+        return (name for name, share in self.shares().items() if share * places < 1)
 
     # What would fit
 

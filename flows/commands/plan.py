@@ -314,6 +314,8 @@ def _mesh_verdicts(plan: RecipePlan, planned: StagePlan, mesh: MeshPlan) -> Iter
         yield _unfit(plan, planned, mesh)
     elif mesh.tight:
         yield _tight(planned, mesh)
+    if mesh.rare:
+        yield _rare(planned, mesh)
     if mesh.between_copies is not None:
         yield _copies(planned, mesh, mesh.between_copies)
 
@@ -341,6 +343,15 @@ def _tight(planned: StagePlan, mesh: MeshPlan) -> str:
         f"{planned.stage.name} on {mesh.gpus:,} GPU{'s' * (mesh.gpus > 1)} fits with {percent(mesh.margin, 1)} to "
         f"spare. Below {percent(LEAST_MARGIN)}, a fragmented memory may end it; more GPUs, recompute or a smaller "
         "micro-batch leave more."
+    )
+
+
+def _rare(planned: StagePlan, mesh: MeshPlan) -> str:
+    together = planned.stage.rows_together(mesh.gpus)
+    return (
+        f"{planned.stage.name} on {mesh.gpus:,} GPUs: not every step trains {_joined(mesh.rare)}, since {together:,} "
+        f"of {planned.stage.batch_size:,} sequences share a budget. The shares hold over many steps; a larger "
+        "batch_size holds them in each."
     )
 
 

@@ -329,6 +329,13 @@ def test_a_copy_on_every_host_is_not_advised_where_it_does_not_fit() -> None:
     assert not mesh.fits and "full" in {change.sharding for change in mesh.changes}
 
 
+def test_a_budget_is_rare_where_some_step_has_no_row_of_it() -> None:
+    for mesh in plan(1, 24, 40, 60, 120, recompute=True).stages[0].meshes:
+        stage = build(Stage, STAGE | {"budgets": SHARES})
+        placed = [place_budgets(stage, SHARES, 0, step, stage.batch_size // mesh.gpus) for step in range(50)]
+        assert {*mesh.rare} == {name for name in SHARES if any(name not in budgets for budgets in placed)}
+
+
 def test_a_fit_with_little_to_spare_is_tight() -> None:
     needed = only_mesh(plan(8, recompute=True)).memory.total
     fits = {
