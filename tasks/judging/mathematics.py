@@ -41,6 +41,11 @@ class Mathematician:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    def start(self) -> None:
+        """Start the process now, not with the first comparison; ValueError where math-verify is missing."""
+        with self._lock:
+            self._connection = self._connection or self._started()
+
     def same(self, expected: str, answer: str) -> bool:
         """Whether an answer equals the expected one, both in LaTeX or plain text.
 

@@ -1,0 +1,121 @@
+"""Completions from any server that speaks OpenAI's chat protocol: vLLM, SGLang, `transformers serve`, llama.cpp."""
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import requests
+
+from elastic_core.schema import Strict, positive
+from tasks.corpus.turns import CLOSE, OPEN
+from tasks.judging.samples import Completion, Request
+from tasks.running.patience import patiently
+from tasks.settings import ServiceError, redact
+
+R = TypeVar("R")
+
+API_KEY = "OPENAI_API_KEY"
+CONNECT_SECONDS = 10.0
+FINISHES = ("stop", "length")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint(Strict):
+    """A server of models, and the model that is asked. Its key, if it wants one, is in OPENAI_API_KEY."""
+
+    url: str
+    """Where the server's paths begin. Example: `http://127.0.0.1:8000/v1`."""
+    model: str
+    """The model's name on the server. Example: `nano-6b`."""
+    concurrency: int = 64
+    """Requests that are under way at once. Example: `256`."""
+    seconds: float = 7200.0
+    """How long a completion may take before it is asked for again. Example: `600`."""
+
+    def __post_init__(self) -> None:
+        positive(self, "concurrency", "seconds")
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"url={redact(self.url)!r} is not a URL; write http://host:port/v1")
+
+
+class Client:
+    """Asks an endpoint, from any number of threads; faults that pass are waited out."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._url = endpoint.url.rstrip("/")
+        self._shown = redact(self._url)
+        self._threads = threading.local()
+
+    def check(self) -> None:
+        """ValueError where the server does not have the model."""
+        listed = self._patiently(lambda: self._answered("GET", "models", None))
+        names = [each.get("id") for each in listed.get("data", []) if isinstance(each, dict)]
+        if self._endpoint.model not in names:
+            shown = ", ".join(map(str, names)) or "none"
+            raise ValueError(f"{self._shown} has no model {self._endpoint.model!r}, but {shown}; correct model")
+
+    def complete(self, request: Request) -> Completion:
+        """What the model writes, its thought included, in whatever field the server gives that."""
+        sampling = request.sampling
+        system = [{"role": "system", "content": sampling.system}] if sampling.system is not None else []
+        body = {
+            "model": self._endpoint.model,
+            "messages": [*system, {"role": "user", "content": request.prompt}],
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_new_tokens,
+            "seed": request.seed,
+        }
+        return self._patiently(lambda: _completion(self._answered("POST", "chat/completions", body), self._shown))
+
+    def _patiently(self, attempt: Callable[[], R]) -> R:
+        return patiently(f"asking {self._shown}", attempt)
+
+    def _answered(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        response = self._session().request(
+            method,
+            f"{self._url}/{path}",
+            json=body,
+            timeout=(CONNECT_SECONDS, self._endpoint.seconds),
+            allow_redirects=False,
+        )
+        if 400 <= response.status_code < 500 and response.status_code not in (408, 425, 429):
+            said = redact(" ".join(response.text.split())[:500])
+            raise ValueError(f"{self._shown}/{path} refused with {response.status_code}: {said}")
+        response.raise_for_status()
+        try:
+            answer = response.json()
+        except requests.JSONDecodeError as error:
+            raise ServiceError(f"{self._shown}/{path} gave an answer that is not JSON; correct url") from error
+        if response.status_code != 200 or not isinstance(answer, dict):
+            fault = f"answered {response.status_code}, not 200 with an object"
+            raise ServiceError(f"{self._shown}/{path} {fault}; correct url")
+        return answer
+
+    def _session(self) -> requests.Session:
+        """A session of this thread's own: they are not safe to share."""
+        if not hasattr(self._threads, "session"):
+            self._threads.session = requests.Session()
+            if key := os.environ.get(API_KEY):
+                self._threads.session.headers["Authorization"] = f"Bearer {key}"
+        session: requests.Session = self._threads.session
+        return session
+
+
+def _completion(answer: dict[str, Any], server: str) -> Completion:
+    try:
+        choice = answer["choices"][0]
+        message, finish, tokens = choice["message"], choice["finish_reason"], int(answer["usage"]["completion_tokens"])
+        thought = message.get("reasoning_content") or message.get("reasoning")  # a parser of the server's took it apart
+        text = message.get("content") or ""
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ServiceError(f"{server} gave an answer that is no chat completion: {error!r}") from error
+    if finish not in FINISHES:  # an engine that ends, or was told to, says `abort`
+        fault = f"{server} ended a completion with {finish!r}, neither stop nor length"
+        raise ServiceError(fault, transient=finish == "abort")
+    if thought:
+        text = f"{OPEN}{thought}{CLOSE}{text}" if text else f"{OPEN}{thought}"
+    return Completion(text=text, tokens=tokens, finish=finish)
