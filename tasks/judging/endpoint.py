@@ -75,13 +75,15 @@ class Client:
         return patiently(f"asking {self._shown}", attempt)
 
     def _answered(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        response = self._session().request(
-            method,
-            f"{self._url}/{path}",
-            json=body,
-            timeout=(CONNECT_SECONDS, self._endpoint.seconds),
-            allow_redirects=False,
-        )
+        seconds = self._endpoint.seconds
+        try:
+            response = self._session().request(
+                method, f"{self._url}/{path}", json=body, timeout=(CONNECT_SECONDS, seconds), allow_redirects=False
+            )
+        except requests.ReadTimeout as error:
+            raise ServiceError(f"no answer within {seconds:g} s", transient=True) from error
+        except requests.ConnectionError as error:
+            raise ServiceError("it cannot be reached, or broke off; check that it is up", transient=True) from error
         if 400 <= response.status_code < 500 and response.status_code not in (408, 425, 429):
             said = redact(" ".join(response.text.split())[:500])
             raise ValueError(f"{self._shown}/{path} refused with {response.status_code}: {said}")

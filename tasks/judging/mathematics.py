@@ -20,7 +20,9 @@ LONGEST = 2000  # characters; no answer of a benchmark is nearly as long
 
 _SPACE = re.compile(r"\\[,;:! ]|\\quad|\\qquad|~|\s+")
 _PERCENT_OR_DEGREES = re.compile(r"\\?%|\^\s*\{?\s*\\circ\s*\}?|\\degree")
-_GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+(?![\d,])")
+_GROUP_MARK = re.compile(r"(?<=\d)(?:\{,\}|\\,|\\!)(?=\d{3})")
+# A number alone, maybe with a unit: in a pair or a list the comma parts two numbers.
+_GROUPED = re.compile(r"(-?(?:\\\$)?[1-9]\d{0,2}(?:,\d{3})+)(?=$|\s|\.\d|\\)")
 _MIXED = re.compile(r"(-?)(\d+)\s*(\\[dt]?frac\s*(?:\{\d+\}|\d)\s*(?:\{\d+\}|\d))")
 
 logger = logging.getLogger(__name__)
@@ -105,8 +107,12 @@ def normalised(answer: str) -> str:
 
     A mixed number such as 3\frac{1}{2} becomes the sum that it is; to math-verify it is a product.
     """
-    text = answer.strip().strip("$").strip().rstrip(".")
-    text = _GROUPED.sub(lambda number: re.sub(r"\D", "", number[0]), text)
+    text = answer.strip().rstrip(".").strip()
+    if text.startswith("$") and text.endswith("$") and not text.endswith("\\$"):
+        text = text.strip("$").strip().rstrip(".")
+    text = _GROUP_MARK.sub("", text)
+    if grouped := _GROUPED.match(text):
+        text = grouped[0].replace(",", "") + text[grouped.end() :]
     if mixed := _MIXED.fullmatch(text):
         text = f"{mixed[1]}({mixed[2]}+{mixed[3]})"
     return _PERCENT_OR_DEGREES.sub("", text).strip()

@@ -10,6 +10,8 @@ import math
 import os
 import subprocess
 import sysconfig
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +26,25 @@ from elastic_core.generate import complete
 from elastic_core.geometry import FFN, ModelConfig
 from elastic_core.model import ElasticNemotronH
 from elastic_core.subnet import Subnet, full_subnet
+from flows.serving.servers import answers, free_ports
 from tasks.corpus.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from tasks.judging.benchmarks import Benchmark, Sampling
+from tasks.judging.endpoint import Endpoint
+from tasks.judging.judge import judge
+from tasks.running.processes import ChildProcess
 
 pytestmark = pytest.mark.services
 
 HERE = Path(__file__).parent
 LOG_PROBABILITY = 1e-4  # a dozen layers in float32, summed in other orders; measured: 1e-5
 SECONDS = 600  # an engine that hangs should end
+OFFLINE = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "2"}
+ON_A_CPU = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 
 CONFIG = ModelConfig(
     hybrid_override_pattern="M-M*-M-M*-M-",
@@ -153,11 +167,10 @@ def engines() -> Path:
 def ask(python: Path, program: str, question: dict[str, Any], **environment: str) -> Any:
     """Run a program of this folder with another Python; what it prints, from JSON."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LANG") if name in os.environ}
-    offline = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "2"}
     done = subprocess.run(
         [python, HERE / program],
         input=json.dumps(question),
-        env=kept | offline | environment,
+        env=kept | OFFLINE | environment,
         capture_output=True,
         text=True,
         timeout=SECONDS,
@@ -178,11 +191,30 @@ def vllm(engines: Path, family: Family) -> dict[str, Any]:
             "chats": CHATS,
             "new_tokens": NEW_TOKENS,
         },
-        VLLM_CPU_KVCACHE_SPACE="1",
-        VLLM_CPU_OMP_THREADS_BIND="nobind",
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_NO_USAGE_STATS="1",
+        **ON_A_CPU,
     )
+
+
+@pytest.fixture(scope="module")
+def endpoint(engines: Path, family: Family, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    """The smallest slice behind vLLM's own HTTP server."""
+    (port,) = free_ports(1)
+    directory = tmp_path_factory.mktemp("server")
+    server = ChildProcess(directory / "vllm.log")
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LANG") if name in os.environ}
+    module = [str(engines / "vllm/bin/python"), "-m", "vllm.entrypoints.openai.api_server"]
+    where = ["--model", str(family.slices["s"]), "--served-model-name", "s", "--host", "127.0.0.1", "--port", str(port)]
+    as_above = ["--dtype", "float32", "--enforce-eager", "--no-enable-prefix-caching", "--max-model-len", "512"]
+    server.start([*module, *where, *as_above], environment=kept | OFFLINE | ON_A_CPU, directory=directory)
+    deadline = time.monotonic() + SECONDS
+    try:
+        while not answers(f"http://127.0.0.1:{port}/health"):
+            assert server.running(), server.last_words()
+            assert time.monotonic() < deadline, server.last_words()
+            time.sleep(0.5)
+        yield Endpoint(url=f"http://127.0.0.1:{port}/v1", model="s", concurrency=4)
+    finally:
+        server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +248,29 @@ def test_a_slice_in_an_engine_gives_the_elastic_models_logits_and_answers(
         assert rows.shape[0] and (rows - ours[-len(rows) :]).abs().max() < LOG_PROBABILITY
     stop = family.tokenizer.eos_token_id
     assert [[token for token in answer if token != stop] for answer in found["answers"]] == family.answers(name)
+
+
+def test_a_benchmark_asked_of_an_engines_server_has_our_own_decoders_answers(
+    endpoint: Endpoint, family: Family, tmp_path: Path
+) -> None:
+    questions = [f"What is {a} + {b}?" for a in range(4) for b in range(5)]
+    chats = [
+        [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": question}]
+        for question in questions
+    ]
+    tokenizer, stop = family.tokenizer, {family.tokenizer.eos_token_id}
+    asked = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
+    ours = complete(family.model, asked, SUBNETS["s"], max_new_tokens=NEW_TOKENS, stop_tokens=stop)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in ours]
+    assert len(set(texts)) > 10  # so that an engine which gives one answer to all is seen
+    problems = tmp_path / "problems.jsonl"
+    rows = [{"question": question, "answer": text} for question, text in zip(questions, texts, strict=True)]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    benchmark = Benchmark(name="sums", path=str(problems), format="exact", runs=2)
+    greedy = Sampling(temperature=0, top_p=1, max_new_tokens=NEW_TOKENS, system="Answer in one word.", thinking=False)
+    score = judge(benchmark, greedy, endpoint, tmp_path / "samples.jsonl", model="s")
+    assert (score.problems, score.runs, score.accuracy, score.unanswered) == (20, 2, 1.0, 0.0)
+    assert 0 < score.tokens <= NEW_TOKENS
 
 
 def test_the_models_time_steps_tell_the_clamp(family: Family) -> None:
