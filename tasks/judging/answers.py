@@ -9,7 +9,8 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace opens and closes nothing
 _WRAPPER = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mathit|rm|bf)\s*\{([^{}]*)\}")
 _LEADING_LETTER = re.compile(r"\(?([A-Z])(?:[.:)]|$)")
-_BLOCK = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
+_TOKEN = re.compile(r"\\?\w+")  # \boxed 5
+_FENCE = re.compile(r"\s*```\s*(\w*)")
 _PYTHON = {"", "python", "python3", "py"}
 
 
@@ -22,12 +23,22 @@ def without_thought(completion: str, *, thinking: bool) -> str | None:
 
 
 def boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{} (or \fbox{}) that closes, stripped; None without one."""
-    for box in reversed(list(_BOX.finditer(text))):
-        content = _content(text, box.end())
-        if content is not None:
-            return content.strip() or None
-    return None
+    r"""The content of the last \boxed{} (or \fbox{}) that closes, stripped; None without one.
+
+    One pass, however often a model that repeats itself opens a box.
+    """
+    boxes = [box.end() for box in _BOX.finditer(text)]
+    closed = {at: token.span() for at in boxes if (token := _TOKEN.match(text, at))}
+    after_box, opened = set(boxes), list[int]()
+    for mark in _BRACE.finditer(text):
+        if mark[0] == "{":
+            opened.append(mark.start())
+        elif mark[0] == "}" and opened and (start := opened.pop()) in after_box:
+            closed[start] = start + 1, mark.start()
+    if not closed:
+        return None
+    begin, end = closed[max(closed)]
+    return text[begin:end].strip() or None
 
 
 def letter(text: str, options: int) -> str | None:
@@ -48,19 +59,21 @@ def letter(text: str, options: int) -> str | None:
 
 
 def code_block(text: str) -> str | None:
-    """The last fenced block of Python in a text, or of no named language; None without one that closes."""
-    blocks = [code for language, code in _BLOCK.findall(text) if language.lower() in _PYTHON]
-    return textwrap.dedent(blocks[-1]) if blocks else None
+    """The last fenced block of Python in a text, or of no named language; None without one that closes.
 
-
-def _content(text: str, start: int) -> str | None:
-    """What stands in the braces at `start`, or the one token there; None where the braces do not close."""
-    if not text.startswith("{", start):
-        token = re.compile(r"\\?\w+").match(text, start)
-        return token[0] if token else None
-    depth = 0
-    for mark in _BRACE.finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(mark[0], 0)
-        if depth == 0:
-            return text[start + 1 : mark.start()]
-    return None
+    A fence that names a language begins a block anew, for no block of Python holds one.
+    """
+    last: str | None = None
+    block: list[str] | None = None
+    python = False
+    for line in text.split("\n"):
+        fence = _FENCE.match(line)
+        if fence is None:
+            if block is not None:
+                block.append(line + "\n")
+        elif block is None or fence[1]:
+            block, python = [], fence[1].lower() in _PYTHON
+        else:
+            last = "".join(block) if python else last
+            block = None
+    return textwrap.dedent(last) if last is not None else None

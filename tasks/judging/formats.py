@@ -67,9 +67,8 @@ def _choice(row: Row, where: str) -> Question:
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
         raise Unusable(f"{where} has no 'options', a list of texts; mend or remove it")
     right = _text(row, where, "answer").strip()
-    index = row.get("answer_index")
-    if index is not None and right != _letter(int(index)):
-        raise Unusable(f"{where}: answer {right!r} is not option {index}, its answer_index; mend or remove it")
+    if row.get("answer_index") not in (None, ord(right[0]) - ord("A")):
+        raise Unusable(f"{where}: answer {right!r} is not its answer_index, {row['answer_index']}; mend or remove it")
     return Question(_id(row, text), _with_options(text, options), _choice_key(right, len(options), where))
 
 
@@ -88,10 +87,8 @@ def _livecodebench(row: Row, where: str) -> Question:
     public, private = _tests(row.get("public_test_cases"), where), _tests(row.get("private_test_cases"), where)
     if not public and not private:
         raise Unusable(f"{where} has no tests; mend or remove it")
-    metadata = row.get("metadata") or "{}"
-    function = (json.loads(metadata) if isinstance(metadata, str) else metadata).get("func_name")
     end = f"{STARTS}\n\n```python\n{starter.rstrip()}\n```" if starter.strip() else READS
-    return Question(_id(row, content), f"{content.strip()}\n\n{end}", Cases((*public, *private), function))
+    return Question(_id(row, content), f"{content.strip()}\n\n{end}", Cases((*public, *private), _function(row, where)))
 
 
 FORMATS: Mapping[str, Form] = {
@@ -131,6 +128,16 @@ def _choice_key(right: str, options: int, where: str) -> Choice:
         return Choice(right, options)
     except ValueError as error:
         raise Unusable(f"{where}: {error}; mend or remove it") from error
+
+
+def _function(row: Row, where: str) -> str | None:
+    """The name of the function that the tests call; None where they run the program."""
+    metadata = row.get("metadata") or {}
+    try:
+        name = (json.loads(metadata) if isinstance(metadata, str) else metadata).get("func_name")
+    except (ValueError, AttributeError) as error:
+        raise Unusable(f"{where}: its metadata cannot be read ({error}); mend or remove it") from error
+    return str(name) if name else None
 
 
 def _tests(packed: Any, where: str) -> tuple[Case, ...]:

@@ -30,6 +30,7 @@ class Request:
     """
 
     model: str
+    problem: str
     prompt: str
     sampling: Sampling
     seed: int
@@ -50,7 +51,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """The completion of a request, whose digest it carries; `problem` and `run` are for readers of the file."""
+    """The completion of a request, whose digest it carries; `problem` and `run` tell readers of the file which."""
 
     request: str
     problem: str
@@ -142,11 +143,12 @@ def open_samples(path: Path) -> Iterator[SampleFile]:
 def requests(problems: Iterable[Problem], runs: int, model: str, sampling: Sampling) -> list[Wanted]:
     """Each problem's request in each run, run by run, so that a first run is whole before a second begins."""
     asked = list(problems)
-    return [
-        (problem, run, Request(model=model, prompt=problem.prompt, sampling=sampling, seed=_seed(problem.prompt, run)))
-        for run in range(runs)
-        for problem in asked
-    ]
+
+    def request(problem: Problem, run: int) -> Request:
+        seed = _seed(problem.id, run)
+        return Request(model=model, problem=problem.id, prompt=problem.prompt, sampling=sampling, seed=seed)
+
+    return [(problem, run, request(problem, run)) for run in range(runs) for problem in asked]
 
 
 def fill(
@@ -180,6 +182,6 @@ def _parsed(line: bytes) -> Sample:
     return build(Sample, json.loads(line.decode("utf-8", "surrogatepass")))
 
 
-def _seed(prompt: str, run: int) -> int:
+def _seed(problem: str, run: int) -> int:
     """A seed of 31 bits for the run of a problem, the same whatever else is asked."""
-    return int.from_bytes(hashlib.sha256(f"{run}\0{prompt}".encode()).digest()[:4]) >> 1
+    return int.from_bytes(hashlib.sha256(f"{run}\0{problem}".encode()).digest()[:4]) >> 1

@@ -72,7 +72,7 @@ class Sandbox:
         See `within.py` for both forms. RuntimeError where the program did not even start.
         """
         with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-            stdin.write(given.encode())
+            stdin.write(_encoded(given))
             stdin.seek(0)
             start = self._isolated if self.isolated else self._bare
             with start(program, function, (stdin, stdout, stderr)) as (process, began):
@@ -87,7 +87,7 @@ class Sandbox:
     @contextmanager
     def _isolated(self, program: str, function: str | None, files: tuple[IO[bytes], ...]) -> Iterator[Any]:
         with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as status:
-            source.write(program.encode())
+            source.write(_encoded(program))
             source.seek(0)
             root = os.geteuid() == 0
             settings = self._settings(function, user=FIRST_USER + threading.get_native_id() if root else None)
@@ -106,7 +106,7 @@ class Sandbox:
     def _bare(self, program: str, function: str | None, files: tuple[IO[bytes], ...]) -> Iterator[Any]:
         with tempfile.TemporaryDirectory() as directory:
             file = Path(directory, "program.py")
-            file.write_text(program)
+            file.write_bytes(_encoded(program))
             settings = self._settings(function, user=None) | {"processes": None}
             process = _started(_interpreter(str(file), settings), files, cwd=directory, env=ENVIRONMENT)
             with _ended(process):
@@ -174,6 +174,10 @@ except BlockingIOError:
 else:
     print("a program of one process could fork")
 """
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode(errors="replace")  # half a surrogate pair, which a model may write, has no code
 
 
 def _interpreter(file: str, settings: dict[str, Any]) -> list[str]:

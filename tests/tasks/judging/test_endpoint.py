@@ -18,7 +18,7 @@ from tasks.judging.samples import Request
 from tasks.judging.sandbox import why_not_isolated
 from tasks.settings import ServiceError
 
-ASKED = Request(model="digest", prompt="2+2?", sampling=Sampling(max_new_tokens=9), seed=5)
+ASKED = Request(model="digest", problem="i", prompt="2+2?", sampling=Sampling(max_new_tokens=9), seed=5)
 # Status and body, from the body that was sent.
 Answer = Callable[[dict[str, Any]], tuple[int, Any]]
 

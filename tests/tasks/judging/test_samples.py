@@ -102,7 +102,7 @@ def test_only_one_process_fills_a_file(tmp_path: Path) -> None:
 
 def test_any_text_comes_back_as_it_was(tmp_path: Path) -> None:
     texts = ["", "line\nline\r\n", "\u2028\u2029\x85", "\x00", "\ud83d", "𝔘 ünïcode", '"\\']
-    asked = [Request(model="m", prompt=text, sampling=Sampling(), seed=1) for text in texts]
+    asked = [Request(model="m", problem="i", prompt=text, sampling=Sampling(), seed=1) for text in texts]
     with open_samples(tmp_path / "s") as samples:
         for request in asked:
             samples.add(sample(request, request.prompt))
@@ -111,7 +111,7 @@ def test_any_text_comes_back_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = (Request(model="m", prompt=prompt, sampling=Sampling(), seed=1) for prompt in "ab")
+    first, second = (Request(model="m", problem="i", prompt=prompt, sampling=Sampling(), seed=1) for prompt in "ab")
     write = os.write
     with open_samples(tmp_path / "s") as samples:
         monkeypatch.setattr(os, "write", lambda to, data: write(to, data[:20]))
@@ -126,15 +126,16 @@ def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_sample_is_another_when_anything_that_is_asked_is() -> None:
-    one = Request(model="m", prompt="p", sampling=Sampling(), seed=1)
+    one = Request(model="m", problem="i", prompt="p", sampling=Sampling(), seed=1)
     others = [
-        Request(model="n", prompt="p", sampling=Sampling(), seed=1),
-        Request(model="m", prompt="q", sampling=Sampling(), seed=1),
-        Request(model="m", prompt="p", sampling=Sampling(temperature=0.7), seed=1),
-        Request(model="m", prompt="p", sampling=Sampling(), seed=2),
+        Request(model="n", problem="i", prompt="p", sampling=Sampling(), seed=1),
+        Request(model="m", problem="j", prompt="p", sampling=Sampling(), seed=1),
+        Request(model="m", problem="i", prompt="q", sampling=Sampling(), seed=1),
+        Request(model="m", problem="i", prompt="p", sampling=Sampling(temperature=0.7), seed=1),
+        Request(model="m", problem="i", prompt="p", sampling=Sampling(), seed=2),
     ]
     assert one.digest() not in {other.digest() for other in others}
-    assert one.digest() == Request(model="m", prompt="p", sampling=Sampling(), seed=1).digest()
+    assert one.digest() == Request(model="m", problem="i", prompt="p", sampling=Sampling(), seed=1).digest()
 
 
 def test_more_runs_and_more_problems_keep_what_is_there(tmp_path: Path) -> None:
@@ -144,6 +145,12 @@ def test_more_runs_and_more_problems_keep_what_is_there(tmp_path: Path) -> None:
     with open_samples(tmp_path / "s") as samples:
         assert fill(samples, few, right, 2) == 5
         assert fill(samples, many, right, 2) == 19
+
+
+def test_two_problems_in_the_same_words_are_both_asked(tmp_path: Path) -> None:
+    twins = [Problem(id=which, prompt="1+1?", key=Text("2"), where="") for which in "ab"]
+    with open_samples(tmp_path / "s") as samples:
+        assert fill(samples, requests(twins, 2, "m", Sampling()), right, 2) == len(samples) == 4
 
 
 def test_an_error_ends_the_run_and_what_is_under_way_is_kept(tmp_path: Path) -> None:

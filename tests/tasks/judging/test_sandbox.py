@@ -118,7 +118,14 @@ def test_outputs_are_compared_line_by_line(ours: str, theirs: str, same: bool) -
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "same"),
-    [("[1, 2]", "[1,2]", True), ("1.0", "1", True), ("true", "1", False), ("", "null", False), ("[1]", "1", False)],
+    [
+        ("[1, 2]", "[1,2]", True),
+        ("1.0", "1", True),
+        ("true", "1", False),
+        ("", "null", False),
+        ("[1]", "1", False),
+        ("[" * 99999, "1", False),
+    ],
 )
 def test_results_are_compared_as_values(ours: str, theirs: str, same: bool) -> None:
     assert same_value(ours, theirs) == same
@@ -131,6 +138,8 @@ def test_an_exception_fails() -> None:
     assert ending("print(1)\n1 / 0") == "failed"
     assert ending("def broken(:") == "failed"
     assert ending("input()") == "failed"
+    assert ending("x = '\0'") == "failed"
+    assert ending("x = '\ud83d'", given="\ud83d") == "ended"
 
 
 @pytest.mark.parametrize(

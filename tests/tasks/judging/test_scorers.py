@@ -196,8 +196,18 @@ def test_boxes_and_letters_and_code_are_none_where_there_are_none() -> None:
 def test_the_last_block_of_python_is_the_program() -> None:
     text = "First:\n```python\nprint(1)\n```\nBetter:\n```py\nprint(2)\n```\nIt prints:\n```text\n2\n```\n"
     assert code_block(text) == "print(2)\n"
+    assert code_block("```python\nprint(1)\n```\nRun it:\n```bash\npython x.py\n```\n") == "print(1)\n"
     assert code_block("```\nprint(3)\n```") == "print(3)\n"
     assert code_block("1. So:\n   ```python\n   print(4)\n   ```\n") == "print(4)\n"
+
+
+def test_a_text_that_repeats_itself_is_read_once() -> None:
+    """A second for each of these would be days for a benchmark; where every opening is followed to the end, minutes."""
+    assert boxed("\\boxed{" * 200_000) is None
+    assert boxed("\\boxed{" * 200_000 + "5}") == "5"
+    assert boxed("\\boxed{" * 200_000 + "5" + "}" * 200_000) == "5"
+    assert code_block("```python\n" * 200_000) is None
+    assert code_block("```python\n" * 200_000 + "print(5)\n```") == "print(5)\n"
 
 
 def test_a_choice_that_is_none_of_the_options_is_refused() -> None:
