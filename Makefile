@@ -5,6 +5,8 @@
 # make reference: the page and the schema of recipes, from their classes.
 # make race: one elastic run against each size made alone, on the tiny recipe, into infra/race.md; it resumes.
 # make bench: every benchmark that runs on a CPU, into infra/benchmarks.md.   make bench-gpu: those for one CUDA device.
+# make gpu-wheels: what make check-gpu installs. make check-gpu: every test and benchmark for one CUDA device, where there
+# is a Python with torch and Triton, and neither a network nor a compiler.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,8 +19,14 @@ ENGINES := $(VENV)/engines
 LLAMACPP := $(ENGINES)/llamacpp
 BINDING := 0.3.36
 ROWS := infra/benchmarks.jsonl
+# Of the machine with the GPU: its Python, and the Linux that its wheels may ask for.
+GPU_PYTHON ?= python3
+GPU_VERSION ?= 3.12
+GPU_PLATFORMS := manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64
+WHEELS := build/gpu-wheels
+ON_GPU := build/gpu
 
-.PHONY: demo race test test-all test-faults test-kernels lint check reference bench bench-gpu clean
+.PHONY: demo race test test-all test-faults test-kernels lint check reference bench bench-gpu gpu-wheels check-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/elastic run infra/recipes/tiny.yaml
@@ -59,6 +67,22 @@ bench: $(KERNELS)/installed
 bench-gpu: $(INSTALLED)
 	BENCH_ROWS=$(abspath $(ROWS)) $(BIN)/pytest -m "benchmark and gpu" -s tests/benchmarks
 	$(BIN)/python tests/support/table.py $(ROWS) infra/benchmarks.md
+
+gpu-wheels: $(INSTALLED)
+	rm -rf $(WHEELS)
+	$(BIN)/pip download --quiet --dest $(WHEELS) --only-binary :all: --python-version $(GPU_VERSION) \
+		$(addprefix --platform ,$(GPU_PLATFORMS)) --constraint constraints.txt --requirement tests/gpu.txt
+	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(BIN)/pip wheel --quiet --constraint constraints.txt \
+		--no-deps --no-build-isolation --wheel-dir $(WHEELS) mamba-ssm
+
+# mamba-ssm's Triton kernels are compiled where they run. Its package also imports Mamba-1's extension, which nothing calls.
+check-gpu:
+	rm -rf $(ON_GPU)
+	$(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --target $(ON_GPU) $(WHEELS)/*.whl
+	touch $(ON_GPU)/selective_scan_cuda.py
+	PYTHONPATH=$(abspath $(ON_GPU)):$(CURDIR) BENCH_ROWS=$(abspath $(ROWS)) $(GPU_PYTHON) -m pytest --noconftest \
+		-W default -m gpu -s tests/elastic_core/layers/test_kernels.py tests/elastic_core/training/test_losses.py \
+		tests/elastic_core/test_cost.py tests/benchmarks/bench_gpu.py
 
 clean:
 	rm -rf $(VENV) .elastic build *.egg-info

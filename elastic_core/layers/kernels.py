@@ -9,7 +9,7 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -166,6 +166,8 @@ class Backend:
 
 TORCH = Backend(name="torch", scan=ssm.ssd_scan, step=ssm.ssd_step, conv=ssm.causal_conv, gated_norm=ssm.gated_rms_norm)
 TRITON = Backend(name="triton", scan=ssd_scan, step=ssd_step, conv=causal_conv, gated_norm=gated_rms_norm)
+# Without causal-conv1d, which has to be compiled: only its convolution is then plain PyTorch.
+TRITON_ALONE = replace(TRITON, conv=ssm.causal_conv)
 
 
 def has_mamba_ssm() -> bool:
@@ -200,21 +202,24 @@ def _select(choice: BackendName, device_type: str) -> Backend:
     if choice == "auto" and device_type == "cuda":
         if obstacle:
             _log.warning("Mamba layers run on plain PyTorch, which is slower; the fused kernels %s", obstacle)
-        else:
+        elif has_causal_conv1d():
             _log.info("Mamba layers run on the fused kernels of mamba-ssm and causal-conv1d")
-    return TORCH if obstacle else TRITON
+        else:
+            _log.warning(
+                "Mamba layers run on the fused kernels of mamba-ssm, their convolution on plain PyTorch, which "
+                "is slower; pip install 'elastic-family[cuda]'"
+            )
+    if obstacle:
+        return TORCH
+    return TRITON if has_causal_conv1d() else TRITON_ALONE
 
 
 def _triton_obstacle(device_type: str) -> str | None:
     """Say why the fused kernels cannot run on such a device and what to do about it; None if they can."""
     if device_type != "cuda":
         return f"need a CUDA device, not {device_type!r}; choose backend='torch' there"
-    errors = {
-        "mamba-ssm": _import_error("mamba_ssm.ops.triton.ssd_combined"),
-        "causal-conv1d": _import_error("causal_conv1d"),
-    }
-    missing = [f"{package} ({error})" for package, error in errors.items() if error is not None]
-    return f"need {' and '.join(missing)}; pip install 'elastic-family[cuda]'" if missing else None
+    error = _import_error("mamba_ssm.ops.triton.ssd_combined")
+    return f"need mamba-ssm ({error}); pip install 'elastic-family[cuda]'" if error is not None else None
 
 
 def _import_error(module: str) -> str | None:

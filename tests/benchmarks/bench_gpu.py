@@ -1,14 +1,15 @@
 """What one CUDA device makes of the library: kernels, a distillation step, its cost by budget, and decoding.
 
-pytest -m "benchmark and gpu" -s tests/benchmarks/bench_gpu.py
+`make bench-gpu`; `make check-gpu` where there is no network and no compiler.
 
-Needs the packages of `elastic-family[cuda]`, and nothing from the network: weights and tokens are random. The student
-is the largest with Nano's proportions that elastic_core/memory.py fits on the device beside its frozen teacher.
+Needs mamba-ssm's kernels, and nothing from the network: weights and tokens are random. The student is the largest with
+Nano's proportions that elastic_core/planning/memory.py fits on the device beside its frozen teacher.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,10 @@ from elastic_core.planning.machine import USABLE_SHARE
 from elastic_core.planning.memory import MicroStep, training_memory
 from elastic_core.recipe import Distillation, Optimizer, Stage
 from elastic_core.subnet import Subnet, full_subnet
+from elastic_core.training import resume
 from elastic_core.training.parallel import World, recompute_layers
 from elastic_core.training.tokens import TokenRows
-from elastic_core.training.train import StageRun, StepMetrics, make_optimizer, train_stage
+from elastic_core.training.train import StageRun, make_optimizer, train_stage
 
 pytestmark = [
     pytest.mark.benchmark,
@@ -100,9 +102,10 @@ def fresh_model(config: ModelConfig, dtype: torch.dtype) -> ElasticNemotronH:
 
 def distillation_runs(
     config: ModelConfig, subnets: dict[str, Subnet], tokens: int, sequences: int, directory: Path
-) -> dict[str, Iterator[StepMetrics]]:
-    """For each subnet a stage that distils it alone, a step at a time, all into the same student."""
-    stream = torch.randint(config.vocab_size, (sequences * tokens * 2 + 1,), dtype=torch.int32)
+) -> dict[str, StageRun]:
+    """For each subnet a stage that distils it alone, all into the same student."""
+    random = torch.Generator().manual_seed(0)
+    stream = torch.randint(config.vocab_size, (sequences * tokens * 2 + 1,), dtype=torch.int32, generator=random)
     save_file({"tokens": stream}, directory / "tokens.safetensors")
     student, teacher = fresh_model(config, torch.float32), fresh_model(config, torch.bfloat16)
     recompute_layers(student)
@@ -117,21 +120,19 @@ def distillation_runs(
     )
     optimizer = make_optimizer(student, None, stage)
     return {
-        name: train_stage(
-            StageRun(
-                student=student,
-                teacher=teacher.requires_grad_(False).eval(),
-                router=None,
-                optimizer=optimizer,
-                stage=dataclasses.replace(stage, budgets={name: 1}),
-                distillation=Distillation(),
-                budgets=(Budget(name=name),),
-                subnets={name: subnet},
-                data=TokenRows(directory / "tokens.safetensors", tokens),
-                seed=0,
-                world=World(device=DEVICE),
-                autocast=torch.bfloat16,
-            )
+        name: StageRun(
+            student=student,
+            teacher=teacher.requires_grad_(False).eval(),
+            router=None,
+            optimizer=optimizer,
+            stage=dataclasses.replace(stage, budgets={name: 1}),
+            distillation=Distillation(),
+            budgets=(Budget(name=name),),
+            subnets={name: subnet},
+            data=TokenRows(directory / "tokens.safetensors", tokens),
+            seed=0,
+            world=World(device=DEVICE),
+            autocast=torch.bfloat16,
         )
         for name, subnet in subnets.items()
     }
@@ -145,7 +146,7 @@ def step_flops(config: ModelConfig, subnet: Subnet, tokens: int, sequences: int)
 
 def title(config: ModelConfig, tokens: int, sequences: int) -> str:
     parameters = sum(weight.numel() for weight in meta_model(config).parameters())
-    return f"{parameters / 1e9:.2f}B parameters, {sequences} x {tokens} tokens"
+    return f"{parameters / 1e9:.2f}B parameters, {sequences} x {tokens} tokens{convolution()}"
 
 
 def meta_model(config: ModelConfig) -> ElasticNemotronH:
@@ -215,8 +216,12 @@ def matrix_product(size: int) -> Callable[[], Tensor]:
 
 
 def require_kernels() -> None:
-    for package in ("mamba_ssm", "causal_conv1d"):
-        pytest.importorskip(package)
+    pytest.importorskip("mamba_ssm")
+
+
+def convolution() -> str:
+    """What a row says where causal-conv1d is missing."""
+    return "" if kernels.has_causal_conv1d() else ", plain convolution"
 
 
 def test_fused_scan_beside_the_plain_one() -> None:
@@ -240,8 +245,8 @@ def test_utilisation_of_the_distillation_step(tokens: int, sequences: int, tmp_p
     require_kernels()
     config = largest_that_fits(tokens, torch.cuda.get_device_properties(DEVICE).total_memory)
     full, size = full_subnet(config), 8192
-    (step,) = distillation_runs(config, {"l": full}, tokens, sequences, tmp_path).values()
-    seconds = interleaved({"step": functools.partial(next, step), "product": matrix_product(size)})
+    (run,) = distillation_runs(config, {"l": full}, tokens, sequences, tmp_path).values()
+    seconds = interleaved({"step": functools.partial(next, train_stage(run)), "product": matrix_product(size)})
     reached = step_flops(config, full, tokens, sequences) / seconds["step"]
     alternatives = {f"a product of {size} x {size} bfloat16 matrices": 2 * size**3 / seconds["product"]}
     name = torch.cuda.get_device_name()
@@ -264,7 +269,7 @@ def test_a_distillation_step_costs_what_its_budget_costs(tmp_path: Path) -> None
     config = largest_that_fits(tokens, torch.cuda.get_device_properties(DEVICE).total_memory)
     subnets = {"s": small_subnet(config), "l": full_subnet(config)}
     runs = distillation_runs(config, subnets, tokens, sequences, tmp_path)
-    seconds = interleaved({name: functools.partial(next, run) for name, run in runs.items()})
+    seconds = interleaved({name: functools.partial(next, train_stage(run)) for name, run in runs.items()})
     flops = {name: step_flops(config, subnet, tokens, sequences) for name, subnet in subnets.items()}
     record(
         benchmark="distillation step, s / l",
@@ -291,6 +296,24 @@ def test_decoding_beside_transformers(batch: int) -> None:
         unit="tokens/s",
         ours=rates["ours"],
         theirs=rates["transformers"],
-        alternative="transformers with the same kernels",
+        alternative="transformers with the same kernels"
+        if kernels.has_causal_conv1d()
+        else "transformers without kernels",
         target="at least 1",
     )
+
+
+def test_a_stage_that_was_killed_ends_in_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_kernels()
+    monkeypatch.setenv("MAMBA_DETERMINISTIC", "1")
+    config = dataclasses.replace(nano_like(512), hybrid_override_pattern="M-M*-M-", vocab_size=1024)
+    runs = [distillation_runs(config, {"s": small_subnet(config)}, 512, 2, tmp_path)["s"] for _ in range(3)]
+    whole, killed, resumed = runs
+    list(islice(train_stage(whole), 4))
+    list(islice(train_stage(killed), 2))
+    resume.save_checkpoint(tmp_path / "work", killed, 2, [])
+    start, _ = resume.resume(tmp_path / "work", resumed)
+    list(islice(train_stage(resumed, start), 2))
+    weights = resumed.student.state_dict()
+    for name, weight in whole.student.state_dict().items():
+        assert torch.equal(weight, weights[name]), name

@@ -271,7 +271,8 @@ def test_interpreted_kernels_equal_plain_pytorch(interpreted: dict[str, dict[str
 @pytest.mark.parametrize("name", TRITON_CASES | CONV_CASES | PLAIN_CASES)
 def test_cuda_kernels_equal_plain_pytorch(name: str, dtype: torch.dtype, tolerance: float) -> None:
     pytest.importorskip("mamba_ssm")
-    pytest.importorskip("causal_conv1d")
+    if name in CONV_CASES:
+        pytest.importorskip("causal_conv1d")
     case = (TRITON_CASES | CONV_CASES | PLAIN_CASES)[name]
     found = differences(case, grad=name != "step", device="cuda", dtype=dtype)
     assert {result: value for result, value in found.items() if not value <= tolerance} == {}
@@ -380,9 +381,17 @@ def test_triton_without_its_packages_says_what_to_install(monkeypatch: pytest.Mo
     pretend(monkeypatch, mamba_ssm="No module named 'mamba_ssm'", causal_conv1d=None)
     with pytest.raises(ValueError, match=r"need mamba-ssm \(No module named 'mamba_ssm'\); pip install '.*\[cuda\]'$"):
         select_backend("triton", "cuda")
-    pretend(monkeypatch, mamba_ssm="one", causal_conv1d="two")
-    with pytest.raises(ValueError, match=r"need mamba-ssm \(one\) and causal-conv1d \(two\); pip install"):
-        select_backend("triton", "cuda")
+
+
+def test_triton_without_causal_conv1d_has_all_but_its_convolution(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretend(monkeypatch, mamba_ssm=None, causal_conv1d="No module named 'causal_conv1d'")
+    alone = select_backend("auto", "cuda")
+    assert alone.conv is ssm.causal_conv
+    assert (alone.name, alone.scan, alone.gated_norm) == ("triton", kernels.ssd_scan, kernels.gated_rms_norm)
+    assert "their convolution on plain PyTorch" in caplog.text
+    assert select_backend("triton", "cuda") is alone
 
 
 def test_unknown_backend_is_refused() -> None:
