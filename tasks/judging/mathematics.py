@@ -32,7 +32,7 @@ class Mathematician:
     """Compares answers with math-verify. One comparison at a time; close it, or use it as a context."""
 
     def __init__(self, *, seconds: float = ANSWER_SECONDS) -> None:
-        self._seconds = seconds
+        self.seconds = seconds
         self._lock = Lock()
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
@@ -74,12 +74,12 @@ class Mathematician:
             connection = self._connection or self._started()
             try:
                 connection.send((expected, answer))
-                if connection.poll(self._seconds):
+                if connection.poll(self.seconds):
                     return bool(connection.recv())
             except (EOFError, BrokenPipeError, ConnectionResetError):
                 self.close()
                 continue
-            logger.warning("comparing %.80r with %.80r took over %.0f s: not the same", answer, expected, self._seconds)
+            logger.warning("comparing %.80r with %.80r took over %.0f s: not the same", answer, expected, self.seconds)
             self.close()
             return False
         logger.warning("comparing %.80r with %.80r ended math-verify twice: not the same", answer, expected)

@@ -1,7 +1,8 @@
 """Run a program that nobody trusts: without network, in a file system of its own, within limits.
 
-Bubblewrap (`bwrap`) gives the program its own namespaces: it sees an interpreter, read-only, and a /tmp of its own. Its
-limits are set before its first line runs, by `within.py`; a watcher bounds the memory of all its processes together.
+Bubblewrap (`bwrap`) gives the program its own namespaces: it sees an interpreter, read-only, and a /tmp of its own, and
+may not make the system calls of `seccomp.py`. Its limits are set before its first line runs, by `within.py`; a watcher
+bounds the memory of all its processes together.
 """
 
 import json
@@ -22,6 +23,8 @@ from typing import IO, Any, Literal
 
 import psutil
 
+from tasks.judging.seccomp import seccomp_filter
+
 # `failed`: an exception or a signal. `slow`, `large`: stopped because of its time or its memory.
 Ending = Literal["ended", "failed", "slow", "large"]
 
@@ -35,10 +38,7 @@ ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "OMP_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a program may use. A process has `memory_bytes` at most, and so have all its processes together.
-
-    Files in memory (memfd) are no process's: of these there may be processes x open_files x output_bytes besides.
-    """
+    """What a program may use. A process has `memory_bytes` at most, and so have all its processes together."""
 
     seconds: float = 6.0
     memory_bytes: int = 2 << 30
@@ -86,13 +86,19 @@ class Sandbox:
 
     @contextmanager
     def _isolated(self, program: str, function: str | None, files: tuple[IO[bytes], ...]) -> Iterator[Any]:
-        with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as status:
-            source.write(_encoded(program))
-            source.seek(0)
+        with (
+            tempfile.TemporaryFile() as source,
+            tempfile.TemporaryFile() as status,
+            tempfile.TemporaryFile() as denied,
+        ):
+            for file, content in ((source, _encoded(program)), (denied, seccomp_filter())):
+                file.write(content)
+                file.seek(0)
             root = os.geteuid() == 0
             settings = self._settings(function, user=FIRST_USER + threading.get_native_id() if root else None)
-            argv = [*self._bwrap(root, source.fileno(), status.fileno()), *_interpreter("/program.py", settings)]
-            process = _started(argv, files, pass_fds=(source.fileno(), status.fileno()), cwd="/", env={})
+            passed = (source.fileno(), status.fileno(), denied.fileno())
+            argv = [*self._bwrap(root, *passed), *_interpreter("/program.py", settings)]
+            process = _started(argv, files, pass_fds=passed, cwd="/", env={})
 
             def began() -> bool:
                 # bwrap tells an exit code only of a program that was started; of one that we killed it cannot.
@@ -123,7 +129,7 @@ class Sandbox:
             "function": function,
         }
 
-    def _bwrap(self, root: bool, source: int, status: int) -> list[str]:
+    def _bwrap(self, root: bool, source: int, status: int, denied: int) -> list[str]:
         """The command up to the program. Root needs no namespace of users, in which its limit would not count."""
         seen = [path for path in [*INTERPRETER, *LINKER, sys.base_prefix, sys.prefix] if os.path.exists(path)]
         above = sorted({str(parent) for path in seen for parent in Path(path).parents} - {"/"})
@@ -131,8 +137,7 @@ class Sandbox:
         return [
             shutil.which("bwrap") or "bwrap",
             *(f"--unshare-{each}" for each in unshared),
-            *([] if root else ["--disable-userns"]),
-            *("--die-with-parent", "--json-status-fd", str(status)),
+            *("--die-with-parent", "--json-status-fd", str(status), "--seccomp", str(denied)),
             *(word for path in above for word in ("--perms", "0755", "--dir", path)),  # bwrap's own are 0700
             *(word for path in seen for word in ("--ro-bind", path, path)),
             *("--proc", "/proc", "--dev", "/dev", "--perms", "0444", "--file", str(source), "/program.py"),
@@ -147,7 +152,7 @@ def require_isolation() -> None:
     fault = why_not_isolated()
     if fault is not None:
         raise ValueError(
-            f"programs that a model wrote cannot be isolated here: {fault}; install bubblewrap 0.8 or later, "
+            f"programs that a model wrote cannot be isolated here: {fault}; install bubblewrap 0.7 or later, "
             "on a Linux that lets this user make namespaces, or set unsafe_code to run them as this user"
         )
 
@@ -160,7 +165,7 @@ def why_not_isolated() -> str | None:
     alone = Sandbox(limits=Limits(processes=1, seconds=60.0))  # a busy machine is no reason
     try:
         outcome = alone.run(_PROBE, "")
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         return str(error)
     return None if outcome == Outcome("ended", "isolated\n") else f"its limits do not hold ({outcome.output.strip()})"
 

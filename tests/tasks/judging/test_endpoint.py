@@ -123,7 +123,7 @@ def test_a_fault_that_passes_is_waited_out(fault: tuple[int, Any]) -> None:
 def test_a_completion_that_takes_too_long_is_asked_for_again() -> None:
     answered = threading.Event()
     with served(lambda body: said("4") if len(server.seen) > 1 else (answered.wait(30) and said("late"))) as server:
-        assert Client(server.endpoint(seconds=0.3)).complete(ASKED).text == "4"
+        assert Client(server.endpoint(seconds=1)).complete(ASKED).text == "4"
         answered.set()
 
 

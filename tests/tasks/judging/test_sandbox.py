@@ -5,6 +5,7 @@
 
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import pytest
 
 from tasks.judging.programs import Case, Cases, passes, same_text, same_value
 from tasks.judging.sandbox import FIRST_USER, Limits, Sandbox, require_isolation, why_not_isolated
+from tasks.judging.seccomp import seccomp_filter
 
 PATIENT = Limits(seconds=60)  # for programs that end by themselves, on a busy machine
 SHORT = Limits(seconds=1.5)
@@ -166,9 +168,10 @@ while True:
     except OSError:
         time.sleep(0.05)
 """
-    outcome = Sandbox(limits=SHORT).run(program, "")
+    limits = Limits(seconds=4)
+    outcome = Sandbox(limits=limits).run(program, "")
     assert outcome.ending == "slow"
-    assert 2 <= outcome.output.count("alive") <= SHORT.processes
+    assert 2 <= outcome.output.count("alive") <= limits.processes
 
 
 def test_a_program_that_leaves_a_daemon_takes_it_along() -> None:
@@ -238,6 +241,33 @@ def test_a_program_cannot_raise_its_limits() -> None:
     assert ending("import os\nos.setuid(0)") == "failed"
 
 
+def test_a_program_cannot_make_file_systems_or_memory_that_is_no_process_s() -> None:
+    program = """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+def refused(call, *arguments):
+    return call(*arguments) == -1 and ctypes.get_errno() in (1, 38)
+print(refused(libc.unshare, 0x10000000), refused(libc.unshare, 0x00020000))
+print(refused(libc.syscall, 56 if os.uname().machine == "x86_64" else 220, 0x10000000 | 17, 0, 0, 0, 0))
+print(refused(libc.mount, b"x", b"/tmp", b"tmpfs", 0, None))
+print(refused(libc.shmget, 0, 1 << 20, 0o1600), refused(libc.ptrace, 0, 0, 0, 0))
+try:
+    os.memfd_create("x")
+except PermissionError:
+    print(True)
+"""
+    assert set(output(program).split()) == {"True"}
+
+
+def test_the_filter_is_whole_on_each_architecture_and_refused_on_others() -> None:
+    for machine in ("x86_64", "aarch64"):
+        steps = list(struct.iter_unpack("=HBBI", seccomp_filter(machine)))
+        assert steps[-1] == (0x06, 0, 0, 0x7FFF0000)
+        assert all(at + 1 + max(holds, fails) < len(steps) for at, (_, holds, fails, _) in enumerate(steps[:-1]))
+    with pytest.raises(ValueError, match="no filter of system calls is known for riscv64"):
+        seccomp_filter("riscv64")
+
+
 # The way without isolation, and its refusal
 
 
@@ -255,7 +285,7 @@ def test_a_machine_without_bubblewrap_refuses_with_the_remedy(monkeypatch: pytes
     require_isolation()
     monkeypatch.setenv("PATH", "/nowhere")
     why_not_isolated.cache_clear()
-    with pytest.raises(ValueError, match=r"there is no bwrap; install bubblewrap 0\.8 or later, .* unsafe_code"):
+    with pytest.raises(ValueError, match=r"there is no bwrap; install bubblewrap 0\.7 or later, .* unsafe_code"):
         require_isolation()
     why_not_isolated.cache_clear()
 
