@@ -18,7 +18,8 @@ ANSWER_SECONDS = 20.0  # math-verify itself gives a comparison, and each of the 
 MEMORY_BYTES = 4 << 30
 LONGEST = 2000  # characters; no answer of a benchmark is nearly as long
 
-_SPACE = re.compile(r"\\[,;:! ]|\\quad|\\qquad|~|\s+")
+# Between two digits a space parts two numbers.
+_SPACE = re.compile(r"\\[,;:! ]|\\q?quad|~|(?<!\d)\s+|\s+(?!\d)")
 _PERCENT_OR_DEGREES = re.compile(r"\\?%|\^\s*\{?\s*\\circ\s*\}?|\\degree")
 _GROUP_MARK = re.compile(r"(?<=\d)(?:\{,\}|\\,|\\!)(?=\d{3})")
 # A number alone, maybe with a unit: in a pair or a list the comma parts two numbers.

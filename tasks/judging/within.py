@@ -16,9 +16,12 @@ import resource
 import sys
 from typing import Any
 
-# What LiveCodeBench lets a program use without importing it.
-MODULES = "string re datetime collections heapq bisect copy math random statistics itertools functools operator io json"
-TYPING = "typing"
+# LiveCodeBench begins each program with `from MODULE import *` for all of these, and `import MODULE` for all but the
+# last two. Builtins come late because operator and math have a `pow` of two arguments, and io an `open` of its own.
+MODULES = (
+    "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json "
+    "builtins typing"
+)
 RECURSION = 50_000
 
 
@@ -58,17 +61,17 @@ def limit(settings: dict[str, Any]) -> None:
 
 
 def prelude() -> dict[str, Any]:
+    """The names that a program finds without importing them."""
+    modules = {name: importlib.import_module(name) for name in MODULES.split()}
     scope: dict[str, Any] = {}
-    for name in [*MODULES.split(), TYPING]:
-        module = importlib.import_module(name)
-        names = getattr(module, "__all__", [each for each in vars(module) if not each.startswith("_")])
-        scope.update({each: getattr(module, each) for each in names})
-    modules = ["sys", "os", "time", "queue", *MODULES.split()]
-    scope.update({name: importlib.import_module(name) for name in modules if name not in ("datetime", "copy")})
-    return scope
+    for module in modules.values():
+        names = getattr(module, "__all__", [name for name in vars(module) if not name.startswith("_")])
+        scope.update({name: getattr(module, name) for name in names})
+    return scope | {name: module for name, module in modules.items() if name not in ("builtins", "typing")}
 
 
 def call(function: str, source: str, file: str, scope: dict[str, Any]) -> None:
+    """Write the result of the program's function, or of its class Solution's method, to standard output."""
     arguments = [json.loads(line) for line in sys.stdin.read().splitlines() if line.strip()]
     result_to = os.dup(1)
     os.dup2(2, 1)  # what the program prints is no result
@@ -77,7 +80,14 @@ def call(function: str, source: str, file: str, scope: dict[str, Any]) -> None:
     owner = scope["Solution"]() if "Solution" in scope else None
     result = (getattr(owner, function) if owner is not None else scope[function])(*arguments)
     with os.fdopen(result_to, "w") as out:
-        json.dump(result, out)
+        json.dump(result, out, default=plain)
+
+
+def plain(value: Any) -> Any:
+    """A number or an array of numpy's as Python's own."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is no result in JSON")
 
 
 if __name__ == "__main__":

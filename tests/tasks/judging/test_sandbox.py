@@ -69,6 +69,15 @@ def test_a_program_may_leave_out_the_usual_imports_and_end_early() -> None:
     assert output("print(Counter('aab')['a'], gcd(4, 6), inf)\nexit(3)") == "2 2 inf\n"
 
 
+def test_what_a_program_finds_without_importing_it_is_what_livecodebench_gives_it() -> None:
+    program = """
+print(pow(2, 10, 1000), abs(-1), copy.deepcopy([1]), datetime.datetime(2024, 1, 1).year, bisect.bisect_left([1], 1))
+print(bisect_left([1, 2], 2), sqrt(4), reduce(add, [1, 2]), stdin.read(), open(0).read(), List, maxsize > 1)
+"""
+    assert output(program, "x") == "24 1 [1] 2024 0\n1 2.0 3 x  typing.List True\n"
+    assert ending("os.getpid()") == "failed"
+
+
 def test_a_program_may_recurse_and_use_threads() -> None:
     program = """
 import sys, threading
@@ -91,6 +100,8 @@ class Solution:
     assert passes(method, Cases((Case("1\n[2, 3]", "6"), Case("0\n[]", "0")), "add"), sandbox)
     assert not passes(method, Cases((Case("1\n[2, 3]", "7"),), "add"), sandbox)
     assert passes("def pair(a):\n    return a, None", Cases((Case('"x"', '["x", null]'),), "pair"), sandbox)
+    numpy = "import numpy\ndef pair(a):\n    return [numpy.int64(a), numpy.arange(a)]"
+    assert passes(numpy, Cases((Case("2", "[2, [0, 1]]"),), "pair"), sandbox)
     assert not passes("def other(a):\n    return a", Cases((Case('"x"', '"x"'),), "pair"), sandbox)
 
 
