@@ -142,7 +142,7 @@ class Sandbox:
             *(word for path in seen for word in ("--ro-bind", path, path)),
             *("--proc", "/proc", "--dev", "/dev", "--perms", "0444", "--file", str(source), "/program.py"),
             *("--perms", "1777", "--size", str(self.limits.files_bytes), "--tmpfs", "/tmp"),
-            *("--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp", "--clearenv"),
+            *("--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"),
             *(word for name, value in ENVIRONMENT.items() for word in ("--setenv", name, value)),
         ]
 
