@@ -2,29 +2,15 @@
 
 import json
 import logging
-import math
-import os
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from elastic_core.budget import Dtype
 from elastic_core.geometry import FfnLayout
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from elastic_core.model import ElasticNemotronH
-    from elastic_core.subnet import Subnet
-
-# The terminal shows steps and progress; Prefect's own lines, and ours, are on the run in its UI.
-PREFECT_LOGGING = {
-    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
-    "PREFECT_LOGGING_EXTRA_LOGGERS": "elastic_core,tasks,flows",
-}
 PEAK_TFLOPS, MFU, PRICE = 989.0, 0.4, 2.5  # what a plan assumes of a GPU: an H100, rented
 INTERRUPTED = 130  # what Typer makes of Ctrl-C
 
@@ -36,44 +22,34 @@ app = typer.Typer(
     add_completion=False,
 )
 
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe, such as infra/recipes/tiny.yaml.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change: stages.0.steps=100 ...")]
+Model = Annotated[str, typer.Argument(help="NAME, NAME@ALIAS or NAME:VERSION; NAME alone is its champion.")]
+Version = Annotated[
+    str, typer.Argument(help="NAME, NAME@ALIAS or NAME:VERSION; NAME alone is its champion or candidate.")
+]
+Reason = Annotated[str, typer.Option(help="Why; it is recorded in the registry.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+BudgetName = Annotated[str | None, typer.Option(help="A budget of an elastic checkpoint; by default the whole model.")]
 Directory = Annotated[Path, typer.Argument(help="A checkpoint directory.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The directory to write; it must not exist yet.")]
 
 
 @app.command()
 def run(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, such as infra/recipes/tiny.yaml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: stages.0.steps=100 ...")] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
 ) -> None:
     """Run the whole pipeline here: teacher and data in, a registered family out."""
-    from flows.commands.recipes import load_recipe
-    from flows.serving.services import embedded_services
-    from tasks.settings import PREFECT_API, ServiceError, make_home, remedy
+    from flows.commands.run import run_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
-    for name, value in PREFECT_LOGGING.items():
-        os.environ.setdefault(name, value)
-    with embedded_services(make_home(), prefect=True):
-        import httpx
-        from prefect.exceptions import PrefectException
-
-        from flows.commands.outcome import print_outcome
-        from flows.elastify import elastify
-        from tasks.running.preflight import check_services
-
-        check_services()
-        try:
-            evaluation, orders, release, verdict = elastify(loaded)
-        except (PrefectException, httpx.HTTPError) as error:
-            look = remedy(PREFECT_API)
-            raise ServiceError(f"Prefect fails: {error}; {look}, then run this again to go on") from error
-        print_outcome(evaluation, orders, release, verdict)
+    run_recipe(recipe, overrides or [])
 
 
 @app.command()
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, such as infra/recipes/nano-12b.yaml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: stages.0.steps=100 ...")] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
     gpus: Annotated[str, typer.Option(help="Numbers of GPUs to plan for.")] = "1,8,64",
     gpu_memory: Annotated[str, typer.Option(help="Memory of a GPU.")] = "80GB",
     tflops: Annotated[
@@ -84,7 +60,7 @@ def plan(
     bandwidth: Annotated[str, typer.Option(help="What a GPU reads of its memory in a second.")] = "3.35TB",
     on_a_host: Annotated[int, typer.Option(help="GPUs that share a host.")] = 8,
     core_price: Annotated[float, typer.Option(help="Dollars for a core-hour.")] = 0.04,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say before spending what a recipe takes: sizes, tokens, FLOPs, memory, hours, dollars, and where it fits."""
     from elastic_core.budget import parse_bytes
@@ -114,8 +90,8 @@ def plan(
 
 @app.command()
 def check(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, such as infra/recipes/tiny.yaml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: stages.0.steps=100 ...")] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
 ) -> None:
     """Find before spending what would end a run: services, teacher, tokenizer, data as rendered, GPUs, disk."""
     from flows.commands.check import check_recipe
@@ -239,22 +215,9 @@ def profile(
     dtype: Annotated[Dtype, typer.Option(help="The dtype to compute in.")] = "bfloat16",
 ) -> None:
     """Measure on this device how long a decoding step takes at every choice of the axes, for latency budgets."""
-    import torch
+    from flows.commands.profile import profile_source
 
-    from elastic_core.budget import Serving
-    from elastic_core.planning.profile import measure, write_table
-    from flows.commands.profile import print_table, profiled
-    from tasks.running.bars import bar
-
-    model, axes = profiled(source)
-    serving = Serving(context=context, batch=batch, dtype=dtype)
-    if not output.parent.is_dir():
-        raise ValueError(f"{output.parent}: there is no such directory; make it, or write the table somewhere else")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with bar("profiling") as report:
-        table = measure(model, axes, serving, device, progress=report)
-    write_table(output, table)
-    print_table(table, axes)
+    profile_source(source, output, context=context, batch=batch, dtype=dtype)
 
 
 @app.command("slice")
@@ -275,51 +238,30 @@ def slice_(
     ] = "padded",
 ) -> None:
     """Cut a budget, or any size between, out of an elastic checkpoint."""
-    from elastic_core.files.checkpoint import read_family
-    from elastic_core.files.slicing import slice_checkpoint
-    from tasks.running.bars import bar
+    from flows.commands.slice import slice_family
 
-    sizes = {"--params": params, "--memory": memory, "--latency": latency}
-    given = {option: size for option, size in sizes.items() if size is not None}
-    if len(given) + (budget is not None) != 1:
-        raise ValueError(f"give one of --budget, {', '.join(sizes)}")
-    if profile is not None and latency is None:
-        raise ValueError("--profile is the table that --latency is read from; give both, or neither")
-    if budget is not None:
-        subnet, takes = read_family(checkpoint).budget(budget).subnet, ""
-    else:
-        subnet, takes = _any_size(checkpoint, *given.popitem(), profile)
-    with bar("slicing") as report:
-        slice_checkpoint(checkpoint, subnet, output, ffn_layout=ffn_layout, progress=report)
-    typer.echo(f"{output}: {_describe(output)}{takes}")
+    slice_family(
+        checkpoint,
+        output,
+        budget=budget,
+        sizes={"--params": params, "--memory": memory, "--latency": latency},
+        profile=profile,
+        ffn_layout=ffn_layout,
+    )
 
 
 @app.command()
 def pull(
-    model: Annotated[str, typer.Argument(help="NAME, NAME@ALIAS or NAME:VERSION; NAME alone is its champion.")],
+    model: Model,
     output: Annotated[
         Path,
         typer.Option("--output", "-o", help="The directory to write: a new one, or one with a smaller size to grow."),
     ],
 ) -> None:
     """Bring a registered model here, every digest verified; a smaller size of it that is there already is grown."""
-    from flows.serving.services import registry_services
-    from tasks import artifacts, tracking
-    from tasks.running.bars import bar
-    from tasks.settings import Settings, home_directory
+    from flows.commands.pull import pull_model
 
-    with registry_services(home_directory()):
-        settings = Settings.from_environment(need_bucket=False)
-        version = tracking.resolve(settings.registry, model)
-        with bar(f"pulling {version.name}:{version.version}") as report:
-            artifacts.fetch(
-                artifacts.open_store(settings),
-                version.tags[tracking.MANIFEST],
-                version.tags[tracking.BUDGET],
-                output,
-                progress=report,
-            )
-    typer.echo(f"{output}: {version.name} version {version.version}, {_describe(output)}")
+    pull_model(model, output)
 
 
 @app.command()
@@ -336,6 +278,7 @@ def gc(
     """
     from elastic_core.budget import parse_bytes
     from flows.commands.garbage import collect
+    from flows.commands.terminal import confirmed
     from flows.serving.services import embedded_services
     from tasks.settings import Settings, make_home
 
@@ -346,38 +289,72 @@ def gc(
             older_than_days=older_than,
             max_bytes=max_bytes,
             delete=delete,
-            confirm=_confirmed(yes),
+            confirm=confirmed(yes),
         )
 
 
-def _confirmed(yes: bool) -> "Callable[[str], bool]":
-    """Asks in the terminal; where nobody can answer, a ValueError unless `yes`."""
+@app.command()
+def ls(
+    family: Annotated[str | None, typer.Argument(help="The versions of this family alone.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Older versions without an alias too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the registered families: sizes, aliases, scores, storage, age."""
+    from flows.commands.ls import list_families
 
-    def confirm(question: str) -> bool:
-        if not yes and not sys.stdin.isatty():
-            raise ValueError(f"{question} Nobody is there to say so: add --yes")
-        return yes or typer.confirm(question)
+    list_families(family, every=every, as_json=as_json)
 
-    return confirm
+
+@app.command()
+def show(model: Version, as_json: AsJson = False) -> None:
+    """Say of a registered model from what and by what it was made, how good it is, and how to load it."""
+    from flows.commands.show import show_model
+
+    show_model(model, as_json=as_json)
+
+
+@app.command()
+def diff(first: Version, second: Version, as_json: AsJson = False) -> None:
+    """Say in what two registered models differ: recipe, data and code, shape, scores."""
+    from flows.commands.diff import diff_models
+
+    diff_models(first, second, as_json=as_json)
+
+
+@app.command()
+def promote(
+    model: Annotated[str, typer.Argument(help="NAME or NAME:VERSION; NAME alone is its candidate.")], reason: Reason
+) -> None:
+    """Make a registered model the champion, with all sizes that were registered with it."""
+    from flows.commands.promote import promote_model
+
+    promote_model(model, reason)
+
+
+@app.command()
+def rollback(model: Annotated[str, typer.Argument(help="The NAME of a registered model.")], reason: Reason) -> None:
+    """Give the place of a champion, and of all sizes promoted with it, back to the champion before."""
+    from flows.commands.rollback import roll_back_model
+
+    roll_back_model(model, reason)
 
 
 @app.command("eval")
 def evaluate(
     checkpoint: Directory,
     heldout: Annotated[Path, typer.Option(help="Held-out tokens: heldout.safetensors of a prepared corpus.")],
-    budget: Annotated[
-        str | None, typer.Option(help="A budget of an elastic checkpoint; by default the whole model.")
-    ] = None,
+    budget: BudgetName = None,
     tokens: Annotated[int, typer.Option(help="How many tokens to measure on.")] = 100_000,
     sequence_length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 256,
 ) -> None:
     """Measure a checkpoint's cross-entropy on held-out tokens."""
     from elastic_core.recipe import Evaluation
+    from flows.commands.models import load
     from tasks.corpus.heldout import heldout_batches
     from tasks.evaluate import heldout_loss
 
     settings = Evaluation(heldout_tokens=tokens, sequence_length=sequence_length)
-    model, subnet = _load(checkpoint, budget)
+    model, subnet = load(checkpoint, budget)
     loss, _ = heldout_loss(model, subnet, heldout_batches(heldout, settings, model.config.vocab_size))
     typer.echo(json.dumps({"checkpoint": str(checkpoint), "budget": budget, "cross_entropy": loss}))
 
@@ -386,96 +363,30 @@ def evaluate(
 def generate(
     checkpoint: Directory,
     prompt: Annotated[str, typer.Argument(help="What to say to the model; a user's turn where there is a template.")],
-    budget: Annotated[
-        str | None, typer.Option(help="A budget of an elastic checkpoint; by default the whole model.")
-    ] = None,
+    budget: BudgetName = None,
     then: Annotated[str | None, typer.Option(help="The budget to switch to after --switch-after tokens.")] = None,
     switch_after: Annotated[int, typer.Option(min=0, help="New tokens before the switch.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="Temperature of sampling; 0 is greedy.")] = 0.0,
 ) -> None:
     """Generate text at any budget, or let a small budget begin and a larger one go on."""
-    import torch
+    from flows.commands.generate import generate_text
 
-    from elastic_core.files.checkpoint import read_family
-    from elastic_core.generate import decode
-    from tasks.corpus.chats import Chat
-    from tasks.corpus.problems import encode_prompts
-    from tasks.corpus.tokenizer import load_tokenizer
-    from tasks.evaluate import stop_tokens
-
-    model, subnet = _load(checkpoint, budget)
-    tokenizer = load_tokenizer(checkpoint)
-    if tokenizer.chat_template:
-        question = Chat([{"role": "user", "content": prompt}])
-        ids = encode_prompts(tokenizer, [(question, "the prompt")], {})[0].ids
-    else:
-        ids = tokenizer.encode(prompt, add_special_tokens=False)
-    switch = {switch_after: read_family(checkpoint).budget(then).subnet} if then else None
-    text: list[int] = []
-    for token in decode(
-        model,
-        torch.tensor([ids], device=model.embeddings.weight.device),
-        subnet,
+    generate_text(
+        checkpoint,
+        prompt,
+        budget=budget,
+        then=then,
+        switch_after=switch_after,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
-        switch=switch,
-    ):
-        if int(token[0]) in stop_tokens(model.config):
-            break
-        shown = len(tokenizer.decode(text))
-        text.append(int(token[0]))
-        typer.echo(tokenizer.decode(text)[shown:], nl=False)
-    typer.echo()
-
-
-def _load(checkpoint: Path, budget: str | None) -> "tuple[ElasticNemotronH, Subnet]":
-    """The model at the precision of its files, and the subnet of the budget, or the whole of it."""
-    import torch
-
-    from elastic_core.files.checkpoint import read_family
-    from elastic_core.subnet import full_subnet
-    from elastic_core.training.job import load_model
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(checkpoint, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return model, read_family(checkpoint).budget(budget).subnet if budget else full_subnet(model.config)
-
-
-def _any_size(checkpoint: Path, option: str, size: float | str, profile: Path | None) -> "tuple[Subnet, str]":
-    """The subnet for the size that an option gives, and what it takes, if that is no number of parameters."""
-    from elastic_core.budget import Budget
-    from elastic_core.files.checkpoint import read_config, read_family
-    from elastic_core.planning.profile import read_table
-    from elastic_core.resolve import resolve_target
-    from elastic_core.schema import build
-    from elastic_core.training.job import load_router
-
-    if isinstance(size, float):
-        if not math.isfinite(size):
-            raise ValueError(f"{option} {size} is not a size; give a number of parameters, such as 7.5e9")
-        size = int(size)
-    kind = option.removeprefix("--")
-    budget = build(Budget, {"name": kind, kind: size})
-    family = read_family(checkpoint)
-    if profile is not None:
-        family = replace(family, latency_table=read_table(profile))
-    router = load_router(checkpoint, read_config(checkpoint), family)
-    subnet, counted = resolve_target(router, [b.subnet for b in family.budgets], budget), router.elastic.cost_of(budget)
-    return subnet, f", {counted.text(counted.of(subnet))} of {budget}" if budget.params is None else ""
-
-
-def _describe(directory: Path) -> str:
-    from elastic_core.cost import subnet_params
-    from elastic_core.files.checkpoint import read_config
-    from elastic_core.subnet import full_subnet
-
-    config = read_config(directory)
-    return f"{subnet_params(config, full_subnet(config)):,} parameters, {config.num_layers} layers"
+    )
 
 
 def main() -> None:
     """The entry point: a fault that the user can mend is one line on stderr, and a non-zero exit code."""
+    from flows.commands.terminal import complain, explained
+
     terminal = logging.StreamHandler()
     for package in ("elastic_core", "tasks", "flows"):
         logging.getLogger(package).setLevel(logging.INFO)
@@ -484,30 +395,14 @@ def main() -> None:
         status = app(standalone_mode=False)
     except typer.TyperException as error:
         if message := error.format_message():  # it is empty where the help was shown instead
-            _complain(f"{message.rstrip('.')}; --help tells more")
+            complain(f"{message.rstrip('.')}; --help tells more")
         sys.exit(error.exit_code)
     except (ValueError, OSError, RuntimeError) as error:
-        _complain(_explain(error))
+        complain(explained(error))
         sys.exit(1)
     if status == INTERRUPTED:
-        _complain("interrupted; run the same command again to go on")
+        complain("interrupted; run the same command again to go on")
     sys.exit(status)
-
-
-def _complain(message: str) -> None:
-    from tasks.settings import redact
-
-    typer.echo(f"elastic: {redact(' '.join(message.split()))}", err=True)
-
-
-def _explain(error: Exception) -> str:
-    from tasks.settings import DISK_FULL, home_directory
-
-    if isinstance(error, OSError) and error.filename is None and error.errno in DISK_FULL:
-        return f"{error.strerror}; make room where this command writes (its state is in {home_directory()})"
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}; check the path, its permissions and the room on its disk"
-    return str(error) or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from prefect import flow
 from elastic_core.files.shapes import read_shapes
 from elastic_core.recipe import Recipe, RouterSchedule, Stage
 from elastic_core.subnet import Subnet
-from flows.cli import PREFECT_LOGGING
 from flows.commands.recipes import load_recipe
+from flows.commands.run import PREFECT_LOGGING
 from flows.elastify import in_order, prepare, shaped
 from flows.serving.services import embedded_services
 from tasks.race import Lap, Start, run_lap

@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast
 
 from elastic_core.budget import Dtype
 from elastic_core.files import checkpoint
-from elastic_core.files.locks import held
 from elastic_core.recipe import Evaluation, Promotion
 from elastic_core.training.tokens import IGNORED, TokenBatch
 from tasks import artifacts, tracking
@@ -28,6 +27,8 @@ from tasks.records import Artifact, BudgetEvaluation, Conditions, EvaluationReco
 from tasks.running.patience import patiently
 from tasks.running.steps import run, step
 from tasks.settings import Settings
+
+GATE = "the promotion gate"  # by whom a release became champion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,8 +101,7 @@ def promote(release: Release, evaluation: EvaluationRecord, measured: dict[str, 
     One run at a time promotes a family: no champion changes between the comparison with it and its replacement.
     """
     machine = Settings.from_environment()
-    lock = machine.home / "locks" / f"promote-{release.family}"
-    with held(lock, waits=f"waiting for {release.family}, which another run is promoting"):
+    with tracking.one_promotion(machine.home, release.family):
         return _promoted(machine.registry, release, evaluation, measured, gate)
 
 
@@ -124,10 +124,11 @@ def _promoted(
     ]
     if lost:
         return Verdict(promoted=False, reason=f"stays candidate; {'; '.join(lost)}")
-    tracking.set_alias(registry, tracking.CHAMPION, versions)
+    reason = f"no budget is worse than its champion by more than {gate.margin:.1%}"
     if not any(present.values()):
-        return Verdict(promoted=True, reason="there was no champion yet")
-    return Verdict(promoted=True, reason=f"no budget is worse than its champion by more than {gate.margin:.1%}")
+        reason = "there was no champion yet"
+    tracking.promote(registry, versions, reason, by=GATE)
+    return Verdict(promoted=True, reason=reason)
 
 
 def rivals(release: Release, evaluation: EvaluationRecord) -> Iterator[tuple[BudgetEvaluation, tracking.ModelVersion]]:

@@ -31,8 +31,13 @@ from tasks.running.steps import fingerprint, step
 from tasks.settings import ServiceError, Settings, redact
 
 CARDS = "cards"  # in a manifest's metadata: the SHA-256 of each part's model card before it got its scores
-STORAGE, PULL, CONDITIONS = "elastic.storage", "elastic.pull", "elastic.measured_under"
 LISTED = " Its FFN widths are a list, one a layer: vLLM, transformers and llama.cpp do not load it."
+ENGINES = "vLLM, transformers and llama.cpp load the downloaded directory."
+# A version is the files of a checkpoint and nothing else, the same bytes that `elastic slice` writes.
+NOT_LOGGED = (
+    " MLflow's own load_model does not load it, because it is not in MLflow's format (it has no MLmodel file): "
+    "download_artifacts brings the directory, which AutoModelForCausalLM.from_pretrained then loads."
+)
 
 
 def destination(settings: Settings) -> str:
@@ -264,15 +269,17 @@ def members(
             tags={
                 tracking.HELDOUT_DIGEST: evaluation.conditions.heldout_sha256,
                 tracking.MEASURED: evaluation.conditions.digest,
-                CONDITIONS: evaluation.conditions.text,
-                STORAGE: recipe.storage,
-                PULL: command,
-                "elastic.params": str(measured.params),
-                "elastic.subnet": json.dumps(to_dict(family.budget(measured.budget).subnet)),
+                tracking.CONDITIONS: evaluation.conditions.text,
+                tracking.STORAGE: recipe.storage,
+                tracking.STORED: str(sum(file.size for file in manifest.stored(measured.budget))),
+                tracking.PULL: command,
+                tracking.LOADS: (what_loads(slices[measured.budget]) or ENGINES).strip() + NOT_LOGGED,
+                tracking.PARAMS: str(measured.params),
+                tracking.SUBNET: json.dumps(to_dict(family.budget(measured.budget).subnet)),
                 **{f"elastic.{key}": str(value) for key, value in family.lineage.items()},
             },
             description=f"{recipe.family}, budget {measured.budget}: {lines[measured.budget]}. "
-            f"{score_line(evaluation, measured)} Get it with {how}." + what_loads(slices[measured.budget]),
+            f"{score_line(evaluation, measured)} Get it with {how}." + what_loads(slices[measured.budget]) + NOT_LOGGED,
         )
 
 
@@ -313,9 +320,15 @@ def register_size(model: str, slice_: Artifact, budget: Budget) -> str:
                 budget=budget.name,
                 source=f"{artifacts.version_uri(settings.bucket, family, version)}/{budget.name}",
                 metrics={"params": params},
-                tags={"elastic.params": str(params), "elastic.cut_from": f"{origin.name}:{origin.version}"},
+                tags={
+                    tracking.PARAMS: str(params),
+                    tracking.STORED: str(sum(file.size for file in manifest.files)),
+                    tracking.LOADS: (what_loads(slice_) or ENGINES).strip() + NOT_LOGGED,
+                    "elastic.cut_from": f"{origin.name}:{origin.version}",
+                },
                 description=f"{family} cut to {budget}: {params:,} parameters, from {origin.tags[tracking.VERSION]}."
-                + what_loads(slice_),
+                + what_loads(slice_)
+                + NOT_LOGGED,
             )
         ],
     )

@@ -2,15 +2,33 @@
 
 from pathlib import Path
 
+import torch
+
+from elastic_core.budget import Dtype, Serving
 from elastic_core.cost import LatencyCost, LatencyTable, TimedLayer
 from elastic_core.files.checkpoint import read_config, read_family
 from elastic_core.geometry import ATTENTION, FFN, MAMBA, Axes, ModelConfig
+from elastic_core.planning.profile import measure, write_table
 from elastic_core.subnet import full_subnet, smallest_subnet
 from flows.commands.plan import teacher_geometry
 from flows.commands.recipes import load_recipe
 from flows.commands.terminal import text_table, wide_console
+from tasks.running.bars import bar
 
 PARTS = {MAMBA: ("Mamba-2", "heads"), ATTENTION: ("attention", "heads"), FFN: ("FFN", "neurons")}
+
+
+def profile_source(source: Path, output: Path, *, context: int, batch: int, dtype: Dtype) -> None:
+    """Time the parts of a decoding step on this device, at every choice of a recipe's or checkpoint's axes."""
+    model, axes = profiled(source)
+    serving = Serving(context=context, batch=batch, dtype=dtype)
+    if not output.parent.is_dir():
+        raise ValueError(f"{output.parent}: there is no such directory; make it, or write the table somewhere else")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with bar("profiling") as report:
+        table = measure(model, axes, serving, device, progress=report)
+    write_table(output, table)
+    print_table(table, axes)
 
 
 def profiled(source: Path) -> tuple[ModelConfig, Axes]:

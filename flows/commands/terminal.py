@@ -1,9 +1,13 @@
-"""Tables in the terminal."""
+"""Tables, questions and complaints in the terminal."""
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 
+import typer
 from rich.console import Console
 from rich.table import Table
+
+from tasks.settings import DISK_FULL, home_directory, redact
 
 
 def wide_console() -> Console:
@@ -20,3 +24,28 @@ def text_table(rows: Sequence[Mapping[str, str]], title: str | None = None) -> T
     for row in rows:
         table.add_row(*row.values())
     return table
+
+
+def confirmed(yes: bool) -> Callable[[str], bool]:
+    """Asks in the terminal; where nobody can answer, a ValueError unless `yes`."""
+
+    def confirm(question: str) -> bool:
+        if not yes and not sys.stdin.isatty():
+            raise ValueError(f"{question} Nobody is there to say so: add --yes")
+        return yes or typer.confirm(question)
+
+    return confirm
+
+
+def complain(message: str) -> None:
+    """One line on standard error, without secrets."""
+    typer.echo(f"elastic: {redact(' '.join(message.split()))}", err=True)
+
+
+def explained(error: Exception) -> str:
+    """What an error says, and what to do about it where it comes from the file system."""
+    if isinstance(error, OSError) and error.filename is None and error.errno in DISK_FULL:
+        return f"{error.strerror}; make room where this command writes (its state is in {home_directory()})"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; check the path, its permissions and the room on its disk"
+    return str(error) or type(error).__name__

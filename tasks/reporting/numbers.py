@@ -22,6 +22,14 @@ def human_seconds(seconds: float) -> str:
     return f"{minutes} min {round(seconds) % 60} s" if minutes else f"{seconds:.3g} s"
 
 
+def human_age(seconds: float) -> str:
+    """How long ago something was, in its largest unit: 3 d, 5 h, 12 min, 40 s."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size:.0f} {unit}"
+    return f"{max(seconds, 0.0):.0f} s"
+
+
 def _scaled(count: float, units: Sequence[str]) -> tuple[str, str]:
     power = 0
     while power < len(units) - 1 and abs(float(f"{count:.3g}")) >= 1000:

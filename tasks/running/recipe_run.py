@@ -22,7 +22,6 @@ from tasks.running.steps import FUNCTIONS, WAYS, fingerprint
 from tasks.running.usage import noting
 from tasks.settings import ServiceError, Settings, redact
 
-PREFECT_RUN = "elastic.prefect_run"
 CODE_TAG, STEPS_TAG = f"elastic.{CODE}", "elastic.steps"
 
 logger = logging.getLogger(__name__)
@@ -78,7 +77,7 @@ def tracked(recipe: Recipe, settings: Settings, pipeline: Callable[..., Any]) ->
         experiment=recipe.family,
         run_key=key,
         run_name=f"{recipe.family}-{key[:8]}",
-        tags=made_by | ({PREFECT_RUN: page} if (page := prefect_url()) else {}),
+        tags=made_by | ({tracking.PREFECT_RUN: page} if (page := prefect_url()) else {}),
         artifact_root=f"s3://{settings.bucket}/mlflow/{recipe.family}" if not tracking.is_server(uri) else None,
     )
     run_id = patiently("opening the run", opened)
@@ -108,7 +107,7 @@ def link_release(settings: Settings, run_id: str, release: Release) -> None:
     note = {tracking.NOTE: "\n\n".join(lines)}
     patiently("linking the release", partial(tracking.set_tags, uri, run_id, note))
     if page:
-        tags, registered = {PREFECT_RUN: page}, release.models.values()
+        tags, registered = {tracking.PREFECT_RUN: page}, release.models.values()
         patiently("linking the release", partial(tracking.tag_versions, settings.registry, registered, tags))
 
 

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from elastic_core.schema import NAME, checked_name
@@ -18,6 +18,9 @@ HELDOUT_DIGEST = "elastic.heldout_sha256"
 MEASURED = "elastic.measured_sha256"
 FAMILY, VERSION, BUDGET, MANIFEST = "elastic.family", "elastic.version", "elastic.budget", "elastic.manifest"
 REGISTRATION = "elastic.registration"
+PARAMS, SUBNET, STORAGE, STORED = "elastic.params", "elastic.subnet", "elastic.storage", "elastic.stored_bytes"
+PULL, LOADS = "elastic.pull", "elastic.loads"
+CONDITIONS, PREFECT_RUN = "elastic.measured_under", "elastic.prefect_run"
 METRIC_PREFIX = "metric."
 CANDIDATE, CHAMPION = "candidate", "champion"
 VERSIONS_A_PAGE, MODELS_A_PAGE = 1000, 100
@@ -46,10 +49,14 @@ class Member:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelVersion:
-    """A version of a registered model as MLflow holds it; `metrics` are read from its tags."""
+    """A version of a registered model as MLflow holds it; `metrics` are read from its tags.
+
+    `created` is in seconds since 1970.
+    """
 
     name: str
     version: int
+    created: float
     source: str
     run_id: str
     description: str
@@ -151,12 +158,17 @@ def by_alias(uri: str, name: str, alias: str) -> ModelVersion | None:
 
 def set_alias(uri: str, alias: str, versions: Mapping[str, int]) -> None:
     """Move an alias on several models (by name) together: where one cannot be moved, the moved ones go back."""
+    move_alias(uri, alias, versions)
+
+
+def move_alias(uri: str, alias: str, versions: Mapping[str, int | None]) -> None:
+    """As `set_alias`; None takes the alias from a model."""
     with explained(uri, f"moving alias {alias!r} of {', '.join(versions)}"):
         client = client_of(uri)
         before = {name: _aliases(client, name).get(alias) for name in versions}
         try:
             for name, version in versions.items():
-                client.set_registered_model_alias(name, alias, str(version))
+                _point(client, name, alias, version)
         except BaseException:
             _put_back(client, alias, before)
             raise
@@ -170,6 +182,28 @@ def tag_versions(uri: str, models: Collection[str], tags: Mapping[str, str]) -> 
             name, version = model.rsplit(":", 1)
             for key, value in tags.items():
                 client.set_model_version_tag(name, version, key, redact(value))
+
+
+def versions_of(uri: str, tag: str, value: str | None = None) -> list[ModelVersion]:
+    """All registered versions that have a tag of ours, with this value if one is given."""
+    query = f"tags.`{tag}` LIKE '%'" if value is None else f"tags.`{tag}` = '{checked_name(tag, value)}'"
+    found: list[ModelVersion] = []
+    with explained(uri, "listing registered versions"):
+        client, token = client_of(uri), None
+        while True:
+            page = client.search_model_versions(query, max_results=VERSIONS_A_PAGE, page_token=token)
+            found += map(_model_version, page)
+            token = page.token
+            if not token:
+                break
+        pointing = {name: _aliases(client, name) for name in {version.name for version in found}}
+    # MLflow's search leaves out the aliases.
+    return [
+        replace(
+            version, aliases=tuple(a for a, number in pointing[version.name].items() if number == str(version.version))
+        )
+        for version in found
+    ]
 
 
 def pointed_to(uri: str) -> set[str]:
@@ -203,9 +237,10 @@ def aliased(uri: str) -> set[str]:
                 return found
 
 
-def resolve(uri: str, reference: str) -> ModelVersion:
-    """The registered version that NAME, NAME@ALIAS or NAME:VERSION means; NAME alone is its champion.
+def resolve(uri: str, reference: str, alone: Sequence[str] = (CHAMPION,)) -> ModelVersion:
+    """The registered version that NAME, NAME@ALIAS or NAME:VERSION means.
 
+    NAME alone is its champion, or what the first of the aliases `alone` that it has points at.
     Its tags MANIFEST and BUDGET say what `artifacts.fetch` needs.
     """
     match = _REFERENCE.fullmatch(reference)
@@ -215,7 +250,8 @@ def resolve(uri: str, reference: str) -> ModelVersion:
     with explained(uri, f"looking up {reference}"):
         client = client_of(uri)
         aliases = _aliases(client, name)
-        number = match["version"] or aliases.get(match["alias"] or CHAMPION)
+        wanted = [match["alias"]] if match["alias"] else alone
+        number = match["version"] or next((aliases[alias] for alias in wanted if alias in aliases), None)
         if number is None:
             known = f"the aliases of {name!r} are {', '.join(sorted(aliases))}" if aliases else f"it has no {name!r}"
             raise ServiceError(f"{reference} is not in MLflow: {known}")
@@ -292,12 +328,16 @@ def _put_back(client: "MlflowClient", alias: str, before: Mapping[str, str | Non
 
     for name, version in before.items():
         try:
-            if version is None:
-                client.delete_registered_model_alias(name, alias)
-            else:
-                client.set_registered_model_alias(name, alias, version)
+            _point(client, name, alias, version)
         except MlflowException as error:
             _log.warning("alias %s of %s could not be put back: %s", alias, name, first_line(error))
+
+
+def _point(client: "MlflowClient", name: str, alias: str, version: int | str | None) -> None:
+    if version is None:
+        client.delete_registered_model_alias(name, alias)
+    else:
+        client.set_registered_model_alias(name, alias, str(version))
 
 
 def _ensure_model(client: "MlflowClient", name: str, description: str) -> None:
@@ -336,6 +376,7 @@ def _model_version(entry: Any) -> ModelVersion:
     return ModelVersion(
         name=entry.name,
         version=int(entry.version),
+        created=entry.creation_timestamp / 1000,
         source=entry.source,
         run_id=entry.run_id or "",
         description=entry.description or "",

@@ -117,6 +117,12 @@ def log_params(uri: str, run_id: str, params: Mapping[str, Any]) -> None:
             client_of(uri).log_batch(run_id, params=chunk, synchronous=True)
 
 
+def params_of(uri: str, run_id: str) -> dict[str, str]:
+    """The parameters of a run, as `log_params` logged them."""
+    with explained(uri, f"reading run {run_id}"):
+        return dict(client_of(uri).get_run(run_id).data.params)
+
+
 def log_metrics(uri: str, run_id: str, metrics: Mapping[str, float]) -> None:
     """Log single values to the run; the same ones again change nothing."""
     from mlflow.entities import Metric

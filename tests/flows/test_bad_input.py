@@ -35,7 +35,8 @@ from elastic_core.geometry import Axes, ModelConfig
 from elastic_core.recipe import Router
 from elastic_core.schema import build
 from elastic_core.training.curriculum import generator
-from flows.cli import PREFECT_LOGGING, main
+from flows.cli import main
+from flows.commands.run import PREFECT_LOGGING
 from tasks.artifacts import Store
 from tasks.corpus.tokenizer import load_tokenizer, train_tokenizer
 from tasks.rank import reorder_teacher

@@ -233,16 +233,16 @@ def test_of_two_promotions_at_once_each_is_compared_with_the_others_champion(
     """The better family asks while the worse one, which was compared already, takes its place."""
     worse, better = gate.register(2.0, 3.0), gate.register(1.0, 1.0)
     asked: list[Future[Verdict]] = []
-    move = tracking.set_alias
+    move = tracking.promote
 
-    def overtaken(*args: Any) -> None:
+    def overtaken(*args: Any, **named: Any) -> None:
         if not asked:
             asked.append(pool.submit(gate.ask, better))
             while not asked[0].done() and "waiting for" not in caplog.text:
                 time.sleep(0.01)
-        move(*args)
+        move(*args, **named)
 
-    monkeypatch.setattr(tracking, "set_alias", overtaken)
+    monkeypatch.setattr(tracking, "promote", overtaken)
     with ThreadPoolExecutor(1) as pool, caplog.at_level(logging.INFO):
         assert gate.ask(worse) == Verdict(promoted=True, reason="there was no champion yet")
         assert asked[0].result().promoted

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from objects import stored
 from records import CONDITIONS, evaluated, measured
 from trainee import AXES, BUDGETS, STAGE, write_family
 
@@ -150,3 +151,12 @@ def test_a_card_of_other_files_and_a_published_part_that_differs_are_refused(
     monkeypatch.setattr(artifacts, "put_first", lambda *asked: b"## Scores\n\n## Load it\nof another model")
     with pytest.raises(ServiceError, match="is of other files"):
         made.registered(replace(MEASURED, heldout_tokens=800))
+
+
+def test_a_version_says_what_it_takes_and_what_loads_it(made: Made, store: Store) -> None:
+    release, budget = made.registered(), BUDGETS[0].name
+    entry = tracking.resolve(made.settings.registry, release.models[budget])
+    sizes = [size for name, size in stored(store).items() if f"/{release.version}/{budget}/" in name]
+    assert int(entry.tags[tracking.STORED]) == sum(sizes)
+    for said in (entry.tags[tracking.LOADS], entry.description):
+        assert "load_model does not load it" in said and "from_pretrained" in said

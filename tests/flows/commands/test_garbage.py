@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from objects import make, stored
 
-from flows.cli import _confirmed
 from flows.commands.garbage import collect
+from flows.commands.terminal import confirmed
 from tasks import tracking
 from tasks.artifacts import REGISTRY, Store, publish
 from tasks.settings import Settings
@@ -63,5 +63,5 @@ def test_listing_asks_nothing_and_removes_nothing(published: set[str], settings:
 def test_where_nobody_can_answer_yes_has_to_be_said_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
     with pytest.raises(ValueError, match=r"^Remove\? Nobody is there to say so: add --yes$"):
-        _confirmed(False)("Remove?")
-    assert _confirmed(True)("Remove?")
+        confirmed(False)("Remove?")
+    assert confirmed(True)("Remove?")

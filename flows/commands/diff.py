@@ -1,0 +1,91 @@
+"""`elastic diff A B`: in what two registered versions differ: recipe, data and code, shape, scores."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import typer
+
+from flows.commands.registry import alike, label, open_registry
+from flows.commands.show import CODE_TAG, ELSEWHERE
+from flows.commands.terminal import text_table, wide_console
+from tasks import tracking
+from tasks.settings import ServiceError, Settings
+
+
+def diff_models(first: str, second: str, *, as_json: bool) -> None:
+    """Print what differs between two versions; NAME alone is its champion, else its candidate."""
+    with open_registry() as settings:
+        aliases = (tracking.CHAMPION, tracking.CANDIDATE)
+        versions = [tracking.resolve(settings.registry, reference, aliases) for reference in (first, second)]
+        found: dict[str, dict[str, tuple[str, str]]] = {}
+        notes = []
+        try:
+            found["recipe"] = differing(*(_recipe(settings, version) for version in versions))
+        except ServiceError as error:
+            notes.append(str(error))
+    found |= {part: differing(*(_told(version, part) for version in versions)) for part in ("made from", "shape")}
+    found["scores"] = differing(*({k: f"{v:.6g}" for k, v in version.metrics.items()} for version in versions))
+    found["measured"] = differing(*(flat(json.loads(v.tags.get(tracking.CONDITIONS, "{}"))) for v in versions))
+    if not alike(versions):
+        notes.append("their losses were not measured alike, so they cannot be compared: see what was measured")
+    labels = tuple(map(label, versions))
+    if as_json:
+        typer.echo(json.dumps({"versions": labels, "differences": found, "notes": notes}, indent=2))
+        return
+    console = wide_console()
+    for part, rows in found.items():
+        if rows:
+            lines = [{part: name, labels[0]: a, labels[1]: b} for name, (a, b) in rows.items()]
+            console.print(text_table(lines))
+        else:
+            console.print(f"{part}: no difference")
+    for note in notes:
+        console.print(f"note: {note}", soft_wrap=True, highlight=False)
+
+
+def differing(first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """The entries of two mappings that are not the same; one that is missing is `-`."""
+    names = [*first, *(name for name in second if name not in first)]
+    pairs = {name: (first.get(name, "-"), second.get(name, "-")) for name in names}
+    return {name: (a, b) for name, (a, b) in pairs.items() if a != b}
+
+
+def flat(tree: Any, path: str = "") -> dict[str, str]:
+    """Nested mappings and lists as `stages.0.steps` to text, by the paths that `elastic run` takes as overrides."""
+    if not tree and not path:
+        return {}
+    if not tree or not isinstance(tree, Mapping | list):
+        return {path: tree if isinstance(tree, str) else json.dumps(tree)}
+    children: Sequence[tuple[Any, Any]] = list(tree.items() if isinstance(tree, Mapping) else enumerate(tree))
+    return {
+        name: text
+        for key, below in children
+        for name, text in flat(below, f"{path}.{key}" if path else f"{key}").items()
+    }
+
+
+def _recipe(settings: Settings, version: tracking.ModelVersion) -> dict[str, str]:
+    """The recipe of a version, flat; a ServiceError where it is not known."""
+    if not version.run_id:
+        raise ServiceError(f"the recipe of {label(version)} is not known: it has no run")
+    try:
+        params = tracking.params_of(settings.tracking_uri, version.run_id)
+    except ServiceError as error:
+        raise ServiceError(f"the recipe of {label(version)} is not known: {error}") from error
+    return {name: text for key, value in params.items() for name, text in flat(_parsed(value), key).items()}
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:  # plain text, or what was cut to MLflow's limit
+        return text
+
+
+def _told(version: tracking.ModelVersion, part: str) -> dict[str, str]:
+    if part == "shape":
+        return flat(json.loads(version.tags.get(tracking.SUBNET, "{}")))
+    tags = {name: value for name, value in version.tags.items() if name.startswith("elastic.")}
+    kept = tags.keys() - ELSEWHERE
+    return {name.removeprefix("elastic."): tags[name] for name in sorted(kept | ({CODE_TAG} & tags.keys()))}

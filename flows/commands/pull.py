@@ -1,0 +1,27 @@
+"""`elastic pull`: bring a registered model here, or grow a smaller size of it."""
+
+from pathlib import Path
+
+import typer
+
+from flows.commands.models import describe
+from flows.serving.services import registry_services
+from tasks import artifacts, tracking
+from tasks.running.bars import bar
+from tasks.settings import Settings, home_directory
+
+
+def pull_model(model: str, output: Path) -> None:
+    """Fetch NAME, NAME@ALIAS or NAME:VERSION into `output`, every digest verified, and say what it is."""
+    with registry_services(home_directory()):
+        settings = Settings.from_environment(need_bucket=False)
+        version = tracking.resolve(settings.registry, model)
+        with bar(f"pulling {version.name}:{version.version}") as report:
+            artifacts.fetch(
+                artifacts.open_store(settings),
+                version.tags[tracking.MANIFEST],
+                version.tags[tracking.BUDGET],
+                output,
+                progress=report,
+            )
+    typer.echo(f"{output}: {version.name} version {version.version}, {describe(output)}")
