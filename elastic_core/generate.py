@@ -9,6 +9,7 @@ from elastic_core.model import Cache, ElasticNemotronH
 from elastic_core.subnet import Subnet
 
 READ_AT_ONCE = 2048
+COMPLETED_AT_ONCE = 32
 
 
 @torch.inference_mode()
@@ -55,28 +56,35 @@ def complete(
     *,
     max_new_tokens: int,
     stop_tokens: Collection[int],
-    batch_size: int = 32,
+    batch_size: int = COMPLETED_AT_ONCE,
 ) -> list[list[int]]:
-    """Greedy completions, each up to and without its first stop token.
+    """Greedy completions, each up to and without its first stop token."""
+    device = model.embeddings.weight.device
+    completions: list[list[int]] = [[] for _ in prompts]
+    for batch in prompt_batches(prompts, batch_size):
+        prompt_BT = torch.tensor([list(prompts[i]) for i in batch], device=device)
+        open_rows = set(range(len(batch)))
+        for token_B in decode(model, prompt_BT, subnet, max_new_tokens=max_new_tokens):
+            for row, token in enumerate(token_B.tolist()):
+                if row in open_rows and token in stop_tokens:
+                    open_rows.discard(row)
+                elif row in open_rows:
+                    completions[batch[row]].append(token)
+            if not open_rows:
+                break
+    return completions
+
+
+def prompt_batches(prompts: Sequence[Sequence[int]], batch_size: int = COMPLETED_AT_ONCE) -> list[list[int]]:
+    """The indices of the prompts that are completed at once.
 
     Prompts of one length share a batch, because padding would enter the Mamba states.
     """
-    device = model.embeddings.weight.device
     by_length: dict[int, list[int]] = {}
     for index, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt), []).append(index)
-    completions: list[list[int]] = [[] for _ in prompts]
-    for indices in by_length.values():
-        for start in range(0, len(indices), batch_size):
-            batch = indices[start : start + batch_size]
-            prompt_BT = torch.tensor([list(prompts[i]) for i in batch], device=device)
-            open_rows = set(range(len(batch)))
-            for token_B in decode(model, prompt_BT, subnet, max_new_tokens=max_new_tokens):
-                for row, token in enumerate(token_B.tolist()):
-                    if row in open_rows and token in stop_tokens:
-                        open_rows.discard(row)
-                    elif row in open_rows:
-                        completions[batch[row]].append(token)
-                if not open_rows:
-                    break
-    return completions
+    return [
+        indices[start : start + batch_size]
+        for indices in by_length.values()
+        for start in range(0, len(indices), batch_size)
+    ]

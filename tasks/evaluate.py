@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from elastic_core.budget import Dtype
 from elastic_core.cost import subnet_params
 from elastic_core.files import checkpoint, reorder
-from elastic_core.generate import complete, decode
+from elastic_core.generate import complete, decode, prompt_batches
 from elastic_core.geometry import ModelConfig
 from elastic_core.model import Cache, ElasticNemotronH
 from elastic_core.recipe import Evaluation
@@ -203,8 +204,13 @@ def measure_answers(model: Artifact, settings: Evaluation, problems_digest: str 
     """How many held-out problems a stock checkpoint answers exactly."""
     assert settings.problems, "asked only where there are problems"
     problems = read_problems(Path(settings.problems), settings.max_problems)
-    shares = [(model.path, dtype, settings, share) for share in dealt(problems, devices())]
-    return tally(problems, gathered(on_devices(_right, shares)))
+    # What is decoded together decides how the last bits round, so that batches are made before devices are counted.
+    prompts = encode_questions(load_tokenizer(Path(model.path)), problems, settings.chat_template_kwargs)
+    batches = prompt_batches([prompt.ids for prompt in prompts])
+    asked = [[problems[index] for index in batch] for batch in batches]
+    shares = [(model.path, dtype, settings, share) for share in dealt(asked, devices())]
+    answered = zip(chain(*batches), chain(*gathered(on_devices(_right, shares))), strict=True)
+    return tally(problems, [is_right for _, is_right in sorted(answered)])
 
 
 @step(on_gpu=True)
@@ -342,12 +348,14 @@ def tally(problems: Sequence[Problem], is_right: Sequence[bool]) -> Answers:
     return Answers(problems=len(problems), accuracy=right.total() / len(problems), by_task=by_task)
 
 
-Asked = tuple[str, Dtype, Evaluation, list[Problem]]
+Asked = tuple[str, Dtype, Evaluation, list[list[Problem]]]
 
 
-def _right(share: Asked) -> list[bool]:
-    path, dtype, settings, problems = share
-    return right_answers(_load(path, dtype), load_tokenizer(Path(path)), problems, settings)
+def _right(share: Asked) -> list[list[bool]]:
+    """Which problems of each batch are answered exactly."""
+    path, dtype, settings, batches = share
+    model, tokenizer = _load(path, dtype), load_tokenizer(Path(path))
+    return [right_answers(model, tokenizer, batch, settings) for batch in batches]
 
 
 def stop_tokens(config: ModelConfig) -> set[int]:

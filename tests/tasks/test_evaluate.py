@@ -1,6 +1,7 @@
 """What counts of a completion when problems are answered, and of held-out text."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,6 +65,37 @@ def test_what_follows_the_last_thought_is_compared(
     monkeypatch.setattr(evaluate, "complete", lambda *args, **options: answers)
     found = evaluate.answer(ElasticNemotronH(MODEL), tokenizer, problems, Evaluation())
     assert found == evaluate.Answers(problems=4, accuracy=accuracy, by_task={"sum": accuracy})
+
+
+def test_what_is_decoded_together_does_not_depend_on_the_number_of_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16 an answer may depend on the rows beside it."""
+    family = write_family(tmp_path / "family")
+    tokenizer = write_tokenizer(family, "ours")
+    chats = [[{"role": "user", "content": f"{a}+1?"}, {"role": "assistant", "content": str(a + 1)}] for a in range(45)]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    decoded = list[list[list[int]]]()
+
+    def decode(model: object, prompt_BT: torch.Tensor, *_: object, **__: object) -> Iterator[torch.Tensor]:
+        decoded.append(prompt_BT.tolist())
+        for token in tokenizer.encode("7", add_special_tokens=False):
+            yield torch.full((len(prompt_BT),), token)
+
+    monkeypatch.setattr("elastic_core.generate.decode", decode)
+    monkeypatch.setattr(evaluate, "on_devices", lambda function, shares: [function(share) for share in shares])
+    found = dict[int, Any]()
+    for count in (1, 2, 3):
+        decoded.clear()
+        monkeypatch.setattr(evaluate, "devices", lambda count=count: count)
+        settings = Evaluation(problems=str(tmp_path / "problems.jsonl"), max_problems=45)
+        answers = evaluate.measure_answers.fn(
+            model=artifact(family), settings=settings, problems_digest=None, dtype="float32"
+        )
+        assert answers == evaluate.Answers(problems=45, accuracy=1 / 45, by_task={"all": 1 / 45})
+        found[count] = sorted(decoded)
+    assert found[1] == found[2] == found[3]
+    assert sum(map(len, found[1])) == 45 and max(map(len, found[1])) > 1
 
 
 def test_a_held_out_loss_is_the_mean_over_what_is_learned_of_documents_read_alone(tmp_path: Path) -> None:
