@@ -7,8 +7,8 @@ from elastic_core.recipe import DataConfig
 from tasks.corpus import build as data
 from tasks.corpus.record import read_record
 from tasks.corpus.sources import fetch_data
-from tasks.corpus.workers import cores
 from tasks.records import Artifact
+from tasks.running.cores import cores
 from tasks.running.digests import artifact, set_aside
 from tasks.running.progress import progress_bar
 from tasks.running.steps import step, work_directory

@@ -27,6 +27,7 @@ from tasks.corpus.ends import end_tokens
 from tasks.corpus.record import SourceRecord
 from tasks.corpus.shards import NOTHING, Report, Shard, ShardRecord, Taken, read_shard, write_shard
 from tasks.corpus.tokenizer import load_tokenizer
+from tasks.running.cores import cores
 from tasks.settings import ServiceError
 
 # Bytes of text that give a token, until shards have told.
@@ -168,11 +169,6 @@ def _begin(maker: ShardMaker, counter: Any, stopped: Any, threads: int, parent: 
 
 def _make(shard: Shard, before: Taken) -> ShardRecord:
     return _make_here(shard, before)
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def make_shards(maker: ShardMaker, shards: Sequence[Shard], processes: int, progress: Progress) -> list[ShardRecord]:
