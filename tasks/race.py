@@ -1,7 +1,7 @@
 """One lap of the race: a family trained in one of the ways that compete, and the KL that it reaches."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -62,7 +62,7 @@ def run_lap(
     work = work_directory(workspace, "lap")
     student = work / "start"
     if not student.exists():
-        write_start(Path(family.path), student, stages[0], subnets, start, seed)
+        write_start(Path(family.path), student, stages, subnets, start, seed)
     for stage, weighed in zip(stages, weights, strict=True):
         output = work / stage.name / "family"
         with stage_progress(stage) as on_step:
@@ -96,13 +96,16 @@ def run_lap(
     return lap
 
 
-def write_start(source: Path, target: Path, stage: Stage, subnets: dict[str, Subnet], start: Start, seed: int) -> None:
-    """The elastic checkpoint that a lap begins with: `source` with only the budgets that the stage trains.
+def write_start(
+    source: Path, target: Path, stages: Sequence[Stage], subnets: dict[str, Subnet], start: Start, seed: int
+) -> None:
+    """The elastic checkpoint that a lap begins with: `source` with only the budgets that its stages train.
 
     They have their shapes of `source`, or those of `subnets`.
     """
     opened, family = checkpoint.open_checkpoint(source), read_family(source)
-    config, raced = opened.config, [budget for budget in family.budgets if budget.name in stage.budgets]
+    config, trained = opened.config, {name for stage in stages for name in stage.budgets}
+    raced = [budget for budget in family.budgets if budget.name in trained]
     shapes = [subnets.get(budget.name, budget.subnet) for budget in raced]
     budgets = tuple(
         replace(budget, subnet=subnet, params=subnet_params(config, subnet))

@@ -79,8 +79,8 @@ def test_a_lap_begins_with_its_own_budgets_at_the_shapes_asked_for(
     chosen = read_family(source)
     other = replace(chosen.budget("s").subnet, ffn=(16,), hidden=8)
     assert other != chosen.budget("m").subnet
-    write_start(source, tmp_path / "given", replace(STAGE, budgets={"m": 1.0}), {"m": other}, start, 0)
-    write_start(source, tmp_path / "chosen", STAGE, {}, start, 0)
+    write_start(source, tmp_path / "given", [replace(STAGE, budgets={"m": 1.0})], {"m": other}, start, 0)
+    write_start(source, tmp_path / "chosen", [STAGE], {}, start, 0)
     assert [(b.name, b.subnet) for b in read_family(tmp_path / "given").budgets] == [("m", other)]
     assert read_family(tmp_path / "chosen").budgets == (chosen.budget("s"),)
     teacher, weights = load_weights(source), load_weights(tmp_path / "chosen")
@@ -88,9 +88,11 @@ def test_a_lap_begins_with_its_own_budgets_at_the_shapes_asked_for(
     assert all(same) if start == "cut" else not any(same)
 
 
+@pytest.mark.parametrize("second", ["s", "m"])
 def test_a_lap_trains_measures_and_keeps_only_the_numbers(
-    teacher: Artifact, family: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher: Artifact, family: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: str
 ) -> None:
+    """Its second stage may train what its first does not."""
     monkeypatch.setenv("ELASTIC_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("tasks.race.run_training", train_here)
     monkeypatch.setattr("tasks.race.work_directory", lambda workspace, name: Path(workspace) / name)
@@ -102,7 +104,7 @@ def test_a_lap_trains_measures_and_keeps_only_the_numbers(
         family=family,
         teacher=teacher,
         corpus=artifact(tmp_path / "corpus"),
-        stages=(STAGE,),
+        stages=(STAGE, replace(STAGE, name="stage2", budgets={second: 1.0})),
         subnets={},
         start="cut",
         distillation=Distillation(),
@@ -110,8 +112,8 @@ def test_a_lap_trains_measures_and_keeps_only_the_numbers(
         dtype="float32",
         seed=0,
         workspace=str(tmp_path / "laps"),
-        weights=(None,),
+        weights=(None, None),
     )
-    assert lap.tokens == 3 * 2 * 16
-    assert lap.kl.keys() == {"s"} and 0 < lap.kl["s"] < 10
+    assert lap.tokens == 2 * 3 * 2 * 16
+    assert lap.kl.keys() == {"s", second} and all(0 < kl < 10 for kl in lap.kl.values())
     assert not list((tmp_path / "laps").iterdir())
