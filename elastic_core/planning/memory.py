@@ -7,7 +7,7 @@ saves several times what the fused one does, and is not planned for.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from math import ceil
@@ -117,9 +117,18 @@ def training_memory(model: ModelConfig, step: MicroStep, *, gpus: int, router_pa
     )
 
 
-def host_bytes(step: MicroStep) -> int:
-    """What offloading keeps in host memory for one GPU: the input of each layer."""
-    return step.subnet.depth * step.tokens * step.width * step.subnet.hidden if step.offload else 0
+def host_bytes(steps: Iterable[MicroStep]) -> int:
+    """What offloading keeps in host memory for one GPU, whichever of these micro-steps run: the input of each layer.
+
+    The memory is pinned. torch rounds a pinned block up to a power of two, and keeps it for the next tensor of that
+    size: never for a smaller one, and never for the system.
+    """
+    blocks: dict[int, int] = {}
+    for step in steps:
+        if step.offload:
+            block = 1 << (step.tokens * step.width * step.subnet.hidden - 1).bit_length()
+            blocks[block] = max(blocks.get(block, 0), step.subnet.depth)
+    return sum(block * count for block, count in blocks.items())
 
 
 # Moments

@@ -121,7 +121,7 @@ class StageWork:
                 activation_bytes(self.model, dataclasses.replace(one, recompute=False, offload=False)),
                 activation_bytes(self.model, dataclasses.replace(one, recompute=True, offload=False)),
             ),
-            host_bytes=host_bytes(self.largest(stage)),
+            host_bytes=host_bytes([self.largest(stage), *self.micro_steps(stage)]),
             meshes=tuple(self.mesh(count, flops.total) for count in gpus),
         )
 
@@ -156,11 +156,19 @@ class StageWork:
 
     def largest(self, stage: Stage) -> MicroStep:
         """The micro-step that needs most: while a router learns, a soft choice may enclose the whole model."""
+        steps = self.micro_steps(stage)
+        if any(step.masked for step in steps):
+            return self.micro_step(stage, full_subnet(self.model), masked=True)
+        return max(steps, key=lambda step: subnet_params(self.model, step.subnet))
+
+    def micro_steps(self, stage: Stage) -> list[MicroStep]:
+        """The micro-step of each budget that the stage trains."""
         subnets = [self.subnets[name] for name in self.shares()]
-        masked = any(map(self.masked, subnets))
-        largest = max(subnets, key=lambda subnet: subnet_params(self.model, subnet))
+        return [self.micro_step(stage, subnet, masked=self.masked(subnet)) for subnet in subnets]
+
+    def micro_step(self, stage: Stage, subnet: Subnet, *, masked: bool) -> MicroStep:
         return MicroStep(
-            subnet=full_subnet(self.model) if masked else largest,
+            subnet=subnet,
             masked=masked,
             sequences=stage.micro_batch_size,
             sequence_length=stage.sequence_length,

@@ -282,7 +282,7 @@ def _explanations(plan: RecipePlan) -> Iterator[str]:
         if planned.host_bytes:
             of_a_host = human_bytes(gpu.on_a_host * planned.host_bytes)
             yield (
-                f"{planned.stage.name} keeps {human_bytes(planned.host_bytes)} for each GPU in host memory, "
+                f"{planned.stage.name} keeps {human_bytes(planned.host_bytes)} for each GPU in pinned host memory, "
                 f"{of_a_host} on a host of {gpu.on_a_host}."
             )
     longest = max(plan.stages, key=lambda planned: planned.stage.sequence_length)

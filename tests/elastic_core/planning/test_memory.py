@@ -25,6 +25,7 @@ from elastic_core.model import ElasticNemotronH
 from elastic_core.planning.memory import (
     MicroStep,
     activation_bytes,
+    host_bytes,
     layer_at_work,
     loss_bytes,
     saved_bytes,
@@ -247,3 +248,17 @@ def test_states_are_shared_out_and_activations_are_not(gpus: int) -> None:
 def test_a_total_is_the_sum_of_its_parts() -> None:
     memory = training_memory(CONFIG, micro_step(FULL), gpus=4)
     assert memory.total == sum(getattr(memory, field.name) for field in dataclasses.fields(memory))
+
+
+def test_pinned_blocks_are_powers_of_two_and_none_serves_another_size() -> None:
+    """As torch's CachingHostAllocator rounds them, and finds a freed one by its rounded size."""
+    whole = full_subnet(CONFIG)
+    narrow = dataclasses.replace(whole, hidden=whole.hidden // 2)
+    shallow = dataclasses.replace(whole, layers=whole.layers[:-1])
+    offloaded = {"recompute": True, "offload": True, "sequence_length": 24}
+    steps = [micro_step(subnet, **offloaded) for subnet in (whole, narrow, shallow)]
+    block = 32 * 1024
+    assert block // 2 < 24 * 2 * CONFIG.hidden_size < block
+    assert host_bytes(steps[:1]) == host_bytes([steps[0], steps[2]]) == whole.depth * block
+    assert host_bytes(steps) == whole.depth * (block + block // 2)
+    assert host_bytes([micro_step(whole)]) == 0
