@@ -67,7 +67,7 @@ def plan(
     from elastic_core.planning.machine import Accelerator
     from elastic_core.planning.plan import plan_recipe
     from elastic_core.planning.profile import recipe_table
-    from flows.commands.plan import parse_gpus, plan_json, print_plan, teacher_geometry
+    from flows.commands.plan import parse_gpus, place_of_runs, plan_json, print_plan, teacher_geometry
     from flows.commands.recipes import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
@@ -81,7 +81,8 @@ def plan(
         dollars_per_core_hour=core_price,
     )
     table = recipe_table(loaded)
-    planned = plan_recipe(loaded, teacher_geometry(loaded), accelerator, parse_gpus(gpus), table)
+    model, place = teacher_geometry(loaded), place_of_runs(loaded)
+    planned = plan_recipe(loaded, model, accelerator, parse_gpus(gpus), table, place)
     if as_json:
         typer.echo(json.dumps(plan_json(planned), indent=2))
     else:

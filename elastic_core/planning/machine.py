@@ -54,3 +54,15 @@ class Accelerator:
     def margin(self, needed: int) -> float:
         """The share of the usable memory that stays free; negative where it does not do."""
         return 1 - needed / self.usable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a run works: whether its teacher lies there already, which is not copied, and whether its store does."""
+
+    has_teacher: bool = False
+    has_store: bool = False
+
+
+# Both are elsewhere: the most that is moved.
+ELSEWHERE = Place()

@@ -12,7 +12,7 @@ from typing import Any
 from elastic_core.budget import Budget, Dtype
 from elastic_core.cost import DTYPE_BYTES, Cost, LatencyCost, LatencyTable, budget_cost, subnet_params
 from elastic_core.geometry import GROUPS, Axes, ModelConfig
-from elastic_core.planning.machine import Accelerator
+from elastic_core.planning.machine import ELSEWHERE, Accelerator, Place
 from elastic_core.planning.stages import StagePlan, StageWork
 from elastic_core.planning.steps import Around, StepPlan
 from elastic_core.recipe import Distillation, Recipe
@@ -102,8 +102,9 @@ def plan_recipe(
     accelerator: Accelerator,
     gpus: Sequence[int],
     latency_table: LatencyTable | None = None,
+    place: Place = ELSEWHERE,
 ) -> RecipePlan:
-    """The plan of `recipe` for a teacher of the geometry `model`, on each number of GPUs.
+    """The plan of `recipe` for a teacher of the geometry `model`, on each number of GPUs, where `place` says what lies.
 
     ValueError for axes or a budget that such a teacher cannot have.
     """
@@ -134,7 +135,7 @@ def plan_recipe(
         gpus=tuple(gpus),
         budgets=budgets,
         stages=planned,
-        steps=tuple(_steps(Around(recipe, elastic, subnets), planned, router_params)),
+        steps=tuple(_steps(Around(recipe, elastic, subnets, place), planned, router_params)),
     )
 
 

@@ -12,6 +12,7 @@ from elastic_core.comparison import sizes_to_compare
 from elastic_core.cost import DTYPE_BYTES, MemoryCost, shapes, subnet_params
 from elastic_core.layers.kind import FLOAT32_BYTES
 from elastic_core.planning.flops import forward_flops
+from elastic_core.planning.machine import ELSEWHERE, Place
 from elastic_core.recipe import Recipe, Stage
 from elastic_core.router import ElasticModel
 from elastic_core.search import Space
@@ -57,8 +58,16 @@ def data_tokens(recipe: Recipe) -> int:
 class Around:
     """The steps of a recipe around its stages, for a teacher of the geometry `elastic.config`."""
 
-    def __init__(self, recipe: Recipe, elastic: ElasticModel, subnets: Mapping[str, Subnet]) -> None:
-        self.recipe, self.elastic, self.model, self.subnets = recipe, elastic, elastic.config, subnets
+    def __init__(
+        self, recipe: Recipe, elastic: ElasticModel, subnets: Mapping[str, Subnet], place: Place = ELSEWHERE
+    ) -> None:
+        self.place, self.recipe, self.elastic, self.model, self.subnets = (
+            place,
+            recipe,
+            elastic,
+            elastic.config,
+            subnets,
+        )
         self.full = full_subnet(self.model)
         self.teacher_bytes = DTYPE_BYTES[recipe.dtype] * subnet_params(self.model, self.full)
         self.slice_bytes = [DTYPE_BYTES[recipe.dtype] * subnet_params(self.model, s) for s in subnets.values()]
@@ -66,7 +75,8 @@ class Around:
     def before(self) -> Iterator[StepPlan]:
         """Until the first stage."""
         if self.recipe.teacher.pretrain is None:
-            yield StepPlan(name="teacher", moved=self.teacher_bytes, disk=self.teacher_bytes)
+            brought = 0 if self.place.has_teacher else self.teacher_bytes
+            yield StepPlan(name="teacher", moved=brought, disk=brought)
         yield self.data()
         if self.recipe.importance.hidden == "principal":
             yield self.rotation()
@@ -87,16 +97,25 @@ class Around:
         yield self.evaluation()
         nested = self.recipe.storage == "nested"
         published = self.teacher_bytes if nested else self.teacher_bytes + sum(self.slice_bytes)
-        yield StepPlan(name="publish", moved=published, scratch=published if nested else 0)
+        yield StepPlan(
+            name="publish",
+            moved=published,
+            disk=published if self.place.has_store else 0,
+            scratch=published if nested else 0,
+        )
 
     def data(self) -> StepPlan:
-        tokens = data_tokens(self.recipe)
+        """Files of S3 are copied before they are read; how many more they hold than the run takes is not known."""
+        tokens, sources = data_tokens(self.recipe), self.recipe.data.sources
+        limits = [source.max_tokens for source in sources if source.path.startswith("s3://")]
+        copied = sum(tokens if limit is None else limit for limit in limits)
         learned = any(source.train_on == "assistant" for source in self.recipe.data.sources)
         return StepPlan(
             name="data",
             core_hours=tokens / TOKENS_PER_CORE_SECOND / 3600,
             moved=tokens * TEXT_BYTES,
             disk=tokens * (TOKEN_BYTES + learned),
+            scratch=min(copied, tokens) * TEXT_BYTES,
         )
 
     def rotation(self) -> StepPlan:

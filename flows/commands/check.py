@@ -13,10 +13,11 @@ import typer
 from elastic_core.budget import bytes_text
 from elastic_core.files.checkpoint import open_checkpoint, read_config
 from elastic_core.geometry import ModelConfig
-from elastic_core.planning.machine import Accelerator
+from elastic_core.planning.machine import Accelerator, Place
 from elastic_core.planning.plan import RecipePlan, plan_recipe
 from elastic_core.planning.profile import recipe_table
 from elastic_core.recipe import DataSource, Recipe
+from flows.commands.plan import place_of_runs
 from flows.serving.services import embedded_services
 from tasks.artifacts import check_bucket, check_keys
 from tasks.corpus.ends import end_warnings
@@ -24,6 +25,7 @@ from tasks.corpus.sample import sample
 from tasks.corpus.tokenizer import SMALLEST_VOCABULARY, check_tokenizer, train_tokenizer
 from tasks.reporting.numbers import human_count
 from tasks.running.preflight import bring_side_files, check_model, check_prefect, check_problems, prefect_url
+from tasks.running.usage import written_by_open_runs
 from tasks.settings import ServiceError, Settings, make_home, redact
 from tasks.tracking import check_server
 
@@ -53,7 +55,7 @@ class Findings:
 
 def check_recipe(recipe: Recipe) -> int:
     """Look at everything that a run needs, a line each, and return how much of it is at fault."""
-    findings, home = Findings(), make_home()
+    findings, home, place = Findings(), make_home(), place_of_runs(recipe)
     with embedded_services(home, share=True), tempfile.TemporaryDirectory() as work:
         look_at_services(findings)
         directory = findings.look("teacher", partial(_teacher, recipe, Path(work) / "teacher"))
@@ -70,7 +72,7 @@ def check_recipe(recipe: Recipe) -> int:
             findings.look("evaluation.problems", partial(_problems, recipe, directory))
         pretraining = recipe.teacher.pretrain
         model = read_config(directory) if pretraining is None else pretraining.model
-        plan = findings.look("budgets", partial(_budgets, recipe, model))
+        plan = findings.look("budgets", partial(_budgets, recipe, model, place))
         if plan is not None:
             findings.look("GPUs", partial(_gpus, plan))
             findings.look("disk", partial(_disk, plan, home))
@@ -137,13 +139,13 @@ def _problems(recipe: Recipe, tokenizer: Path) -> tuple[str, None]:
     return f"{recipe.evaluation.problems}: read and rendered", None
 
 
-def _budgets(recipe: Recipe, model: ModelConfig) -> tuple[str, RecipePlan]:
+def _budgets(recipe: Recipe, model: ModelConfig, place: Place) -> tuple[str, RecipePlan]:
     """A plan on the GPUs of this machine, or on one such as `elastic plan` assumes."""
     check_model(recipe, model)
     count = torch.cuda.device_count()
     memory = torch.cuda.get_device_properties(0).total_memory if count else 80 * 10**9
     accelerator = Accelerator(memory=memory, flops_per_second=1e15, utilisation=0.4, dollars_per_hour=0)
-    plan = plan_recipe(recipe, model, accelerator, (max(1, count),), recipe_table(recipe))
+    plan = plan_recipe(recipe, model, accelerator, (max(1, count),), recipe_table(recipe), place)
     if missed := [planned.budget.name for planned in plan.budgets if not planned.feasible]:
         raise ValueError(
             f"{' and '.join(missed)} cannot be met by these axes; `elastic plan` says which choices would make room"
@@ -166,9 +168,11 @@ def _gpus(plan: RecipePlan) -> tuple[str, None]:
 
 
 def _disk(plan: RecipePlan, home: Path) -> tuple[str, None]:
-    """What the plan needs at the most, and what is free where the steps work."""
-    (_, needed), free = plan.disk, shutil.disk_usage(home).free
-    said = f"about {bytes_text(needed)} are needed at the most, and {bytes_text(free)} are free in {home}"
+    """What the plan needs at the most, without what a run has written that would go on, and what is free."""
+    (_, most), free, written = plan.disk, shutil.disk_usage(home).free, written_by_open_runs(home, plan.family)
+    needed = max(0, most - written)
+    more, known = ("more ", f" beside {bytes_text(written)} of a run that goes on") if written else ("", "")
+    said = f"about {bytes_text(needed)} {more}are needed at the most{known}, and {bytes_text(free)} are free in {home}"
     if free < needed:
         raise ValueError(f"{said}; make room, or set ELASTIC_HOME to a larger disk")
     return said, None

@@ -10,7 +10,7 @@ from typing import Any
 from elastic_core.cost import LatencyTable, budget_cost
 from elastic_core.files.checkpoint import CheckpointError, read_config
 from elastic_core.geometry import ModelConfig
-from elastic_core.planning.machine import LEAST_MARGIN, USABLE_SHARE
+from elastic_core.planning.machine import LEAST_MARGIN, USABLE_SHARE, Place
 from elastic_core.planning.memory import Memory
 from elastic_core.planning.plan import BudgetPlan, RecipePlan
 from elastic_core.planning.stages import Change, MeshPlan, StagePlan
@@ -19,7 +19,7 @@ from elastic_core.recipe import Recipe
 from elastic_core.schema import to_dict
 from elastic_core.subnet import Subnet
 from flows.commands.terminal import text_table, wide_console
-from flows.serving.services import tracking_environment
+from flows.serving.services import names_a_store, tracking_environment
 from tasks import artifacts
 from tasks.corpus.hub import HUB, bring_config, parse_model
 from tasks.reporting.numbers import human_bytes, human_count, human_seconds, percent
@@ -61,6 +61,12 @@ def geometry_at(path: str) -> ModelConfig:
         else:
             bring_config(parse_model(path), Path(directory))
         return read_config(Path(directory))
+
+
+def place_of_runs(recipe: Recipe) -> Place:
+    """What lies where `elastic run` would work: a teacher in a directory, and the store that it brings along."""
+    path = recipe.teacher.path
+    return Place(has_teacher=path is not None and Path(path).is_dir(), has_store=not names_a_store())
 
 
 def parse_gpus(text: str) -> tuple[int, ...]:

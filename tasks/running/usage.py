@@ -12,7 +12,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -145,11 +145,8 @@ def superseded(home: Path, aliased: Collection[str], before: float, max_bytes: i
         return Superseded(entries=(), results=(), lists=())
     kept = needed(found, aliased)
     used_since = min((use.began for use in kept if use.open), default=float("inf"))
-    workspace = home / WORKSPACE
-    mine = {
-        path.relative_to(workspace).parts[0] for use in kept for path in use.paths if path.is_relative_to(workspace)
-    }
-    entries = [path for path in workspace.glob("*") if not path.name.startswith(".")]
+    mine = _entries(home, kept)
+    entries = [path for path in (home / WORKSPACE).glob("*") if not path.name.startswith(".")]
     free = {path: last_written(path) for path in entries if path.name not in mine}
     free = {path: used for path, used in sorted(free.items(), key=lambda item: item[1]) if used < used_since}
     going = {path for path, used in free.items() if used < before}
@@ -166,6 +163,27 @@ def superseded(home: Path, aliased: Collection[str], before: float, max_bytes: i
         results=tuple(sorted(path for path in results if path.stat().st_mtime < min(before, used_since))),
         lists=tuple(use.file for use in found if use not in kept and use.began < before),
     )
+
+
+def written_by_open_runs(home: Path, family: str) -> int:
+    """Bytes in the workspace of a family's runs that have not come to their end, which another run would go on with.
+
+    They are what the runs list, and what was written since the first of them began.
+    """
+    found = [use for use in needed(uses(home), ()) if use.family == family and use.open]
+    if not found:
+        return 0
+    began, listed = min(use.began for use in found), _entries(home, found)
+    entries = [path for path in (home / WORKSPACE).glob("*") if path.name in listed or last_written(path) >= began]
+    return sum(map(size_of, entries))
+
+
+def _entries(home: Path, found: Iterable[Use]) -> set[str]:
+    """The names of the workspace's entries that runs list."""
+    workspace = home / WORKSPACE
+    return {
+        path.relative_to(workspace).parts[0] for use in found for path in use.paths if path.is_relative_to(workspace)
+    }
 
 
 def size_of(path: Path) -> int:

@@ -13,9 +13,9 @@ from elastic_core.depth import RemovalTerms, rank_layers
 from elastic_core.geometry import Axes, ModelConfig
 from elastic_core.model import ElasticNemotronH, Layer
 from elastic_core.planning.flops import forward_flops
-from elastic_core.planning.machine import Accelerator
+from elastic_core.planning.machine import Accelerator, Place
 from elastic_core.planning.plan import RecipePlan, plan_recipe
-from elastic_core.planning.steps import Around, data_tokens
+from elastic_core.planning.steps import TEXT_BYTES, Around, data_tokens
 from elastic_core.recipe import DataConfig, DataSource, Importance, Optimizer, Recipe, RouterSchedule, Stage, Teacher
 from elastic_core.router import ElasticModel
 from elastic_core.search import prior, search
@@ -58,8 +58,8 @@ def recipe(*stages: Stage, sources: tuple[DataSource, ...] = (DataSource(path="t
     return Recipe(**settings | changes)
 
 
-def plan(planned: Recipe) -> RecipePlan:
-    return plan_recipe(planned, TINY, H100, [1])
+def plan(planned: Recipe, **place: bool) -> RecipePlan:
+    return plan_recipe(planned, TINY, H100, [1], place=Place(**place))
 
 
 def around(planned: Recipe) -> Around:
@@ -115,6 +115,31 @@ def test_the_most_disk_is_that_of_the_fullest_step() -> None:
     full = [end + step.scratch for end, step in zip(left, planned.steps, strict=True)]
     assert planned.disk == (left[-1], max(full))
     assert planned.disk[1] > planned.disk[0]
+
+
+def test_a_teacher_that_lies_here_is_not_copied() -> None:
+    elsewhere, here = plan(recipe()), plan(recipe(), has_teacher=True)
+    teacher, copied = here.steps[0], elsewhere.steps[0]
+    assert (teacher.disk, teacher.moved) == (0, 0) and copied.disk == copied.moved > 0
+    assert elsewhere.disk[0] - here.disk[0] == copied.disk
+
+
+@pytest.mark.parametrize("storage", ["materialised", "nested"])
+def test_a_store_that_lies_here_keeps_what_is_published(storage: str) -> None:
+    elsewhere, here = plan(recipe(storage=storage)), plan(recipe(storage=storage), has_store=True)
+    assert here.disk[0] - elsewhere.disk[0] == here.steps[-1].disk == here.steps[-1].moved > 0
+    assert here.disk[1] >= here.disk[0] + here.steps[-1].scratch
+
+
+def test_files_of_s3_lie_here_while_they_are_read() -> None:
+    sources = (DataSource(path="s3://b/a", max_tokens=100), DataSource(path="text", max_tokens=23))
+    found = {step.name: step for step in plan(recipe(sources=sources)).steps}
+    assert found["data"].scratch == 100 * TEXT_BYTES
+    open_ended = recipe(sources=(DataSource(path="s3://b/a"), DataSource(path="text", max_tokens=23)))
+    (data,) = (step for step in plan(open_ended).steps if step.name == "data")
+    assert data.scratch == data_tokens(open_ended) * TEXT_BYTES
+    (data,) = (step for step in plan(recipe()).steps if step.name == "data")
+    assert data.scratch == 0
 
 
 def test_nested_storage_publishes_the_largest_size_once() -> None:

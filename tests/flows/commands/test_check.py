@@ -16,6 +16,7 @@ from elastic_core.geometry import ModelConfig
 from flows.cli import app
 from tasks.artifacts import Store, put_file
 from tasks.corpus.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
+from tasks.running.usage import WORKSPACE, noting
 from tasks.settings import BUCKET, SIGNING_KEY, TRACKING_URI, Settings
 
 pytestmark = pytest.mark.usefixtures("settings", "large_disk")
@@ -158,6 +159,21 @@ def test_all_faults_are_found_in_one_go(tmp_path: Path, monkeypatch: pytest.Monk
         "data.sources[0]", "evaluation.problems", "disk",
     ]  # fmt: skip
     assert fault == f"{recipe}: 3 faults, each in its line above"
+
+
+def test_what_a_half_done_run_has_written_is_not_needed_again(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = initiated(tmp_path)
+    small_disk(tmp_path, monkeypatch)
+    with pytest.raises(KeyboardInterrupt), noting(settings.home, yaml.safe_load(recipe.read_text())["family"]):
+        checkpoint = settings.home / WORKSPACE / "stage1-x" / "checkpoint"
+        checkpoint.parent.mkdir(parents=True)
+        with checkpoint.open("wb") as file:
+            file.truncate(10**11)
+        raise KeyboardInterrupt
+    output, fault = checked(recipe)
+    assert not fault and "beside 100 GB of a run that goes on" in output, output
 
 
 def test_a_teacher_and_data_in_a_bucket_are_looked_at_without_the_weights(

@@ -8,7 +8,7 @@ import pytest
 
 from elastic_core.files.locks import held
 from tasks.records import Artifact, Release, StageRecord
-from tasks.running.usage import RESULTS, WORKSPACE, note, noting, superseded, uses
+from tasks.running.usage import RESULTS, WORKSPACE, note, noting, superseded, uses, written_by_open_runs
 
 LONG_AGO = 1_000_000.0
 NOW = time.time() + 3600.0  # as if all that the test writes were old
@@ -161,6 +161,23 @@ def test_a_run_is_in_progress_while_its_process_holds_the_list(tmp_path: Path) -
     assert not use.running
     with held(use.file.with_suffix(".lock")):
         assert uses(tmp_path)[0].running
+
+
+def test_a_run_that_was_interrupted_has_written_what_it_lists_and_what_it_began(tmp_path: Path) -> None:
+    with noting(tmp_path, "other"):
+        note("corpus", make(tmp_path, "corpus-0", size=1))
+    corpus = make(tmp_path, "corpus-1", size=20)
+    old(tmp_path / WORKSPACE)
+    assert written_by_open_runs(tmp_path, "nano") == 0
+    with pytest.raises(KeyboardInterrupt), noting(tmp_path, "nano"):
+        note("corpus", corpus)
+        make(tmp_path, "stage-1/checkpoints", size=300)
+        raise KeyboardInterrupt
+    assert written_by_open_runs(tmp_path, "nano") == 320
+    assert written_by_open_runs(tmp_path, "other") == 0, "it came to its end"
+    with noting(tmp_path, "nano"):
+        note("corpus", corpus)
+    assert written_by_open_runs(tmp_path, "nano") == 0
 
 
 def test_by_size_the_least_recently_used_goes_first_and_only_what_is_superseded(tmp_path: Path) -> None:
