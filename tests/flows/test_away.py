@@ -13,7 +13,7 @@ pytestmark = pytest.mark.services
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MADE = {"fetch_teacher", "prepare_data", "rotate_teacher", "rank_importance", "reorder_teacher"}
-MADE |= {"distill", "slice_budget", "evaluate"}
+MADE |= {"choose_shapes", "compare_orders", "distill", "slice_budget", "evaluate"}
 
 
 def with_hub(command: Command, url: str, tmp_path: Path, variables: Mapping[str, str]) -> Command:

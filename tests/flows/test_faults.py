@@ -123,6 +123,8 @@ SIGNS = {
     "rotate_teacher": "workspace/pretrain-*/checkpoint",
     "rank_importance": "workspace/rotated-*",
     "reorder_teacher": "workspace/importance-*",
+    "choose_shapes": "workspace/reordered-*",
+    "compare_orders": "workspace/shaped-*",
     "distill stage1": "workspace/stage1-*/metrics.jsonl",
     "distill stage2": "workspace/stage2-*/metrics.jsonl",
     "slice_budget": "workspace/stage2-*/family",
