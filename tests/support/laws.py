@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from tasks.settings import ServiceError
 
 BUDGETS = tuple(budget["name"] for budget in MICRO["budgets"])
 AWAY = (BotoCoreError, ClientError, MlflowException, OSError)
+LAST_LOOK_SECONDS = 120.0  # until servers that were killed answer again
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,19 @@ class Place:
 
 @dataclass
 class Watch:
-    """What a reader saw while the faults happened: how often it looked, and what was not whole."""
+    """What a reader saw while faults happened: how often it looked, errors that it was told, what was not whole."""
 
     looks: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
     partial: list[str] = field(default_factory=list)
 
 
 @contextmanager
 def watching(place: Place) -> Iterator[Watch]:
-    """Look at registry and bucket all the while; whatever a reader can see there is whole."""
+    """Look at registry and bucket all the while; whatever a reader can see there is whole.
+
+    An error means that a server is away, as long as it passes once the faults are over.
+    """
     watch, ended = Watch(), threading.Event()
 
     def look() -> None:
@@ -93,11 +99,12 @@ def watching(place: Place) -> Iterator[Watch]:
             try:
                 watch.partial += partial_versions(place)
                 watch.looks += 1
-            except AWAY:
-                pass
+            except AWAY as error:
+                watch.errors[str(error)] += 1
             except ServiceError as error:
                 if not error.transient:
                     watch.partial.append(str(error))
+                watch.errors[str(error)] += 1
 
     thread = threading.Thread(target=look, name="watch")
     thread.start()
@@ -106,7 +113,20 @@ def watching(place: Place) -> Iterator[Watch]:
     finally:
         ended.set()
         thread.join()
+    watch.partial += last_look(place)
     assert watch.looks and not watch.partial, watch
+
+
+def last_look(place: Place) -> list[str]:
+    """What is not whole once the servers answer again; the error of one that goes on to refuse."""
+    end = time.monotonic() + LAST_LOOK_SECONDS
+    while True:
+        try:
+            return partial_versions(place)
+        except (*AWAY, ServiceError) as error:
+            if (isinstance(error, ServiceError) and not error.transient) or time.monotonic() > end:
+                raise
+            time.sleep(0.5)
 
 
 def partial_versions(place: Place) -> list[str]:

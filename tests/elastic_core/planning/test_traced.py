@@ -35,7 +35,7 @@ def size(config: ModelConfig, hidden: int, ffn: int, mamba_heads: int, queries: 
     )
 
 
-def compare(
+def assert_planned_as_traced(
     config: ModelConfig,
     subnet: Subnet,
     ranks: int,
@@ -82,7 +82,7 @@ def compare(
 @pytest.mark.parametrize(("ranks", "sharding"), [(8, "full"), (64, "hybrid")])
 def test_a_short_models_step_is_planned_right(ranks: int, sharding: Sharding) -> None:
     subnet = size(SHORT, 4096, 10240, 96, 32, 9)
-    compare(SHORT, subnet, ranks, STAGE1, masked=False, keeps="all", sharding=sharding)
+    assert_planned_as_traced(SHORT, subnet, ranks, STAGE1, masked=False, keeps="all", sharding=sharding)
 
 
 LARGE = full_subnet(NANO_12B)
@@ -106,4 +106,4 @@ SMALL = size(NANO_12B, 4096, 10240, 96, 32, 58)
     ],
 )
 def test_nanos_step_is_planned_right(subnet: Subnet, ranks: int, tokens: int, masked: bool, keeps: str) -> None:
-    compare(NANO_12B, subnet, ranks, tokens, masked, keeps)
+    assert_planned_as_traced(NANO_12B, subnet, ranks, tokens, masked, keeps)

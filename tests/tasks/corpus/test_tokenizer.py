@@ -115,15 +115,22 @@ def test_texts_beyond_max_bytes_change_nothing(tmp_path: Path) -> None:
 
 
 def test_texts_are_read_no_further_than_max_bytes(tmp_path: Path) -> None:
+    read: list[int] = []
+
     def endless() -> Iterator[str]:
         while True:
-            yield from SENTENCES
+            for sentence in SENTENCES:
+                read.append(len(sentence.encode()))
+                yield sentence
 
     train_tokenizer(endless(), tmp_path, vocab_size=VOCAB_SIZE, max_bytes=10_000)
+    assert sum(read[:-1]) < 10_000 <= sum(read)
 
 
-def test_a_cut_inside_a_character_is_harmless(tmp_path: Path) -> None:
-    train_tokenizer(["é" * 1000], tmp_path, vocab_size=263, max_bytes=1001)
+def test_a_cut_inside_a_character_leaves_the_character_out(tmp_path: Path) -> None:
+    train_tokenizer(["é" * 1000], tmp_path / "cut", vocab_size=263, max_bytes=1001)
+    train_tokenizer(["é" * 500], tmp_path / "whole", vocab_size=263)
+    assert digest_files(tokenizer_files(tmp_path / "cut")) == digest_files(tokenizer_files(tmp_path / "whole"))
 
 
 def test_too_little_text_for_the_vocabulary_is_refused(tmp_path: Path) -> None:
