@@ -8,16 +8,20 @@ from tasks.corpus import build as data
 from tasks.corpus.record import read_record
 from tasks.corpus.sources import fetch_data
 from tasks.records import Artifact
-from tasks.running.cores import cores
 from tasks.running.digests import artifact, set_aside
+from tasks.running.limits import cores, memory
 from tasks.running.progress import progress_bar
 from tasks.running.steps import step, work_directory
 from tasks.settings import ServiceError
 
+# From above what a process takes that tokenises: its libraries, the tokenizer, and a batch of documents.
+PROCESS_BYTES = 1 << 30
+
 
 @step()
 def prepare_data(config: DataConfig, identity: tuple[str, ...], tokenizer: Artifact, workspace: str) -> Artifact:
-    """Tokenise the recipe's sources, on all cores; `identity` tells one state of them from another.
+    """Tokenise the recipe's sources, on as many cores as have memory; `identity` tells one state of them
+    from another.
 
     A run that was killed begins again at the first shard that is not whole.
     """
@@ -30,7 +34,7 @@ def prepare_data(config: DataConfig, identity: tuple[str, ...], tokenizer: Artif
                 directory,
                 fetch=fetch_data,
                 work=shards,
-                processes=cores(),
+                processes=max(1, min(cores(), memory() // PROCESS_BYTES)),
                 progress=report,
             )
     # Before the corpus is hashed: its files are links to those of the shards, and losing a link changes a file's times.

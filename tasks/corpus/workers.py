@@ -27,7 +27,7 @@ from tasks.corpus.ends import end_tokens
 from tasks.corpus.record import SourceRecord
 from tasks.corpus.shards import NOTHING, Report, Shard, ShardRecord, Taken, read_shard, write_shard
 from tasks.corpus.tokenizer import load_tokenizer
-from tasks.running.cores import cores
+from tasks.running.limits import cores
 from tasks.settings import ServiceError
 
 # Bytes of text that give a token, until shards have told.

@@ -26,7 +26,7 @@ from tasks.corpus.build import build_corpus
 from tasks.corpus.chats import Chat
 from tasks.corpus.documents import iter_documents
 from tasks.corpus.tokenizer import load_tokenizer, train_tokenizer
-from tasks.running.cores import cores
+from tasks.running.limits import cores
 
 VOCABULARY = 65_536
 TRAINED_BYTES, TEXT_BYTES = 40_000_000, 80_000_000

@@ -32,6 +32,24 @@ def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "cores", lambda: 1)
 
 
+@pytest.mark.parametrize(("cores", "gibibytes", "processes"), [(8, 3.5, 3), (2, 100, 2), (8, 0.5, 1)])
+def test_there_are_as_many_processes_as_there_is_memory_for(
+    cores: int, gibibytes: float, processes: int, prepare: Callable[[], Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(Exception):
+        pass
+
+    def asked(*_: object, processes: int, **__: object) -> None:
+        raise Asked(processes)
+
+    monkeypatch.setattr(data, "cores", lambda: cores)
+    monkeypatch.setattr(data, "memory", lambda: int(gibibytes * 2**30))
+    monkeypatch.setattr(build, "build_corpus", asked)
+    with pytest.raises(Asked) as told:
+        prepare()
+    assert told.value.args == (processes,)
+
+
 def test_a_corpus_is_recorded_file_by_file_and_nothing_else_stays(
     prepare: Callable[[], Artifact], tmp_path: Path
 ) -> None:

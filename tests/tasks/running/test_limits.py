@@ -1,16 +1,27 @@
-"""Laws of the cores that a process may use, on file systems as Linux shows them in containers."""
+"""Laws of the cores and the memory that a process may use, on file systems as Linux shows them in containers."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tasks.running import cores as module
-from tasks.running.cores import cores
+from tasks.running import limits as module
+from tasks.running.limits import cores, memory
 
-ALLOWED = 64
+ALLOWED, LEFT = 64, 10**12
 V1 = "12:cpuset:/job\n4:cpu,cpuacct:/docker/abc\n"
+
+
+def fake(directory: Path, own: str | None, files: Mapping[str, str]) -> tuple[Path, Path]:
+    """Control groups with these files, and the file that says which of them are this process's."""
+    for name, text in files.items():
+        (directory / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / "cgroup" / name).write_text(text)
+    if own is not None:
+        (directory / "own").write_text(own)
+    return directory / "cgroup", directory / "own"
 
 
 @pytest.fixture(autouse=True)
@@ -55,12 +66,25 @@ def sixty_four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cores_are_those_of_the_affinity_within_every_quota(
     own: str | None, files: Mapping[str, str], expected: int, tmp_path: Path
 ) -> None:
-    for name, text in files.items():
-        (tmp_path / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "cgroup" / name).write_text(text)
-    if own is not None:
-        (tmp_path / "own").write_text(own)
-    assert cores(tmp_path / "cgroup", tmp_path / "own") == expected
+    assert cores(*fake(tmp_path, own, files)) == expected
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        pytest.param("0::/\n", {"memory.max": "4000\n"}, 4000, id="container"),
+        pytest.param("0::/\n", {"memory.max": "max\n"}, LEFT, id="no limit"),
+        pytest.param("0::/a/b\n", {"a/memory.max": "4000", "a/b/memory.max": "max"}, 4000, id="the group around it"),
+        pytest.param("9:memory:/docker/abc\n", {"memory/memory.limit_in_bytes": "3000\n"}, 3000, id="version 1"),
+        pytest.param("9:memory:/\n", {"memory/memory.limit_in_bytes": f"{2**63 - 4096}"}, LEFT, id="version 1, none"),
+        pytest.param(None, {}, LEFT, id="no control groups"),
+    ],
+)
+def test_memory_is_what_is_left_within_every_limit(
+    own: str | None, files: Mapping[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: SimpleNamespace(available=LEFT))
+    assert memory(*fake(tmp_path, own, files)) == expected
 
 
 def test_a_process_has_no_more_than_the_machine() -> None:
