@@ -104,7 +104,9 @@ def plan_recipe(
     latency_table: LatencyTable | None = None,
     place: Place = ELSEWHERE,
 ) -> RecipePlan:
-    """The plan of `recipe` for a teacher of the geometry `model`, on each number of GPUs, where `place` says what lies.
+    """The plan of `recipe` for a teacher of the geometry `model`, on each number of GPUs.
+
+    `place` says what lies where the run works: a teacher there is not copied, a store there takes disk.
 
     ValueError for axes or a budget that such a teacher cannot have.
     """

@@ -61,13 +61,8 @@ class Around:
     def __init__(
         self, recipe: Recipe, elastic: ElasticModel, subnets: Mapping[str, Subnet], place: Place = ELSEWHERE
     ) -> None:
-        self.place, self.recipe, self.elastic, self.model, self.subnets = (
-            place,
-            recipe,
-            elastic,
-            elastic.config,
-            subnets,
-        )
+        self.recipe, self.place, self.subnets = recipe, place, subnets
+        self.elastic, self.model = elastic, elastic.config
         self.full = full_subnet(self.model)
         self.teacher_bytes = DTYPE_BYTES[recipe.dtype] * subnet_params(self.model, self.full)
         self.slice_bytes = [DTYPE_BYTES[recipe.dtype] * subnet_params(self.model, s) for s in subnets.values()]
