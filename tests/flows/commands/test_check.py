@@ -170,10 +170,10 @@ def test_what_a_half_done_run_has_written_is_not_needed_again(
         checkpoint = settings.home / WORKSPACE / "stage1-x" / "checkpoint"
         checkpoint.parent.mkdir(parents=True)
         with checkpoint.open("wb") as file:
-            file.truncate(10**11)
+            file.truncate(100 * 2**30)
         raise KeyboardInterrupt
     output, fault = checked(recipe)
-    assert not fault and "beside 100 GB of a run that goes on" in output, output
+    assert not fault and "beside 100 GiB of a run that goes on" in output, output
 
 
 def test_a_teacher_and_data_in_a_bucket_are_looked_at_without_the_weights(
