@@ -35,7 +35,7 @@ def retrained(served: Served) -> list[FlowRun]:
 
 def next_retrained(served: Served) -> FlowRun:
     before = len(retrained(served))
-    eventually(lambda: len(retrained(served)) > before, RUN_SECONDS, "the schedule does not retrain")
+    eventually(lambda: len(retrained(served)) > before, RUN_SECONDS, "the schedule does not retrain", served.story)
     return retrained(served)[before]
 
 

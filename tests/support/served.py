@@ -14,8 +14,22 @@ import psutil
 import requests
 from micro import ELASTIC, Command, Run
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, LogFilter, LogFilterFlowRunId
-from prefect.client.schemas.objects import Artifact, FlowRun
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    LogFilter,
+    LogFilterFlowRunId,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
+from prefect.client.schemas.objects import Artifact, FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
 
 from elastic_core.schema import to_dict
 from flows.commands.recipes import load_recipe
@@ -26,11 +40,13 @@ SCHEDULE = "30 2 * * *"  # not the default
 RUN_SECONDS = 900.0  # far beyond what a run takes; a test that hangs should end
 
 
-def eventually(true: Callable[[], Any], seconds: float = 60.0, what: str = "") -> Any:
-    """The first result that is true."""
+def eventually(
+    true: Callable[[], Any], seconds: float = 60.0, what: str = "", story: Callable[[], str] = lambda: ""
+) -> Any:
+    """The first result that is true; where none comes, `story` tells what went on instead."""
     deadline = time.monotonic() + seconds
     while not (result := true()):
-        assert time.monotonic() < deadline, what or "it never came true"
+        assert time.monotonic() < deadline, f"{what or 'it never came true'}\n{story()}"
         time.sleep(0.2)
     return result
 
@@ -87,17 +103,18 @@ class Served:
 
     def ended(self, identity: UUID) -> FlowRun:
         """The run once it has ended."""
-        eventually(lambda: self.run(identity).state.is_final(), RUN_SECONDS, f"run {identity} does not end")
+        ended = f"run {identity} does not end"
+        eventually(lambda: self.run(identity).state.is_final(), RUN_SECONDS, ended, self.story)
         return self.run(identity)
 
-    def runs(self, flow: str) -> list[FlowRun]:
-        """All runs of a flow that were begun, oldest first."""
+    def runs(self, flow: str | None = None) -> list[FlowRun]:
+        """The runs of a flow, or of all, that were begun, oldest first; the last ones, if Prefect gives not all."""
         with self.prefect() as client:
-            flows = {found.id for found in client.read_flows() if found.name == flow}
-            return sorted(
-                (run for run in client.read_flow_runs() if run.flow_id in flows and run.start_time),
-                key=lambda run: run.start_time,
-            )
+            return client.read_flow_runs(
+                flow_filter=FlowFilter(name=FlowFilterName(any_=[flow])) if flow else None,
+                flow_run_filter=FlowRunFilter(start_time=FlowRunFilterStartTime(is_null_=False)),
+                sort=FlowRunSort.START_TIME_DESC,
+            )[::-1]
 
     def step(self, name: str) -> FlowRun | None:
         """The step that a worker of the gpu pool is doing now, by the name of its run."""
@@ -105,11 +122,15 @@ class Served:
 
     def waiting(self, pool: str) -> list[FlowRun]:
         """The runs that no worker of the pool has taken yet, but for those of a schedule."""
+        scheduled = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])))
+        of_pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[pool]))
         with self.prefect() as client:
             return [
                 run
-                for run in client.read_flow_runs()
-                if run.work_pool_name == pool and run.state.is_scheduled() and not run.auto_scheduled
+                for run in client.read_flow_runs(
+                    sort=FlowRunSort.EXPECTED_START_TIME_ASC, work_pool_filter=of_pool, flow_run_filter=scheduled
+                )
+                if not run.auto_scheduled
             ]
 
     def flow_processes(self) -> dict[str, psutil.Process]:
@@ -133,6 +154,12 @@ class Served:
         """What a run's page shows of its log."""
         with self.prefect() as client:
             return [line.message for line in client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run])))]
+
+    def story(self) -> str:
+        """The last runs, and how the logs of the workers end."""
+        told = [f"{run.start_time:%H:%M:%S} {run.name}: {run.state.name}, {run.state.message}" for run in self.runs()]
+        logs = sorted((self.home / "logs").glob("worker-*.log"))
+        return "\n".join(told[-40:] + [f"{log.name}:\n{log.read_text()[-4000:]}" for log in logs])
 
     def trainers(self) -> list[psutil.Process]:
         """The launchers of training that work in this state directory."""
