@@ -168,7 +168,9 @@ def up(
     recipe: Annotated[Path, typer.Argument(help="The recipe that the forms are filled in with.")] = Path(
         "infra/recipes/tiny.yaml"
     ),
-    schedule: Annotated[str, typer.Option(help="When to look for a new teacher, data or code (cron).")] = "0 3 * * *",
+    schedule: Annotated[
+        str | None, typer.Option(help="When to look for new data or code and retrain (cron); by default never.")
+    ] = None,
     prefect_port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Prefect's port; by default 4200, or a free one.")
     ] = None,

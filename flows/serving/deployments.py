@@ -35,7 +35,6 @@ from tasks.running.gpu import DEPLOYMENT_VARIABLE
 # So many runs of a pool at once: a run on the gpu pool has all devices of its worker's machine to itself.
 POOLS = {"cpu": None, "gpu": 1}
 GPU_STEP = "gpu-step/gpu"
-NIGHTLY = "0 3 * * *"
 SILENCE = timedelta(seconds=90)  # three heartbeats
 BEGINNING = timedelta(minutes=15)  # on Kubernetes a node may have to come, and then the image
 
@@ -47,7 +46,11 @@ PENDING, ANYTHING = "prefect.flow-run.Pending", "prefect.flow-run.*"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """A flow, by its module path, that a pool's workers run; on a `schedule` (cron) there is one such run at a time."""
+    """A flow, by its module path, that a pool's workers run, on a `schedule` (cron) if there is one.
+
+    Of a `single` one a second run that is started meanwhile is cancelled. Where there is no schedule here, one that was
+    set on the server stays.
+    """
 
     entrypoint: str
     name: str
@@ -55,6 +58,7 @@ class Deployment:
     parameters: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     schedule: str | None = None
+    single: bool = False
     rerun: bool = True
 
     def apply(self) -> None:
@@ -65,7 +69,7 @@ class Deployment:
             flow,
             name=self.name,
             cron=self.schedule,
-            concurrency_limit=one_at_a_time if self.schedule else None,
+            concurrency_limit=one_at_a_time if self.single else None,
             parameters=self.parameters,
             triggers=[self.rerun_crashed(flow.name, list(inspect.signature(flow.fn).parameters))] if self.rerun else [],
             description=inspect.getdoc(flow.fn),
@@ -87,7 +91,7 @@ class Deployment:
         )
 
 
-def deployments(recipe: Recipe, schedule: str = NIGHTLY) -> tuple[Deployment, ...]:
+def deployments(recipe: Recipe, schedule: str | None = None) -> tuple[Deployment, ...]:
     """All of them; `recipe` is what the forms of `elastify` and `retrain` begin with."""
     on_gpu_pool = {DEPLOYMENT_VARIABLE: GPU_STEP}
     here = {DEPLOYMENT_VARIABLE: ""}  # whatever the worker's environment says: a run must not wait for its own place
@@ -107,6 +111,7 @@ def deployments(recipe: Recipe, schedule: str = NIGHTLY) -> tuple[Deployment, ..
             parameters={**given, "force": False},
             environment=on_gpu_pool,
             schedule=schedule,
+            single=True,
         ),
         Deployment(
             entrypoint="flows.export.export",
@@ -137,7 +142,7 @@ def recipe_parameter(path: str) -> dict[str, Any]:
     return {"recipe": to_dict(load_recipe(Path(path)))}
 
 
-def apply_all(recipe: Recipe, schedule: str, *, fresh: bool) -> None:
+def apply_all(recipe: Recipe, schedule: str | None, *, fresh: bool) -> None:
     """Pools, deployments and automations, new or brought up to date.
 
     `fresh` says that no worker of this server can be alive: runs that it believes running are crashed, and so begin
@@ -224,13 +229,14 @@ def main() -> None:
     """Apply everything to the server of PREFECT_API_URL."""
     parser = argparse.ArgumentParser()
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("--schedule", default=NIGHTLY)
+    parser.add_argument("--schedule")
     parser.add_argument("--fresh", action="store_true")
     given = parser.parse_args()
     try:
-        CronSchedule(cron=given.schedule)
+        if given.schedule is not None:
+            CronSchedule(cron=given.schedule)
     except ValueError:
-        sys.exit(f"--schedule {given.schedule!r} is not a cron expression, such as '{NIGHTLY}'")
+        sys.exit(f"--schedule {given.schedule!r} is not a cron expression, such as '0 3 * * *'")
     apply_all(load_recipe(given.recipe), given.schedule, fresh=given.fresh)
 
 

@@ -227,7 +227,7 @@ class Fleet:
         return [port for port in ports if port]
 
 
-def up(home: Path, recipe: Path, schedule: str, ports: Ports) -> None:
+def up(home: Path, recipe: Path, schedule: str | None, ports: Ports) -> None:
     """Start everything, print where it is, and keep it running until this process is told to stop."""
     home = home.absolute()
     with owned(home) as owner, ExitStack() as stack:
@@ -245,11 +245,12 @@ def up(home: Path, recipe: Path, schedule: str, ports: Ports) -> None:
         fleet.watch()
 
 
-def deploy(home: Path, recipe: Path, schedule: str, *, fresh: bool) -> None:
+def deploy(home: Path, recipe: Path, schedule: str | None, *, fresh: bool) -> None:
     """Put pools, deployments and automations on the server: in a process of its own, which loads the flows."""
     process = ChildProcess(home / "logs" / "deploy.log")
-    command = [sys.executable, "-m", "flows.serving.deployments", str(recipe), "--schedule", schedule]
-    process.start(command + ["--fresh"] * fresh, environment=os.environ, directory=Path.cwd())
+    command = [sys.executable, "-m", "flows.serving.deployments", str(recipe)]
+    command += ["--fresh"] * fresh + ([] if schedule is None else ["--schedule", schedule])
+    process.start(command, environment=os.environ, directory=Path.cwd())
     try:
         while process.running():
             time.sleep(0.05)

@@ -18,7 +18,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from served import RUN_SECONDS, Elastified, Served, assert_made, eventually, kill
 
 from flows.commands.recipes import load_recipe
-from flows.serving.deployments import NIGHTLY, deployments
+from flows.serving.deployments import deployments
 
 pytestmark = pytest.mark.services
 
@@ -67,10 +67,11 @@ def prefect(served: Served, *arguments: str) -> None:
 
 def test_prefect_yaml_says_what_elastic_up_applies(served: Served):
     recipe = load_recipe(ROOT / "infra/recipes/tiny.yaml")
-    apply = [sys.executable, "-m", "flows.serving.deployments", "infra/recipes/tiny.yaml", "--schedule", NIGHTLY]
+    apply = [sys.executable, "-m", "flows.serving.deployments", "infra/recipes/tiny.yaml"]
     subprocess.run(apply, env=os.environ | served.environment(), cwd=ROOT, check=True, timeout=300)
     with served.prefect() as client:
         before = stored(client)
+        assert before["retrain/tiny"]["schedules"] == []  # nothing is retrained that nobody asked for
         for deployment in deployments(recipe):
             client.delete_deployment(client.read_deployment_by_name(full_name(before, deployment.entrypoint)).id)
         prefect(served, "deploy", "--all", "--prefect-file", "infra/prefect.yaml")
