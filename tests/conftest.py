@@ -34,18 +34,6 @@ def pytest_configure() -> None:
     os.environ.update(QUIET)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes share the tests out, one has all those of a file, and all that use the same servers."""
-    of_file = {
-        item.path: fixture
-        for fixture in ("finished", "served")
-        for item in items
-        if fixture in getattr(item, "fixturenames", ())
-    }
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(of_file.get(item.path, str(item.path))))
-
-
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     directory = tmp_path_factory.mktemp("s3")
