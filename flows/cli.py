@@ -386,6 +386,39 @@ def generate(
     )
 
 
+Run = Annotated[str, typer.Argument(help="A run's name or id, or the beginning of its id, as `elastic runs` has them.")]
+
+
+@app.command()
+def runs(
+    limit: Annotated[int, typer.Option(min=1, max=200, help="How many, the newest first.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """List the runs on Prefect's server: their names, states and times."""
+    from flows.commands.runs import list_runs
+
+    list_runs(limit, as_json=as_json)
+
+
+@app.command()
+def logs(
+    run: Run,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
+) -> None:
+    """Print what a run and its steps on workers have logged."""
+    from flows.commands.logs import print_logs
+
+    print_logs(run, follow=follow)
+
+
+@app.command()
+def cancel(run: Run) -> None:
+    """End a run and its steps on workers; a new run of the same recipe goes on where it was."""
+    from flows.commands.cancel import cancel_run
+
+    cancel_run(run)
+
+
 def main() -> None:
     """The entry point: a fault that the user can mend is one line on stderr, and a non-zero exit code."""
     from flows.commands.terminal import complain, explained
