@@ -53,7 +53,7 @@ class Cut:
 def sizes_to_compare(axes: Axes, model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The middle and the smallest choice of every (bound) axis that is elastic and that `model` has layers for."""
     full, sizes = full_subnet(model), {}
-    for axis in axes.NAMES:
+    for axis in axes.names:
         choices = axes.choices(axis)
         if len(choices) > 1 and (axis == "depth" or getattr(full, axis)):
             sizes[axis] = tuple(sorted({choices[len(choices) // 2], choices[-1]}, reverse=True))

@@ -44,8 +44,11 @@ def layer_params(model: ModelConfig, shape: Shape) -> int:
 
 
 def shape_of(kind: str, hidden: int, width: int, shared: Sequence[int]) -> Shape:
-    """The shape of a layer of `kind`; `shared` has a size of each axis that layers share, whatever their kind."""
-    sizes = {axis: size for axis, size in zip(Axes.SHARED, shared, strict=True) if axis in LAYER_AXES[kind]}
+    """The shape of a layer of `kind`; `shared` has a size of each axis that layers share, whatever their kind.
+
+    Where the model has no experts, `shared` has no sizes of theirs, which come last.
+    """
+    sizes = {axis: size for axis, size in zip(Axes.SHARED, shared, strict=False) if axis in LAYER_AXES[kind]}
     return Shape(kind=kind, hidden=hidden, width=width, **sizes)
 
 
@@ -60,7 +63,7 @@ def shapes(model: ModelConfig, subnet: Subnet) -> Iterator[Shape]:
 
 def choices(model: ModelConfig, axes: Axes, kind: str) -> tuple[Shape, ...]:
     """Every shape that a layer of `kind` may have on the (bound) `axes`, each once; none if the model has no such."""
-    sizes = product(axes.hidden, axes.choices(LAYER_AXES[kind][0]), product(*map(axes.choices, Axes.SHARED)))
+    sizes = product(axes.hidden, axes.choices(LAYER_AXES[kind][0]), product(*map(axes.choices, axes.shared)))
     found = dict.fromkeys(shape_of(kind, *size) for size in sizes)
     return tuple(found) if model.layers_of(kind) else ()
 
@@ -173,7 +176,10 @@ class MemoryCost(Cost):
 # Latency
 
 # The geometry that no subnet changes and that the time of a step depends on.
-TIMED_GEOMETRY = ("vocab_size", "head_dim", "num_key_value_heads", "ssm_state_size", "n_groups", "conv_kernel")
+TIMED_GEOMETRY = (
+    *("vocab_size", "head_dim", "num_key_value_heads", "ssm_state_size", "n_groups", "conv_kernel"),
+    *("num_experts_per_tok", "moe_latent_size"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

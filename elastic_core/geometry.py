@@ -2,20 +2,21 @@
 
 import dataclasses
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from elastic_core.schema import Strict, multiple_of, positive
+from elastic_core.schema import OPTIONAL, Strict, multiple_of, positive
 
-MAMBA, ATTENTION, FFN = "M", "*", "-"
+MAMBA, ATTENTION, FFN, MOE = "M", "*", "-", "E"
 
-KIND_NAMES = {MAMBA: "Mamba-2", ATTENTION: "attention", FFN: "FFN"}
+KIND_NAMES = {MAMBA: "Mamba-2", ATTENTION: "attention", FFN: "FFN", MOE: "mixture of experts"}
 
 # The axes of each kind of layer: first its width, which may differ by layer, then those that all layers share.
 LAYER_AXES: dict[str, tuple[str, ...]] = {
     FFN: ("ffn",),
     MAMBA: ("mamba_heads", "mamba_head_dim"),
     ATTENTION: ("attention_heads",),
+    MOE: ("expert_ffn", "experts", "shared_ffn"),
 }
 
 # The fields of ModelConfig that hold the full size of an axis, and how many equal groups keep a part of it each.
@@ -26,8 +27,14 @@ FULL_SIZES = {
     "mamba_head_dim": "mamba_head_dim",
     "attention_heads": "num_attention_heads",
     "depth": "num_layers",
+    "expert_ffn": "moe_intermediate_size",
+    "experts": "n_routed_experts",
+    "shared_ffn": "moe_shared_expert_intermediate_size",
 }
-GROUPS = {"mamba_heads": "n_groups", "attention_heads": "num_key_value_heads"}
+GROUPS = {"mamba_heads": "n_groups", "attention_heads": "num_key_value_heads", "experts": "n_group"}
+
+# The axes whose components belong to one member of another axis each: every expert has neurons of its own.
+MEMBERS = {"expert_ffn": "experts"}
 
 FfnLayout = Literal["padded", "list"]  # how a slice holds FFN widths that differ by layer: zeros added, or as they are
 
@@ -37,7 +44,8 @@ class ModelConfig(Strict):
     """Geometry of a Nemotron-H model; names are those of its `config.json`."""
 
     hybrid_override_pattern: str
-    """One letter a residual layer: `M` Mamba-2, `*` attention, `-` FFN (relu squared, ungated). Example: `M-M*-`."""
+    """One letter a residual layer: `M` Mamba-2, `*` attention, `-` FFN (relu squared, ungated), `E` mixture of experts.
+    Example: `M-M*-`."""
     hidden_size: int
     """Channels of the residual stream. Example: `5120`."""
     intermediate_size: int | tuple[int, ...]
@@ -85,6 +93,24 @@ class ModelConfig(Strict):
     """The token that begins a text; null for none. Example: `1`."""
     eos_token_id: int | tuple[int, ...] | None = 2
     """The token that ends a text, or a list of them; null for none. Example: `[2, 11]`."""
+    n_routed_experts: int = field(default=0, metadata=OPTIONAL)
+    """Experts of an `E` layer that tokens are routed to. Example: `128`."""
+    num_experts_per_tok: int = field(default=0, metadata=OPTIONAL)
+    """Routed experts that each token chooses. Example: `6`."""
+    moe_intermediate_size: int = field(default=0, metadata=OPTIONAL)
+    """Neurons of a routed expert. Example: `1856`."""
+    moe_shared_expert_intermediate_size: int = field(default=0, metadata=OPTIONAL)
+    """Neurons of the expert that every token passes through. Example: `3712`."""
+    moe_latent_size: int | None = field(default=None, metadata=OPTIONAL)
+    """Channels that routed experts read and write; null where they are the hidden channels. Example: `1024`."""
+    routed_scaling_factor: float = field(default=1.0, metadata=OPTIONAL)
+    """What the gates of the chosen experts are multiplied by. Example: `2.5`."""
+    norm_topk_prob: bool = field(default=True, metadata=OPTIONAL)
+    """Whether the gates of the chosen experts are divided by their sum. Example: `true`."""
+    n_group: int = field(default=1, metadata=OPTIONAL)
+    """Groups of routed experts; a token chooses groups first. Example: `1`."""
+    topk_group: int = field(default=1, metadata=OPTIONAL)
+    """Groups that each token chooses its experts from. Example: `1`."""
 
     def __post_init__(self) -> None:
         unknown = set(self.hybrid_override_pattern) - LAYER_AXES.keys()
@@ -116,6 +142,27 @@ class ModelConfig(Strict):
             )
         if any(width <= 0 for width in self.ffn_sizes):
             raise ValueError(f"intermediate_size={self.intermediate_size} must be greater than 0")
+        if MOE in self.hybrid_override_pattern:
+            self._check_experts()
+
+    def _check_experts(self) -> None:
+        positive(self, "num_experts_per_tok", "moe_intermediate_size", "moe_shared_expert_intermediate_size")
+        positive(self, "n_routed_experts", "n_group", "topk_group", "routed_scaling_factor")
+        if self.moe_latent_size is not None:
+            positive(self, "moe_latent_size")
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group={self.topk_group} is above n_group={self.n_group}")
+        self.check_routing("n_routed_experts", self.n_routed_experts)
+
+    def check_routing(self, name: str, experts: int) -> None:
+        """ValueError unless tokens can be routed among so many experts: a group is scored by its two best."""
+        multiple_of(name, experts, "n_group", self.n_group)
+        least = max(2, -(-self.num_experts_per_tok // self.topk_group)) * self.n_group
+        if experts < least:
+            raise ValueError(
+                f"{name}={experts} is below {least}, the least that {self.num_experts_per_tok} experts a token can be "
+                f"chosen from; n_group={self.n_group} and topk_group={self.topk_group}"
+            )
 
     @property
     def num_layers(self) -> int:
@@ -176,14 +223,24 @@ class Axes(Strict):
     """Layers, counted over all kinds. Example: `[62, 60, 58]`."""
     per_layer: tuple[Literal["ffn", "mamba_heads", "attention_heads"], ...] = ()
     """The axes that are chosen for each layer apart, rather than once for the model. Example: `[ffn]`."""
+    expert_ffn: tuple[int, ...] = field(default=(), metadata=OPTIONAL)
+    """Neurons of a routed expert. Example: `[1856, 1280]`."""
+    experts: tuple[int, ...] = field(default=(), metadata=OPTIONAL)
+    """Routed experts of an `E` layer, multiples of `n_group`. Example: `[128, 96]`."""
+    shared_ffn: tuple[int, ...] = field(default=(), metadata=OPTIONAL)
+    """Neurons of the shared expert. Example: `[3712, 2560]`."""
 
+    # The axes of every model, and those that only a mixture of experts has.
     NAMES: ClassVar[tuple[str, ...]] = ("hidden", "ffn", "mamba_heads", "mamba_head_dim", "attention_heads", "depth")
-    WIDTHS: ClassVar[tuple[str, ...]] = ("ffn", "mamba_heads", "attention_heads")
-    SHARED: ClassVar[tuple[str, ...]] = ("mamba_head_dim",)  # by all layers that have the axis
-    IN_LAYERS: ClassVar[tuple[str, ...]] = tuple(name for name in NAMES if name not in ("hidden", "depth"))
+    OF_EXPERTS: ClassVar[tuple[str, ...]] = LAYER_AXES[MOE]
+    WIDTHS: ClassVar[tuple[str, ...]] = ("ffn", "mamba_heads", "attention_heads", "expert_ffn")
+    SHARED: ClassVar[tuple[str, ...]] = ("mamba_head_dim", "experts", "shared_ffn")  # by all layers that have the axis
+    IN_LAYERS: ClassVar[tuple[str, ...]] = tuple(
+        name for name in (*NAMES, *LAYER_AXES[MOE]) if name not in ("hidden", "depth")
+    )
 
     def __post_init__(self) -> None:
-        for name in self.NAMES:
+        for name in (*self.NAMES, *self.OF_EXPERTS):
             choices = self.choices(name)
             if any(c <= 0 for c in choices):
                 raise ValueError(f"{name}={list(choices)} must be greater than 0")
@@ -194,24 +251,53 @@ class Axes(Strict):
         """The choices of the axis called `name`."""
         return typing.cast(tuple[int, ...], getattr(self, name))
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The axes of every model, and of those of experts the ones that have choices."""
+        return (*self.NAMES, *(name for name in self.OF_EXPERTS if self.choices(name)))
+
+    @property
+    def widths(self) -> tuple[str, ...]:
+        """Those of `names` that may differ by layer."""
+        return tuple(name for name in self.WIDTHS if name in self.names)
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Those of `names` that all layers which have the axis share."""
+        return tuple(name for name in self.SHARED if name in self.names)
+
     def bind(self, model: ModelConfig) -> "Axes":
-        """These axes for `model`: empty ones hold the full size alone, and every choice is checked against it."""
-        full = {name: getattr(model, FULL_SIZES[name]) for name in self.NAMES} | {
-            "ffn": max(model.ffn_sizes, default=1)
-        }
-        sizes: dict[str, Any] = {name: self.choices(name) or (full[name],) for name in self.NAMES}
+        """These axes for `model`: empty ones hold the full size alone, and every choice is checked against it.
+
+        The axes of experts stay empty where the model has none.
+        """
+        names = (*self.NAMES, *(self.OF_EXPERTS if model.layers_of(MOE) else ()))
+        for name in self.OF_EXPERTS:
+            if self.choices(name) and name not in names:
+                raise ValueError(f"axes.{name} is given, but the teacher has no layers with experts")
+        full = {name: getattr(model, FULL_SIZES[name]) for name in names} | {"ffn": max(model.ffn_sizes, default=1)}
+        sizes: dict[str, Any] = {name: self.choices(name) or (full[name],) for name in names}
         bound = dataclasses.replace(self, **sizes)
-        for name in self.NAMES:
+        for name in names:
             if bound.choices(name)[0] != full[name]:
                 raise ValueError(
                     f"axes.{name} begins with {bound.choices(name)[0]}; it must begin with the teacher's {full[name]}"
                 )
-        for axis in self.WIDTHS:
-            if axis in self.per_layer and not model.layers_on(axis):
-                raise ValueError(f"axes.per_layer names {axis}, but the teacher has no such layers")
-        for axis, groups in GROUPS.items():
-            for size in bound.choices(axis):
-                multiple_of(f"axes.{axis}", size, groups, model.groups(axis))
+        bound._check_layers(model)
         if len(set(model.ffn_sizes)) > 1:
             raise ValueError("the teacher's FFN widths differ by layer; an elastic model starts from a uniform one")
         return bound
+
+    def _check_layers(self, model: ModelConfig) -> None:
+        for name in self.per_layer:
+            if not model.layers_on(name):
+                raise ValueError(f"axes.per_layer names {name}, but the teacher has no such layers")
+        for axis, groups in GROUPS.items():
+            for size in self.choices(axis):
+                multiple_of(f"axes.{axis}", size, groups, model.groups(axis))
+        for size in self.experts:
+            model.check_routing("axes.experts", size)
+        if model.layers_of(MOE):
+            for axis in ("expert_ffn", "hidden") if model.moe_latent_size is None else ("expert_ffn",):
+                for size in self.choices(axis)[1:]:
+                    multiple_of(f"axes.{axis}", size, "the 16 bytes in which transformers reads experts,", 8)

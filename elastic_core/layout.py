@@ -29,6 +29,30 @@ Kept = Mapping[str, int]
 WHOLE: Kept = {}
 
 
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One of the equal tensors of an axis, such as an expert; its name has `.axis.index.` in it.
+
+    Its axis comes in equal groups of `in_group` members, of each of which a subnet keeps the first.
+    """
+
+    axis: str
+    index: int
+    in_group: int
+
+    def is_kept(self, kept: Kept) -> bool:
+        return self.index % self.in_group < kept.get(self.axis, self.in_group)
+
+    def within(self, in_group: int) -> int:
+        """This member's index where the groups have so many members."""
+        group, place = divmod(self.index, self.in_group)
+        return group * in_group + place
+
+    def renamed(self, name: str, index: int) -> str:
+        """The tensor of the member `index` that is to it what the tensor `name` is to this one."""
+        return name.replace(f".{self.axis}.{self.index}.", f".{self.axis}.{index}.", 1)
+
+
 def grid(**sides: int) -> Run:
     """A run from its sides, the outermost first."""
     return tuple(Side(name, size) for name, size in sides.items())
@@ -82,10 +106,13 @@ def mask(run: Run, kept: Kept, soft: Mapping[str, Tensor]) -> Tensor:
 
 
 class Layout:
-    """The dimensions of one weight, of which at most one has several runs or a run of several sides."""
+    """The dimensions of one weight, of which at most one has several runs or a run of several sides.
 
-    def __init__(self, *dims: Dim) -> None:
-        self.dims = dims
+    The tensor of a `member` is there only in subnets that keep the member.
+    """
+
+    def __init__(self, *dims: Dim, member: Member | None = None) -> None:
+        self.dims, self.member = dims, member
         divided = [i for i, dim in enumerate(dims) if len(dim) > 1 or len(dim[0]) > 1]
         assert len(divided) < 2, f"dimensions {divided} are divided; views of one alone can be joined"
         self._divided = divided[0] if divided else 0
@@ -105,7 +132,11 @@ class Layout:
 
     def numel(self, kept: Kept = WHOLE) -> int:
         """How many elements are kept."""
-        return math.prod(self.shape(kept))
+        return math.prod(self.shape(kept)) if self.is_there(kept) else 0
+
+    def is_there(self, kept: Kept) -> bool:
+        """Whether anything is kept."""
+        return self.member is None or self.member.is_kept(kept)
 
     def is_whole(self, kept: Kept) -> bool:
         """Whether all of the weight is kept."""

@@ -37,6 +37,14 @@ def is_matrix(weight: Tensor) -> bool:
     return weight.ndim == 2
 
 
+def keeps_type(name: str, dimensions: int) -> bool:
+    """Whether a tensor keeps the type that it is stored in: all that is no matrix, and the router of experts.
+
+    A router is computed in float32, and near a tie its rounding chooses another expert.
+    """
+    return dimensions != 2 or name.endswith(".gate.weight")
+
+
 def _sums_by_token(tokens_T: Tensor, values_TD: Tensor) -> tuple[Tensor, Tensor]:
     """The values of equal tokens summed in float32: the sorted tokens, and the sum at the first of each, else zeros.
 

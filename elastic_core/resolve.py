@@ -18,7 +18,6 @@ from torch import Tensor
 
 from elastic_core.budget import Budget
 from elastic_core.cost import Cost, shape_of
-from elastic_core.geometry import Axes
 from elastic_core.router import ElasticModel, Router
 from elastic_core.subnet import Subnet, full_subnet, is_nested, keep_layers, smallest_subnet
 
@@ -138,7 +137,7 @@ def log_probabilities(router: Router, budget: Tensor) -> LogProbabilities:
 def _best(elastic: ElasticModel, counted: Cost, scores: LogProbabilities, bounds: Limits) -> Subnet | None:
     """The subnet of greatest log-probability within the bounds."""
     best, best_score = None, -inf
-    ceiling = sum(float(scores[axis].max(-1).values.sum()) for axis in Axes.WIDTHS)
+    ceiling = sum(float(scores[axis].max(-1).values.sum()) for axis in elastic.axes.widths)
     for choice in _globals(elastic, scores, bounds):
         if choice.log_probability + ceiling <= best_score:
             break
@@ -158,9 +157,9 @@ def _best_with(
     choice: _Global, elastic: ElasticModel, counted: Cost, scores: LogProbabilities, bounds: Limits
 ) -> tuple[Subnet, float] | None:
     """The subnet of greatest log-probability with these global choices, and that log-probability."""
-    rows = {axis: _rows(elastic, counted, scores, choice, axis, bounds) for axis in Axes.WIDTHS}
+    rows = {axis: _rows(elastic, counted, scores, choice, axis, bounds) for axis in elastic.axes.widths}
     picked = _knapsack(
-        [options for axis in Axes.WIDTHS for options in rows[axis]],
+        [options for of_axis in rows.values() for options in of_axis],
         counted.fixed_peak(choice.hidden),
         bounds.least - counted.fixed(choice.hidden),
         bounds.most - counted.fixed(choice.hidden),
@@ -181,7 +180,7 @@ def _globals(elastic: ElasticModel, scores: LogProbabilities, bounds: Limits) ->
             for c, s in zip(elastic.axes.choices(axis), scores[axis][0], strict=True)
             if getattr(bounds.inner, axis) <= c <= getattr(bounds.outer, axis)
         ]
-        for axis in ("hidden", *Axes.SHARED, "depth")
+        for axis in ("hidden", *elastic.axes.shared, "depth")
     ]
     found = []
     for picked in product(*within):
@@ -297,6 +296,6 @@ def _subnet(
     elastic: ElasticModel, choice: _Global, rows: Mapping[str, list[list[_Option]]], picked: Sequence[_Option]
 ) -> Subnet:
     values = iter(option.value for option in picked)
-    sizes = {axis: [next(values) for _ in rows[axis]] for axis in Axes.WIDTHS}
-    once = zip(("hidden", *Axes.SHARED, "depth"), (choice.hidden, *choice.shared, choice.depth), strict=True)
+    sizes = {axis: [next(values) for _ in of_axis] for axis, of_axis in rows.items()}
+    once = zip(("hidden", *elastic.axes.shared, "depth"), (choice.hidden, *choice.shared, choice.depth), strict=True)
     return elastic.subnet(sizes | {axis: [size] for axis, size in once})

@@ -25,8 +25,7 @@ from elastic_core.subnet import Masks, Subnet, keep_layers
 NEGLIGIBLE = 1e-3
 
 # In sums over choices: the letters of the axes that layers share, beside h hidden, w width, r row, d depth, v level.
-_SHARED = "pqst"[: len(Axes.SHARED)]
-_EACH_SHARED = ",".join(_SHARED)
+_SHARED = "pqst"
 
 Probabilities = Mapping[str, Tensor]
 T = TypeVar("T")
@@ -68,13 +67,15 @@ class ElasticModel:
     def kinds(self) -> dict[str, str]:
         """The kinds of the model's layers, by the axis of their width."""
         return {
-            axis: self.config.hybrid_override_pattern[i] for axis in Axes.WIDTHS for i in self.config.layers_on(axis)
+            axis: self.config.hybrid_override_pattern[i]
+            for axis in self.axes.widths
+            for i in self.config.layers_on(axis)
         }
 
     def subnet(self, rows: Mapping[str, Sequence[int]]) -> Subnet:
         """The subnet with these sizes on every axis: one, or one for each row of a width."""
-        sizes: dict[str, Any] = {axis: self.per_layer(axis, rows[axis]) for axis in Axes.WIDTHS}
-        sizes |= {axis: rows[axis][0] for axis in ("hidden", *Axes.SHARED)}
+        sizes: dict[str, Any] = {axis: self.per_layer(axis, rows[axis]) for axis in self.axes.widths}
+        sizes |= {axis: rows[axis][0] for axis in ("hidden", *self.axes.shared)}
         return Subnet(layers=keep_layers(self.layer_ranking, rows["depth"][0]), **sizes)
 
 
@@ -92,7 +93,7 @@ class Router(nn.Module):
                     nn.Linear(hidden_size, elastic.rows(axis) * len(elastic.axes.choices(axis))),
                     nn.Unflatten(-1, (elastic.rows(axis), len(elastic.axes.choices(axis)))),
                 )
-                for axis in Axes.NAMES
+                for axis in elastic.axes.names
             }
         )
 
@@ -173,7 +174,7 @@ def soft_subnet(elastic: ElasticModel, probabilities: Probabilities) -> tuple[Su
     config, axes = elastic.config, elastic.axes
     enclosing: dict[str, list[int]] = {}
     masks: dict[str, list[Tensor]] = {}
-    for axis in Axes.NAMES:
+    for axis in axes.names:
         choices = axes.choices(axis)
         weighty = (probabilities[axis].detach() > 0).tolist()
         enclosing[axis] = [max(c for c, has in zip(choices, row, strict=True) if has) for row in weighty]
@@ -182,8 +183,8 @@ def soft_subnet(elastic: ElasticModel, probabilities: Probabilities) -> tuple[Su
         prefixes = [c // groups for c in choices]
         masks[axis] = [_prefix_mask(p, prefixes, w) for p, w in zip(probabilities[axis], widths, strict=True)]
 
-    of_axes: dict[str, Any] = {axis: elastic.per_layer(axis, masks[axis]) for axis in Axes.WIDTHS}
-    of_axes |= {axis: masks[axis][0] for axis in ("hidden", *Axes.SHARED)}
+    of_axes: dict[str, Any] = {axis: elastic.per_layer(axis, masks[axis]) for axis in axes.widths}
+    of_axes |= {axis: masks[axis][0] for axis in ("hidden", *axes.shared)}
     return elastic.subnet(enclosing), Masks(layers=layer_gates(elastic, probabilities["depth"][0]), **of_axes)
 
 
@@ -206,7 +207,7 @@ def layer_gates(elastic: ElasticModel, depth_probabilities: Tensor) -> Tensor:
 
 def expected_choices(elastic: ElasticModel, probabilities: Probabilities) -> dict[str, Tensor]:
     """The expected size of every axis, averaged over its layers, to watch the router make up its mind."""
-    return {axis: _expected_sizes(elastic, probabilities, axis).mean().detach() for axis in Axes.NAMES}
+    return {axis: _expected_sizes(elastic, probabilities, axis).mean().detach() for axis in elastic.axes.names}
 
 
 def _expected_sizes(elastic: ElasticModel, probabilities: Probabilities, axis: str) -> Tensor:
@@ -221,26 +222,26 @@ def expected_cost(elastic: ElasticModel, probabilities: Probabilities, counted: 
     Each layer adds what it costs at each of its shapes, weighed by the shape's probability and by the layer's of being
     kept; what the peaks add is in `_expected_peak`.
     """
-    hidden, *shared = (probabilities[axis][0] for axis in ("hidden", *Axes.SHARED))
-    gates_L = layer_gates(elastic, probabilities["depth"][0])
+    hidden, *shared = (probabilities[axis][0] for axis in ("hidden", *elastic.axes.shared))
+    gates_L, once = layer_gates(elastic, probabilities["depth"][0]), _SHARED[: len(shared)]
     total: Tensor = hidden @ hidden.new_tensor([counted.fixed(size) for size in elastic.axes.hidden])
     for axis, kind in elastic.kinds().items():
         costs = _at_every_shape(elastic, kind, counted.layer).to(hidden)
-        rows = torch.einsum(f"h,hw{_SHARED},rw,{_EACH_SHARED}->r", hidden, costs, probabilities[axis], *shared)
+        rows = torch.einsum(f"h,hw{once},rw,{','.join(once)}->r", hidden, costs, probabilities[axis], *shared)
         total = total + (rows * gates_L[list(elastic.config.layers_of(kind))]).sum()
     return total + _expected_peak(elastic, probabilities, counted)
 
 
 def _at_every_shape(elastic: ElasticModel, kind: str, count: Callable[[Shape], int]) -> Tensor:
     """`count` of a layer of `kind` at every choice of (hidden size, width, each shared axis), in float64."""
-    axes = ("hidden", LAYER_AXES[kind][0], *Axes.SHARED)
+    axes = ("hidden", LAYER_AXES[kind][0], *elastic.axes.shared)
     counts = [count(shape) for shape in _every_shape(elastic.axes, kind)]
     return torch.tensor(counts, dtype=torch.float64).view([len(elastic.axes.choices(axis)) for axis in axes])
 
 
 @cache
 def _every_shape(axes: Axes, kind: str) -> tuple[Shape, ...]:
-    sizes = axes.hidden, axes.choices(LAYER_AXES[kind][0]), product(*map(axes.choices, Axes.SHARED))
+    sizes = axes.hidden, axes.choices(LAYER_AXES[kind][0]), product(*map(axes.choices, axes.shared))
     return tuple(cost.shape_of(kind, *size) for size in product(*sizes))
 
 
@@ -251,22 +252,22 @@ def _expected_peak(elastic: ElasticModel, probabilities: Probabilities, counted:
     of P(peak <= v) over the rows with a kept layer.
     """
     axes = elastic.axes
-    hidden, *shared, depth = (probabilities[axis][0] for axis in ("hidden", *Axes.SHARED, "depth"))
+    hidden, *shared, depth = (probabilities[axis][0] for axis in ("hidden", *axes.shared, "depth"))
     peaks = {axis: _at_every_shape(elastic, kind, counted.peak) for axis, kind in elastic.kinds().items()}
     outside = torch.tensor([counted.fixed_peak(size) for size in axes.hidden], dtype=torch.float64)
     levels: Tensor = torch.cat([outside, *(p.flatten() for p in peaks.values())]).unique()
     if len(levels) == 1:
         return levels[0].to(hidden)
-    once = [len(p) for p in shared]
-    below = (outside.view(-1, *[1] * len(once), 1) <= levels).to(hidden).expand(len(depth), -1, *once, -1)
+    once = _SHARED[: len(shared)]
+    below = (outside.view(-1, *[1] * len(once), 1) <= levels).to(hidden).expand(len(depth), -1, *map(len, shared), -1)
     for axis, p in peaks.items():
-        stays = torch.einsum(f"rw,hw{_SHARED}v->rh{_SHARED}v", probabilities[axis], (p[..., None] <= levels).to(hidden))
+        stays = torch.einsum(f"rw,hw{once}v->rh{once}v", probabilities[axis], (p[..., None] <= levels).to(hidden))
         for row in range(elastic.rows(axis)):
             best = min(elastic.layer_ranking.index(i) for i in elastic.layers_of(axis, row))
             is_kept = torch.tensor([best < size for size in axes.depth], device=hidden.device)
             below = below * torch.where(is_kept.view(-1, *[1] * (below.ndim - 1)), stays[row], 1.0)
     steps, highest = levels.diff().to(hidden), levels[-1].to(hidden)
-    each = f"d,h,{_EACH_SHARED},dh{_SHARED}v,v->"
+    each = f"d,h,{','.join(once)},dh{once}v,v->"
     mean: Tensor = highest - torch.einsum(each, depth, hidden, *shared, below[..., :-1], steps)
     return mean
 

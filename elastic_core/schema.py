@@ -27,6 +27,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _parser = threading.Lock()
 _PARSES = 6
 
+# Metadata of a field that `to_dict` leaves out where it has its default: it is of something that few models have.
+OPTIONAL = types.MappingProxyType({"optional": True})
+
 
 class _Mistyped(ValueError):
     """A value of another type than its field has: its message still lacks what the field is."""
@@ -179,11 +182,15 @@ def _convert_number(hint: Any, value: str | float, where: str) -> float:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The plain data that `build` turns back into `config`; tuples become lists, as in JSON."""
+    """The plain data that `build` turns back into `config`; tuples become lists, as in JSON.
+
+    An OPTIONAL field is left out where it has its default.
+    """
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            there = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if not _is_absent(value, f)}
+            return {name: plain(inner) for name, inner in there.items()}
         if isinstance(value, list | tuple):
             return [plain(v) for v in value]
         if isinstance(value, Mapping):
@@ -193,14 +200,18 @@ def to_dict(config: Any) -> dict[str, Any]:
     return typing.cast(dict[str, Any], plain(config))
 
 
+def _is_absent(config: Any, field: dataclasses.Field[Any]) -> bool:
+    return "optional" in field.metadata and getattr(config, field.name) == field.default
+
+
 def told(config: Any) -> dict[str, Any]:
     """The plain data of `to_dict` without what has its default: what a person would write."""
-    values = {}
-    for field, value in zip(dataclasses.fields(config), to_dict(config).values(), strict=True):
+    values, plain = {}, to_dict(config)
+    for field in dataclasses.fields(config):
         inner = getattr(config, field.name)
         default = field.default_factory() if callable(field.default_factory) else field.default
         if inner != default:
-            values[field.name] = told(inner) if dataclasses.is_dataclass(inner) else value
+            values[field.name] = told(inner) if dataclasses.is_dataclass(inner) else plain[field.name]
     return values
 
 

@@ -101,7 +101,7 @@ class Space:
     rows: list[tuple[str, int]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.rows = [(axis, row) for axis in Axes.NAMES for row in range(self.elastic.rows(axis))]
+        self.rows = [(axis, row) for axis in self.elastic.axes.names for row in range(self.elastic.rows(axis))]
 
     def choices(self, axis: str) -> tuple[int, ...]:
         return self.elastic.axes.choices(axis)
@@ -119,7 +119,7 @@ class Space:
         return tuple(positions)
 
     def subnet(self, point: Sequence[int]) -> Subnet:
-        values: dict[str, list[int]] = {axis: [] for axis in Axes.NAMES}
+        values: dict[str, list[int]] = {axis: [] for axis in self.elastic.axes.names}
         for (axis, _), position in zip(self.rows, point, strict=True):
             values[axis].append(self.choices(axis)[position])
         return self.elastic.subnet(values)
@@ -170,7 +170,7 @@ def prior(elastic: ElasticModel, loss: Loss) -> LogProbabilities:
     space = Space(elastic)
     scores: dict[str, Tensor] = {
         axis: torch.zeros(elastic.rows(axis), len(elastic.axes.choices(axis)), dtype=torch.float64)
-        for axis in Axes.NAMES
+        for axis in elastic.axes.names
     }
     for axis, row, position, cut in space.single_cuts():
         scores[axis][row, position] = -loss(cut)
@@ -311,7 +311,10 @@ def loss_table(elastic: ElasticModel, chosen: Candidate, measured: Iterable[Cand
     """
     space = Space(elastic)
     here = space.point(chosen.subnet)
-    scores = {axis: torch.full((elastic.rows(axis), len(elastic.axes.choices(axis))), -math.inf) for axis in Axes.NAMES}
+    scores = {
+        axis: torch.full((elastic.rows(axis), len(elastic.axes.choices(axis))), -math.inf)
+        for axis in elastic.axes.names
+    }
     for candidate in measured:
         worse = math.log(max(candidate.loss, 1e-12) / max(chosen.loss, 1e-12))
         for (axis, row), position in zip(space.rows, space.point(candidate.subnet), strict=True):

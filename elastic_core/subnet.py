@@ -1,31 +1,42 @@
 """A subnet: the complete shape of a submodel, what it keeps of each layer, and what "smaller" means.
 
 After `reorder` every subnet is a prefix (C2): of hidden channels and FFN neurons, of the Mamba heads inside each SSM
-group and the channels inside each Mamba head, of the query heads inside each KV group. Layers are kept by rank.
+group and the channels inside each Mamba head, of the query heads inside each KV group, of the routed experts inside
+each expert group and the neurons inside each expert. Layers are kept by rank.
 Training masks, prefix views and slices all derive from the sizes that a subnet has at a layer, and from the layouts of
 the layer's tensors.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from elastic_core.geometry import FULL_SIZES, GROUPS, LAYER_AXES, Axes, ModelConfig
+from elastic_core.geometry import FULL_SIZES, GROUPS, LAYER_AXES, MOE, Axes, ModelConfig
 from elastic_core.layout import Kept
+from elastic_core.schema import OPTIONAL
 
 # How messages call the widths that no engine lets differ by layer.
-_HEADS = {"mamba_heads": "Mamba heads", "attention_heads": "attention heads"}
+_UNIFORM = {
+    "mamba_heads": "Mamba heads",
+    "attention_heads": "attention heads",
+    "expert_ffn": "expert widths",
+}
+
+# What a model without experts has for the fields of ModelConfig that describe them, and for the axes of a subnet.
+_NO_EXPERTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(ModelConfig) if "optional" in f.metadata}
+_NO_EXPERT_AXES = dict.fromkeys((axis for axis in Axes.SHARED if axis in LAYER_AXES[MOE]), 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subnet:
     """One value per axis.
 
-    `ffn`, `mamba_heads` and `attention_heads` have one entry for each layer of their kind in the full model, whether
-    or not the layer is kept; `layers` holds the kept layers' indices in the full model, rising.
+    `ffn`, `mamba_heads`, `attention_heads` and `expert_ffn` have one entry for each layer of their kind in the full
+    model, whether or not the layer is kept; `layers` holds the kept layers' indices in the full model, rising. The axes
+    of experts are empty or 0 in a model without experts.
     """
 
     hidden: int
@@ -34,6 +45,9 @@ class Subnet:
     mamba_head_dim: int
     attention_heads: tuple[int, ...]
     layers: tuple[int, ...]
+    expert_ffn: tuple[int, ...] = field(default=(), metadata=OPTIONAL)
+    experts: int = field(default=0, metadata=OPTIONAL)
+    shared_ffn: int = field(default=0, metadata=OPTIONAL)
 
     @property
     def depth(self) -> int:
@@ -44,15 +58,16 @@ def full_subnet(model: ModelConfig) -> Subnet:
     """The subnet that is the whole model."""
     sizes: dict[str, Any] = {axis: model.full_sizes(axis) for axis in Axes.WIDTHS}
     sizes |= {axis: getattr(model, FULL_SIZES[axis]) for axis in ("hidden", *Axes.SHARED)}
+    sizes |= {} if sizes["expert_ffn"] else _NO_EXPERT_AXES
     return Subnet(layers=tuple(range(model.num_layers)), **sizes)
 
 
 def smallest_subnet(model: ModelConfig, axes: Axes, layer_ranking: Sequence[int]) -> Subnet:
     """The subnet with the smallest choice on every (bound) axis."""
     sizes: dict[str, Any] = {
-        axis: tuple(min(axes.choices(axis)[-1], full) for full in model.full_sizes(axis)) for axis in Axes.WIDTHS
+        axis: tuple(min(axes.choices(axis)[-1], full) for full in model.full_sizes(axis)) for axis in axes.widths
     }
-    sizes |= {axis: axes.choices(axis)[-1] for axis in ("hidden", *Axes.SHARED)}
+    sizes |= {axis: axes.choices(axis)[-1] for axis in ("hidden", *axes.shared)}
     return Subnet(layers=keep_layers(layer_ranking, axes.depth[-1]), **sizes)
 
 
@@ -78,6 +93,7 @@ def within(small: Subnet, large: Subnet, model: ModelConfig) -> Subnet:
         raise ValueError(f"subnet is not nested in the larger one: {small} against {large}")
 
     sizes: dict[str, Any] = {axis: tuple(kept_sizes(small, model, axis, large.layers).values()) for axis in Axes.WIDTHS}
+    sizes |= {} if sizes["expert_ffn"] else _NO_EXPERT_AXES
     return dataclasses.replace(small, layers=tuple(large.layers.index(layer) for layer in small.layers), **sizes)
 
 
@@ -89,7 +105,8 @@ def kept_sizes(subnet: Subnet, model: ModelConfig, axis: str, layers: Sequence[i
 
 def check_subnet(subnet: Subnet, model: ModelConfig) -> None:
     """Raise ValueError unless `subnet` is a valid shape inside `model`."""
-    full, sizes = full_subnet(model), [getattr(subnet, axis) for axis in ("hidden", *Axes.SHARED)]
+    full = full_subnet(model)
+    sizes = [getattr(subnet, axis) for axis in ("hidden", *Axes.SHARED) if getattr(full, axis)]
     for axis in Axes.WIDTHS:
         of_layers, count = getattr(subnet, axis), len(model.layers_on(axis))
         if len(of_layers) != count:
@@ -100,22 +117,26 @@ def check_subnet(subnet: Subnet, model: ModelConfig) -> None:
     if not is_nested(subnet, full):
         raise ValueError(f"subnet is larger than the model: {subnet} against {full}")
     for axis, groups in GROUPS.items():
-        for size in getattr(subnet, axis):
+        for size in getattr(subnet, axis) if axis in Axes.WIDTHS else ():
             if size % model.groups(axis):
                 raise ValueError(f"subnet.{axis}={size} is not a multiple of {groups}={model.groups(axis)}")
+    if subnet.experts:
+        model.check_routing("subnet.experts", subnet.experts)
 
 
 def sliced_config(model: ModelConfig, subnet: Subnet) -> ModelConfig:
     """Geometry of the stock model that `subnet` is cut out to.
 
-    Raises ValueError when kept layers differ in Mamba or attention heads, which no inference engine loads.
+    Raises ValueError when kept layers differ in Mamba or attention heads or expert widths, which no inference engine
+    loads.
     """
     check_subnet(subnet, model)
     sizes: dict[str, Any] = {FULL_SIZES[axis]: getattr(subnet, axis) for axis in ("hidden", *Axes.SHARED)}
-    sizes |= {FULL_SIZES[axis]: _one_size(model, subnet, axis) for axis in _HEADS}
+    sizes |= {FULL_SIZES[axis]: _one_size(model, subnet, axis) for axis in _UNIFORM}
     ffn = tuple(kept_sizes(subnet, model, "ffn", subnet.layers).values())
     sizes["intermediate_size"] = ffn if len(set(ffn)) > 1 else max(ffn, default=max(subnet.ffn, default=1))
     pattern = "".join(model.hybrid_override_pattern[i] for i in subnet.layers)
+    sizes |= {} if MOE in pattern else _NO_EXPERTS
     return dataclasses.replace(model, hybrid_override_pattern=pattern, **sizes)
 
 
@@ -125,8 +146,8 @@ def _one_size(model: ModelConfig, subnet: Subnet, axis: str) -> int:
         first = next(iter(kept))
         other = next(i for i in kept if kept[i] != kept[first])
         raise ValueError(
-            f"layer {other} keeps {kept[other]} {_HEADS[axis]} and layer {first} keeps {kept[first]}; no engine loads "
-            "heads that differ by layer, so this subnet cannot be sliced"
+            f"layer {other} keeps {kept[other]} {_UNIFORM[axis]} and layer {first} keeps {kept[first]}; no engine "
+            f"loads {_UNIFORM[axis].split()[-1]} that differ by layer, so this subnet cannot be sliced"
         )
     full: int = getattr(model, FULL_SIZES[axis])
     return next(iter(kept.values()), full)
@@ -137,9 +158,9 @@ class Masks:
     """Differentiable masks over the widths of an enclosing subnet, with values in [0, 1].
 
     Each mask falls along its axis, because it is a weighted sum of prefixes. The fields are those of a subnet: `hidden`
-    (D,), `mamba_head_dim` (P,), and one entry a layer of `ffn` (F,), `mamba_heads` (heads in a group,) and
-    `attention_heads` (queries in a KV group,). `layers` (L,) has one gate a layer of the full model. Masks of ones are
-    the enclosing subnet itself.
+    (D,), `mamba_head_dim` (P,), `experts` (experts in a group,), `shared_ffn` (F,), and one entry a layer of `ffn`
+    (F,), `mamba_heads` (heads in a group,), `attention_heads` (queries in a KV group,) and `expert_ffn` (F,). `layers`
+    (L,) has one gate a layer of the full model. Masks of ones are the enclosing subnet itself.
     """
 
     hidden: Tensor
@@ -148,6 +169,9 @@ class Masks:
     mamba_head_dim: Tensor
     attention_heads: tuple[Tensor, ...]
     layers: Tensor
+    expert_ffn: tuple[Tensor, ...] = ()
+    experts: Tensor | None = None
+    shared_ffn: Tensor | None = None
 
 
 def kept_at(subnet: Subnet, model: ModelConfig, layer: int) -> Kept:

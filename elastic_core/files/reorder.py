@@ -1,8 +1,8 @@
 """The one-time permutation of a model into importance order, which leaves its function unchanged (C2).
 
 Afterwards every subnet is a prefix. Hidden channels and FFN neurons move freely; Mamba heads move inside their SSM
-group, and the channels of all heads of a layer move alike; query heads move inside their KV group. Keys, values, B, C
-and the layers stay where they are.
+group, and the channels of all heads of a layer move alike; query heads move inside their KV group; experts move inside
+their expert group, and the neurons of each of them on their own. Keys, values, B, C and the layers stay where they are.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ from elastic_core.files.checkpoint import (
     write_checkpoint,
 )
 from elastic_core.files.shards import Index, Progress, read_tensors, regular_file, select, write_tensors
-from elastic_core.geometry import LAYER_AXES, Axes, ModelConfig
+from elastic_core.geometry import LAYER_AXES, MEMBERS, Axes, ModelConfig
 from elastic_core.layout import indices
 
 # How the entries of some axes are called in the file.
@@ -33,9 +33,10 @@ _FILE_NAMES = {"mamba_head_dim": "mamba_channels", "attention_heads": "query_hea
 class Order:
     """Indices of the components of each axis, most important first; the tuples have one entry a layer of their kind.
 
-    `hidden` (D,), `ffn` (F,), `mamba_head_dim` (P,). `mamba_heads` (H,) and `attention_heads` (Q,) hold every group's
-    own heads in that group's place. `layers` ranks the layers, which are kept by rank and do not move;
-    those that every subnet keeps come first, in model order.
+    `hidden` (D,), `ffn` (F,), `mamba_head_dim` (P,), `shared_ffn` (F,). `mamba_heads` (H,), `attention_heads` (Q,) and
+    `experts` (N,) hold every group's own in that group's place. `expert_ffn` (N, F) has the neurons of every expert, by
+    the expert's index before the reorder. `layers` ranks the layers, which are kept by rank and do not move; those that
+    every subnet keeps come first, in model order.
     """
 
     hidden: Tensor
@@ -44,6 +45,9 @@ class Order:
     mamba_head_dim: tuple[Tensor, ...]
     attention_heads: tuple[Tensor, ...]
     layers: tuple[int, ...]
+    expert_ffn: tuple[Tensor, ...] = ()
+    experts: tuple[Tensor, ...] = ()
+    shared_ffn: tuple[Tensor, ...] = ()
 
 
 def identity_order(config: ModelConfig) -> Order:
@@ -61,9 +65,14 @@ def _order(config: ModelConfig, permutation: Callable[[int], Tensor]) -> Order:
         in_group = size // groups
         return torch.cat([group * in_group + permutation(in_group) for group in range(groups)])
 
+    def entry(axis: str, size: int) -> Tensor:
+        if axis in MEMBERS:
+            return torch.stack([permutation(size) for _ in range(config.full_sizes(MEMBERS[axis])[0])])
+        return grouped(size, config.groups(axis))
+
     hidden = permutation(config.hidden_size)
     sizes: dict[str, Any] = {
-        axis: tuple(grouped(size, config.groups(axis)) for size in config.full_sizes(axis)) for axis in Axes.IN_LAYERS
+        axis: tuple(entry(axis, size) for size in config.full_sizes(axis)) for axis in Axes.IN_LAYERS
     }
     return Order(hidden=hidden, layers=tuple(permutation(config.num_layers).tolist()), **sizes)
 
@@ -77,7 +86,10 @@ def check_order(order: Order, config: ModelConfig) -> None:
         if len(entries) != len(sizes):
             raise ValueError(f"order.{axis} has {len(entries)} layers; the model has {len(sizes)}")
         for i, (entry, size) in enumerate(zip(entries, sizes, strict=True)):
-            _check_permutation(f"order.{axis}[{i}]", entry, size, config.groups(axis))
+            if axis in MEMBERS and len(entry) != config.full_sizes(MEMBERS[axis])[i]:
+                raise ValueError(f"order.{axis}[{i}] is {list(entry.shape)}; expected one row each of {MEMBERS[axis]}")
+            for row in entry if axis in MEMBERS else (entry,):
+                _check_permutation(f"order.{axis}[{i}]", row, size, config.groups(axis))
 
 
 def _check_permutation(where: str, entry: Tensor, size: int, groups: int = 1) -> None:
@@ -132,15 +144,26 @@ def reorder_weights(weights: Mapping[str, Tensor], order: Order, config: ModelCo
     """All tensors of a model in `order`, by name in memory; those that do not move are the same objects."""
     check_order(order, config)
     return {
-        name: select(weights[name], _indices(place, order, config)) for name, place in tensor_places(config).items()
+        name: select(weights[_source(name, place, order, config)], _indices(place, order, config))
+        for name, place in tensor_places(config).items()
     }
 
 
 @torch.no_grad()
 def reorder_in_place(weights: Mapping[str, Tensor], order: Order, config: ModelConfig) -> None:
-    """Put all tensors of a model, by name in memory and on any device, in `order`; one tensor at a time is copied."""
+    """Put all tensors of a model, by name in memory and on any device, in `order`.
+
+    One tensor at a time is copied; of experts, which change places, those of a layer.
+    """
     check_order(order, config)
-    for name, place in tensor_places(config).items():
+    places = tensor_places(config)
+    sources = {name: _source(name, place, order, config) for name, place in places.items()}
+    for layer in range(config.num_layers):
+        moving = [name for name, source in sources.items() if places[name].layer == layer and source != name]
+        before = {sources[name]: weights[sources[name]].clone() for name in moving}
+        for name in moving:
+            weights[name].copy_(before[sources[name]])
+    for name, place in places.items():
         for dim, index in enumerate(_indices(place, order, config)):
             if index is not None and not torch.equal(index, torch.arange(len(index))):
                 weights[name].copy_(weights[name].index_select(dim, index.to(weights[name].device)))
@@ -165,11 +188,26 @@ def reorder_checkpoint(
         target,
         config,
         checkpoint.tensors,
-        lambda name: checkpoint.tensors[name].blocks(*_indices(places[name], order, config)),
+        lambda name: checkpoint.tensors[_source(name, places[name], order, config)].blocks(
+            *_indices(places[name], order, config)
+        ),
         source=source,
         beside=beside,
         progress=progress,
     )
+
+
+def _member(place: Place, order: Order, config: ModelConfig) -> int:
+    """The index, before the reorder, of the member that the tensor at `place` is of afterwards."""
+    assert place.layer is not None and place.layout.member is not None, f"{place}"
+    of_layers = getattr(order, place.layout.member.axis)
+    return int(of_layers[config.ordinal(place.layer)][place.layout.member.index])
+
+
+def _source(name: str, place: Place, order: Order, config: ModelConfig) -> str:
+    """The tensor that the tensor `name` comes from: that of another expert, where experts move."""
+    member = place.layout.member
+    return name if member is None else member.renamed(name, _member(place, order, config))
 
 
 def _indices(place: Place, order: Order, config: ModelConfig) -> tuple[Index, ...]:
@@ -179,6 +217,10 @@ def _indices(place: Place, order: Order, config: ModelConfig) -> tuple[Index, ..
         ordinal = config.ordinal(place.layer)
         for axis in LAYER_AXES[config.hybrid_override_pattern[place.layer]]:
             entry, groups = getattr(order, axis)[ordinal], config.groups(axis)
+            if axis in MEMBERS:
+                if place.layout.member is not None:
+                    moved[axis] = entry[_member(place, order, config)]
+                continue
             in_group = len(entry) // groups
             moved[axis] = entry if groups == 1 else (entry % in_group).view(groups, in_group)
     return tuple(indices(dim, moved) for dim in place.layout.dims)

@@ -47,7 +47,7 @@ from elastic_core.files.shards import (
     write_json,
     write_shards,
 )
-from elastic_core.files.slicing import kept_indices, name_in_full_model
+from elastic_core.files.slicing import is_in, kept_indices, name_in_full_model
 from elastic_core.geometry import ModelConfig
 from elastic_core.schema import build, to_dict
 from elastic_core.subnet import Subnet, check_subnet, full_subnet, sliced_config
@@ -110,7 +110,7 @@ def _added(config: ModelConfig, below: Subnet | None) -> dict[str, dict[str, Ind
     places, added = tensor_places(config), {}
     for name, shape in tensor_shapes(config).items():
         key, every, place = disk_name(name), _every(shape), places[name]
-        if below is None or (place.layer is not None and place.layer not in below.layers):
+        if below is None or not is_in(place, below, config):
             added[name] = {key: every}
             continue
         kept = _kept(config, below, place, shape)
@@ -202,8 +202,9 @@ def _assembled(config: ModelConfig, shells: Sequence[Path]) -> dict[str, _Tensor
     kept: dict[str, _Tensor] = {}
     if below is not None:
         with _named(f"{directory / SHELL_FILE}: below"):
-            inner = _assembled(sliced_config(config, below), smaller)
-        kept = {name_in_full_model(name, below): tensor for name, tensor in inner.items()}
+            inner_config = sliced_config(config, below)
+            inner, inner_places = _assembled(inner_config, smaller), tensor_places(inner_config)
+        kept = {name_in_full_model(name, inner_places[name], below, config): tensor for name, tensor in inner.items()}
     places, added = tensor_places(config), _added(config, below)
     stored = _stored(directory, {key: _shape(i) for rectangles in added.values() for key, i in rectangles.items()})
     tensors = {}

@@ -19,7 +19,6 @@ from elastic_core.files.checkpoint import (
     read_config,
     read_family,
     tensor_places,
-    tensor_shapes,
     write_checkpoint,
 )
 from elastic_core.files.shards import CHUNK_BYTES, Index, Progress, TensorInfo, select
@@ -46,10 +45,10 @@ def slice_weights(
     """The weights of `subnet` as a stock model of its own, by name in memory; see `slice_checkpoint`."""
     places = tensor_places(config)
     sliced = {}
-    for name, shape in tensor_shapes(target_config(config, subnet, ffn_layout=ffn_layout)).items():
-        old = name_in_full_model(name, subnet)
+    for name, place in tensor_places(target_config(config, subnet, ffn_layout=ffn_layout)).items():
+        old = name_in_full_model(name, place, subnet, config)
         kept = select(weights[old], kept_indices(places[old], subnet, config))
-        sliced[name] = torch.cat([*_padded([kept], TensorInfo(dtype=kept.dtype, shape=shape))])
+        sliced[name] = torch.cat([*_padded([kept], TensorInfo(dtype=kept.dtype, shape=place.layout.shape()))])
     return sliced
 
 
@@ -71,13 +70,15 @@ def slice_checkpoint(
     checkpoint = open_checkpoint(source)
     config, places = checkpoint.config, tensor_places(checkpoint.config)
     new_config = target_config(config, subnet, ffn_layout=ffn_layout)
-    stored = {name: checkpoint.tensors[name_in_full_model(name, subnet)] for name in tensor_places(new_config)}
+    new_places = tensor_places(new_config)
+    old_names = {name: name_in_full_model(name, place, subnet, config) for name, place in new_places.items()}
+    stored = {name: checkpoint.tensors[old] for name, old in old_names.items()}
     plan = {
-        name: TensorInfo(dtype=stored[name].dtype, shape=shape) for name, shape in tensor_shapes(new_config).items()
+        name: TensorInfo(dtype=stored[name].dtype, shape=place.layout.shape()) for name, place in new_places.items()
     }
 
     def blocks(name: str) -> Iterator[Tensor]:
-        kept = kept_indices(places[name_in_full_model(name, subnet)], subnet, config)
+        kept = kept_indices(places[old_names[name]], subnet, config)
         return _padded(stored[name].blocks(*kept), plan[name])
 
     def with_card(staging: Path) -> None:
@@ -103,12 +104,24 @@ def _card(source: Path, subnet: Subnet, sliced: ModelConfig, plan: Mapping[str, 
     )
 
 
-def name_in_full_model(name: str, subnet: Subnet) -> str:
-    """The tensor of the full model that the slice's tensor `name` is cut from: kept layers are numbered anew."""
-    if not name.startswith("layers."):
+def name_in_full_model(name: str, place: Place, subnet: Subnet, config: ModelConfig) -> str:
+    """The tensor of the full model that the slice's tensor `name` is cut from.
+
+    `place` is its place in the slice, in which kept layers and kept experts are numbered anew.
+    """
+    if place.layer is None:
         return name
-    _, layer, rest = name.split(".", 2)
-    return f"layers.{subnet.layers[int(layer)]}.{rest}"
+    if (member := place.layout.member) is not None:
+        in_group = config.full_sizes(member.axis)[0] // config.groups(member.axis)
+        name = member.renamed(name, member.within(in_group))
+    return name.replace(f"layers.{place.layer}.", f"layers.{subnet.layers[place.layer]}.", 1)
+
+
+def is_in(place: Place, subnet: Subnet, config: ModelConfig) -> bool:
+    """Whether `subnet` keeps anything of a tensor."""
+    if place.layer is None:
+        return True
+    return place.layer in subnet.layers and place.layout.is_there(kept_at(subnet, config, place.layer))
 
 
 def kept_indices(place: Place, subnet: Subnet, config: ModelConfig) -> tuple[Index, ...]:

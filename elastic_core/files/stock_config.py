@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from elastic_core.files.shards import CheckpointError, read_json, regular_file, write_json
-from elastic_core.geometry import ATTENTION, FFN, MAMBA, ModelConfig
+from elastic_core.geometry import ATTENTION, FFN, MAMBA, MOE, ModelConfig
 from elastic_core.schema import build, to_dict
 
 logger = logging.getLogger(__name__)
@@ -52,15 +52,17 @@ _GENERATION = "generation_config.json"
 # Where a written config keeps the time_step_min that fresh weights begin at; see write_config.
 _INITIAL_MIN = "initial_time_step_min"
 
+# The settings of experts. Those of a model without `E` layers say nothing, though transformers writes them.
+_OF_EXPERTS = tuple(field.name for field in dataclasses.fields(ModelConfig) if "optional" in field.metadata)
+
 # Keys that are not copied from another config.json: spellings that we do not write, code that we do not copy, and
-# settings of layers that this model lacks, by which an engine could take it for a mixture of experts.
+# settings of layers that this model may lack, by which an engine could take it for a mixture of experts.
 _NOT_COPIED = {
     *_ALIASES,
+    *_OF_EXPERTS,
     *("layers_block_type", "layer_types", "auto_map", "_name_or_path"),
-    *("mtp_layers_block_type", "mtp_hybrid_override_pattern", "n_routed_experts", "n_shared_experts"),
-    *("num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor"),
-    *("moe_intermediate_size", "moe_latent_size", "moe_shared_expert_intermediate_size", "moe_shared_expert_overlap"),
-    *("output_router_logits",),
+    *("mtp_layers_block_type", "mtp_hybrid_override_pattern", "n_shared_experts"),
+    *("moe_shared_expert_overlap", "output_router_logits"),
 }
 
 _LETTERS = {
@@ -69,7 +71,7 @@ _LETTERS = {
     "full_attention": ATTENTION,
     "attention": ATTENTION,
     "mlp": FFN,
-    "moe": "E",
+    "moe": MOE,
 }
 
 
@@ -86,7 +88,11 @@ def read_config(directory: Path) -> ModelConfig:
         if found.get(name, value) != value:
             raise CheckpointError(f"{path}: {name} is {found[name]!r}; only {value!r} is supported")
     values = _unaliased(path, found)
-    values["hybrid_override_pattern"] = _pattern(path, found)
+    values["hybrid_override_pattern"] = pattern = _pattern(path, found)
+    if MOE not in pattern:
+        values = {name: value for name, value in values.items() if name not in _OF_EXPERTS}
+    elif type(shared := values.get("n_shared_experts", 1)) is not int or shared < 1:
+        raise CheckpointError(f"{path}: n_shared_experts is {shared!r}; expected at least 1")
     widths = values.get("intermediate_size")
     if isinstance(widths, list) and widths and all(width == widths[0] for width in widths):
         values["intermediate_size"] = widths[0]
@@ -157,8 +163,6 @@ def _pattern(path: Path, found: Mapping[str, Any]) -> str:
     name, pattern = next(iter(patterns.items()))
     if not isinstance(pattern, str):
         raise CheckpointError(f"{path}: {name} is {pattern!r}; expected a text such as 'M-M*-'")
-    if "E" in pattern:
-        raise CheckpointError(f"{path}: {name} has MoE layers ({pattern!r}); only M, * and - are supported")
     if found.get("num_hidden_layers", len(pattern)) != len(pattern):
         raise CheckpointError(
             f"{path}: num_hidden_layers is {found['num_hidden_layers']!r}; {name} has {len(pattern)} layers"
@@ -202,6 +206,7 @@ def write_config(
         **{name: value for name, value in (base or {}).items() if name not in _NOT_COPIED},
         **{name: value for name, value in _SUPPORTED.items() if value is not None},
         **to_dict(config),
+        **_experts(config),
         "time_step_limit": [lowest, math.inf if highest is None else highest],
         "time_step_min": lowest,
         _INITIAL_MIN: config.time_step_min,
@@ -213,3 +218,14 @@ def write_config(
         "torch_dtype": dtype_name,
     }
     write_json(directory / "config.json", dict(sorted(values.items())))
+
+
+def _experts(config: ModelConfig) -> dict[str, Any]:
+    """All settings of experts, where the model has any.
+
+    Several shared experts are one of their common width: transformers reads moe_shared_expert_intermediate_size as that
+    width, vLLM multiplies it by n_shared_experts, and they agree where that is 1.
+    """
+    if MOE not in config.hybrid_override_pattern:
+        return {}
+    return {name: getattr(config, name) for name in _OF_EXPERTS} | {"n_shared_experts": 1}

@@ -39,7 +39,7 @@ class FeedForward(Mixer):
         packing: Packing | None = None,
     ) -> Tensor:
         weights = self.weights(kept, cache)
-        h_BTF = _squared_relu_(F.linear(x_BTD, weights["up_proj.weight"]))
+        h_BTF = squared_relu_(F.linear(x_BTD, weights["up_proj.weight"]))
         if soft is not None:
             h_BTF = h_BTF * soft["ffn"].to(h_BTF.dtype)
         return F.linear(h_BTF, weights["down_proj.weight"])
@@ -62,7 +62,7 @@ class _SquaredReLU(torch.autograd.Function):
         return slope.mul_(2)
 
 
-def _squared_relu_(x: Tensor) -> Tensor:
+def squared_relu_(x: Tensor) -> Tensor:
     """relu(x)^2, in place where no gradient is wanted."""
     if torch.is_grad_enabled() and x.requires_grad:
         squared: Tensor = _SquaredReLU.apply(x)  # type: ignore[no-untyped-call]

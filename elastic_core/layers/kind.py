@@ -18,6 +18,7 @@ from elastic_core.layers.kernels import Backend
 from elastic_core.layers.packing import Packing
 from elastic_core.layers.weights import take
 from elastic_core.layout import Kept, Layout
+from elastic_core.schema import OPTIONAL
 
 FLOAT32_BYTES = 4
 
@@ -74,13 +75,16 @@ class Mixer(nn.Module):
 class Shape:
     """The sizes that a layer's cost depends on.
 
-    `width` is its FFN width, Mamba heads or query heads; `mamba_head_dim` is 0 where the layer is not a Mamba layer.
+    `width` is its FFN width, Mamba heads, query heads or the width of a routed expert; the sizes of axes that the layer
+    lacks are 0.
     """
 
     kind: str
     hidden: int
     width: int
     mamba_head_dim: int = 0
+    experts: int = field(default=0, metadata=OPTIONAL)
+    shared_ffn: int = field(default=0, metadata=OPTIONAL)
 
     def kept(self, model: ModelConfig) -> Kept:
         """The sizes of the sides that such a layer keeps."""
@@ -171,6 +175,10 @@ class Kind(ABC):
         """The components of each axis by falling score, for subnets that keep at least `kept`; heads inside groups."""
 
     # Cost
+
+    def idle_params(self, model: ModelConfig, shape: Shape) -> int:
+        """Parameters of such a layer that no product of a token's forward pass reads."""
+        return 0
 
     def cache_bytes(self, model: ModelConfig, shape: Shape, serving: ServingStep) -> int:
         """What `Cache` holds for such a layer."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from elastic_core.budget import Budget, Dtype
 from elastic_core.cost import DTYPE_BYTES, Cost, LatencyCost, LatencyTable, budget_cost, subnet_params
-from elastic_core.geometry import GROUPS, Axes, ModelConfig
+from elastic_core.geometry import GROUPS, ModelConfig
 from elastic_core.planning.machine import ELSEWHERE, Accelerator, Place
 from elastic_core.planning.stages import StagePlan, StageWork
 from elastic_core.planning.steps import Around, StepPlan
@@ -217,7 +217,7 @@ def _opening_choices(elastic: ElasticModel, counted: Cost, smallest: Subnet, tar
     config = elastic.config
     if isinstance(counted, LatencyCost):
         return
-    for axis in ("hidden", *Axes.WIDTHS):
+    for axis in ("hidden", *elastic.axes.widths):
         step = config.groups(axis) if axis in GROUPS else WIDTH_STEP
         least = elastic.axes.choices(axis)[-1]
         size = getattr(smallest, axis)

@@ -25,7 +25,7 @@ from elastic_core.cost import subnet_params
 from elastic_core.files import checkpoint, shards
 from elastic_core.files.locks import IsHeld, held
 from elastic_core.geometry import ModelConfig
-from elastic_core.model import ElasticNemotronH, is_matrix
+from elastic_core.model import ElasticNemotronH, keeps_type
 from elastic_core.parent import die_with_parent
 from elastic_core.recipe import Distillation, Stage
 from elastic_core.resolve import resolve_budgets
@@ -143,14 +143,14 @@ def load_model(
 ) -> ElasticNemotronH:
     """The model of a stock or elastic checkpoint in `dtype`, with every weight checked.
 
-    What is no matrix is not narrowed: an A_log that is stored in float32 stays so. `wrap` may shard the model, while it
-    has no storage yet; then only this process's rows are read.
+    What keeps its type is not narrowed: an A_log that is stored in float32 stays so. `wrap` may shard the model, while
+    it has no storage yet; then only this process's rows are read.
     """
     opened = checkpoint.open_checkpoint(directory)
     with torch.device("meta"):
         model = ElasticNemotronH(opened.config).to(dtype).requires_grad_(False)
     for name, weight in model.named_parameters():
-        if not is_matrix(weight) and torch.promote_types(dtype, opened.tensors[name].dtype) != dtype:
+        if keeps_type(name, weight.ndim) and torch.promote_types(dtype, opened.tensors[name].dtype) != dtype:
             weight.data = weight.data.float()
     wrap(model)
     model.to_empty(device=device)
@@ -231,12 +231,14 @@ def export(job: TrainJob, run: StageRun, family: checkpoint.Family | None) -> No
     """Write the trained checkpoint to `job.output`; where its router trained, with the budgets resolved by it.
 
     The weights stream from the stage's last checkpoint, whose files hold the rows of all processes. Matrices are
-    written in the job's type, all else in the type that it came in.
+    written in the job's type, all else and the routers of experts in the type that it came in.
     """
     source, config = Path(job.student), run.student.config
     pieces = stored_pieces(Path(job.work), job.stage.steps)
     plan = {
-        name: shards.TensorInfo(dtype=DTYPES[job.dtype] if len(stored.shape) == 2 else stored.dtype, shape=stored.shape)
+        name: shards.TensorInfo(
+            dtype=stored.dtype if keeps_type(name, len(stored.shape)) else DTYPES[job.dtype], shape=stored.shape
+        )
         for name, stored in checkpoint.open_checkpoint(source).tensors.items()
     }
 

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from elastic_core.files.shards import StoredTensor, staged_directory
+from elastic_core.geometry import MOE
 from elastic_core.model import ElasticNemotronH, is_matrix
 from elastic_core.recipe import Sharding
 from elastic_core.training.offload import InputsOnHost
@@ -166,6 +167,11 @@ def shard(model: ElasticNemotronH, world: World, dtype: torch.dtype) -> None:
     """
     if world.mesh is None:
         return
+    if model.config.layers_of(MOE):
+        raise ValueError(
+            f"{world.size} processes cannot train a mixture of experts together: they choose different experts, whose "
+            "gradients would not meet; train it in one process"
+        )
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     others = {weight for weight in model.parameters() if not is_matrix(weight)}
     for layer in model.layers:

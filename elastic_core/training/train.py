@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from elastic_core.budget import Budget
-from elastic_core.geometry import Axes
 from elastic_core.model import ElasticNemotronH, is_matrix
 from elastic_core.recipe import Distillation, Stage
 from elastic_core.router import (
@@ -313,5 +312,7 @@ def _budget_metrics(sums: Mapping[str, float], router_weight: float) -> BudgetMe
         cross_entropy=sums["cross_entropy"] / tokens,
         router_loss=router_loss,
         expected_params=sums.get("expected_params", 0.0) / rows,
-        choices={axis: sums[f"choices.{axis}"] / rows for axis in Axes.NAMES if f"choices.{axis}" in sums},
+        choices={
+            key.removeprefix("choices."): total / rows for key, total in sums.items() if key.startswith("choices.")
+        },
     )

@@ -94,7 +94,7 @@ def draft(
         "family": family,
         "teacher": {"path": teacher, "model": told(model)},
         "data": {"sources": _sources(sources)},
-        "axes": {name: list(axes.choices(name)) for name in axes.NAMES if len(axes.choices(name)) > 1},
+        "axes": {name: list(axes.choices(name)) for name in axes.names if len(axes.choices(name)) > 1},
         "budgets": named,
         **({"latency_table": str(latency_table.absolute())} if latency_table else {}),
         **_measuring(tokens, stages[0].sequence_length),

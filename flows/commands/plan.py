@@ -143,6 +143,9 @@ def _shape(subnet: Subnet) -> dict[str, str]:
         "mamba": f"{sizes(subnet.mamba_heads)} x {subnet.mamba_head_dim}",
         "heads": sizes(subnet.attention_heads),
         "layers": str(subnet.depth),
+        **(
+            {"experts": f"{subnet.experts} x {sizes(subnet.expert_ffn)}, {subnet.shared_ffn}"} if subnet.experts else {}
+        ),
     }
 
 

@@ -7,7 +7,7 @@ import torch
 from elastic_core.budget import Dtype, Serving
 from elastic_core.cost import LatencyCost, LatencyTable, TimedLayer
 from elastic_core.files.checkpoint import read_config, read_family
-from elastic_core.geometry import ATTENTION, FFN, MAMBA, Axes, ModelConfig
+from elastic_core.geometry import ATTENTION, FFN, MAMBA, MOE, Axes, ModelConfig
 from elastic_core.planning.profile import measure, write_table
 from elastic_core.subnet import full_subnet, smallest_subnet
 from flows.commands.plan import teacher_geometry
@@ -15,7 +15,12 @@ from flows.commands.recipes import load_recipe
 from flows.commands.terminal import text_table, wide_console
 from tasks.running.bars import bar
 
-PARTS = {MAMBA: ("Mamba-2", "heads"), ATTENTION: ("attention", "heads"), FFN: ("FFN", "neurons")}
+PARTS = {
+    MAMBA: ("Mamba-2", "heads"),
+    ATTENTION: ("attention", "heads"),
+    FFN: ("FFN", "neurons"),
+    MOE: ("mixture of experts", "neurons an expert"),
+}
 
 
 def profile_source(source: Path, output: Path, *, context: int, batch: int, dtype: Dtype) -> None:

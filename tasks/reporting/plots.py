@@ -11,7 +11,7 @@ import numpy as np
 from markupsafe import Markup
 
 from elastic_core.cost import subnet_params
-from elastic_core.geometry import ATTENTION, FFN, MAMBA, ModelConfig
+from elastic_core.geometry import ATTENTION, FFN, MAMBA, MOE, ModelConfig
 from elastic_core.subnet import Subnet, full_subnet
 from tasks.reporting.drawing import (
     COLUMN,
@@ -39,7 +39,7 @@ from tasks.reporting.summary import AXIS_TITLES, above_teacher, cut_title
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KIND_TITLES = {MAMBA: "Mamba-2", FFN: "FFN", ATTENTION: "attention"}
+KIND_TITLES = {MAMBA: "Mamba-2", FFN: "FFN", ATTENTION: "attention"}  # of every model; not of experts
 
 
 def _draw_quality(run: Run) -> "Figure":
@@ -136,7 +136,7 @@ def _share_chosen(axis: str, full: int) -> Pick:
 
 def _draw_router(run: Run) -> "Figure | None":
     stages = _routed(run)
-    elastic = [axis for axis in run.axes.NAMES if len(run.axes.choices(axis)) > 1]
+    elastic = [axis for axis in run.axes.names if len(run.axes.choices(axis)) > 1]
     if not stages or not elastic:
         return None
     columns = min(3, len(elastic))
@@ -237,8 +237,13 @@ def _draw_anatomy(run: Run) -> "Figure":
     panel.set_xlim(-0.6, len(pattern) - 0.4)
     panel.grid(visible=False)
     panel.spines[:].set_visible(False)
-    panel.set_xlabel(", ".join(f"{kind} {title}" for kind, title in KIND_TITLES.items()))
+    panel.set_xlabel(", ".join(f"{kind} {title}" for kind, title in titles(run.model).items()))
     return figure
+
+
+def titles(model: ModelConfig) -> dict[str, str]:
+    """What the kinds of layers are called, with that of experts where the model has any."""
+    return {**KIND_TITLES, MOE: "mixture of experts"} if model.layers_of(MOE) else KIND_TITLES
 
 
 def span(run: Run, subnet: Subnet, kind: str, sizes: Sequence[int]) -> str:
@@ -254,15 +259,19 @@ def _width_share(model: ModelConfig, subnet: Subnet, layer: int) -> float:
         return subnet.ffn[ordinal] / full.ffn[ordinal]
     if kind == ATTENTION:
         return subnet.attention_heads[ordinal] / full.attention_heads[ordinal]
+    if kind == MOE:
+        return subnet.experts * subnet.expert_ffn[ordinal] / (full.experts * full.expert_ffn[ordinal])
     return subnet.mamba_heads[ordinal] * subnet.mamba_head_dim / model.mamba_size
 
 
 def _widths(run: Run, subnet: Subnet) -> str:
     """A subnet's shape in a line and a half, for a label."""
     heads = span(run, subnet, MAMBA, subnet.mamba_heads)
+    experts = f", {subnet.experts} experts x {span(run, subnet, MOE, subnet.expert_ffn)}" if subnet.experts else ""
     return (
         f"{subnet.depth} layers, hidden {subnet.hidden}, FFN {span(run, subnet, FFN, subnet.ffn)}\n"
         f"Mamba {heads} x {subnet.mamba_head_dim}, attention {span(run, subnet, ATTENTION, subnet.attention_heads)}"
+        f"{experts}"
     )
 
 

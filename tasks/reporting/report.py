@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from elastic_core.files.shapes import MeasuredShapes
-from elastic_core.geometry import ATTENTION, FFN, MAMBA, ModelConfig
+from elastic_core.geometry import ATTENTION, FFN, MAMBA, MOE, ModelConfig
 from elastic_core.recipe import Recipe
 from elastic_core.schema import to_dict
 from elastic_core.subnet import Subnet
@@ -22,7 +22,7 @@ from tasks.records import EvaluationRecord, OrderComparison
 from tasks.reporting.drawing import THEME, Run
 from tasks.reporting.history import read_stages
 from tasks.reporting.numbers import fixed, human_bytes, human_count, human_seconds, percent
-from tasks.reporting.plots import KIND_TITLES, Plot, draw_all, span
+from tasks.reporting.plots import Plot, draw_all, span, titles
 from tasks.reporting.summary import (
     ORDERS,
     by_size,
@@ -134,7 +134,7 @@ def _markdown(run: Run) -> str:
 def _shape_rows(run: Run) -> list[dict[str, str]]:
     """The shape and the bytes of every budget, as rows of text by column title."""
     targets = {budget.name: str(budget) for budget in run.recipe.budgets}
-    rows = []
+    rows, named = [], titles(run.model)
     for budget in run.budgets:
         subnet = run.subnets[budget.budget]
         kinds = [run.model.hybrid_override_pattern[layer] for layer in subnet.layers]
@@ -146,15 +146,25 @@ def _shape_rows(run: Run) -> list[dict[str, str]]:
                 "parameters": f"{budget.params:,}",
                 "share": percent(budget.params / run.evaluation.teacher_params),
                 "hidden": str(subnet.hidden),
-                "layers M / - / *": f"{len(kinds)}: " + " / ".join(str(kinds.count(kind)) for kind in KIND_TITLES),
+                f"layers {' / '.join(named)}": f"{len(kinds)}: " + " / ".join(str(kinds.count(kind)) for kind in named),
                 "FFN": span(run, subnet, FFN, subnet.ffn),
                 "Mamba heads": f"{heads} x {subnet.mamba_head_dim}" if heads != "-" else "-",
                 "attention heads": span(run, subnet, ATTENTION, subnet.attention_heads),
+                **_experts(run, subnet),
                 "weights": human_bytes(budget.weight_bytes),
                 "memory": human_bytes(budget.memory_bytes),
             }
         )
     return rows
+
+
+def _experts(run: Run, subnet: Subnet) -> dict[str, str]:
+    if not subnet.experts:
+        return {}
+    return {
+        "experts": f"{subnet.experts} x {span(run, subnet, MOE, subnet.expert_ffn)}",
+        "shared expert": str(subnet.shared_ffn),
+    }
 
 
 def _stage_rows(run: Run) -> list[dict[str, str]]:

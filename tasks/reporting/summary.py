@@ -14,6 +14,9 @@ AXIS_TITLES = {
     "mamba_head_dim": "Mamba head channels",
     "attention_heads": "attention heads",
     "depth": "layers",
+    "expert_ffn": "neurons in each expert",
+    "experts": "experts",
+    "shared_ffn": "neurons of the shared expert",
 }
 
 # The losses of two models on one token differ by about half a nat (standard deviation), so that their means over N

@@ -355,7 +355,7 @@ def test_a_table_of_another_model_or_of_other_axes_is_refused() -> None:
         (lambda t: {"fixed": {**t.fixed, 24: 0}}, "nanoseconds=0 must be greater than 0"),
         (lambda t: {"layers": (dataclasses.replace(t.layers[0], nanoseconds=-3),)}, "nanoseconds=-3 must be greater"),
         (lambda t: {"layers": t.layers + t.layers[:1]}, "a shape is listed more than once"),
-        (lambda t: {"layers": (dataclasses.replace(t.layers[0], kind="E"),)}, "layer kind 'E' is unknown"),
+        (lambda t: {"layers": (dataclasses.replace(t.layers[0], kind="X"),)}, "layer kind 'X' is unknown"),
     ],
 )
 def test_a_table_that_no_measurement_gives_is_refused(change: Callable[..., dict[str, Any]], message: str) -> None:

@@ -302,15 +302,15 @@ BAD_VALUES: list[tuple[tuple[str | int, ...], Any, str]] = [
     ),
     (
         (*MODEL_AT, "hybrid_override_pattern"),
-        "M-E",
-        "teacher.pretrain.model: hybrid_override_pattern='M-E' must be made of M (Mamba-2), * (attention) and - (FFN); "
-        "found E",
+        "M-X",
+        "teacher.pretrain.model: hybrid_override_pattern='M-X' must be made of M (Mamba-2), * (attention), - (FFN) and "
+        "E (mixture of experts); found X",
     ),
     (
         (*MODEL_AT, "hybrid_override_pattern"),
         "",
-        "teacher.pretrain.model: hybrid_override_pattern='' must be made of M (Mamba-2), * (attention) and - (FFN); "
-        "found nothing",
+        "teacher.pretrain.model: hybrid_override_pattern='' must be made of M (Mamba-2), * (attention), - (FFN) and "
+        "E (mixture of experts); found nothing",
     ),
     (
         (*MODEL_AT, "mamba_num_heads"),

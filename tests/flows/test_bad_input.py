@@ -253,7 +253,7 @@ BAD_TEACHERS: dict[str, tuple[Change, str]] = {
     "missing key": (weights(lambda t: t.pop(NORM)), rf"missing: {NORM} \[32\]"),
     "config that contradicts the weights": (config(hidden_size=64), r"has shape \[280, 32\]; .* implies \[280, 64\]"),
     "no config": (lambda teacher: (teacher / "config.json").unlink(), r"config.json: there is no such file"),
-    "layers of experts": (config(hybrid_override_pattern="M-*E"), r"hybrid_override_pattern has MoE layers"),
+    "layers of experts": (config(hybrid_override_pattern="M-*E"), r"num_experts_per_tok=0 must be greater than 0"),
     "another architecture": (config(model_type="llama"), r"model_type is 'llama'; only 'nemotron_h' is supported"),
     "Mamba heads that no group takes": (
         config(n_groups=3, mamba_n_groups=3),

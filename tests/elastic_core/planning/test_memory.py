@@ -78,7 +78,8 @@ def full_masks(subnet: Subnet) -> Masks:
 
 
 def mask_tensors(masks: Masks | None) -> list[Tensor]:
-    return [] if masks is None else tree_leaves([getattr(masks, field.name) for field in dataclasses.fields(masks)])
+    leaves = [] if masks is None else tree_leaves([getattr(masks, f.name) for f in dataclasses.fields(masks)])
+    return [leaf for leaf in leaves if leaf is not None]  # of experts, which this model has not
 
 
 def micro_step(subnet: Subnet, **changes: Any) -> MicroStep:

@@ -165,14 +165,14 @@ def test_what_no_recipe_can_hold_is_refused(arguments: list[str], says: str, tmp
     assert re.search(says, refused(tmp_path, SMALL, *arguments))
 
 
-def test_experts_are_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_teacher_that_does_not_say_what_its_experts_are_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "teacher").mkdir()
     write_config(NANO_12B, tmp_path / "teacher", torch.bfloat16)
     config = json.loads((tmp_path / "teacher/config.json").read_text())
     pattern = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
     config |= {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)}
     (tmp_path / "teacher/config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"config.json: hybrid_override_pattern has MoE layers .*; only .* supported"):
+    with pytest.raises(ValueError, match=r"config.json: num_experts_per_tok=0 must be greater than 0"):
         plan.geometry_at(str(tmp_path / "teacher"))
 
 

@@ -1,0 +1,280 @@
+"""A mixture of experts: each token passes through the few experts that a router chooses, and through a shared one.
+
+Every expert is an FFN around a squared ReLU. The router is as transformers has it:
+
+    s = sigmoid(W x)                             scores, in float32
+    chosen = the k largest of s + b              b the selection bias; inside the groups that are chosen first
+    g_j = scale s_j / (sum of s over chosen)     gates, without the bias
+
+A subnet keeps the first experts of each group and the first neurons of each expert. An expert under a mask m is chosen
+by s + b + log m and its gate is multiplied by m: -infinity where m is 0, whatever the sign of s + b.
+
+Shape suffixes beside those of model.py: X experts   N tokens of all texts   S chosen experts of a token   W channels
+that experts read and write.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elastic_core.geometry import MOE, ModelConfig
+from elastic_core.layers.ffn import squared_relu_
+from elastic_core.layers.kernels import Backend
+from elastic_core.layers.kind import FLOAT32_BYTES, Cache, Flops, Kind, Mixer, ServingStep, Shape, Training, descending
+from elastic_core.layers.packing import Packing
+from elastic_core.layers.weights import take
+from elastic_core.layout import WHOLE, Kept, Layout, Member, Run, grid
+
+INDEX_BYTES = 8
+
+
+def expert_grid(model: ModelConfig) -> Run:
+    """The routed experts: [group, expert in group]."""
+    return grid(group=model.n_group, experts=model.n_routed_experts // model.n_group)
+
+
+def expert_channels(model: ModelConfig, hidden: int) -> int:
+    """The channels that routed experts read and write."""
+    return hidden if model.moe_latent_size is None else model.moe_latent_size
+
+
+class _Gate(nn.Module):
+    """The router's weights; the bias chooses and weighs nothing, so that no gradient reaches it."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(model.n_routed_experts, model.hidden_size))
+        self.e_score_correction_bias = nn.Parameter(torch.zeros(model.n_routed_experts))
+
+
+class _Expert(nn.Module):
+    """The two projections of an expert."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(channels, width, bias=False)
+        self.down_proj = nn.Linear(width, channels, bias=False)
+
+
+class Mixture(Mixer):
+    """Routed experts and a shared one at any subnet. An expert that no token chose is not read."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        hidden, channels = config.hidden_size, expert_channels(config, config.hidden_size)
+        self.gate = _Gate(config)
+        self.experts = nn.ModuleList(
+            _Expert(channels, config.moe_intermediate_size) for _ in range(config.n_routed_experts)
+        )
+        self.shared_experts = _Expert(hidden, config.moe_shared_expert_intermediate_size)
+        if config.moe_latent_size is not None:
+            self.fc1_latent_proj = nn.Linear(hidden, config.moe_latent_size, bias=False)
+            self.fc2_latent_proj = nn.Linear(config.moe_latent_size, hidden, bias=False)
+
+    @staticmethod
+    def lay_out(model: ModelConfig, layer: int) -> dict[str, Layout]:
+        hidden, routed = (grid(hidden=model.hidden_size),), (expert_grid(model),)
+        latent = hidden if model.moe_latent_size is None else (grid(latent=model.moe_latent_size),)
+        neurons = (grid(expert_ffn=model.moe_intermediate_size),)
+        shared = (grid(shared_ffn=model.moe_shared_expert_intermediate_size),)
+        found = {
+            "gate.weight": Layout(routed, hidden),
+            "gate.e_score_correction_bias": Layout(routed),
+        }
+        for index in range(model.n_routed_experts):
+            member = Member("experts", index, model.n_routed_experts // model.n_group)
+            found[f"experts.{index}.up_proj.weight"] = Layout(neurons, latent, member=member)
+            found[f"experts.{index}.down_proj.weight"] = Layout(latent, neurons, member=member)
+        found["shared_experts.up_proj.weight"] = Layout(shared, hidden)
+        found["shared_experts.down_proj.weight"] = Layout(hidden, shared)
+        if model.moe_latent_size is not None:
+            found["fc1_latent_proj.weight"] = Layout(latent, hidden)
+            found["fc2_latent_proj.weight"] = Layout(hidden, latent)
+        return found
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        kept: Kept,
+        soft: Mapping[str, Tensor] | None,
+        cache: Cache | None,
+        backend: Backend,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        x_ND, masks = x_BTD.flatten(0, 1), soft or {}
+        chosen_NS, gates_NS = self.route(x_ND, kept, cache, masks.get("experts"))
+        if self.config.norm_topk_prob:
+            gates_NS = gates_NS / (gates_NS.sum(-1, keepdim=True) + 1e-20)
+        gates_NS = gates_NS * self.config.routed_scaling_factor
+        outputs_NSW = self.run_experts(x_ND, chosen_NS, kept, cache, masks.get("expert_ffn"))
+        routed = torch.einsum("ns,nsw->nw", gates_NS, outputs_NSW.to(gates_NS.dtype)).to(x_BTD.dtype)
+        if self.config.moe_latent_size is not None:
+            routed = F.linear(routed, self._weight("fc2_latent_proj.weight", kept, cache))
+        h_NF = squared_relu_(F.linear(x_ND, self._weight("shared_experts.up_proj.weight", kept, cache)))
+        if soft is not None:
+            h_NF = h_NF * soft["shared_ffn"].to(h_NF.dtype)
+        shared = F.linear(h_NF, self._weight("shared_experts.down_proj.weight", kept, cache))
+        return (routed + shared).view_as(x_BTD)
+
+    def route(
+        self, x_ND: Tensor, kept: Kept, cache: Cache | None = None, mask_X: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The chosen experts of each token (N, S), by their index among those kept, and their scores s (N, S).
+
+        `mask_X` weighs the kept experts of a group; scores are multiplied by it.
+        """
+        config, wide = self.config, torch.promote_types(x_ND.dtype, torch.float32)
+        weight_XD = self._weight("gate.weight", kept, cache).to(wide)
+        bias_X = self._weight("gate.e_score_correction_bias", kept, cache).detach().to(wide)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            scores_NX = F.linear(x_ND.to(wide), weight_XD).sigmoid()
+        if mask_X is not None:
+            mask_X = mask_X.to(wide).repeat(config.n_group)
+            bias_X = bias_X + mask_X.detach().log()
+            weighed_NX = scores_NX * mask_X
+        else:
+            weighed_NX = scores_NX
+        choice_NGX = (scores_NX.detach() + bias_X).unflatten(-1, (config.n_group, -1))
+        if config.topk_group < config.n_group:
+            best_NG = choice_NGX.topk(2, dim=-1).values.sum(-1)
+            is_out_NG = torch.ones_like(best_NG, dtype=torch.bool)
+            is_out_NG.scatter_(1, best_NG.topk(config.topk_group, dim=-1).indices, False)
+            choice_NGX = choice_NGX.masked_fill(is_out_NG.unsqueeze(-1), -math.inf)
+        chosen_NS = choice_NGX.flatten(1).topk(config.num_experts_per_tok, dim=-1).indices
+        return chosen_NS, weighed_NX.gather(1, chosen_NS)
+
+    def run_experts(
+        self, x_ND: Tensor, chosen_NS: Tensor, kept: Kept, cache: Cache | None = None, mask_F: Tensor | None = None
+    ) -> Tensor:
+        """What the chosen experts make of each token, (N, S, W), before the gates weigh it.
+
+        Tokens are sorted by expert, and each chosen expert runs once. Rows are permuted and never added by index, so
+        that the sums of a gradient have one order on every device (C6).
+        """
+        if self.config.moe_latent_size is not None:
+            x_ND = F.linear(x_ND, self._weight("fc1_latent_proj.weight", kept, cache))
+        order = chosen_NS.flatten().argsort(stable=True)
+        sorted_RW = x_ND.unsqueeze(1).expand(-1, chosen_NS.shape[1], -1).flatten(0, 1).index_select(0, order)
+        names = self._kept_experts(kept)
+        counts = chosen_NS.flatten().bincount(minlength=len(names)).tolist()
+        outputs = list[Tensor]()
+        for expert, rows_RW in zip(names, sorted_RW.split(counts), strict=True):
+            if len(rows_RW):
+                h_RF = squared_relu_(F.linear(rows_RW, self._weight(f"{expert}.up_proj.weight", kept, cache)))
+                if mask_F is not None:
+                    h_RF = h_RF * mask_F.to(h_RF.dtype)
+                outputs.append(F.linear(h_RF, self._weight(f"{expert}.down_proj.weight", kept, cache)))
+        outputs_NSW: Tensor = torch.cat(outputs).index_select(0, order.argsort()).unflatten(0, chosen_NS.shape)
+        return outputs_NSW
+
+    def _kept_experts(self, kept: Kept) -> list[str]:
+        """The kept experts, in the order of the router's rows."""
+        experts = (Member("experts", i, expert_grid(self.config)[1].size) for i in range(self.config.n_routed_experts))
+        return [f"experts.{expert.index}" for expert in experts if expert.is_kept(kept)]
+
+    def _weight(self, name: str, kept: Kept, cache: Cache | None) -> Tensor:
+        """What is kept of a tensor: taken when first used, for the tensors of most experts are not."""
+        of_layer = {} if cache is None else cache.weights.setdefault(self.layer, {})
+        if name not in of_layer:
+            of_layer[name] = take(self.get_parameter(name), self.layouts[name], kept)
+        return of_layer[name]
+
+
+class MixtureKind(Kind):
+    """What a layer of experts answers."""
+
+    letter, mixer, residual = MOE, Mixture, "down_proj.weight"
+
+    def width(self, model: ModelConfig) -> tuple[str, object]:
+        return (
+            "experts",
+            f"{model.n_routed_experts} of {model.moe_intermediate_size}, {model.num_experts_per_tok} a token",
+        )
+
+    def initialise(self, name: str, weight: Tensor, model: ModelConfig, generator: torch.Generator) -> None:
+        """The selection bias is zero; every projection back to the residual stream is residual."""
+        if name == "gate.e_score_correction_bias":
+            weight.zero_()
+            return
+        is_residual = name.endswith(("down_proj.weight", "fc2_latent_proj.weight"))
+        super().initialise(self.residual if is_residual else name, weight, model, generator)
+
+    # Importance
+
+    def scores(self, mixer: Mixer, normed_BTD: Tensor, *, signed: bool) -> Tensor:
+        """Sums over tokens, joined: of every expert ||f(x)|| g(x) (REAP), its tokens, its neurons; the shared neurons.
+
+        g are the gates over their sum. A neuron counts |x W1| before the activation; a routed expert's neuron counts
+        the tokens that chose the expert.
+        """
+        assert isinstance(mixer, Mixture)
+        x_ND, experts = normed_BTD.flatten(0, 1), mixer.config.n_routed_experts
+        chosen_NS, gates_NS = mixer.route(x_ND, WHOLE)
+        gates_NS = gates_NS / (gates_NS.sum(-1, keepdim=True) + 1e-20)
+        outputs = mixer.run_experts(x_ND, chosen_NS, WHOLE)
+        if mixer.config.moe_latent_size is not None:
+            outputs = F.linear(outputs, mixer.fc2_latent_proj.weight)
+            x_latent = F.linear(x_ND, mixer.fc1_latent_proj.weight)
+        else:
+            x_latent = x_ND
+        contributions = (outputs.norm(dim=-1).double() * gates_NS.double()).flatten()
+        reap_X = contributions.new_zeros(experts).index_add_(0, chosen_NS.flatten(), contributions)
+        counts_X = chosen_NS.flatten().bincount(minlength=experts)
+        neurons = []
+        for index, expert in enumerate(mixer.experts):
+            assert isinstance(expert, _Expert)
+            rows = x_latent[(chosen_NS == index).any(-1)]
+            neurons.append(F.linear(rows, expert.up_proj.weight).abs().sum(0))
+        shared_F = F.linear(x_ND, mixer.shared_experts.up_proj.weight).abs().sum(0)
+        return torch.cat([part.double() for part in (reap_X, counts_X, *neurons, shared_F)])
+
+    def order(self, model: ModelConfig, scores: Tensor, kept: Mapping[str, int]) -> dict[str, Tensor]:
+        """Experts by their mean contribution to the tokens that chose them, inside their group."""
+        experts, width = model.n_routed_experts, model.moe_intermediate_size
+        sizes = [experts, experts, experts * width, model.moe_shared_expert_intermediate_size]
+        reap_X, counts_X, neurons, shared_F = scores.split(sizes)
+        return {
+            "experts": descending(reap_X / counts_X.clamp(min=1), model.n_group),
+            "expert_ffn": torch.stack([descending(of_expert) for of_expert in neurons.view(experts, width)]),
+            "shared_ffn": descending(shared_F),
+        }
+
+    # Cost
+
+    def idle_params(self, model: ModelConfig, shape: Shape) -> int:
+        """The experts that a token does not choose."""
+        expert = 2 * shape.width * expert_channels(model, shape.hidden)
+        return (shape.experts - model.num_experts_per_tok) * expert
+
+    def serving_bytes(self, model: ModelConfig, shape: Shape, serving: ServingStep) -> int:
+        """Everything at once, from above: the router's scores, the sorted rows, an expert's neurons, all outputs."""
+        chosen, channels = model.num_experts_per_tok, expert_channels(model, shape.hidden)
+        router = FLOAT32_BYTES * (shape.hidden + 4 * shape.experts) + INDEX_BYTES * 4 * chosen
+        rows = chosen * channels * (5 * serving.width + FLOAT32_BYTES) + channels * (serving.width + FLOAT32_BYTES)
+        neurons = (2 * shape.width + shape.shared_ffn + 3 * shape.hidden) * serving.width
+        return serving.rows * (router + rows + neurons)
+
+    def saved_bytes(self, model: ModelConfig, shape: Shape, step: Training) -> int:
+        """The router's input, weights and scores; the rows and outputs of the chosen experts; all neurons."""
+        chosen, channels = model.num_experts_per_tok, expert_channels(model, shape.hidden)
+        router = FLOAT32_BYTES * (shape.hidden + 2 * shape.experts + 4 * chosen) + INDEX_BYTES * 4 * chosen
+        rows = chosen * channels * (step.width + FLOAT32_BYTES) + channels * 2 * step.width
+        neurons = (3 if step.masked else 2) * step.width * (chosen * shape.width + shape.shared_ffn)
+        return router + rows + neurons
+
+    def gradient_bytes(self, model: ModelConfig, shape: Shape, step: Training) -> int:
+        """The gradients of the outputs, rows and neurons, and of the router's scores."""
+        chosen, channels = model.num_experts_per_tok, expert_channels(model, shape.hidden)
+        rows = chosen * channels * (4 * step.width + FLOAT32_BYTES)
+        neurons = 2 * step.width * (chosen * shape.width + shape.shared_ffn)
+        return rows + neurons + FLOAT32_BYTES * (2 * shape.experts + shape.hidden)
+
+    def flops(self, model: ModelConfig, shape: Shape, tokens: int, *, last_projection: bool) -> Flops:
+        channels = expert_channels(model, shape.hidden)
+        latent = 0 if model.moe_latent_size is None else 2 * shape.hidden * channels
+        routed = model.num_experts_per_tok * 2 * shape.width * channels
+        shared = (2 if last_projection else 1) * shape.hidden * shape.shared_ffn
+        return Flops(projections=2 * tokens * (shape.hidden * shape.experts + latent + routed + shared))

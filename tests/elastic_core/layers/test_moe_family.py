@@ -1,0 +1,172 @@
+"""A family with experts is ranked, routed, trained and sliced like any other."""
+
+import itertools
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+from trainee import ALONE
+
+from elastic_core import cost
+from elastic_core.budget import Budget
+from elastic_core.files import checkpoint, shards
+from elastic_core.files.reorder import reorder_checkpoint, write_order
+from elastic_core.files.slicing import slice_checkpoint
+from elastic_core.geometry import Axes, ModelConfig
+from elastic_core.importance import importance_order, width_scores
+from elastic_core.model import ElasticNemotronH
+from elastic_core.recipe import Distillation, Optimizer, Stage
+from elastic_core.router import ElasticModel, Router, expected_params, soft_subnet
+from elastic_core.schema import build, to_dict
+from elastic_core.subnet import Subnet, full_subnet, is_nested
+from elastic_core.training import job
+from elastic_core.training.curriculum import generator
+from elastic_core.training.parallel import World, shard
+from elastic_core.training.tokens import TokenBatch
+
+FLOAT64 = 1e-12  # rounding of sums in another order
+
+CONFIG = ModelConfig(
+    hybrid_override_pattern="ME*EM",
+    hidden_size=24,
+    intermediate_size=20,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    mamba_num_heads=8,
+    mamba_head_dim=4,
+    ssm_state_size=4,
+    n_groups=2,
+    vocab_size=40,
+    chunk_size=8,
+    n_routed_experts=6,
+    num_experts_per_tok=2,
+    moe_intermediate_size=24,
+    moe_shared_expert_intermediate_size=20,
+    routed_scaling_factor=2.5,
+)
+AXES = Axes(
+    hidden=(24, 16),
+    mamba_heads=(8, 4),
+    attention_heads=(4, 2),
+    depth=(5, 4),
+    expert_ffn=(24, 16, 8),
+    experts=(6, 4),
+    shared_ffn=(20, 12),
+)
+BUDGETS = (Budget(name="l"), Budget(name="m", params=12000), Budget(name="s", params=8000))
+RANKING = (0, 2, 1, 4, 3)
+
+
+@pytest.fixture(scope="module")
+def model() -> ElasticNemotronH:
+    made = ElasticNemotronH(CONFIG, "torch")
+    made.initialise(generator("model"))
+    return made.double()
+
+
+def batches() -> list[TokenBatch]:
+    tokens = torch.randint(CONFIG.vocab_size, (3, 14), generator=generator("tokens"))
+    return [TokenBatch(inputs_BT=tokens, targets_BT=tokens, packing=None, learned=tokens.numel())]
+
+
+def logits(directory: Path, subnet: Subnet | None = None) -> Tensor:
+    made = ElasticNemotronH(checkpoint.read_config(directory), "torch").double()
+    made.load_state_dict(checkpoint.load_weights(directory, torch.float64))
+    with torch.no_grad():
+        return made.logits(made(batches()[0].inputs_BT, subnet or full_subnet(made.config)))
+
+
+def test_the_routers_costs_are_means_over_all_choices_and_its_choices_run_as_their_subnets(model):
+    elastic = ElasticModel(CONFIG, AXES.bind(CONFIG), RANKING)
+    axes = elastic.axes
+    probabilities = {
+        axis: torch.rand(1, len(axes.choices(axis)), generator=generator(axis), dtype=torch.float64).softmax(-1)
+        for axis in axes.names
+    }
+    total = 0.0
+    for number, picked in enumerate(product(*(range(len(axes.choices(axis))) for axis in axes.names))):
+        choice = dict(zip(axes.names, picked, strict=True))
+        one_hot = {axis: F.one_hot(torch.tensor([i]), len(axes.choices(axis))).double() for axis, i in choice.items()}
+        subnet, masks = soft_subnet(elastic, one_hot)
+        likely = float(torch.stack([probabilities[axis][0, i] for axis, i in choice.items()]).prod())
+        total += likely * cost.subnet_params(CONFIG, subnet)
+        if number % 30 == 0:
+            with torch.no_grad():
+                masked, prefix = (model(batches()[0].inputs_BT, subnet, m) for m in (masks, None))
+            assert float((masked - prefix).abs().max()) <= FLOAT64 * float(prefix.abs().max())
+    assert float(expected_params(elastic, probabilities)) == pytest.approx(total, rel=FLOAT64)
+
+
+def test_a_family_with_experts_is_ranked_routed_trained_and_sliced(model, tmp_path: Path):
+    teacher, tokens = tmp_path / "teacher", tmp_path / "tokens.safetensors"
+    checkpoint.write_weights(teacher, CONFIG, model.state_dict(), torch.float32)
+    save_file({"tokens": torch.randint(40, (600,), generator=generator("stream"), dtype=torch.int32)}, tokens)
+    axes = AXES.bind(CONFIG)
+    order = importance_order(CONFIG, width_scores(model, batches()), RANKING, axes)
+    router = Router(ElasticModel(CONFIG, axes, RANKING), len(BUDGETS), 8)
+    router.initialise(generator("router"))
+    described = checkpoint.Family(axes=AXES, budgets=(), layer_ranking=RANKING, lineage={})
+
+    def beside(staging: Path) -> None:
+        write_order(staging, order)
+        shards.write_tensors(staging / checkpoint.ROUTER_FILE, router.state_dict())
+        checkpoint.write_family(staging, job.resolved_family(described, router, BUDGETS))
+
+    reorder_checkpoint(teacher, order, tmp_path / "family", beside=beside)
+    work = tmp_path / "work"
+    work.mkdir()
+    stage = Stage(
+        name="stage1",
+        sequence_length=12,
+        batch_size=6,
+        micro_batch_size=2,
+        steps=4,
+        budgets={"l": 1, "m": 1, "s": 1},
+        optimizer=Optimizer(learning_rate=3e-3, warmup_steps=2),
+        recompute=True,
+    )
+    settings = job.TrainJob(
+        stage=stage,
+        distillation=Distillation(),
+        student=str(tmp_path / "family"),
+        teacher=str(teacher),
+        tokens=str(tokens),
+        work=str(work),
+        output=str(work / "family"),
+        dtype="bfloat16",
+        seed=0,
+        lineage={},
+    )
+    job.run_job(settings, ALONE)
+    family = checkpoint.read_family(work / "family")
+    assert build(checkpoint.Family, to_dict(family)) == family
+    before, after = (checkpoint.load_weights(path) for path in (tmp_path / "family", work / "family"))
+    assert not torch.equal(before["layers.1.mixer.gate.weight"], after["layers.1.mixer.gate.weight"])
+    assert {name: weight.dtype for name, weight in after.items() if "gate" in name} == {
+        name: torch.float32 for name in after if "gate" in name
+    }, "a router keeps the type that it came in"
+    for large, small in itertools.pairwise(family.budgets):
+        assert is_nested(small.subnet, large.subnet)
+    for budget in family.budgets:
+        assert budget.budget.target is None or budget.params <= budget.budget.target
+        slice_checkpoint(work / "family", budget.subnet, tmp_path / budget.name)
+        sliced = checkpoint.load_weights(tmp_path / budget.name)
+        assert sum(weight.numel() for weight in sliced.values()) == budget.params
+        found, expected = logits(tmp_path / budget.name), logits(work / "family", budget.subnet)
+        assert float((found - expected).abs().max()) <= FLOAT64 * float(expected.abs().max())
+
+
+def test_several_processes_do_not_train_experts_together(model):
+    world = World(device=torch.device("cpu"), size=2, mesh=object())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="2 processes cannot train a mixture of experts together"):
+        shard(model, world, torch.float32)
+
+
+def test_sizes_that_transformers_cannot_multiply_are_no_choices():
+    with pytest.raises(ValueError, match=r"axes.expert_ffn=20 is not a multiple of .*=8; nearest valid: 16 or 24"):
+        Axes(expert_ffn=(24, 20)).bind(CONFIG)
