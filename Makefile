@@ -80,6 +80,8 @@ check-gpu:
 	rm -rf $(ON_GPU)
 	$(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --target $(ON_GPU) $(WHEELS)/*.whl
 	touch $(ON_GPU)/selective_scan_cuda.py
+	PYTHONPATH=$(abspath $(ON_GPU)) $(GPU_PYTHON) -c \
+		"import torch, mamba_ssm; assert torch.cuda.is_available(), 'torch sees no CUDA device'"
 	PYTHONPATH=$(abspath $(ON_GPU)):$(CURDIR) BENCH_ROWS=$(abspath $(ROWS)) $(GPU_PYTHON) -m pytest --noconftest \
 		-W default -m gpu -s tests/elastic_core/layers/test_kernels.py tests/elastic_core/training/test_losses.py \
 		tests/elastic_core/test_cost.py tests/benchmarks/bench_gpu.py

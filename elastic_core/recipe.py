@@ -16,6 +16,10 @@ from elastic_core.schema import Strict, checked_name, multiple_of, not_negative,
 
 Storage = Literal["materialised", "nested"]
 Sharding = Literal["full", "hybrid"]
+
+# Metadata of a setting on which no result depends.
+UNKEYED_FIELD = "unkeyed"
+UNKEYED = {UNKEYED_FIELD: True}
 MambaScores = Literal["absolute", "signed"]
 TemplateArgument = str | bool | int | float
 
@@ -215,12 +219,12 @@ class Stage(Strict):
     pass. Example: `true`."""
     offload: bool = False
     """Whether the inputs that `recompute` keeps wait in host memory, copied beside the compute. Example: `true`."""
-    sharding: Sharding = "full"
+    sharding: Sharding = field(default="full", metadata=UNKEYED)
     """Which processes divide weights, gradients and moments: `full`, all of them; `hybrid`, those of one host, so that
     every host has a copy, and hosts send one another gradients alone, once a step. Example: `hybrid`."""
-    checkpoint_every: int = 100
+    checkpoint_every: int = field(default=100, metadata=UNKEYED)
     """The most steps between checkpoints, to which a killed run goes back. Example: `50`."""
-    checkpoint_minutes: float = 30.0
+    checkpoint_minutes: float = field(default=30.0, metadata=UNKEYED)
     """The most minutes between checkpoints, by the first process's clock. Example: `10`."""
     sources: dict[str, float] | None = None
     """The weight of each source of data that the stage draws from, by its name; unset, the sources' own weights.

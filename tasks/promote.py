@@ -112,6 +112,11 @@ def _promoted(
     present = {name: tracking.champion(registry, name) for name in versions}
     if versions == {name: champion and champion.version for name, champion in present.items()}:
         return Verdict(promoted=True, reason="it is the champion already")
+    for name, version in versions.items():
+        if (back := tracking.withdrawn(tracking.resolve(registry, f"{name}:{version}"))) is not None:
+            said = f"{name}:{version} was rolled back by {back.by} on {back.at[:10]}: {back.reason}"
+            undo = f"`elastic promote {name}:{version}` makes it champion all the same"
+            return Verdict(promoted=False, reason=f"stays candidate; {said}; {undo}")
     lost = [
         f"{release.models[budget.budget].rsplit(':', 1)[0]}: cross-entropy {budget.cross_entropy}"
         for budget in evaluation.budgets

@@ -9,7 +9,7 @@ from typing import Any
 
 from elastic_core.cost import LatencyTable, budget_cost
 from elastic_core.files.checkpoint import CheckpointError, read_config
-from elastic_core.geometry import ModelConfig
+from elastic_core.geometry import MOE, ModelConfig
 from elastic_core.planning.machine import LEAST_MARGIN, USABLE_SHARE, Place
 from elastic_core.planning.memory import Memory
 from elastic_core.planning.plan import BudgetPlan, RecipePlan
@@ -373,7 +373,9 @@ def _copies(planned: StagePlan, mesh: MeshPlan, between: int) -> str:
 
 def _unfit(plan: RecipePlan, planned: StagePlan, mesh: MeshPlan) -> str:
     where = f"{planned.stage.name} on {mesh.gpus:,} GPU{'s' * (mesh.gpus > 1)}"
-    if mesh.micro_steps is None:
+    if mesh.gpus > 1 and plan.model.layers_of(MOE):
+        problem = "layers of experts train in one process"
+    elif mesh.micro_steps is None:
         problem = f"{planned.stage.batch_size:,} sequences do not divide into micro-batches for all"
     else:
         problem = f"{human_bytes(mesh.memory.total)} are needed and {human_bytes(plan.accelerator.usable)} are there"

@@ -1,6 +1,5 @@
 """Judge a model on a benchmark: ask what was not asked yet, then score all of it."""
 
-import os
 from pathlib import Path
 
 from tasks.judging.benchmarks import Benchmark, Sampling, read_benchmark
@@ -11,6 +10,7 @@ from tasks.judging.samples import fill, open_samples, requests
 from tasks.judging.sandbox import Sandbox, require_isolation
 from tasks.judging.scorers import Expression
 from tasks.judging.scores import Score, score
+from tasks.running.limits import cores
 
 
 def judge(
@@ -40,4 +40,4 @@ def judge(
             client.check()
         fill(made, wanted, client.complete, endpoint.concurrency)
         sandbox = Sandbox(isolated=not unsafe_code)
-        return score(wanted, made, mathematician, sandbox, os.cpu_count() or 1)
+        return score(wanted, made, mathematician, sandbox, cores())

@@ -132,16 +132,17 @@ class Sandbox:
     def _bwrap(self, root: bool, source: int, status: int, denied: int) -> list[str]:
         """The command up to the program. Root needs no namespace of users, in which its limit would not count."""
         seen = [path for path in [*INTERPRETER, *LINKER, sys.base_prefix, sys.prefix] if os.path.exists(path)]
-        above = sorted({str(parent) for path in seen for parent in Path(path).parents} - {"/"})
+        above = sorted({str(parent) for path in seen for parent in Path(path).parents} - {"/", "/tmp"})
         unshared = ["pid", "net", "ipc", "uts"] if root else ["pid", "net", "ipc", "uts", "user"]
         return [
             shutil.which("bwrap") or "bwrap",
             *(f"--unshare-{each}" for each in unshared),
             *("--die-with-parent", "--json-status-fd", str(status), "--seccomp", str(denied)),
+            # First of all: an interpreter of a virtual environment may be in /tmp too.
+            *("--perms", "1777", "--size", str(self.limits.files_bytes), "--tmpfs", "/tmp"),
             *(word for path in above for word in ("--perms", "0755", "--dir", path)),  # bwrap's own are 0700
             *(word for path in seen for word in ("--ro-bind", path, path)),
             *("--proc", "/proc", "--dev", "/dev", "--perms", "0444", "--file", str(source), "/program.py"),
-            *("--perms", "1777", "--size", str(self.limits.files_bytes), "--tmpfs", "/tmp"),
             *("--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"),
             *(word for name, value in ENVIRONMENT.items() for word in ("--setenv", name, value)),
         ]

@@ -27,6 +27,7 @@ from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.results import ResultStore, get_result_store
 
 from elastic_core.files.locks import held
+from elastic_core.recipe import UNKEYED_FIELD
 from tasks.records import Artifact, Release, StageRecord
 from tasks.running import code, usage
 from tasks.running.digests import can_be_made, check_inputs, damage, recorded, remedy, set_aside
@@ -139,6 +140,8 @@ def run(step: Task[P, R], *inputs: P.args, **named: P.kwargs) -> R:
             if known is None:  # another may have made it meanwhile
                 known = _known(step, named, mends=not done_elsewhere)
             task = step.with_options(refresh_cache=known is None)
+            if _own_key.get(""):  # inside a step, which is itself tried again, and finds here what was done
+                task = task.with_options(retries=0)
             state = task(*inputs, **named, return_state=True)
             record = state.result()
             if step.persist_result and known is None:
@@ -280,7 +283,11 @@ def _is_worth_retrying(task: Any, run: Any, state: Any) -> bool:
 
 
 def fingerprint(*values: Any) -> str:
-    """SHA-256 over values by content: an Artifact counts by its digest, a dataclass by its fields."""
+    """SHA-256 over values by content: an Artifact counts by its digest, a dataclass by its fields.
+
+    A setting on which no result depends, such as how often checkpoints are written, does not count: a stage that is
+    half done goes on when it changes.
+    """
     text = json.dumps([_content(value) for value in values], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -291,7 +298,7 @@ def _content(value: Any) -> Any:
     if isinstance(value, StageRecord):
         return [value.family.digest, value.metrics_sha256]
     if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _content(getattr(value, f.name)) for f in fields(value)}
+        return {f.name: _content(getattr(value, f.name)) for f in fields(value) if UNKEYED_FIELD not in f.metadata}
     if isinstance(value, Mapping):
         return {str(k): _content(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -168,14 +168,16 @@ def superseded(home: Path, aliased: Collection[str], before: float, max_bytes: i
 def written_by_open_runs(home: Path, family: str) -> int:
     """Bytes in the workspace of a family's runs that have not come to their end, which another run would go on with.
 
-    They are what the runs list, and what was written since the first of them began.
+    They are what the runs list, and what was written since the first of them began and no other family lists.
     """
-    found = [use for use in needed(uses(home), ()) if use.family == family and use.open]
+    known = uses(home)
+    found = [use for use in needed(known, ()) if use.family == family and use.open]
     if not found:
         return 0
     began, listed = min(use.began for use in found), _entries(home, found)
+    others = _entries(home, [use for use in known if use.family != family]) - listed
     entries = [path for path in (home / WORKSPACE).glob("*") if path.name in listed or last_written(path) >= began]
-    return sum(map(size_of, entries))
+    return sum(size_of(path) for path in entries if path.name not in others)
 
 
 def _entries(home: Path, found: Iterable[Use]) -> set[str]:

@@ -12,6 +12,7 @@ from tasks.tracking.champions import one_promotion as one_promotion
 from tasks.tracking.champions import promote as promote
 from tasks.tracking.champions import registered_with as registered_with
 from tasks.tracking.champions import roll_back as roll_back
+from tasks.tracking.champions import withdrawn as withdrawn
 from tasks.tracking.connection import CHECK_SECONDS as CHECK_SECONDS
 from tasks.tracking.connection import CLIENT_ENVIRONMENT as CLIENT_ENVIRONMENT
 from tasks.tracking.connection import check_server as check_server

@@ -17,6 +17,7 @@ from elastic_core.schema import build
 from tasks.settings import ServiceError
 from tasks.tracking.registry import (
     CHAMPION,
+    FAMILY,
     REGISTRATION,
     ModelVersion,
     by_alias,
@@ -47,15 +48,27 @@ def change_of(version: ModelVersion, tag: str) -> Change | None:
     return None if text is None else build(Change, json.loads(text), f"{version.name}:{version.version} {tag}")
 
 
+def withdrawn(version: ModelVersion) -> Change | None:
+    """The rollback that took a version's place as champion from it; None where a promotion has come since."""
+    promoted, rolled_back = (change_of(version, tag) for tag in (PROMOTED, ROLLED_BACK))
+    if rolled_back is None or (promoted is not None and promoted.at > rolled_back.at):
+        return None
+    return rolled_back
+
+
 def one_promotion(home: Path, family: str) -> AbstractContextManager[None]:
     """Held while a family's champion is compared and moved, by one process at a time of a state directory."""
     return held(home / "locks" / f"promote-{family}", waits=f"waiting for {family}, which another run is promoting")
 
 
 def registered_with(uri: str, version: ModelVersion) -> list[ModelVersion]:
-    """This version, and then those of the other budgets that were registered together with it, by name."""
-    registration = version.tags.get(REGISTRATION)
-    found = [version] if registration is None else versions_of(uri, REGISTRATION, registration)
+    """This version, and then those of the other budgets that were registered together with it, by name.
+
+    The same parts under the name of another family have the same registration.
+    """
+    registration, family = version.tags.get(REGISTRATION), version.tags.get(FAMILY)
+    alike = [version] if registration is None else versions_of(uri, REGISTRATION, registration)
+    found = [other for other in alike if other.tags.get(FAMILY) == family]
     return sorted(found, key=lambda other: (other.name != version.name, other.name))
 
 

@@ -227,6 +227,20 @@ def test_a_verdict_is_of_the_champion_that_there_is_now(gate: Gate) -> None:
     assert gate.champions() == {first.registration}
 
 
+def test_a_release_that_was_rolled_back_does_not_come_back_by_itself(gate: Gate) -> None:
+    first, _ = gate(2.0, 3.0)
+    second, verdict = gate(1.9, 2.9)
+    assert verdict.promoted
+    name, version = second.models["m"].rsplit(":", 1)
+    tracking.roll_back(
+        gate.registry, [tracking.resolve(gate.registry, model) for model in second.models.values()], "it repeats itself"
+    )
+    assert gate.champions() == {first.registration}
+    again = gate.ask(second)
+    assert not again.promoted and "it repeats itself" in again.reason and f"{name}:{version}" in again.reason
+    assert gate.champions() == {first.registration}
+
+
 def test_of_two_promotions_at_once_each_is_compared_with_the_others_champion(
     gate: Gate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

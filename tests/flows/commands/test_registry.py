@@ -216,6 +216,15 @@ def test_rollback_goes_back_champion_by_champion_and_records_why(family: Family)
     assert family.champions() == {"l": 1, "s": 1}
 
 
+def test_the_same_parts_under_the_name_of_another_family_are_not_moved_with_them(family: Family) -> None:
+    """Their registration is the same, for it is of the parts."""
+    other = replace(family, name=f"{family.name}b")
+    for each in (family, other):
+        each.register(**{tracking.REGISTRATION: "r" * 64})
+    promote(family, 1)
+    assert family.champions() and not other.champions()
+
+
 def test_a_size_that_is_new_in_a_version_has_no_champion_after_its_rollback(family: Family) -> None:
     family.register()
     promote(family, 1)

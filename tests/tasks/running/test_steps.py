@@ -7,12 +7,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
 import pytest
+from micro import MICRO
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.settings import (
@@ -24,6 +26,8 @@ from prefect.settings import (
 from prefect.states import Completed, Crashed, Running
 
 from elastic_core.files.locks import is_held
+from elastic_core.recipe import Stage
+from elastic_core.schema import build
 from flows.serving.servers import PrefectServer, free_ports
 from tasks.records import Artifact, Release
 from tasks.running import patience, steps
@@ -74,6 +78,37 @@ def test_a_step_waits_out_what_passes_and_says_so_each_time(
         "fetch: [Errno 116] Stale file handle; tried again in about 2 s (attempt 2 of 65)",
         "fetch: s3://b: cannot reach S3; tried again in about 4 s (attempt 3 of 65)",
     ]
+
+
+@pytest.mark.services
+def test_a_step_inside_a_step_is_tried_again_by_that_one_alone(
+    prefect_server: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else an hour's waiting would be multiplied by the attempts of the outer step."""
+    monkeypatch.setattr(steps, "DELAYS", (0.01,))
+    monkeypatch.setattr(steps, "RETRIES", 2)
+    attempts: list[str] = []
+
+    @steps.step(cached=False)
+    def inner() -> None:
+        attempts.append("inner")
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    @steps.step(cached=False)
+    def outer() -> None:
+        attempts.append("outer")
+        steps.run(inner)
+
+    with pytest.raises(OSError, match="Stale file handle"):
+        steps.run(outer)
+    assert attempts == ["outer", "inner"] * 3
+
+
+def test_a_setting_on_which_no_result_depends_is_no_part_of_a_key() -> None:
+    stage = build(Stage, {**MICRO["stages"][0], "checkpoint_every": 3})
+    for changed in (replace(stage, checkpoint_every=7), replace(stage, checkpoint_minutes=1.0, sharding="hybrid")):
+        assert steps.fingerprint(changed) == steps.fingerprint(stage)
+    assert steps.fingerprint(replace(stage, steps=7)) != steps.fingerprint(stage)
 
 
 @pytest.mark.services

@@ -174,6 +174,9 @@ def test_a_run_that_was_interrupted_has_written_what_it_lists_and_what_it_began(
         make(tmp_path, "stage-1/checkpoints", size=300)
         raise KeyboardInterrupt
     assert written_by_open_runs(tmp_path, "nano") == 320
+    with noting(tmp_path, "other"):
+        note("stage", make(tmp_path, "stage-2", size=5000))
+    assert written_by_open_runs(tmp_path, "nano") == 320, "and not what another family has written since"
     assert written_by_open_runs(tmp_path, "other") == 0, "it came to its end"
     with noting(tmp_path, "nano"):
         note("corpus", corpus)
