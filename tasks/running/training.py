@@ -84,10 +84,10 @@ class End:
 def train(job: TrainJob, *, processes: int | None = None, on_step: OnStep | None = None) -> None:
     """Run a job to its end; `on_step` is called with the metrics of each step, in order.
 
-    There is a process for every CUDA device of this machine, where the stage's batch divides among them; one where the
-    model has layers of experts. A job whose
-    processes were killed is started again, as long as it gets on. Raises ValueError with the job's own message for what
-    it refuses, a transient ServiceError for a full disk and the like, TrainerDied for the rest.
+    There is a process for every CUDA device of this machine, where the stage's batch divides among them; a model with
+    layers of experts has one process. A job whose processes were killed is started again, as long as it gets on. Raises
+    ValueError with the job's own message for what it refuses, a transient ServiceError for a full disk and the like,
+    TrainerDied for the rest.
     """
     if processes is None:
         shared = not read_config(Path(job.student)).layers_of(MOE)
