@@ -34,12 +34,14 @@ demo: $(INSTALLED)
 race: $(INSTALLED)
 	$(BIN)/python -m flows.race infra/recipes/tiny.yaml infra/race.md
 
-# A process for each core: half the time, and they share nothing but the machine. Those of `services` take turns.
+# A process for each core: half the time, and they share nothing but the machine. Those of `services` in tests/flows share
+# more, and take turns in one of two processes (tests/conftest.py).
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --dist loadfile -m "not (gpu or benchmark or faults or services)"
 
 test-all: test test-kernels $(ENGINES)/installed
-	ENGINES=$(abspath $(ENGINES)) $(BIN)/pytest -m "services and not (gpu or benchmark or faults)"
+	ENGINES=$(abspath $(ENGINES)) $(BIN)/pytest -n 2 --dist loadgroup \
+		-m "services and not (gpu or benchmark or faults)"
 
 test-faults: $(INSTALLED)
 	$(BIN)/pytest -m faults

@@ -37,9 +37,21 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncPrefectClie
         with SyncPrefectClient(api=f"{server.url}/api") as client:
             for automation in (silent_runs(SOON), stillborn_runs(SOON)):
                 ensure_automation(client, automation)
+            watching(client)
             yield client
     finally:
         server.stop()
+
+
+def watching(client: SyncPrefectClient) -> None:
+    """Wait until the server sees lost runs: it takes an automation up a moment after it was made."""
+    runs: list[UUID] = []
+
+    def seen() -> bool:
+        runs.append(begun(client, "elastify"))
+        return any(client.read_flow_run(run).state.is_crashed() for run in runs)
+
+    eventually(seen, 120, "no lost run is seen")
 
 
 def begun(client: SyncPrefectClient, flow: str) -> UUID:
