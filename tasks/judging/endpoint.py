@@ -3,13 +3,14 @@
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import requests
 
 from elastic_core.schema import Strict, positive
 from tasks.corpus.turns import CLOSE, OPEN
+from tasks.judging.benchmarks import Sampling
 from tasks.judging.samples import Completion, Request
 from tasks.running.patience import patiently
 from tasks.settings import ServiceError, redact
@@ -19,6 +20,8 @@ R = TypeVar("R")
 API_KEY = "OPENAI_API_KEY"
 CONNECT_SECONDS = 10.0
 FINISHES = ("stop", "length")
+# Its answer begins with a thought, which shows whether the server has a reasoning parser.
+PUZZLE, PUZZLE_TOKENS = "How many prime numbers lie between 100 and 200? Check each number by itself.", 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +51,8 @@ class Client:
         self._url = endpoint.url.rstrip("/")
         self._shown = redact(self._url)
         self._threads = threading.local()
+        self._has_parser: bool | None = None  # None until an answer has shown it
+        self._finds_out = threading.Lock()
 
     def check(self) -> None:
         """ValueError where the server does not have the model."""
@@ -58,16 +63,36 @@ class Client:
             raise ValueError(f"{self._shown} has no model {self._endpoint.model!r}, but {shown}; correct model")
 
     def complete(self, request: Request) -> Completion:
-        """What the model writes, its thought included, in whatever field the server gives that."""
-        sampling = request.sampling
+        """What the model writes, its thought included, in whatever field the server gives that.
+
+        A model that was to think may answer with no thought at all. A server with a reasoning parser gives that as it
+        gives, without a parser, a thought that never ends; with a parser it gets an empty thought here, so that it
+        counts as an answer.
+        """
+        completion, apart = self._ask(request.prompt, request.sampling, request.seed)
+        bare = not apart and OPEN not in completion.text and CLOSE not in completion.text
+        doubtful = bare and completion.text and completion.finish == "stop" and request.sampling.thinking
+        if doubtful and self._takes_thoughts_apart(request.sampling):
+            return replace(completion, text=f"{OPEN}{CLOSE}{completion.text}")
+        return completion
+
+    def _takes_thoughts_apart(self, sampling: Sampling) -> bool:
+        with self._finds_out:
+            if self._has_parser is None:
+                few = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, PUZZLE_TOKENS))
+                _, self._has_parser = self._ask(PUZZLE, few, seed=0)
+            return self._has_parser
+
+    def _ask(self, prompt: str, sampling: Sampling, seed: int) -> tuple[Completion, bool]:
+        """A completion, and whether the server gave its thought in a field of its own."""
         system = [{"role": "system", "content": sampling.system}] if sampling.system is not None else []
         body = {
             "model": self._endpoint.model,
-            "messages": [*system, {"role": "user", "content": request.prompt}],
+            "messages": [*system, {"role": "user", "content": prompt}],
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_new_tokens,
-            "seed": request.seed,
+            "seed": seed,
         }
         return self._patiently(lambda: _completion(self._answered("POST", "chat/completions", body), self._shown))
 
@@ -107,7 +132,8 @@ class Client:
         return session
 
 
-def _completion(answer: dict[str, Any], server: str) -> Completion:
+def _completion(answer: dict[str, Any], server: str) -> tuple[Completion, bool]:
+    """A completion, and whether its thought was in a field of its own."""
     try:
         choice = answer["choices"][0]
         message, finish, tokens = choice["message"], choice["finish_reason"], int(answer["usage"]["completion_tokens"])
@@ -120,4 +146,4 @@ def _completion(answer: dict[str, Any], server: str) -> Completion:
         raise ServiceError(fault, transient=finish == "abort")
     if thought:
         text = f"{OPEN}{thought}{CLOSE}{text}" if text else f"{OPEN}{thought}"
-    return Completion(text=text, tokens=tokens, finish=finish)
+    return Completion(text=text, tokens=tokens, finish=finish), bool(thought)

@@ -5,6 +5,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tasks.judging.sandbox import why_not_isolated
 from tasks.settings import ServiceError
 
 ASKED = Request(model="digest", problem="i", prompt="2+2?", sampling=Sampling(max_new_tokens=9), seed=5)
+PLAIN = replace(ASKED, sampling=Sampling(max_new_tokens=9, system=None, thinking=False))
 # Status and body, from the body that was sent.
 Answer = Callable[[dict[str, Any]], tuple[int, Any]]
 
@@ -86,9 +88,9 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_request_is_asked_as_it_is() -> None:
-    with served(lambda body: said("4")) as server:
+    with served(lambda body: said("hm</think>4")) as server:
         found = Client(server.endpoint()).complete(ASKED)
-    assert (found.text, found.tokens, found.finish) == ("4", 3, "stop")
+    assert (found.text, found.tokens, found.finish) == ("hm</think>4", 3, "stop")
     assert server.seen == [
         {
             "model": "m",
@@ -112,18 +114,45 @@ def test_a_thought_that_the_server_took_apart_is_put_back(field: str) -> None:
     assert text(said("hm</think>4", **{field: None})) == "hm</think>4"
 
 
+@pytest.mark.parametrize(
+    ("parser", "answer"), [(True, "<think></think>4"), (False, "4")], ids=["a parser", "no parser"]
+)
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_an_answer_with_no_thought_is_one_only_where_the_server_takes_thoughts_apart(
+    parser: bool, answer: str, field: str
+) -> None:
+    """Without a parser the same words are a thought that does not end; the field is there and empty in both."""
+
+    def answered(body: dict[str, Any]) -> tuple[int, Any]:
+        if body["messages"][-1]["content"] == ASKED.prompt:
+            return said("4", **{field: None})
+        return said(None if parser else "101 is prime", finish="length", **{field: "101 is prime" if parser else None})
+
+    with served(answered) as server:
+        client = Client(server.endpoint())
+        assert [client.complete(ASKED).text for _ in range(3)] == [answer] * 3
+        assert len(server.seen) == 3 + 1  # the server is found out once
+        assert client.complete(PLAIN).text == "4"
+
+
+def test_an_answer_that_was_cut_off_is_not_taken_for_one_with_no_thought() -> None:
+    with served(lambda body: said("hm", finish="length", reasoning=None)) as server:
+        assert Client(server.endpoint()).complete(ASKED).text == "hm"
+    assert len(server.seen) == 1
+
+
 @pytest.mark.parametrize("fault", [(503, {}), (429, {}), (500, {}), (0, None), said("", finish="abort")], ids=str)
 def test_a_fault_that_passes_is_waited_out(fault: tuple[int, Any]) -> None:
     faults = [fault, fault]
     with served(lambda body: faults.pop() if faults else said("4")) as server:
-        assert Client(server.endpoint()).complete(ASKED).text == "4"
+        assert Client(server.endpoint()).complete(PLAIN).text == "4"
     assert len(server.seen) == 3
 
 
 def test_a_completion_that_takes_too_long_is_asked_for_again() -> None:
     answered = threading.Event()
     with served(lambda body: said("4") if len(server.seen) > 1 else (answered.wait(30) and said("late"))) as server:
-        assert Client(server.endpoint(seconds=1)).complete(ASKED).text == "4"
+        assert Client(server.endpoint(seconds=1)).complete(PLAIN).text == "4"
         answered.set()
 
 
@@ -156,7 +185,7 @@ def test_a_model_that_the_server_has_not_is_named_with_those_that_it_has() -> No
 def test_the_key_is_sent_and_a_url_must_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sesame")
     with served(lambda body: said("4")) as server:
-        Client(server.endpoint()).complete(ASKED)
+        Client(server.endpoint()).complete(PLAIN)
     assert server.keys == ["Bearer sesame"]
     with pytest.raises(ValueError, match=r"url='localhost' is not a URL; write http://host:port/v1"):
         Endpoint(url="localhost", model="m")
