@@ -34,6 +34,7 @@ def pytest_configure() -> None:
     os.environ.update(QUIET)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under --dist loadgroup a process runs whole files, and one all of tests/flows, which share a family and ports."""
     flows = Path(__file__).parent / "flows"
