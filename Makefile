@@ -18,6 +18,7 @@ KERNELS := $(VENV)/kernels
 ENGINES := $(VENV)/engines
 LLAMACPP := $(ENGINES)/llamacpp
 BINDING := 0.3.36
+SERVICES := services and not (gpu or benchmark or faults)
 ROWS := infra/benchmarks.jsonl
 # Of the machine with the GPU: its Python, and the Linux that its wheels may ask for.
 GPU_PYTHON ?= python3
@@ -26,7 +27,7 @@ GPU_PLATFORMS := manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_
 WHEELS := build/gpu-wheels
 ON_GPU := build/gpu
 
-.PHONY: demo race test test-all test-faults test-kernels lint check reference bench bench-gpu gpu-wheels check-gpu clean
+.PHONY: demo race test test-all test-flows test-services test-faults test-kernels lint check reference bench bench-gpu gpu-wheels check-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/elastic run infra/recipes/tiny.yaml
@@ -34,14 +35,19 @@ demo: $(INSTALLED)
 race: $(INSTALLED)
 	$(BIN)/python -m flows.race infra/recipes/tiny.yaml infra/race.md
 
-# A process for each core: half the time, and they share nothing but the machine. Those of `services` in tests/flows share
-# more, and take turns in one of two processes (tests/conftest.py).
+# A process for each core: half the time, and they share nothing but the machine.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --dist loadfile -m "not (gpu or benchmark or faults or services)"
 
 test-all: test test-kernels $(ENGINES)/installed
-	ENGINES=$(abspath $(ENGINES)) $(BIN)/pytest -n 2 --dist loadgroup \
-		-m "services and not (gpu or benchmark or faults)"
+	$(MAKE) --jobs 2 test-flows test-services
+
+# Two processes: the tests of flows share a family, servers and ports, and take turns; the others have their own.
+test-flows: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "$(SERVICES)" tests/flows
+
+test-services: $(ENGINES)/installed
+	OMP_NUM_THREADS=1 ENGINES=$(abspath $(ENGINES)) $(BIN)/pytest -m "$(SERVICES)" --ignore tests/flows
 
 test-faults: $(INSTALLED)
 	$(BIN)/pytest -m faults

@@ -34,15 +34,6 @@ def pytest_configure() -> None:
     os.environ.update(QUIET)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under --dist loadgroup a process runs whole files, and one all of tests/flows, which share a family and ports."""
-    flows = Path(__file__).parent / "flows"
-    for item in items:
-        group = "flows" if item.path.is_relative_to(flows) else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     directory = tmp_path_factory.mktemp("s3")
