@@ -50,7 +50,6 @@ from tasks.tracking.registry import pointed_to as pointed_to
 from tasks.tracking.registry import register_family as register_family
 from tasks.tracking.registry import resolve as resolve
 from tasks.tracking.registry import set_alias as set_alias
-from tasks.tracking.registry import tag_versions as tag_versions
 from tasks.tracking.registry import versions_of as versions_of
 from tasks.tracking.runs import NOTE as NOTE
 from tasks.tracking.runs import finish_run as finish_run
@@ -63,3 +62,4 @@ from tasks.tracking.runs import params_of as params_of
 from tasks.tracking.runs import run_url as run_url
 from tasks.tracking.runs import set_tags as set_tags
 from tasks.tracking.runs import tags_of_finished as tags_of_finished
+from tasks.tracking.tags import tag_versions as tag_versions

@@ -2,7 +2,8 @@
 
 import logging
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -158,30 +159,23 @@ def by_alias(uri: str, name: str, alias: str) -> ModelVersion | None:
 
 def set_alias(uri: str, alias: str, versions: Mapping[str, int]) -> None:
     """Move an alias on several models (by name) together: where one cannot be moved, the moved ones go back."""
-    move_alias(uri, alias, versions)
+    with alias_moved(uri, alias, versions):
+        pass
 
 
-def move_alias(uri: str, alias: str, versions: Mapping[str, int | None]) -> None:
-    """As `set_alias`; None takes the alias from a model."""
+@contextmanager
+def alias_moved(uri: str, alias: str, versions: Mapping[str, int | None]) -> Iterator[None]:
+    """As `set_alias`, and the moved ones go back where the block fails too; None takes the alias from a model."""
     with explained(uri, f"moving alias {alias!r} of {', '.join(versions)}"):
         client = client_of(uri)
         before = {name: _aliases(client, name).get(alias) for name in versions}
         try:
             for name, version in versions.items():
                 _point(client, name, alias, version)
+            yield
         except BaseException:
             _put_back(client, alias, before)
             raise
-
-
-def tag_versions(uri: str, models: Collection[str], tags: Mapping[str, str]) -> None:
-    """Set tags on registered versions, each NAME:VERSION."""
-    with explained(uri, f"tagging {', '.join(models)}"):
-        client = client_of(uri)
-        for model in models:
-            name, version = model.rsplit(":", 1)
-            for key, value in tags.items():
-                client.set_model_version_tag(name, version, key, redact(value))
 
 
 def versions_of(uri: str, tag: str, value: str | None = None) -> list[ModelVersion]:

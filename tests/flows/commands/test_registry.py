@@ -1,5 +1,6 @@
 """`elastic ls`, `show`, `promote`, `rollback` and `diff` with a real registry: what they say, and what they move."""
 
+import itertools
 import json
 import uuid
 from dataclasses import dataclass, replace
@@ -214,6 +215,90 @@ def test_rollback_goes_back_champion_by_champion_and_records_why(family: Family)
     with pytest.raises(ServiceError, match=f"{family.model()}:1 replaced no other champion"):
         elastic("rollback", family.model(), "--reason", "and this")
     assert family.champions() == {"l": 1, "s": 1}
+
+
+def test_rollback_goes_further_back_past_an_older_version_that_was_promoted_again(family: Family) -> None:
+    for _ in range(3):
+        family.register()
+    order = (1, 3, 2, 3, 1)
+    for version in order:
+        promote(family, version)
+    for version in order[-2::-1]:
+        elastic("rollback", family.model(), "--reason", "worse")
+        assert family.champions() == {"l": version, "s": version}
+    with pytest.raises(ServiceError, match="replaced no other champion"):
+        elastic("rollback", family.model(), "--reason", "worse")
+
+
+def test_a_champion_whose_alias_was_moved_by_hand_gives_its_place_to_the_last_that_is_recorded(family: Family) -> None:
+    for version in (1, 2, 3):
+        family.register()
+        promote(family, version)
+    tracking.set_alias(family.uri, tracking.CHAMPION, {family.model(budget): 1 for budget in BUDGETS})
+    elastic("rollback", family.model(), "--reason", "by hand")
+    assert family.champions() == {"l": 3, "s": 3}
+    elastic("rollback", family.model(), "--reason", "worse")
+    assert family.champions() == {"l": 2, "s": 2}
+
+
+@pytest.mark.parametrize("method", ["set_registered_model_tag", "set_model_version_tag", "set_registered_model_alias"])
+@pytest.mark.parametrize("after", [0, 1], ids=["the first", "the second"])
+@pytest.mark.parametrize("command", ["promote", "rollback"])
+def test_what_was_not_done_is_not_recorded(
+    command: str, after: int, method: str, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    for version in (1, 2):
+        family.register()
+        promote(family, version)
+    family.register()
+    model = f"{family.model()}:3" if command == "promote" else family.model()
+    before = known(family)
+    working, calls = getattr(MlflowClient, method), itertools.count()
+
+    def fail(self: MlflowClient, *arguments: Any) -> None:
+        if next(calls) == after:
+            raise MlflowException("the disk is full")
+        working(self, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(ServiceError, match="the disk is full"):
+        patch.setattr(MlflowClient, method, fail)
+        elastic(command, model, "--reason", "worse")
+    assert known(family) == before
+    elastic(command, model, "--reason", "again")
+    assert set(family.champions().values()) == {3 if command == "promote" else 1}
+
+
+def known(family: Family) -> Any:
+    """The champions, and all that is recorded of them and of the others."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=family.uri, registry_uri=family.uri)
+    models = [client.get_registered_model(family.model(budget)) for budget in BUDGETS]
+    versions = [client.get_model_version(model.name, str(number)) for model in models for number in (1, 2, 3)]
+    return [(model.aliases, model.tags) for model in models], [version.tags for version in versions]
+
+
+def test_a_rollback_that_was_killed_half_way_is_completed_by_the_next(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version in (1, 2, 3):
+        family.register()
+        promote(family, version)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("tasks.tracking.champions.alias_moved", killed)
+        patch.setattr("tasks.tracking.tags._untag", lambda *_: None)
+        tracking.roll_back(family.uri, [tracking.resolve(family.uri, f"{family.model()}@champion")], "worse")
+    assert family.champions()["s"] == 3
+    assert tracking.withdrawn(tracking.resolve(family.uri, f"{family.model()}@champion")) is None
+    elastic("rollback", family.model(), "--reason", "worse")
+    assert family.champions() == {"l": 2, "s": 2}
 
 
 def test_the_same_parts_under_the_name_of_another_family_are_not_moved_with_them(family: Family) -> None:
