@@ -2,13 +2,15 @@
 
 import errno
 import logging
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 POLL_SECONDS = 0.5
+SECONDS_BETWEEN_LINES = 600.0  # that say what is waited for
 # Lustre without -o flock, some FUSE file systems, NFS whose lock service is off.
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
@@ -77,7 +79,12 @@ def _acquire(lock: BaseFileLock, patience: float, waits: str | None) -> None:
         if waits is None:
             raise IsHeld(f"{lock.lock_file} is held by another process") from error
         logger.info("%s", waits)
-        lock.acquire(poll_interval=POLL_SECONDS)
+        since = time.strftime("%H:%M")
+        while True:
+            with suppress(Timeout):
+                lock.acquire(timeout=SECONDS_BETWEEN_LINES, poll_interval=POLL_SECONDS)
+                return
+            logger.info("%s, since %s", waits, since)
 
 
 def lock_beside(directory: Path) -> Path:

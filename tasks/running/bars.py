@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -15,7 +16,11 @@ logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 30.0
 
-Report = Callable[[int, int], None]
+
+class Report(Protocol):
+    """Told how much of how much is done, and perhaps a note on how it goes, such as the loss."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
 
 
 @contextmanager
@@ -33,25 +38,27 @@ def bar(description: str, unit: str = "") -> Iterator[Report]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.fields[left]}"),
+        TextColumn("{task.fields[note]}"),
     )
     pace = Pace(unit)
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(description, total=None, left="")
+        task = progress.add_task(description, total=None, left="", note="")
         # Not rich's own estimate, which forgets after 30 s: a step of a large model takes longer.
-        yield lambda done, total: progress.update(
-            task, completed=done, total=total or None, left=pace.text(done, total)
+        yield lambda done, total, note="": progress.update(
+            task, completed=done, total=total or None, left=pace.text(done, total), note=note
         )
 
 
 def _logged(description: str, unit: str) -> Report:
     pace, last = Pace(unit), time.monotonic()
 
-    def report(done: int, total: int) -> None:
+    def report(done: int, total: int, note: str = "") -> None:
         nonlocal last
         text, now = pace.text(done, total), time.monotonic()
         if now - last >= SECONDS_BETWEEN_LINES and text:
             last = now
-            logger.info("%s: %s, %s", description, f"{100 * done / total:.0f} %" if total else f"{done:,}", text)
+            share = f"{100 * done / total:.0f} %" if total else f"{done:,}"
+            logger.info("%s: %s", description, ", ".join(filter(None, (share, text, note))))
 
     return report
 

@@ -3,7 +3,8 @@
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from uuid import UUID
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 FIRST_UPDATE_SECONDS = 0.5
 SECONDS_BETWEEN_UPDATES = 10.0
 LAST_UPDATE_SECONDS = 5.0
+STEPS_OF_A_PACE = 20
 
 
 @contextmanager
@@ -34,18 +36,33 @@ def progress_bar(description: str, unit: str = "") -> Iterator[Report]:
     """
     with _on_the_page(description, unit) as show, bar(description, unit) as move:
 
-        def report(done: int, total: int) -> None:
-            move(done, total)
-            show(done, total)
+        def report(done: int, total: int, note: str = "") -> None:
+            move(done, total, note)
+            show(done, total, note)
 
         yield report
 
 
 @contextmanager
 def stage_progress(stage: Stage) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function of a step's metrics that moves the stage's bar."""
+    """A function of a step's metrics that moves the stage's bar, with each budget's loss and the tokens of a second."""
+    losses: dict[str, float] = {}  # the last of each budget: few micro-batches do not hold all of them
+    recent: deque[tuple[int, float]] = deque(maxlen=STEPS_OF_A_PACE)
+
+    def on_step(row: dict[str, Any]) -> None:
+        losses.update({budget: metrics["loss"] for budget, metrics in row["budgets"].items()})
+        recent.append((row["tokens"], row["seconds"]))
+        report(row["step"] + 1, row["steps"], stage_note(losses, recent))
+
     with progress_bar(f"{stage.name}: {stage.steps} steps") as report:
-        yield lambda row: report(row["step"] + 1, row["steps"])
+        yield on_step
+
+
+def stage_note(losses: Mapping[str, float], recent: Iterable[tuple[int, float]]) -> str:
+    """How a stage goes: "loss l 2.310, m 2.402, s 2.613, 12,300 tokens/s"; `recent` has tokens and seconds of steps."""
+    tokens, seconds = map(sum, zip(*recent, strict=True))
+    pace = [f"{tokens / seconds:,.0f} tokens/s"] if seconds else []
+    return ", ".join([f"loss {', '.join(f'{budget} {loss:.3f}' for budget, loss in losses.items())}", *pace])
 
 
 class ProgressArtifact:
@@ -56,14 +73,14 @@ class ProgressArtifact:
 
     def __init__(self, description: str, flow_run: UUID, task_run: UUID | None, unit: str = "") -> None:
         self._description, self._flow_run, self._task_run = description, flow_run, task_run
-        self._latest: tuple[int, int] | None = None
+        self._latest: tuple[int, int, str] | None = None
         self._ended = threading.Event()
         self._pace = Pace(unit)
         self._thread = threading.Thread(target=self._send, name="progress", daemon=True)
         self._thread.start()
 
-    def show(self, done: int, total: int) -> None:
-        self._latest = done, total
+    def show(self, done: int, total: int, note: str = "") -> None:
+        self._latest = done, total, note
 
     def close(self) -> None:
         """Send the last state; a server that is away is not waited for."""
@@ -73,7 +90,7 @@ class ProgressArtifact:
     def _send(self) -> None:
         client: SyncPrefectClient | None = None
         artifact: UUID | None = None
-        sent: tuple[int, int] | None = None
+        sent: tuple[int, int, str] | None = None
         last, pause = False, FIRST_UPDATE_SECONDS
         with ExitStack() as stack:
             while not last:
@@ -89,10 +106,10 @@ class ProgressArtifact:
                 except (httpx.HTTPError, PrefectException) as error:
                     logger.debug("progress is not shown: %s", error)
 
-    def _put(self, client: SyncPrefectClient, artifact: UUID | None, done: int, total: int) -> UUID:
-        pace = self._pace.text(done, total)
+    def _put(self, client: SyncPrefectClient, artifact: UUID | None, done: int, total: int, note: str = "") -> UUID:
         of_total = f" of {total:,}" if total else ""
-        text = f"{self._description}: {done:,}{of_total}" + (f", {pace}" if pace else "")
+        told = (f"{self._description}: {done:,}{of_total}", self._pace.text(done, total), note)
+        text = ", ".join(filter(None, told))
         share = 100.0 * done / total if total else 0.0
         if artifact is not None:
             client.update_artifact(artifact, ArtifactUpdate(data=share, description=text))
@@ -114,7 +131,7 @@ def _on_the_page(description: str, unit: str) -> Iterator[Report]:
     elsewhere = shown_on.get()
     flow_run = elsewhere or (context.task_run.flow_run_id if context is not None else None)
     if context is None or flow_run is None:
-        yield lambda done, total: None
+        yield lambda done, total, note="": None
         return
     artifact = ProgressArtifact(description, flow_run, None if elsewhere else context.task_run.id, unit)
     try:

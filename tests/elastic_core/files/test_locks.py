@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -49,6 +50,27 @@ def test_a_lock_is_of_one_process_and_its_death_frees_it_though_a_forked_child_l
         with held(file):
             assert is_held(file)
     assert not is_held(file)
+
+
+def test_who_waits_for_long_says_again_for_what_and_since_when(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr("elastic_core.files.locks.SECONDS_BETWEEN_LINES", 0.01)
+    file = tmp_path / "one"
+
+    def second() -> None:
+        with held(file, waits="waiting for the first"):
+            pass
+
+    thread = threading.Thread(target=second)
+    with held(file):
+        thread.start()
+        while len(caplog.messages) < 3:
+            time.sleep(0.01)
+    thread.join()
+    assert caplog.messages[0] == "waiting for the first"
+    assert all(re.fullmatch(r"waiting for the first, since \d\d:\d\d", line) for line in caplog.messages[1:])
 
 
 def test_who_waits_says_so_once_and_then_has_the_lock(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,11 +1,15 @@
 """What the progress artifact on a run's page says."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
 
 import pytest
+from trainee import STAGE
 
-from tasks.running.progress import ProgressArtifact
+from tasks.running import progress
+from tasks.running.progress import ProgressArtifact, stage_progress
 
 
 class Client:
@@ -41,3 +45,31 @@ def test_the_share_that_is_done_is_shown_where_the_total_is_known(
     for (_, text), (_, expected) in zip(client.sent, said, strict=True):
         assert text.startswith(expected)
         assert text == expected or text.endswith(" tokens/s")
+
+
+def test_a_stage_tells_the_last_loss_of_each_budget_and_the_tokens_of_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int, str]] = []
+
+    @contextmanager
+    def bar(*_: Any) -> Iterator[Callable[..., None]]:
+        yield lambda *arguments: told.append(arguments)
+
+    def row(step: int, seconds: float, **losses: float) -> dict[str, Any]:
+        budgets = {budget: {"loss": loss} for budget, loss in losses.items()}
+        return {"step": step, "steps": 4, "tokens": 3000, "seconds": seconds, "budgets": budgets}
+
+    monkeypatch.setattr(progress, "progress_bar", bar)
+    with stage_progress(STAGE) as on_step:
+        on_step(row(0, 1.0, l=2.31, s=2.6125))
+        on_step(row(1, 2.0, s=2.5))
+    assert told == [
+        (1, 4, "loss l 2.310, s 2.612, 3,000 tokens/s"),
+        (2, 4, "loss l 2.310, s 2.500, 2,000 tokens/s"),
+    ]
+
+
+def test_a_note_is_on_the_page_after_how_much_is_done() -> None:
+    artifact, client = ProgressArtifact("stage1", UUID(int=0), None), Client()
+    artifact.close()
+    artifact._put(client, None, 1, 4, "loss l 2.310")  # type: ignore[arg-type]
+    assert client.sent == [(25.0, "stage1: 1 of 4, loss l 2.310")]
