@@ -1,12 +1,15 @@
-"""What a budget allows: parameters, memory when serving, or the time of a decoding step; as fields or as text."""
+"""What a budget allows, as fields or as text.
+
+Parameters, all of them or those that a token passes through; memory when serving; or the time of a decoding step.
+"""
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Literal
 
-from elastic_core.schema import Strict, checked_name, positive
+from elastic_core.schema import OPTIONAL, Strict, checked_name, positive
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -140,7 +143,7 @@ class LatencyTarget(Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget(Strict):
-    """A named target for a subnet: parameters, memory or latency; without a target, the full model."""
+    """A named target for a subnet: parameters, active ones, memory or latency; without a target, the full model."""
 
     name: str
     """What the size is called, once in a recipe. Example: `9b`."""
@@ -150,14 +153,17 @@ class Budget(Strict):
     """Memory when serving, at most. Example: `16GiB@ctx=131072`."""
     latency: LatencyTarget | None = None
     """The time of a decoding step, at most; it needs `latency_table`. Example: `12ms`."""
+    active_params: int | None = field(default=None, metadata=OPTIONAL)
+    """Parameters that a token passes through, at most: all but those of the experts that it does not choose.
+    Example: `2800000000`."""
 
     def __post_init__(self) -> None:
         checked_name("budget", self.name)
         if self.name.lower() == WHOLE:
             raise ValueError(f"budget {self.name!r} needs another name: the elastic checkpoint is stored as {WHOLE!r}")
-        if self.params is not None:
-            positive(self, "params")
-        given = [name for name in ("params", "memory", "latency") if getattr(self, name) is not None]
+        positive(self, *(name for name in ("params", "active_params") if getattr(self, name) is not None))
+        targets = ("params", "active_params", "memory", "latency")
+        given = [name for name in targets if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"budget {self.name} has {' and '.join(given)}; give it one target, or none")
 
@@ -166,9 +172,19 @@ class Budget(Strict):
         """The target in whole parameters, bytes or nanoseconds."""
         if self.memory is not None:
             return self.memory.bytes
-        return self.latency.nanoseconds if self.latency is not None else self.params
+        if self.latency is not None:
+            return self.latency.nanoseconds
+        return self.params if self.active_params is None else self.active_params
+
+    @property
+    def kind(self) -> str:
+        """What it counts, by the name of the field; without a target, parameters."""
+        kinds = ("active_params", "memory", "latency")
+        return next((name for name in kinds if getattr(self, name) is not None), "params")
 
     def __str__(self) -> str:
+        if self.active_params is not None:
+            return f"{self.active_params:,} active"
         return str(self.memory or self.latency or ("full" if self.params is None else f"{self.params:,}"))
 
 
@@ -182,7 +198,7 @@ def check_order(budgets: tuple[Budget, ...]) -> None:
         comparable = None
         if budget.memory is not None:
             comparable = (budget.memory.serving, budget.memory.prefill)
-        kind = ("latency" if budget.latency is not None else "params", comparable)
+        kind = (budget.kind, comparable)
         rises = budget.target is not None and budget.target >= least.get(kind, budget.target + 1)
         if rises or (budget.target is None and index):
             raise ValueError(f"budgets {names} must fall from the largest to the smallest, each size once")

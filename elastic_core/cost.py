@@ -1,4 +1,4 @@
-"""What a subnet costs: parameters, bytes of memory when serving, or nanoseconds of a decoding step (C4).
+"""What a subnet costs (C4): parameters, or those of a token; bytes of memory when serving; nanoseconds of decoding.
 
 Every cost is a whole number, so that a subnet is within its budget or is not. It is made of parts that depend on a few
 choices each: what a hidden size costs, what each kept layer adds, and for memory the largest of the layers' peaks. Of
@@ -26,6 +26,14 @@ DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
 def subnet_params(model: ModelConfig, subnet: Subnet) -> int:
     """Parameters of a subnet: the number of elements in its sliced checkpoint."""
     return ParamsCost(model=model).of(subnet)
+
+
+def active_params(model: ModelConfig, subnet: Subnet) -> int:
+    """Parameters of a subnet that a token passes through; all of them where there are no experts.
+
+    Embedding and output head count whole, as in the 3.6B of Nemotron 3 Nano 30B.
+    """
+    return ActiveParamsCost(model=model).of(subnet)
 
 
 def embedding_params(model: ModelConfig, hidden: int) -> int:
@@ -117,6 +125,17 @@ class ParamsCost(Cost):
 
     def text(self, amount: int) -> str:
         return f"{amount:,} parameters"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActiveParamsCost(ParamsCost):
+    """Active parameters: all but those of the experts that a token does not choose."""
+
+    def layer(self, shape: Shape) -> int:
+        return layer_params(self.model, shape) - KINDS[shape.kind].idle_params(self.model, shape)
+
+    def text(self, amount: int) -> str:
+        return f"{amount:,} active parameters"
 
 
 # Memory
@@ -258,6 +277,8 @@ def budget_cost(model: ModelConfig, budget: Budget, table: LatencyTable | None =
     """What `budget` counts; ValueError for a latency without a table, or with one of another serving."""
     if budget.memory is not None:
         return MemoryCost(model=model, serving=budget.memory.serving, prefill=budget.memory.prefill)
+    if budget.active_params is not None:
+        return ActiveParamsCost(model=model)
     if budget.latency is None:
         return ParamsCost(model=model)
     if table is None:

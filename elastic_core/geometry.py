@@ -36,6 +36,9 @@ GROUPS = {"mamba_heads": "n_groups", "attention_heads": "num_key_value_heads", "
 # The axes whose components belong to one member of another axis each: every expert has neurons of its own.
 MEMBERS = {"expert_ffn": "experts"}
 
+# transformers multiplies all experts at once, in rows of a multiple of 16 bytes.
+EXPERTS_MULTIPLE = 8
+
 FfnLayout = Literal["padded", "list"]  # how a slice holds FFN widths that differ by layer: zeros added, or as they are
 
 
@@ -300,4 +303,6 @@ class Axes(Strict):
         if model.layers_of(MOE):
             for axis in ("expert_ffn", "hidden") if model.moe_latent_size is None else ("expert_ffn",):
                 for size in self.choices(axis)[1:]:
-                    multiple_of(f"axes.{axis}", size, "the 16 bytes in which transformers reads experts,", 8)
+                    multiple_of(
+                        f"axes.{axis}", size, "the 16 bytes in which transformers reads experts,", EXPERTS_MULTIPLE
+                    )

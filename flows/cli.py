@@ -109,7 +109,9 @@ def init(
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write; it must not exist yet.")],
     budget: Annotated[
         list[str] | None,
-        typer.Option(help="A size to make, the largest first: 9b, s=740e6, 16GiB@ctx=131072, fast=12ms; repeat it."),
+        typer.Option(
+            help="A size to make, the largest first: 9b, s=740e6, a3b (active), 16GiB@ctx=131072, 12ms; repeat it."
+        ),
     ] = None,
     tokens: Annotated[float, typer.Option(help="Tokens to train on, both stages together.")] = 1e9,
     data: Annotated[
@@ -229,6 +231,9 @@ def slice_(
     output: Output,
     budget: Annotated[str | None, typer.Option(help="A budget of the family, by name.")] = None,
     params: Annotated[float | None, typer.Option(help="Any size instead: at most this many parameters.")] = None,
+    active_params: Annotated[
+        float | None, typer.Option(help="At most this many that a token passes through, of a model with experts.")
+    ] = None,
     memory: Annotated[
         str | None, typer.Option(help="At most this much memory when serving: 16GiB@ctx=131072[,batch=8,dtype=...].")
     ] = None,
@@ -247,7 +252,7 @@ def slice_(
         checkpoint,
         output,
         budget=budget,
-        sizes={"--params": params, "--memory": memory, "--latency": latency},
+        sizes={"--params": params, "--active-params": active_params, "--memory": memory, "--latency": latency},
         profile=profile,
         ffn_layout=ffn_layout,
     )

@@ -13,10 +13,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from elastic_core.budget import Dtype
-from elastic_core.cost import subnet_params
+from elastic_core.cost import active_params, subnet_params
 from elastic_core.files import checkpoint, reorder
 from elastic_core.generate import complete, decode, prompt_batches
-from elastic_core.geometry import ModelConfig
+from elastic_core.geometry import MOE, ModelConfig
 from elastic_core.model import Cache, ElasticNemotronH
 from elastic_core.recipe import Evaluation
 from elastic_core.schema import to_dict
@@ -131,6 +131,11 @@ def evaluate(
             random_seed=random_seed,
         )
 
+    config = checkpoint.read_config(Path(teacher.path))
+
+    def active(subnet: Subnet) -> int | None:
+        return active_params(config, subnet) if config.layers_of(MOE) else None
+
     def measured(budget: checkpoint.ResolvedBudget) -> BudgetEvaluation:
         model = slices[budget.name]
         loss = run(measure_loss, model=model, teacher=teacher, corpus=corpus, settings=text, dtype=dtype)
@@ -139,6 +144,7 @@ def evaluate(
         return BudgetEvaluation(
             budget=budget.name,
             params=decoding.params,
+            active_params=active(budget.subnet),
             weight_bytes=decoding.weight_bytes,
             memory_bytes=decoding.memory_bytes,
             cross_entropy=loss.cross_entropy,
@@ -151,10 +157,11 @@ def evaluate(
         )
 
     whole = run(measure_loss, model=teacher, teacher=teacher, corpus=corpus, settings=text, dtype=dtype)
-    answers, config = answered(teacher), checkpoint.read_config(Path(teacher.path))
+    answers, full = answered(teacher), full_subnet(config)
     return EvaluationRecord(
         conditions=whole.conditions,
-        teacher_params=subnet_params(config, full_subnet(config)),
+        teacher_params=subnet_params(config, full),
+        teacher_active_params=active(full),
         teacher_cross_entropy=whole.cross_entropy,
         teacher_accuracy=answers.accuracy if answers else None,
         heldout_tokens=whole.tokens,

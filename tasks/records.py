@@ -40,7 +40,8 @@ class BudgetEvaluation:
     Cross-entropies and KL to the teacher are in nats a token, on held-out data. `cut_cross_entropy` is that of the
     reordered teacher cut at the same subnet with no training, `random_cut_cross_entropy` that of the teacher in random
     order. `accuracy` is the share of held-out problems answered exactly, by kind of problem in `accuracy_by_task`.
-    `tokens_per_second` is that of decoding; `memory_bytes` is weights plus the caches of the decoded batch.
+    `tokens_per_second` is that of decoding; `memory_bytes` is weights plus the caches of the decoded batch. Of a model
+    with experts `active_params` are the parameters that a token passes through.
     """
 
     budget: str
@@ -54,6 +55,7 @@ class BudgetEvaluation:
     tokens_per_second: float
     accuracy: float | None = None
     accuracy_by_task: Mapping[str, float] = field(default_factory=dict)
+    active_params: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +96,7 @@ class EvaluationRecord:
     heldout_tokens: int
     problems: int
     budgets: tuple[BudgetEvaluation, ...]
+    teacher_active_params: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from elastic_core.budget import WHOLE, Budget
-from elastic_core.cost import subnet_params
+from elastic_core.cost import active_params, subnet_params
 from elastic_core.files import checkpoint, shapes
 from elastic_core.files.side_files import CARD_FILE
+from elastic_core.geometry import MOE, ModelConfig
 from elastic_core.recipe import Recipe, Stage
 from elastic_core.schema import to_dict
 from elastic_core.subnet import full_subnet
@@ -257,6 +258,8 @@ def members(
         }
         if measured.accuracy is not None:
             metrics["accuracy"] = measured.accuracy
+        if measured.active_params is not None:
+            metrics["active_params"] = measured.active_params
         model = tracking.model_name(recipe.family, measured.budget)
         command = f"elastic pull {model}:{tracking.NUMBER} -o {model}"
         how = f"`{command}` or any MLflow client"
@@ -298,7 +301,8 @@ def register_size(model: str, slice_: Artifact, budget: Budget) -> str:
     registry = tracking.identity(settings.registry)
     parts = {budget.name: slice_}
     version = f"{origin.tags[tracking.VERSION]}-{fingerprint(parts, registry)[:12]}"
-    params = subnet_params(config := checkpoint.read_config(Path(slice_.path)), full_subnet(config))
+    sizes = _sizes(checkpoint.read_config(Path(slice_.path)))
+    params = sizes["params"]
     store = artifacts.open_store(settings)
     manifest = artifacts.published(store, family, version) or artifacts.publish(
         store,
@@ -319,7 +323,7 @@ def register_size(model: str, slice_: Artifact, budget: Budget) -> str:
             tracking.Member(
                 budget=budget.name,
                 source=f"{artifacts.version_uri(settings.bucket, family, version)}/{budget.name}",
-                metrics={"params": params},
+                metrics=sizes,
                 tags={
                     tracking.PARAMS: str(params),
                     tracking.STORED: str(sum(file.size for file in manifest.files)),
@@ -335,3 +339,11 @@ def register_size(model: str, slice_: Artifact, budget: Budget) -> str:
     if not artifacts.is_published(store, manifest):  # until now nothing pointed to it
         raise ServiceError(f"{version} of {family} was removed by elastic gc; try again", transient=True)
     return f"{made[budget.name].name}:{made[budget.name].version}"
+
+
+def _sizes(config: ModelConfig) -> dict[str, int]:
+    """The parameters of a checkpoint and, where it has experts, those that a token passes through."""
+    full = full_subnet(config)
+    return {"params": subnet_params(config, full)} | (
+        {"active_params": active_params(config, full)} if config.layers_of(MOE) else {}
+    )

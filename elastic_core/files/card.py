@@ -8,11 +8,13 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from elastic_core.geometry import ModelConfig
+from elastic_core.cost import active_params
+from elastic_core.geometry import MOE, ModelConfig
 from elastic_core.layers.kinds import KINDS
+from elastic_core.subnet import full_subnet
 
 if TYPE_CHECKING:
-    from elastic_core.files.checkpoint import Family
+    from elastic_core.files.checkpoint import Family, ResolvedBudget
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?=@|$)")
 LICENSE = ("license", "license_name", "license_link")
@@ -46,6 +48,7 @@ def slice_card(config: ModelConfig, *, params: int, zeros: int, dtype: str, fami
     padding = f" and {zeros:,} zeros that pad FFN layers to one width" if zeros else ""
     shape = {
         "parameters": f"{params:,}{padding}",
+        "active parameters": f"{active_params(config, full_subnet(config)):,}" if config.layers_of(MOE) else None,
         "dtype": dtype,
         "layers": f"{config.num_layers}: `{config.hybrid_override_pattern}`",
         "hidden size": config.hidden_size,
@@ -77,12 +80,17 @@ def family_card(config: ModelConfig, family: "Family") -> str:
             "One set of weights that holds every size below, and loads as the full model. `elastic slice DIRECTORY`",
             "cuts out a size, or any size between.",
             "",
-            *_table({budget.name: f"{budget.params:,} parameters" for budget in family.budgets}),
+            *_table({budget.name: _size(config, budget) for budget in family.budgets}),
             *_made_from(family.lineage),
             *_SCORES,
             _LOADING,
         ]
     )
+
+
+def _size(config: ModelConfig, budget: "ResolvedBudget") -> str:
+    active = f", {active_params(config, budget.subnet):,} of them active" if config.layers_of(MOE) else ""
+    return f"{budget.params:,} parameters{active}"
 
 
 _SCORES = [

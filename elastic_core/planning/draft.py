@@ -7,7 +7,7 @@ from typing import Any
 
 from elastic_core.budget import Budget
 from elastic_core.cost import LatencyTable, budget_cost
-from elastic_core.geometry import GROUPS, LAYER_AXES, Axes, ModelConfig
+from elastic_core.geometry import EXPERTS_MULTIPLE, GROUPS, LAYER_AXES, MOE, Axes, ModelConfig
 from elastic_core.planning.machine import Accelerator
 from elastic_core.planning.plan import RecipePlan, check_budgets, plan_recipe
 from elastic_core.planning.stages import StagePlan
@@ -88,9 +88,9 @@ def _around(model: ModelConfig, reach: float) -> Axes:
     layers, widths = model.num_layers, dict[str, Any]()
     for axis in Axes.WIDTHS:
         if full := max(model.full_sizes(axis), default=0):
-            step = model.groups(axis) if axis in GROUPS else _step(full)
+            step = model.groups(axis) if axis in GROUPS else _step(model, full)
             widths[axis] = _choices(full, reach**2 if axis == "ffn" else reach, step)
-    hidden = _choices(model.hidden_size, reach, _step(model.hidden_size))
+    hidden = _choices(model.hidden_size, reach, _step(model, model.hidden_size))
     return Axes(hidden=hidden, depth=_choices(layers, (1 + reach) / 2, max(1, layers // 31)), **widths)
 
 
@@ -120,10 +120,14 @@ def _choices(full: int, share: float, step: int) -> tuple[int, ...]:
     return tuple(sizes[round(i * (len(sizes) - 1) / max(1, last))] for i in range(last + 1))
 
 
-def _step(full: int) -> int:
-    """The power of two that the choices of a width are multiples of: 128, or what divides a small or uneven width."""
+def _step(model: ModelConfig, full: int) -> int:
+    """The power of two that the choices of a width are multiples of: 128, or what divides a small or uneven width.
+
+    Of a model with experts at least EXPERTS_MULTIPLE, which their widths have to be multiples of.
+    """
+    least = EXPERTS_MULTIPLE if model.layers_of(MOE) else 1
     powers = (1, 2, 4, 8, 16, 32, 64, 128)
-    return max(power for power in powers if power == 1 or (full % power == 0 and full >= 16 * power))
+    return max(power for power in powers if power <= least or (full % power == 0 and full >= 16 * power))
 
 
 def _stage(name: str, model: ModelConfig, budgets: Sequence[Budget], length: int, tokens: float, gpus: int) -> Stage:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastic_core.budget import Budget, Dtype
-from elastic_core.cost import DTYPE_BYTES, Cost, LatencyCost, LatencyTable, budget_cost, subnet_params
+from elastic_core.cost import DTYPE_BYTES, Cost, LatencyCost, LatencyTable, active_params, budget_cost, subnet_params
 from elastic_core.geometry import GROUPS, ModelConfig
 from elastic_core.planning.machine import ELSEWHERE, Accelerator, Place
 from elastic_core.planning.stages import StagePlan, StageWork
@@ -29,6 +29,7 @@ WIDTH_STEP = 64
 class BudgetPlan:
     """A budget and an example of a subnet within it; `cost` and `target` are in what the budget counts.
 
+    `active_params` are those that a token passes through.
     Where no subnet of the axes is within it (`feasible` is False), the example is the smallest there is, and `choices`
     has the axes that one smaller choice would open: the largest choice that does.
     """
@@ -39,6 +40,7 @@ class BudgetPlan:
     cost: int
     subnet: Subnet
     params: int
+    active_params: int
     bytes: int
     choices: Mapping[str, int]
 
@@ -54,6 +56,7 @@ class RecipePlan:
     dtype: Dtype
     model: ModelConfig
     teacher_params: int
+    teacher_active_params: int
     least_params: int
     accelerator: Accelerator
     gpus: tuple[int, ...]
@@ -132,6 +135,7 @@ def plan_recipe(
         dtype=recipe.dtype,
         model=model,
         teacher_params=subnet_params(model, full_subnet(model)),
+        teacher_active_params=active_params(model, full_subnet(model)),
         least_params=subnet_params(model, smallest_subnet(model, elastic.axes, elastic.layer_ranking)),
         accelerator=accelerator,
         gpus=tuple(gpus),
@@ -202,6 +206,7 @@ def _plan_budgets(router: Router, recipe: Recipe) -> tuple[BudgetPlan, ...]:
                 cost=counted.of(subnet),
                 subnet=subnet,
                 params=params,
+                active_params=active_params(elastic.config, subnet),
                 bytes=params * DTYPE_BYTES[recipe.dtype],
                 choices=dict(_opening_choices(elastic, counted, smallest, target)) if target and not feasible else {},
             )

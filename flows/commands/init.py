@@ -28,11 +28,11 @@ SCHEMA = Path(__file__).parents[2] / "infra/recipes/recipe.schema.json"
 CALIBRATION_SHARE = 20  # one token in so many that are trained on, at most, is one to rank by
 COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
-_TARGET = re.compile(r"([0-9][0-9.]*(?:e[+]?[0-9]+)?) ?([A-Za-z]*)(@.*)?", re.IGNORECASE)
+_TARGET = re.compile(r"(a?)([0-9][0-9.]*(?:e[+]?[0-9]+)?) ?([A-Za-z]*)(@.*)?", re.IGNORECASE)
 
 
 def parse_budgets(texts: Sequence[str], params: int) -> list[dict[str, Any]]:
-    """Budgets from texts such as 9b, s=740e6, 16GiB@ctx=131072 and fast=12ms, as a recipe has them, the teacher first.
+    """Budgets from texts such as 9b, s=740e6, a3b, 16GiB@ctx=131072 and 12ms, as a recipe has them, the teacher first.
 
     `params` are the teacher's. Without a text, two sizes in the paper's proportions.
     """
@@ -47,21 +47,24 @@ def _budget(text: str) -> dict[str, Any]:
     head, equals, tail = text.partition("=")
     name, target = (head, tail) if equals and NAME.fullmatch(head) else ("", text)
     found = _TARGET.fullmatch(target.strip())
-    unit = found[2] if found else ""
-    if found and not found[3] and unit.lower() in COUNTS:
+    active, amount, unit, serving = found.groups("") if found else ("", "", "", "")
+    if found and not serving and unit.lower() in COUNTS:
         try:
-            params = round(float(found[1]) * COUNTS[unit.lower()])
+            params = round(float(amount) * COUNTS[unit.lower()])
         except (ValueError, OverflowError):
             params = 0
         if params > 0:
-            return {"name": name or _size_name(params), "params": params}
-    if found and (found[3] or unit in BYTE_UNITS or unit in SECOND_UNITS):
+            return {
+                "name": name or active.lower() + _size_name(params),
+                "active_params" if active else "params": params,
+            }
+    if found and not active and (serving or unit in BYTE_UNITS or unit in SECOND_UNITS):
         kind = "latency" if unit in SECOND_UNITS else "memory"
-        default = f"{found[1]}{unit}".lower().replace(".", "_")
+        default = f"{amount}{unit}".lower().replace(".", "_")
         return {"name": name or default, kind: target.strip()}
     raise ValueError(
-        f"--budget is {text!r}; expected parameters, memory or latency, such as 9b, 16GiB@ctx=131072 or 12ms, and "
-        "before it NAME= if it is to have a name of its own"
+        f"--budget is {text!r}; expected parameters, active parameters, memory or latency, such as 9b, a3b, "
+        "16GiB@ctx=131072 or 12ms, and before it NAME= if it is to have a name of its own"
     )
 
 

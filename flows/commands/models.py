@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
-from elastic_core.cost import subnet_params
+from elastic_core.cost import active_params, subnet_params
 from elastic_core.files.checkpoint import read_config, read_family
+from elastic_core.geometry import MOE
 from elastic_core.model import ElasticNemotronH
 from elastic_core.subnet import Subnet, full_subnet
 from elastic_core.training.job import load_model
@@ -20,4 +21,6 @@ def load(checkpoint: Path, budget: str | None) -> tuple[ElasticNemotronH, Subnet
 
 def describe(directory: Path) -> str:
     config = read_config(directory)
-    return f"{subnet_params(config, full_subnet(config)):,} parameters, {config.num_layers} layers"
+    full = full_subnet(config)
+    active = f"{active_params(config, full):,} of them active, " if config.layers_of(MOE) else ""
+    return f"{subnet_params(config, full):,} parameters, {active}{config.num_layers} layers"

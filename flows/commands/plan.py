@@ -95,8 +95,9 @@ def print_plan(plan: RecipePlan, table: LatencyTable | None = None) -> None:
     """Print the plan to standard output: tables, then what they do not show, and what would have to change."""
     console = wide_console()
     share = percent(plan.least_params / plan.teacher_params, 1)
+    active = f", {plan.teacher_active_params:,} of them active," if plan.model.layers_of(MOE) else ""
     console.print(
-        f"{plan.family}: a teacher of {plan.teacher_params:,} parameters in {plan.model.num_layers} layers; "
+        f"{plan.family}: a teacher of {plan.teacher_params:,} parameters{active} in {plan.model.num_layers} layers; "
         f"its axes reach down to {plan.least_params:,} ({share})",
         highlight=False,
     )
@@ -119,6 +120,7 @@ def _budget_row(plan: RecipePlan, budget: BudgetPlan, table: LatencyTable | None
         "budget": budget.budget.name,
         "target": _target(plan, budget, table),
         "parameters": f"{budget.params:,}",
+        **({"active": f"{budget.active_params:,}"} if plan.model.layers_of(MOE) else {}),
         "share": percent(budget.params / plan.teacher_params, 1),
         "used": percent(budget.cost / budget.target, 1) if budget.target is not None else "-",
         "weights": human_bytes(budget.bytes),
@@ -139,7 +141,7 @@ def _shape(subnet: Subnet) -> dict[str, str]:
 
     return {
         "hidden": str(subnet.hidden),
-        "ffn": sizes(subnet.ffn),
+        **({"ffn": sizes(subnet.ffn)} if subnet.ffn else {}),
         "mamba": f"{sizes(subnet.mamba_heads)} x {subnet.mamba_head_dim}",
         "heads": sizes(subnet.attention_heads),
         "layers": str(subnet.depth),

@@ -85,6 +85,8 @@ def _sizes(version: tracking.ModelVersion) -> Iterator[str]:
     metrics, tags = version.metrics, version.tags
     if "params" in metrics:
         yield f"{metrics['params']:,.0f} parameters"
+    if "active_params" in metrics:
+        yield f"{metrics['active_params']:,.0f} of them active"
     if "weight_bytes" in metrics:
         yield f"{human_bytes(metrics['weight_bytes'])} of weights"
     if stored := tags.get(tracking.STORED):

@@ -49,7 +49,7 @@ def any_size(checkpoint: Path, option: str, size: float | str, profile: Path | N
         if not math.isfinite(size):
             raise ValueError(f"{option} {size} is not a size; give a number of parameters, such as 7.5e9")
         size = int(size)
-    kind = option.removeprefix("--")
+    kind = option.removeprefix("--").replace("-", "_")
     budget = build(Budget, {"name": kind, kind: size})
     family = read_family(checkpoint)
     if profile is not None:

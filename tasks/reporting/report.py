@@ -144,6 +144,7 @@ def _shape_rows(run: Run) -> list[dict[str, str]]:
                 "budget": budget.budget,
                 "target": targets.get(budget.budget, "full"),
                 "parameters": f"{budget.params:,}",
+                **({} if budget.active_params is None else {"active": f"{budget.active_params:,}"}),
                 "share": percent(budget.params / run.evaluation.teacher_params),
                 "hidden": str(subnet.hidden),
                 f"layers {' / '.join(named)}": f"{len(kinds)}: " + " / ".join(str(kinds.count(kind)) for kind in named),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from nano import NANO_9B, NANO_12B
+from nano import NANO_9B, NANO_12B, NANO_30B
 
 from elastic_core.files.checkpoint import disk_name, tensor_shapes
 from elastic_core.files.stock_config import write_config
@@ -37,6 +37,7 @@ def random_model(seed: int) -> ModelConfig:
 MODELS = {
     "12b": replace(NANO_12B, max_position_embeddings=131072),
     "9b": replace(NANO_9B, max_position_embeddings=131072),
+    "30b": replace(NANO_30B, max_position_embeddings=131072),
     **{f"random-{seed}": random_model(seed) for seed in range(10)},
 }
 

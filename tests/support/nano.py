@@ -23,6 +23,24 @@ NANO_9B = dataclasses.replace(
     hidden_size=4480,
     intermediate_size=15680,
 )
+NANO_30B = ModelConfig(
+    hybrid_override_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+    hidden_size=2688,
+    intermediate_size=1856,
+    num_attention_heads=32,
+    num_key_value_heads=2,
+    head_dim=128,
+    mamba_num_heads=64,
+    mamba_head_dim=64,
+    ssm_state_size=128,
+    n_groups=8,
+    vocab_size=131072,
+    n_routed_experts=128,
+    num_experts_per_tok=6,
+    moe_intermediate_size=1856,
+    moe_shared_expert_intermediate_size=3712,
+    routed_scaling_factor=2.5,
+)
 
 # Nano's proportions at a hidden size that two CPU cores can train.
 NANO_97M = ModelConfig(

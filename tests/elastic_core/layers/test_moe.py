@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nano import NANO_30B
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, NemotronHConfig, NemotronHForCausalLM
@@ -64,24 +65,6 @@ CASES = {
         "norm_topk_prob": False,
     },
 }
-NANO_30B = ModelConfig(
-    hybrid_override_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
-    hidden_size=2688,
-    intermediate_size=1856,
-    num_attention_heads=32,
-    num_key_value_heads=2,
-    head_dim=128,
-    mamba_num_heads=64,
-    mamba_head_dim=64,
-    ssm_state_size=128,
-    n_groups=8,
-    vocab_size=131072,
-    n_routed_experts=128,
-    num_experts_per_tok=6,
-    moe_intermediate_size=1856,
-    moe_shared_expert_intermediate_size=3712,
-    routed_scaling_factor=2.5,
-)
 
 Maker = Callable[..., NemotronHForCausalLM]
 
@@ -195,10 +178,22 @@ def one_hot_masks(config: ModelConfig, subnet: Subnet) -> Masks:
 
 def test_nano_30b_has_its_published_parameters_in_all_and_for_a_token():
     full = full_subnet(NANO_30B)
-    idle = sum(KINDS[shape.kind].idle_params(NANO_30B, shape) for shape in cost.shapes(NANO_30B, full))
     assert cost.subnet_params(NANO_30B, full) == 31_577_940_288
-    assert cost.subnet_params(NANO_30B, full) - idle == 3_580_076_352
+    assert cost.active_params(NANO_30B, full) == 3_580_076_352
     assert len(checkpoint.tensor_places(NANO_30B)) == 6243
+
+
+def test_active_parameters_are_those_that_a_token_passes_through(saved):
+    """A cache holds the weights that a token's pass reads; embedding, output head and norms are read beside them."""
+    model, rng = load(saved), random.Random(0)
+    for subnet in (full_subnet(model.config), *(random_subnet(model.config, rng) for _ in range(8))):
+        cache = Cache()
+        with torch.no_grad():
+            model(tokens(model.config, 1)[:1], subnet, cache=cache)
+        read = sum(weight.numel() for of_layer in cache.weights.values() for weight in of_layer.values())
+        norms = (len(subnet.layers) + 1) * subnet.hidden
+        outside = 2 * model.config.vocab_size * subnet.hidden
+        assert cost.active_params(model.config, subnet) == read + norms + outside
 
 
 # Files

@@ -20,7 +20,8 @@ from elastic_core.geometry import Axes, ModelConfig
 from elastic_core.importance import importance_order, width_scores
 from elastic_core.model import ElasticNemotronH
 from elastic_core.recipe import Distillation, Optimizer, Stage
-from elastic_core.router import ElasticModel, Router, expected_params, soft_subnet
+from elastic_core.resolve import resolve_budgets, resolve_target
+from elastic_core.router import ElasticModel, Router, expected_cost, expected_params, soft_subnet
 from elastic_core.schema import build, to_dict
 from elastic_core.subnet import Subnet, full_subnet, is_nested
 from elastic_core.training import job
@@ -159,6 +160,34 @@ def test_a_family_with_experts_is_ranked_routed_trained_and_sliced(model, tmp_pa
         assert sum(weight.numel() for weight in sliced.values()) == budget.params
         found, expected = logits(tmp_path / budget.name), logits(work / "family", budget.subnet)
         assert float((found - expected).abs().max()) <= FLOAT64 * float(expected.abs().max())
+
+
+def test_a_budget_of_active_parameters_is_met_and_a_routers_expectation_is_its_mean():
+    elastic = ElasticModel(CONFIG, AXES.bind(CONFIG), RANKING)
+    axes = elastic.axes
+    probabilities = {
+        axis: torch.rand(1, len(axes.choices(axis)), generator=generator(axis), dtype=torch.float64).softmax(-1)
+        for axis in axes.names
+    }
+    budget, mean, sizes = Budget(name="s", active_params=6000), 0.0, set[int]()
+    for picked in product(*(range(len(axes.choices(axis))) for axis in axes.names)):
+        subnet = elastic.subnet({axis: [axes.choices(axis)[i]] for axis, i in zip(axes.names, picked, strict=True)})
+        likely = float(torch.stack([probabilities[a][0, i] for a, i in zip(axes.names, picked, strict=True)]).prod())
+        mean += likely * cost.active_params(CONFIG, subnet)
+        sizes.add(cost.active_params(CONFIG, subnet))
+    found = expected_cost(elastic, probabilities, elastic.cost_of(budget))
+    assert float(found) == pytest.approx(mean, rel=FLOAT64)
+
+    router = Router(elastic, 2, 8)
+    router.initialise(generator("router"))
+    large, small = resolve_budgets(router, (Budget(name="l"), budget))
+    assert large == full_subnet(CONFIG)
+    assert cost.active_params(CONFIG, small) <= 6000 and is_nested(small, large)
+    for target in sorted(sizes):
+        exact = Budget(name="any", active_params=target)
+        assert cost.active_params(CONFIG, resolve_target(router, [large], exact)) <= target
+    with pytest.raises(ValueError, match=f"{min(sizes) - 1:,} active parameters is below the smallest subnet"):
+        resolve_target(router, [large], Budget(name="any", active_params=min(sizes) - 1))
 
 
 def test_several_processes_do_not_train_experts_together(model):

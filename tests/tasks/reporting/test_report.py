@@ -266,6 +266,12 @@ def test_the_table_has_the_teacher_and_then_the_budgets_from_the_largest() -> No
     assert [int(row["parameters"].replace(",", "")) for row in rows[1:]] == [PARAMS["l"], PARAMS["m"], PARAMS["s"]]
 
 
+def test_of_experts_the_table_has_the_parameters_that_a_token_passes_through() -> None:
+    rows = summary.summary_table(evaluation(budget("s", active_params=1_234), teacher_active_params=5_678))
+    assert [row["active"] for row in rows] == ["5,678", "1,234"]
+    assert "active" not in summary.summary_table(evaluation(budget("s")))[0]
+
+
 def test_recovered_is_the_won_share_of_what_cutting_lost() -> None:
     small = budget("s", cut_cross_entropy=TEACHER_LOSS + 2.0, cross_entropy=TEACHER_LOSS + 0.25)
     rows = summary.summary_table(evaluation(small))
