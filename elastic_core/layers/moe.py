@@ -60,10 +60,15 @@ class _Expert(nn.Module):
 
 
 class Mixture(Mixer):
-    """Routed experts and a shared one at any subnet. An expert that no token chose is not read."""
+    """Routed experts and a shared one at any subnet. An expert that no token chose is not read, unless `runs_idle`.
+
+    Where several processes train together, a weight's gradient is averaged over all of them, so that each process needs
+    one of every kept expert: `runs_idle` runs those that no token chose on no rows, and their gradients are zero.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
+        self.runs_idle = False
         hidden, channels = config.hidden_size, expert_channels(config, config.hidden_size)
         self.gate = _Gate(config)
         self.experts = nn.ModuleList(
@@ -151,8 +156,8 @@ class Mixture(Mixer):
     ) -> Tensor:
         """What the chosen experts make of each token, (N, S, W), before the gates weigh it.
 
-        Tokens are sorted by expert, and each chosen expert runs once. Rows are permuted and never added by index, so
-        that the sums of a gradient have one order on every device (C6).
+        Tokens are sorted by expert, and each chosen expert runs once, with `runs_idle` every kept one. Rows are
+        permuted and never added by index, so that the sums of a gradient have one order on every device (C6).
         """
         if self.config.moe_latent_size is not None:
             x_ND = F.linear(x_ND, self._weight("fc1_latent_proj.weight", kept, cache))
@@ -162,7 +167,7 @@ class Mixture(Mixer):
         counts = chosen_NS.flatten().bincount(minlength=len(names)).tolist()
         outputs = list[Tensor]()
         for expert, rows_RW in zip(names, sorted_RW.split(counts), strict=True):
-            if len(rows_RW):
+            if len(rows_RW) or (self.runs_idle and torch.is_grad_enabled()):
                 h_RF = squared_relu_(F.linear(rows_RW, self._weight(f"{expert}.up_proj.weight", kept, cache)))
                 if mask_F is not None:
                     h_RF = h_RF * mask_F.to(h_RF.dtype)

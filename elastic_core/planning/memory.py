@@ -9,6 +9,7 @@ saves several times what the fused one does, and is not planned for.
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from math import ceil
 
@@ -19,6 +20,7 @@ from elastic_core.layers.kind import FLOAT32_BYTES, Shape
 from elastic_core.layers.kinds import KINDS
 from elastic_core.layers.tiles import GPU_VALUES
 from elastic_core.layout import Layout
+from elastic_core.model import keeps_type
 from elastic_core.recipe import Distillation
 from elastic_core.subnet import Subnet, full_subnet
 from elastic_core.training.losses import default_chunk_tokens
@@ -101,16 +103,17 @@ class _Moment:
 
 
 def training_memory(model: ModelConfig, step: MicroStep, *, gpus: int, router_params: int = 0) -> Memory:
-    """The memory of one of `gpus` that divide the weights (parallel.py); every one holds the router whole."""
-    params = ParamsCost(model=model).of(full_subnet(model))
-    mine = ceil(params / gpus) + router_params
+    """The memory of one of `gpus` that divide the weights (parallel.py); every one holds the routers whole."""
+    params, undivided = ParamsCost(model=model).of(full_subnet(model)), _undivided(model)
+    shard = ceil((params - undivided) / gpus)
+    mine = shard + undivided + router_params
     moments = _moments(model, step) if gpus > 1 else _moments_alone(model, step)
     most = max(moments, key=lambda moment: moment.total)
     return Memory(
         parameters=FLOAT32_BYTES * mine,
         gradients=FLOAT32_BYTES * mine,
         optimizer=2 * FLOAT32_BYTES * mine,
-        teacher=step.width * ceil(params / gpus) if step.has_teacher else 0,
+        teacher=step.width * shard + FLOAT32_BYTES * undivided if step.has_teacher else 0,
         gathered=most.gathered,
         activations=most.activations,
         working=most.working,
@@ -268,7 +271,7 @@ def _autocast_copies(model: ModelConfig, step: MicroStep) -> int:
 def _joined(model: ModelConfig, step: MicroStep, layer: int, shape: Shape) -> int:
     """The copies that `take` makes of a layer's matrices where they are not one prefix, for autograd to keep."""
     kept = shape.kept(model)
-    return step.width * sum(w.numel(kept) for w in _matrices(model, layer) if w.is_joined(kept))
+    return step.width * sum(w.numel(kept) for w in _matrices(model, layer).values() if w.is_joined(kept))
 
 
 def root_matrices(model: ModelConfig) -> int:
@@ -276,11 +279,20 @@ def root_matrices(model: ModelConfig) -> int:
     return 2 * model.vocab_size * model.hidden_size
 
 
+@cache
 def matrix_params(model: ModelConfig, layer: int) -> int:
-    """Elements of the matrices of a whole layer: what FSDP2 shards."""
-    return sum(weight.numel() for weight in _matrices(model, layer))
+    """Elements of the matrices of a whole layer that FSDP2 shards: all but the router of experts."""
+    return sum(weight.numel() for name, weight in _matrices(model, layer).items() if not keeps_type(name, 2))
 
 
-def _matrices(model: ModelConfig, layer: int) -> list[Layout]:
+@cache
+def _undivided(model: ModelConfig) -> int:
+    """Elements of the routers of experts, which every process holds whole, as parallel.py has it."""
+    matrices = (item for layer in range(model.num_layers) for item in _matrices(model, layer).items())
+    return sum(weight.numel() for name, weight in matrices if keeps_type(name, 2))
+
+
+@cache
+def _matrices(model: ModelConfig, layer: int) -> dict[str, Layout]:
     laid_out = KINDS[model.hybrid_override_pattern[layer]].mixer.lay_out(model, layer)
-    return [weight for weight in laid_out.values() if len(weight.dims) == 2]
+    return {f"mixer.{name}": weight for name, weight in laid_out.items() if len(weight.dims) == 2}

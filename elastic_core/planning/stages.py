@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from elastic_core.budget import Dtype
 from elastic_core.cost import subnet_params
-from elastic_core.geometry import MOE, ModelConfig
+from elastic_core.geometry import ModelConfig
 from elastic_core.planning.flops import backward_flops, forward_flops, recomputed_flops
 from elastic_core.planning.machine import LEAST_MARGIN, Accelerator
 from elastic_core.planning.memory import Memory, MicroStep, activation_bytes, host_bytes, training_memory
@@ -230,12 +230,7 @@ class StageWork:
         return self.sent(hybrid, gpus)[1] if hybrid != self.stage and self.change(hybrid, gpus) else None
 
     def divides(self, stage: Stage, gpus: int) -> bool:
-        """Whether the batch, and the rows that share a budget, divide among so many GPUs, and these among hosts.
-
-        Layers of experts train in one process.
-        """
-        if gpus > 1 and self.model.layers_of(MOE):
-            return False
+        """Whether the batch, and the rows that share a budget, divide among so many GPUs, and these among hosts."""
         together, shards = stage.budget_rows or gpus, self.shards(stage, gpus)
         return stage.batch_size % (stage.micro_batch_size * gpus) == together % gpus == gpus % shards == 0
 

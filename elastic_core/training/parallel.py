@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from elastic_core.files.shards import StoredTensor, staged_directory
-from elastic_core.geometry import MOE
-from elastic_core.model import ElasticNemotronH, is_matrix
+from elastic_core.layers.moe import Mixture
+from elastic_core.model import ElasticNemotronH, keeps_type
 from elastic_core.recipe import Sharding
 from elastic_core.training.offload import InputsOnHost
 
@@ -160,21 +160,18 @@ def recompute_layers(model: ElasticNemotronH, *, offload: bool = False) -> None:
 def shard(model: ElasticNemotronH, world: World, dtype: torch.dtype) -> None:
     """Leave each process its rows of every matrix; gather each layer in `dtype` while it runs.
 
-    What is no matrix stays whole in every process, in its own type. Embeddings, last norm and head are one unit, which
-    stays gathered after the forward pass, because the loss uses the head. Gradients of matrices are averaged in
-    float32 over the processes that divide them, after every micro-step; over the hosts that have copies, and those of
-    all else, by `World.average_gradients`, once a step.
+    What is no matrix, and the router of experts, stays whole in every process, in its own type. Embeddings, last norm
+    and head are one unit, which stays gathered after the forward pass, because the loss uses the head. Gradients of
+    matrices are averaged in float32 over the processes that divide them, after every micro-step; over the hosts that
+    have copies, and those of all else, by `World.average_gradients`, once a step.
     """
     if world.mesh is None:
         return
-    if model.config.layers_of(MOE):
-        raise ValueError(
-            f"{world.size} processes cannot train a mixture of experts together: they choose different experts, whose "
-            "gradients would not meet; train it in one process"
-        )
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    others = {weight for weight in model.parameters() if not is_matrix(weight)}
+    others = {weight for name, weight in model.named_parameters() if keeps_type(name, weight.ndim)}
     for layer in model.layers:
+        if isinstance(layer.mixer, Mixture):
+            layer.mixer.runs_idle = True
         fully_shard(layer, mesh=world.mesh, mp_policy=policy, ignored_params=others)
     fully_shard(model, mesh=world.mesh, mp_policy=policy, ignored_params=others, reshard_after_forward=False)
 

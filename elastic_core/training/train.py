@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from elastic_core.budget import Budget
-from elastic_core.model import ElasticNemotronH, is_matrix
+from elastic_core.model import ElasticNemotronH, is_matrix, keeps_type
 from elastic_core.recipe import Distillation, Stage
 from elastic_core.router import (
     Router,
@@ -98,12 +98,16 @@ def make_optimizer(student: ElasticNemotronH, router: Router | None, stage: Stag
     The embedding decays, as in Megatron, which trained the teachers. The router's parameters have a rate of their own.
     """
     settings = stage.optimizer
-    matrices = [weight for weight in student.parameters() if is_matrix(weight)]
-    others = [weight for weight in student.parameters() if not is_matrix(weight)]
+    named = list(student.named_parameters())
+    matrices = [weight for name, weight in named if not keeps_type(name, weight.ndim)]
+    others = [weight for _, weight in named if not is_matrix(weight)]
     groups: list[dict[str, Any]] = [
         {"params": matrices, "peak": settings.learning_rate, "weight_decay": settings.weight_decay},
         {"params": others, "peak": settings.learning_rate, "weight_decay": 0.0},
     ]
+    # Matrices that no processes divide; a fused step takes divided weights or whole ones.
+    if whole := [weight for name, weight in named if is_matrix(weight) and keeps_type(name, weight.ndim)]:
+        groups.append({"params": whole, "peak": settings.learning_rate, "weight_decay": settings.weight_decay})
     if router is not None and stage.router.mode != "frozen":
         groups.append({"params": list(router.parameters()), "peak": stage.router.learning_rate, "weight_decay": 0.0})
     return torch.optim.AdamW(groups, lr=0.0, betas=(settings.beta1, settings.beta2), fused=True)

@@ -17,8 +17,6 @@ from typing import Any
 import torch
 
 from elastic_core.budget import bytes_text
-from elastic_core.files.checkpoint import read_config
-from elastic_core.geometry import MOE
 from elastic_core.recipe import Stage
 from elastic_core.schema import to_dict
 from elastic_core.training.faults import Fault, forget_faults, reported_fault
@@ -84,14 +82,12 @@ class End:
 def train(job: TrainJob, *, processes: int | None = None, on_step: OnStep | None = None) -> None:
     """Run a job to its end; `on_step` is called with the metrics of each step, in order.
 
-    There is a process for every CUDA device of this machine, where the stage's batch divides among them; a model with
-    layers of experts has one process. A job whose processes were killed is started again, as long as it gets on. Raises
-    ValueError with the job's own message for what it refuses, a transient ServiceError for a full disk and the like,
-    TrainerDied for the rest.
+    There is a process for every CUDA device of this machine, where the stage's batch divides among them. A job whose
+    processes were killed is started again, as long as it gets on. Raises ValueError with the job's own message for what
+    it refuses, a transient ServiceError for a full disk and the like, TrainerDied for the rest.
     """
     if processes is None:
-        shared = not read_config(Path(job.student)).layers_of(MOE)
-        processes = processes_for(job.stage, torch.cuda.device_count() if shared else 1)
+        processes = processes_for(job.stage, torch.cuda.device_count())
     work = Path(job.work)
     work.mkdir(parents=True, exist_ok=True)
     (work / "job.json").write_text(json.dumps(to_dict(job), indent=2))

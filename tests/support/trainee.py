@@ -77,21 +77,27 @@ def documents_and_mask() -> dict[str, torch.Tensor]:
     return {"document_starts": starts[starts < 500], "learned": learned}
 
 
-def write_family(directory: Path) -> Path:
+def write_family(
+    directory: Path,
+    config: ModelConfig = CONFIG,
+    axes: Axes = AXES,
+    budgets: tuple[Budget, ...] = BUDGETS,
+    layer_ranking: tuple[int, ...] = (0, 2, 1, 3),
+) -> Path:
     """An elastic checkpoint with an untrained router."""
-    elastic = ElasticModel(CONFIG, AXES.bind(CONFIG), (0, 2, 1, 3))
-    router = Router(elastic, len(BUDGETS), 8)
+    elastic = ElasticModel(config, axes.bind(config), layer_ranking)
+    router = Router(elastic, len(budgets), 8)
     router.initialise(generator("router"))
-    model = ElasticNemotronH(CONFIG)
+    model = ElasticNemotronH(config)
     model.initialise(generator("model"))
-    described = checkpoint.Family(axes=AXES, budgets=(), layer_ranking=elastic.layer_ranking, lineage={})
+    described = checkpoint.Family(axes=axes, budgets=(), layer_ranking=layer_ranking, lineage={})
 
     def beside(staging: Path) -> None:
-        write_order(staging, identity_order(CONFIG))
+        write_order(staging, identity_order(config))
         shards.write_tensors(staging / checkpoint.ROUTER_FILE, router.state_dict())
-        checkpoint.write_family(staging, job.resolved_family(described, router, BUDGETS))
+        checkpoint.write_family(staging, job.resolved_family(described, router, budgets))
 
-    checkpoint.write_weights(directory, CONFIG, model.state_dict(), torch.float32, beside=beside)
+    checkpoint.write_weights(directory, config, model.state_dict(), torch.float32, beside=beside)
     return directory
 
 

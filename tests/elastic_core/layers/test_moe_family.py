@@ -1,5 +1,6 @@
 """A family with experts is ranked, routed, trained and sliced like any other."""
 
+import dataclasses
 import itertools
 from itertools import product
 from pathlib import Path
@@ -7,16 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from experts import AXES, BUDGETS, CONFIG, RANKING
 from safetensors.torch import save_file
 from torch import Tensor
 from trainee import ALONE
 
 from elastic_core import cost
 from elastic_core.budget import Budget
+from elastic_core.comparison import compare_orders
 from elastic_core.files import checkpoint, shards
-from elastic_core.files.reorder import reorder_checkpoint, write_order
+from elastic_core.files.reorder import identity_order, reorder_checkpoint, reorder_in_place, write_order
 from elastic_core.files.slicing import slice_checkpoint
-from elastic_core.geometry import Axes, ModelConfig
+from elastic_core.geometry import Axes
 from elastic_core.importance import importance_order, width_scores
 from elastic_core.model import ElasticNemotronH
 from elastic_core.recipe import Distillation, Optimizer, Stage
@@ -26,41 +29,9 @@ from elastic_core.schema import build, to_dict
 from elastic_core.subnet import Subnet, full_subnet, is_nested
 from elastic_core.training import job
 from elastic_core.training.curriculum import generator
-from elastic_core.training.parallel import World, shard
 from elastic_core.training.tokens import TokenBatch
 
 FLOAT64 = 1e-12  # rounding of sums in another order
-
-CONFIG = ModelConfig(
-    hybrid_override_pattern="ME*EM",
-    hidden_size=24,
-    intermediate_size=20,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=6,
-    mamba_num_heads=8,
-    mamba_head_dim=4,
-    ssm_state_size=4,
-    n_groups=2,
-    vocab_size=40,
-    chunk_size=8,
-    n_routed_experts=6,
-    num_experts_per_tok=2,
-    moe_intermediate_size=24,
-    moe_shared_expert_intermediate_size=20,
-    routed_scaling_factor=2.5,
-)
-AXES = Axes(
-    hidden=(24, 16),
-    mamba_heads=(8, 4),
-    attention_heads=(4, 2),
-    depth=(5, 4),
-    expert_ffn=(24, 16, 8),
-    experts=(6, 4),
-    shared_ffn=(20, 12),
-)
-BUDGETS = (Budget(name="l"), Budget(name="m", params=12000), Budget(name="s", params=8000))
-RANKING = (0, 2, 1, 4, 3)
 
 
 @pytest.fixture(scope="module")
@@ -190,10 +161,29 @@ def test_a_budget_of_active_parameters_is_met_and_a_routers_expectation_is_its_m
         resolve_target(router, [large], Budget(name="any", active_params=min(sizes) - 1))
 
 
-def test_several_processes_do_not_train_experts_together(model):
-    world = World(device=torch.device("cpu"), size=2, mesh=object())  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="2 processes cannot train a mixture of experts together"):
-        shard(model, world, torch.float32)
+def test_dropping_experts_by_reap_loses_less_than_dropping_them_at_random():
+    """Experts of every size, in no order: those that add least to the tokens that chose them lose least."""
+    model = ElasticNemotronH(CONFIG, "torch").double()
+    model.initialise(generator("uneven"))
+    draw = generator("sizes")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.mul_(20 if weight.ndim == 2 else 1)  # of fresh weights, a layer adds next to nothing
+            if ".mixer.experts." in name and "down_proj" in name:
+                weight.mul_(3 * torch.rand((), generator=draw) ** 2)
+    axes = Axes(experts=(6, 4)).bind(CONFIG)
+    order = importance_order(CONFIG, width_scores(model, batches()), RANKING, axes)
+    reorder_in_place(model.state_dict(), dataclasses.replace(identity_order(CONFIG), experts=order.experts), CONFIG)
+    inputs = batches()[0].inputs_BT
+    whole = model.logits(model(inputs, full_subnet(CONFIG))).log_softmax(-1)
+
+    def distance(subnet: Subnet) -> float:
+        cut = model.logits(model(inputs, subnet)).log_softmax(-1)
+        return float(F.kl_div(cut, whole, log_target=True, reduction="none").sum(-1).mean())
+
+    (cut,) = compare_orders(model, axes, RANKING, distance, random_orders=8, generator=generator("orders"))
+    assert (cut.axis, cut.size) == ("experts", 4)
+    assert cut.beats_random, cut
 
 
 def test_sizes_that_transformers_cannot_multiply_are_no_choices():
