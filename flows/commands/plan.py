@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from elastic_core.cost import LatencyTable, budget_cost
+from elastic_core.cost import DTYPE_BYTES, LatencyTable, budget_cost
 from elastic_core.files.checkpoint import CheckpointError, read_config
 from elastic_core.geometry import MOE, ModelConfig
 from elastic_core.planning.machine import LEAST_MARGIN, USABLE_SHARE, Place
@@ -101,8 +101,8 @@ def print_plan(plan: RecipePlan, table: LatencyTable | None = None) -> None:
         f"its axes reach down to {plan.least_params:,} ({share})",
         highlight=False,
     )
-    tables = (_budget_rows(plan, table), _stage_rows(plan), _work_rows(plan), _memory_rows(plan), _step_rows(plan))
-    for rows in (*tables, _time_rows(plan)):
+    tables = (_stage_rows(plan), _work_rows(plan), _memory_rows(plan), _step_rows(plan), _time_rows(plan))
+    for rows in (*_budget_tables(plan, table), *tables):
         console.print(text_table(rows))
     for line in [*_explanations(plan), *_verdicts(plan, table)]:
         console.print(line, highlight=False, soft_wrap=True)
@@ -111,8 +111,15 @@ def print_plan(plan: RecipePlan, table: LatencyTable | None = None) -> None:
 # Tables
 
 
-def _budget_rows(plan: RecipePlan, table: LatencyTable | None) -> list[dict[str, str]]:
-    return [_budget_row(plan, budget, table) for budget in plan.budgets]
+def _budget_tables(plan: RecipePlan, table: LatencyTable | None) -> Iterator[list[dict[str, str]]]:
+    """The budgets' sizes and shapes: one table, or with experts two, for then it would be too wide."""
+    sizes = [_budget_row(plan, budget, table) for budget in plan.budgets]
+    shapes = [_shape(budget.subnet) for budget in plan.budgets]
+    if plan.model.layers_of(MOE):
+        yield sizes
+        yield [{"budget": b.budget.name} | shape for b, shape in zip(plan.budgets, shapes, strict=True)]
+    else:
+        yield [size | shape for size, shape in zip(sizes, shapes, strict=True)]
 
 
 def _budget_row(plan: RecipePlan, budget: BudgetPlan, table: LatencyTable | None) -> dict[str, str]:
@@ -124,7 +131,6 @@ def _budget_row(plan: RecipePlan, budget: BudgetPlan, table: LatencyTable | None
         "share": percent(budget.params / plan.teacher_params, 1),
         "used": percent(budget.cost / budget.target, 1) if budget.target is not None else "-",
         "weights": human_bytes(budget.bytes),
-        **_shape(budget.subnet),
     }
 
 
@@ -146,7 +152,9 @@ def _shape(subnet: Subnet) -> dict[str, str]:
         "heads": sizes(subnet.attention_heads),
         "layers": str(subnet.depth),
         **(
-            {"experts": f"{subnet.experts} x {sizes(subnet.expert_ffn)}, {subnet.shared_ffn}"} if subnet.experts else {}
+            {"experts": f"{subnet.experts} x {sizes(subnet.expert_ffn)}", "shared expert": str(subnet.shared_ffn)}
+            if subnet.experts
+            else {}
         ),
     }
 
@@ -344,9 +352,11 @@ def _infeasible(plan: RecipePlan, budget: BudgetPlan, table: LatencyTable | None
 
 def _too_large(plan: RecipePlan, step: StepPlan) -> str:
     needed, usable = human_bytes(step.memory), human_bytes(plan.accelerator.usable)
-    return (
-        f"{step.name}: {needed} are needed on one GPU and {usable} are there. Lower its batch_size or sequence_length."
-    )
+    weights = 2 * plan.teacher_params * DTYPE_BYTES[plan.dtype]
+    remedy = "Lower its batch_size or sequence_length."
+    if weights > plan.accelerator.usable:
+        remedy = f"Teacher and largest size alone are {human_bytes(weights)}: it needs a GPU with more memory."
+    return f"{step.name}: {needed} are needed on one GPU and {usable} are there. {remedy}"
 
 
 def _tight(planned: StagePlan, mesh: MeshPlan) -> str:
@@ -375,9 +385,7 @@ def _copies(planned: StagePlan, mesh: MeshPlan, between: int) -> str:
 
 def _unfit(plan: RecipePlan, planned: StagePlan, mesh: MeshPlan) -> str:
     where = f"{planned.stage.name} on {mesh.gpus:,} GPU{'s' * (mesh.gpus > 1)}"
-    if mesh.gpus > 1 and plan.model.layers_of(MOE):
-        problem = "layers of experts train in one process"
-    elif mesh.micro_steps is None:
+    if mesh.micro_steps is None:
         problem = f"{planned.stage.batch_size:,} sequences do not divide into micro-batches for all"
     else:
         problem = f"{human_bytes(mesh.memory.total)} are needed and {human_bytes(plan.accelerator.usable)} are there"

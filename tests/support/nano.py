@@ -23,6 +23,7 @@ NANO_9B = dataclasses.replace(
     hidden_size=4480,
     intermediate_size=15680,
 )
+NANO_4B_PATTERN = "M-M-M-MM-M-M*-M-M*-M-M-M*-M-M-MM*-MMM-M-M-"  # of Nemotron 3 Nano 4B, made from NANO_9B
 NANO_30B = ModelConfig(
     hybrid_override_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
     hidden_size=2688,

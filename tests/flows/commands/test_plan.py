@@ -83,6 +83,21 @@ def test_the_papers_smaller_budgets_are_met() -> None:
         assert 0.98 * target <= budgets[name]["params"] <= target
 
 
+def test_a_recipe_of_experts_is_planned_with_all_parameters_and_the_active_ones() -> None:
+    path = str(RECIPES / "nano3-30b.yaml")
+    data = planned(path, "--gpus", "8,64")
+    assert (data["teacher_params"], data["teacher_active_params"]) == (31_577_940_288, 3_580_076_352)
+    assert data["feasible"] and data["fits_on"] == [64]
+    sizes = {b["budget"]["name"]: (b["params"] / 1e9, b["active_params"] / 1e9) for b in data["budgets"]}
+    assert sizes["23b"] == pytest.approx((23.1, 2.8), rel=0.01)
+    assert sizes["12b"] == pytest.approx((12.3, 2.0), rel=0.02)
+    assert sum(stage["tokens"] for stage in data["stages"]) == pytest.approx(160e9, rel=1e-3)
+    shown = printed(path, "--gpus", "8")
+    assert "31,577,940,288 parameters, 3,580,076,352 of them active" in " ".join(shown.split())
+    assert "23,103,289,152" in shown and "2,783,000,384" in shown, "no number is broken over lines"
+    assert "evaluation: 130 GB are needed" in shown and "it needs a GPU with more memory" in shown
+
+
 def test_the_small_recipe_fits_one_gpu_for_about_an_hour_and_recomputation_halves_its_memory() -> None:
     assert "It fits on 1 GPU." in printed(SMALL, "--gpus", "1")
     plan = planned(SMALL, "--gpus", "1")

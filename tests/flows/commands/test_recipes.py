@@ -4,12 +4,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from nano import NANO_12B
+import torch
+from nano import NANO_4B_PATTERN, NANO_9B, NANO_12B, NANO_30B
 
 from elastic_core.cost import subnet_params
 from elastic_core.resolve import resolve_budgets
 from elastic_core.router import ElasticModel, Router
-from elastic_core.subnet import is_nested
+from elastic_core.subnet import full_subnet, is_nested
 from elastic_core.training.curriculum import generator
 from flows.commands.plan import teacher_geometry
 from flows.commands.recipes import load_recipe
@@ -26,7 +27,7 @@ def test_the_papers_recipe_has_the_papers_numbers():
     assert first[1] == second[0] == pytest.approx(0.05 ** (5166 / steps), rel=2e-3)
 
 
-@pytest.mark.parametrize("name", ["tiny", "small", "nano-12b"])
+@pytest.mark.parametrize("name", [path.stem for path in sorted(RECIPES.glob("*.yaml"))])
 def test_a_recipes_budgets_resolve_to_nested_subnets_within_them(name):
     recipe = load_recipe(RECIPES / f"{name}.yaml")
     model = teacher_geometry(recipe)
@@ -39,8 +40,32 @@ def test_a_recipes_budgets_resolve_to_nested_subnets_within_them(name):
     assert all(is_nested(small, large) for large, small in pairwise(subnets))
 
 
-def test_the_papers_recipe_has_the_papers_teacher():
-    assert load_recipe(RECIPES / "nano-12b.yaml").teacher.model == NANO_12B
+@pytest.mark.parametrize(("name", "model"), [("nano-12b", NANO_12B), ("nano-4b", NANO_9B), ("nano3-30b", NANO_30B)])
+def test_nvidias_teachers_have_nvidias_geometry(name, model):
+    assert load_recipe(RECIPES / f"{name}.yaml").teacher.model == model
+
+
+def test_the_budget_of_4b_is_met_exactly_by_the_shape_that_nvidia_published():
+    recipe = load_recipe(RECIPES / "nano-4b.yaml")
+    teacher, remaining = NANO_9B.hybrid_override_pattern, iter(enumerate(NANO_9B.hybrid_override_pattern))
+    layers = [next(i for i, kind in remaining if kind == wanted) for wanted in NANO_4B_PATTERN]
+    ranking = (*layers, *sorted(set(range(len(teacher))) - set(layers)))
+    published = {"hidden": 3136, "ffn": 12544, "mamba_heads": 96, "depth": 42}
+
+    elastic = ElasticModel(NANO_9B, recipe.axes.bind(NANO_9B), ranking)
+    router = Router(elastic, len(recipe.budgets), 8)
+    router.initialise(generator(0))
+    preferred = {
+        axis: torch.tensor([[0.0 if choice == published.get(axis, choice) else -9.0 for choice in choices]])
+        for axis in elastic.axes.names
+        for choices in [elastic.axes.choices(axis)]
+    }
+    router.imitate([preferred, preferred])
+    full, small = resolve_budgets(router, recipe.budgets)
+    assert full == full_subnet(NANO_9B)
+    assert "".join(teacher[layer] for layer in small.layers) == NANO_4B_PATTERN
+    assert (small.hidden, set(small.ffn), set(small.mamba_heads)) == (3136, {12544}, {96})
+    assert subnet_params(NANO_9B, small) == recipe.budgets[1].params == 3_973_556_832
 
 
 def test_an_override_changes_one_setting_and_nothing_else():
