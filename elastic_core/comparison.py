@@ -99,6 +99,7 @@ def compare_orders(
         for _ in range(random_orders):
             order = _along(axis, random_order(config, generator), config)
             reorder_in_place(model.state_dict(), order, config)
+            model.scale_norms(model.energy and model.energy.permuted(order.hidden))
             at_random.append(lost(axis, sizes, order.layers))
         cuts += [
             Cut(axis=axis, full=axes.choices(axis)[0], size=size, by_importance=ours, at_random=tuple(theirs))

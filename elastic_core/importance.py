@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_core.files.reorder import Order
@@ -27,10 +28,12 @@ class WidthScores:
     """Importance of every component, in float64; higher is kept.
 
     `hidden_D` is that of the hidden channels, `layers` has the scores of each layer's own components, as its kind
-    gives them.
+    gives them. `energy_D` is no importance: the mean square of each hidden channel in what the norms give before their
+    weights.
     """
 
     hidden_D: Tensor
+    energy_D: Tensor
     layers: tuple[Tensor, ...]
 
 
@@ -44,7 +47,8 @@ def width_scores(
     hidden channel i: |RMSNorm(X)|_i over all layers. The kinds say how they score their components.
     """
     device = model.embeddings.weight.device
-    hidden_D = torch.zeros(model.config.hidden_size, dtype=torch.float64, device=device)
+    size, eps = model.config.hidden_size, model.config.layer_norm_epsilon
+    hidden_D, energy_D = torch.zeros(2, size, dtype=torch.float64, device=device)
     layers: dict[int, Tensor] = {}
     backend = select_backend(model.backend, device)
     for batch in (batch.to(device) for batch in batches):
@@ -53,10 +57,15 @@ def width_scores(
             assert isinstance(layer, Layer)
             normed_BTD = layer.norm(x_BTD)
             hidden_D += normed_BTD.abs().sum((0, 1))
+            energy_D += (
+                F.rms_norm(x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32)), (size,), eps=eps)
+                .square()
+                .sum((0, 1))
+            )
             sums = layer.kind.scores(layer.mixer, normed_BTD, signed=channel_scores == "signed").double()
             layers[index] = layers[index] + sums if index in layers else sums
             x_BTD = x_BTD + layer.mixer(normed_BTD, WHOLE, None, None, backend, batch.packing)
-    return WidthScores(hidden_D=hidden_D, layers=tuple(layers.values()))
+    return WidthScores(hidden_D=hidden_D, energy_D=energy_D / energy_D.mean(), layers=tuple(layers.values()))
 
 
 def importance_order(config: ModelConfig, scores: WidthScores, layer_ranking: Sequence[int], axes: Axes) -> Order:
@@ -67,4 +76,6 @@ def importance_order(config: ModelConfig, scores: WidthScores, layer_ranking: Se
         for axis, entry in KINDS[kind].order(config, of_layer, kept).items():
             entries[axis].append(entry)
     in_layers: dict[str, Any] = {axis: tuple(of_axis) for axis, of_axis in entries.items()}
-    return Order(hidden=descending(scores.hidden_D), layers=tuple(layer_ranking), **in_layers)
+    hidden = descending(scores.hidden_D)
+    energy_D = scores.energy_D.cpu()[hidden].float()
+    return Order(hidden=hidden, layers=tuple(layer_ranking), energy=energy_D, **in_layers)

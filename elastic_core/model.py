@@ -20,7 +20,7 @@ from elastic_core.geometry import ModelConfig
 from elastic_core.layers.kernels import Backend, BackendName, select_backend
 from elastic_core.layers.kind import Cache as Cache
 from elastic_core.layers.kinds import KINDS
-from elastic_core.layers.norm import RMSNorm
+from elastic_core.layers.norm import Energy, RMSNorm
 from elastic_core.layers.packing import Packing
 from elastic_core.layers.weights import gradient, take
 from elastic_core.layout import Layout, grid
@@ -117,6 +117,18 @@ class ElasticNemotronH(nn.Module):
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._head = Layout((grid(vocab=config.vocab_size),), (grid(hidden=config.hidden_size),))
+
+    @property
+    def energy(self) -> Energy | None:
+        """What scales the norms of subnets."""
+        return self.norm_f.energy
+
+    def scale_norms(self, energy: Energy | None) -> None:
+        """Scale the norms of subnets by `energy`, or, without one, not at all. The full model stays as it is."""
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            layer.norm.energy = energy
+        self.norm_f.energy = energy
 
     def forward(
         self,

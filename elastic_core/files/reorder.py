@@ -21,12 +21,14 @@ from elastic_core.files.checkpoint import (
     tensor_places,
     write_checkpoint,
 )
-from elastic_core.files.shards import Index, Progress, read_tensors, regular_file, select, write_tensors
+from elastic_core.files.shards import Index, Progress, is_finite, read_tensors, regular_file, select, write_tensors
 from elastic_core.geometry import LAYER_AXES, MEMBERS, Axes, ModelConfig
+from elastic_core.layers.norm import Energy
 from elastic_core.layout import indices
 
 # How the entries of some axes are called in the file.
 _FILE_NAMES = {"mamba_head_dim": "mamba_channels", "attention_heads": "query_heads"}
+_ENERGY = "hidden_energy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -36,7 +38,8 @@ class Order:
     `hidden` (D,), `ffn` (F,), `mamba_head_dim` (P,), `shared_ffn` (F,). `mamba_heads` (H,), `attention_heads` (Q,) and
     `experts` (N,) hold every group's own in that group's place. `expert_ffn` (N, F) has the neurons of every expert, by
     the expert's index before the reorder. `layers` ranks the layers, which are kept by rank and do not move; those that
-    every subnet keeps come first, in model order.
+    every subnet keeps come first, in model order. `energy` (D,), float32, is no index: the mean square of each hidden
+    channel in the normalised stream, in the order of `hidden`, by which the norms of subnets are scaled.
     """
 
     hidden: Tensor
@@ -48,6 +51,7 @@ class Order:
     expert_ffn: tuple[Tensor, ...] = ()
     experts: tuple[Tensor, ...] = ()
     shared_ffn: tuple[Tensor, ...] = ()
+    energy: Tensor | None = None
 
 
 def identity_order(config: ModelConfig) -> Order:
@@ -80,6 +84,8 @@ def _order(config: ModelConfig, permutation: Callable[[int], Tensor]) -> Order:
 def check_order(order: Order, config: ModelConfig) -> None:
     """Raise ValueError unless every entry of `order` is a permutation that keeps heads inside their groups."""
     _check_permutation("order.hidden", order.hidden, config.hidden_size)
+    if order.energy is not None:
+        _check_energy(order.energy, config.hidden_size)
     _check_permutation("order.layers", torch.tensor(order.layers), config.num_layers)
     for axis in Axes.IN_LAYERS:
         entries, sizes = getattr(order, axis), config.full_sizes(axis)
@@ -90,6 +96,13 @@ def check_order(order: Order, config: ModelConfig) -> None:
                 raise ValueError(f"order.{axis}[{i}] is {list(entry.shape)}; expected one row each of {MEMBERS[axis]}")
             for row in entry if axis in MEMBERS else (entry,):
                 _check_permutation(f"order.{axis}[{i}]", row, size, config.groups(axis))
+
+
+def _check_energy(energy_D: Tensor, size: int) -> None:
+    if energy_D.dtype != torch.float32 or energy_D.shape != (size,):
+        raise ValueError(f"order.energy is {energy_D.dtype} {list(energy_D.shape)}; expected float32 [{size}]")
+    if not (is_finite(energy_D) and bool((energy_D >= 0).all()) and float(energy_D[0]) > 0):
+        raise ValueError("order.energy must be finite, not negative, and more than 0 in its first channel")
 
 
 def _check_permutation(where: str, entry: Tensor, size: int, groups: int = 1) -> None:
@@ -111,14 +124,14 @@ def _named(order: Order) -> dict[str, Tensor]:
     tensors = {"hidden": order.hidden, "layers": torch.tensor(order.layers)}
     for axis in Axes.IN_LAYERS:
         tensors |= {f"{_FILE_NAMES.get(axis, axis)}.{i}": entry for i, entry in enumerate(getattr(order, axis))}
-    return tensors
+    return tensors if order.energy is None else tensors | {_ENERGY: order.energy}
 
 
 def read_order(directory: Path, config: ModelConfig) -> Order:
     """The order of an elastic checkpoint; CheckpointError unless it fits `config`."""
     path = regular_file(directory, ORDER_FILE)
     tensors = read_tensors(path)
-    expected = _named(identity_order(config))
+    expected, energy = _named(identity_order(config)), tensors.pop(_ENERGY, None)
     if tensors.keys() != expected.keys():
         different = sorted(tensors.keys() ^ expected.keys())
         raise CheckpointError(f"{path}: missing or unexpected: {', '.join(different)}; it belongs to another model")
@@ -132,12 +145,20 @@ def read_order(directory: Path, config: ModelConfig) -> Order:
         axis: tuple(tensors[f"{_FILE_NAMES.get(axis, axis)}.{i}"] for i in range(len(config.layers_on(axis))))
         for axis in Axes.IN_LAYERS
     }
-    order = Order(hidden=tensors["hidden"], layers=tuple(tensors["layers"].tolist()), **entries)
+    order = Order(hidden=tensors["hidden"], layers=tuple(tensors["layers"].tolist()), energy=energy, **entries)
     try:
         check_order(order, config)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
     return order
+
+
+def read_energy(directory: Path, config: ModelConfig) -> Energy | None:
+    """What scales the norms of an elastic checkpoint's subnets; None where nothing does, as in a stock checkpoint."""
+    if not (directory / ORDER_FILE).exists():
+        return None
+    energy_D = read_order(directory, config).energy
+    return None if energy_D is None else Energy(energy_D)
 
 
 def reorder_weights(weights: Mapping[str, Tensor], order: Order, config: ModelConfig) -> dict[str, Tensor]:

@@ -11,8 +11,9 @@ matrix X is two rectangles, whole rows, and columns of the rows that both have (
               +---------------------+
 
 A shell is a directory: shell.json says where the slice below lies, shell*.safetensors hold the rectangles. The zero
-neurons that pad FFN layers to one width are in no shell. Everything is read and written in bounded pieces (C7), and
-what `assemble` writes is byte for byte what `slice_checkpoint` writes.
+neurons that pad FFN layers to one width are in no shell. A shell of another hidden size than the slice below has
+the norms of the residual stream whole, because each hidden size has a gain of its own in them. Everything is read and
+written in bounded pieces (C7), and what `assemble` writes is byte for byte what `slice_checkpoint` writes.
 """
 
 import dataclasses
@@ -47,7 +48,7 @@ from elastic_core.files.shards import (
     write_json,
     write_shards,
 )
-from elastic_core.files.slicing import is_in, kept_indices, name_in_full_model
+from elastic_core.files.slicing import is_in, is_scaled, kept_indices, name_in_full_model
 from elastic_core.geometry import ModelConfig
 from elastic_core.schema import build, to_dict
 from elastic_core.subnet import Subnet, check_subnet, full_subnet, sliced_config
@@ -63,11 +64,13 @@ Rows = Callable[[int, int], Tensor]  # the rows of a tensor from one index up to
 class Shell:
     """What shell.json says of a slice: its own FFN widths, without padding, and which part of it the slice below is.
 
-    `below` is None where nothing is below: such a shell has all of the slice but its padding.
+    `below` is None where nothing is below: such a shell has all of the slice but its padding. Of the stream's norms it
+    has all where they are its "own", and what it adds to those below where they are "shared".
     """
 
     ffn: tuple[int, ...]
     below: Subnet | None
+    norms: Literal["shared", "own"] = "shared"
     format_version: Literal[1] = 1
 
 
@@ -86,9 +89,11 @@ def write_shell(
     config = _unpadded(checkpoint.config, ffn)
     if below is not None:
         check_subnet(below, config)
+    is_wider = below is not None and below.hidden < config.hidden_size
+    shell = Shell(ffn=tuple(ffn), below=below, norms="own" if is_wider else "shared")
     added = {
         key: (checkpoint.tensors[name], indices)
-        for name, rectangles in _added(config, below).items()
+        for name, rectangles in _added(config, shell).items()
         for key, indices in rectangles.items()
     }
     plan = {key: TensorInfo(dtype=stored.dtype, shape=_shape(indices)) for key, (stored, indices) in added.items()}
@@ -98,19 +103,19 @@ def write_shell(
         return stored.blocks(*indices)
 
     with staged_directory(target) as staging:
-        write_json(staging / SHELL_FILE, to_dict(Shell(ffn=tuple(ffn), below=below)))
+        write_json(staging / SHELL_FILE, to_dict(shell))
         if plan:
             for name in write_shards(staging, plan, blocks, max_shard_bytes=MAX_FILE_BYTES, progress=progress):
                 (staging / name).rename(staging / name.replace("model", "shell"))
             (staging / "model.safetensors.index.json").unlink(missing_ok=True)
 
 
-def _added(config: ModelConfig, below: Subnet | None) -> dict[str, dict[str, Indices]]:
-    """By tensor in memory: the rectangles, by their names on disk, that a slice of this geometry adds to `below`."""
-    places, added = tensor_places(config), {}
+def _added(config: ModelConfig, shell: Shell) -> dict[str, dict[str, Indices]]:
+    """By tensor in memory: the rectangles, by their names on disk, that the shell of a slice of this geometry holds."""
+    places, added, below = tensor_places(config), {}, shell.below
     for name, shape in tensor_shapes(config).items():
         key, every, place = disk_name(name), _every(shape), places[name]
-        if below is None or not is_in(place, below, config):
+        if below is None or _is_own(place, shell) or not is_in(place, below, config):
             added[name] = {key: every}
             continue
         kept = _kept(config, below, place, shape)
@@ -119,6 +124,10 @@ def _added(config: ModelConfig, below: Subnet | None) -> dict[str, dict[str, Ind
             rectangles[f"{key}.columns"] = (kept[0], _others(kept[1], shape[1]), *every[2:])
         added[name] = {key: indices for key, indices in rectangles.items() if all(len(index) for index in indices)}
     return added
+
+
+def _is_own(place: Place, shell: Shell) -> bool:
+    return shell.norms == "own" and is_scaled(place)
 
 
 def _kept(config: ModelConfig, below: Subnet, place: Place, shape: Sequence[int]) -> Indices:
@@ -196,7 +205,8 @@ def _assembled(config: ModelConfig, shells: Sequence[Path]) -> dict[str, _Tensor
     *smaller, directory = shells
     if not smaller and not (directory / SHELL_FILE).exists():
         return _whole(config, directory)
-    below = read_shell(directory).below
+    shell = read_shell(directory)
+    below = shell.below
     if (below is None) == bool(smaller):
         raise CheckpointError(f"{directory / SHELL_FILE}: below is {below}; there are {len(smaller)} slices below")
     kept: dict[str, _Tensor] = {}
@@ -205,12 +215,12 @@ def _assembled(config: ModelConfig, shells: Sequence[Path]) -> dict[str, _Tensor
             inner_config = sliced_config(config, below)
             inner, inner_places = _assembled(inner_config, smaller), tensor_places(inner_config)
         kept = {name_in_full_model(name, inner_places[name], below, config): tensor for name, tensor in inner.items()}
-    places, added = tensor_places(config), _added(config, below)
+    places, added = tensor_places(config), _added(config, shell)
     stored = _stored(directory, {key: _shape(i) for rectangles in added.values() for key, i in rectangles.items()})
     tensors = {}
     for name, shape in tensor_shapes(config).items():
         pieces = [(indices, stored[key]) for key, indices in added[name].items()]
-        if below is not None and name in kept:
+        if below is not None and name in kept and not _is_own(places[name], shell):
             pieces.append((_kept(config, below, places[name], shape), kept[name]))
         dtypes = {piece.dtype for _, piece in pieces}
         if len(dtypes) > 1:

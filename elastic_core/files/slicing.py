@@ -21,9 +21,11 @@ from elastic_core.files.checkpoint import (
     tensor_places,
     write_checkpoint,
 )
+from elastic_core.files.reorder import read_energy
 from elastic_core.files.shards import CHUNK_BYTES, Index, Progress, TensorInfo, select
 from elastic_core.files.side_files import CARD_FILE
 from elastic_core.geometry import FfnLayout, ModelConfig
+from elastic_core.layers.norm import Energy
 from elastic_core.layout import indices, prefixes
 from elastic_core.subnet import Subnet, kept_at, sliced_config
 
@@ -40,14 +42,22 @@ def target_config(config: ModelConfig, subnet: Subnet, *, ffn_layout: FfnLayout 
 
 
 def slice_weights(
-    weights: Mapping[str, Tensor], subnet: Subnet, config: ModelConfig, *, ffn_layout: FfnLayout = "padded"
+    weights: Mapping[str, Tensor],
+    subnet: Subnet,
+    config: ModelConfig,
+    *,
+    ffn_layout: FfnLayout = "padded",
+    energy: Energy | None = None,
 ) -> dict[str, Tensor]:
-    """The weights of `subnet` as a stock model of its own, by name in memory; see `slice_checkpoint`."""
+    """The weights of `subnet` as a stock model of its own, by name in memory; see `slice_checkpoint`.
+
+    `energy` is what scales the norms of the model's subnets.
+    """
     places = tensor_places(config)
     sliced = {}
     for name, place in tensor_places(target_config(config, subnet, ffn_layout=ffn_layout)).items():
         old = name_in_full_model(name, place, subnet, config)
-        kept = select(weights[old], kept_indices(places[old], subnet, config))
+        kept = _scaled(select(weights[old], kept_indices(places[old], subnet, config)), place, subnet, energy)
         sliced[name] = torch.cat([*_padded([kept], TensorInfo(dtype=kept.dtype, shape=place.layout.shape()))])
     return sliced
 
@@ -63,6 +73,8 @@ def slice_checkpoint(
 ) -> dict[str, str]:
     """Cut `subnet` out of the checkpoint `source` into the new directory `target`, in bounded memory (C7).
 
+    The weights of the stream's norms are multiplied by the gain of the hidden size, where the source has one.
+
     FFN widths that differ by layer are padded with zero neurons to one width, which is the same function, or with
     "list" written as they are, which vLLM, transformers and llama.cpp do not load. Returns the SHA-256 of the weight
     files by name. Raises ValueError for a subnet that is not in the model or that no engine loads.
@@ -71,6 +83,7 @@ def slice_checkpoint(
     config, places = checkpoint.config, tensor_places(checkpoint.config)
     new_config = target_config(config, subnet, ffn_layout=ffn_layout)
     new_places = tensor_places(new_config)
+    energy = read_energy(source, config)
     old_names = {name: name_in_full_model(name, place, subnet, config) for name, place in new_places.items()}
     stored = {name: checkpoint.tensors[old] for name, old in old_names.items()}
     plan = {
@@ -79,7 +92,8 @@ def slice_checkpoint(
 
     def blocks(name: str) -> Iterator[Tensor]:
         kept = kept_indices(places[old_names[name]], subnet, config)
-        return _padded(stored[name].blocks(*kept), plan[name])
+        blocks = (_scaled(block, new_places[name], subnet, energy) for block in stored[name].blocks(*kept))
+        return _padded(blocks, plan[name])
 
     def with_card(staging: Path) -> None:
         (staging / CARD_FILE).write_text(_card(source, subnet, new_config, plan), encoding="utf-8")
@@ -128,6 +142,16 @@ def kept_indices(place: Place, subnet: Subnet, config: ModelConfig) -> tuple[Ind
     """What `subnet` keeps along each dimension of a tensor; None where it keeps all."""
     kept = {"hidden": subnet.hidden} if place.layer is None else kept_at(subnet, config, place.layer)
     return tuple(indices(dim, prefixes(kept)) for dim in place.layout.dims)
+
+
+def is_scaled(place: Place) -> bool:
+    """Whether a tensor is the norm of the residual stream, which differs by a gain from one hidden size to another."""
+    return place.layout.axes == ("hidden",)
+
+
+def _scaled(block: Tensor, place: Place, subnet: Subnet, energy: Energy | None) -> Tensor:
+    gain = 1.0 if energy is None or not is_scaled(place) else energy.gain(subnet.hidden)
+    return block if gain == 1.0 else block * gain
 
 
 def _padded(blocks: Iterable[Tensor], planned: TensorInfo) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""The root-mean-square norm that every layer begins with."""
+"""The root-mean-square norm that every layer begins with, and what a narrower stream changes in it."""
 
 import torch
 import torch.nn.functional as F
@@ -10,22 +10,70 @@ from elastic_core.layers.weights import take
 from elastic_core.layout import Layout, grid
 
 
+class Energy:
+    """How the mean square of the residual stream is spread over its channels, and the gain that follows for a subnet.
+
+    The norm of the full model divides by the root of E/D, where E is the square of the stream's length over all D
+    channels. The norm of a subnet divides by the root of E_d/d over its first d channels. Where the first channels
+    carry more than their share, as principal components do, that root is larger, so the subnet's layers would read a
+    smaller stream than the full model's. gain(d) = sqrt(sum_{i<d} e_i / d) makes up for it; e_i is the mean square of
+    channel i at a root mean square of 1, and gain(D) = 1. A slice has the gain in the weights of its norms.
+    """
+
+    def __init__(self, of_channel_D: Tensor) -> None:
+        energy_D = of_channel_D.double().cpu()
+        self._of_channel_D = energy_D * (len(energy_D) / energy_D.sum())
+        kept = torch.arange(1, len(energy_D) + 1, dtype=torch.float64)
+        self._gains: list[float] = (self._of_channel_D.cumsum(0) / kept).sqrt().tolist()
+        self._gains[-1] = 1.0
+        self._on_device: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def gain(self, hidden: int) -> float:
+        """What the weights of the norms are multiplied by in a subnet of the first `hidden` channels."""
+        return self._gains[hidden - 1]
+
+    def masked_gain(self, mask_D: Tensor) -> Tensor:
+        """`gain` where a soft mask in [0, 1] weighs the first channels, ()."""
+        key = (mask_D.device, mask_D.dtype)
+        if key not in self._on_device:
+            self._on_device[key] = self._of_channel_D.to(mask_D)
+        return ((self._on_device[key][: len(mask_D)] * mask_D).sum() / mask_D.sum()).sqrt()
+
+    def permuted(self, order_D: Tensor) -> "Energy":
+        """The same after the channels were put in another order."""
+        return Energy(self._of_channel_D[order_D])
+
+
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the hidden channels, in at least float32."""
+    """Root-mean-square norm over the hidden channels, in at least float32.
+
+    With an `energy` a subnet's output is scaled to the size that the full model's has.
+    """
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
+        self.energy: Energy | None = None
         self.eps, self._layout = eps, Layout((grid(hidden=size),))
 
     def forward(self, x_BTD: Tensor, mask_D: Tensor | None = None) -> Tensor:
         """Under a mask, which `x_BTD` already carries, the mean is over the channels that the mask keeps."""
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
-        weight = take(self.weight, self._layout, {"hidden": x_BTD.shape[-1]}).to(dtype)
+        weight = self._weight(x_BTD.shape[-1], None if mask_D is None else mask_D.to(dtype)).to(dtype)
         if mask_D is not None:
             return over_tiles(self._masked, (x_BTD,), (weight, mask_D.to(dtype).sum()))
         pieces = (segment_BTD.to(dtype) for segment_BTD in segments(x_BTD))
         return joined([F.rms_norm(wide, weight.shape, weight, self.eps).to(x_BTD.dtype) for wide in pieces])
+
+    def _weight(self, hidden: int, mask_D: Tensor | None) -> Tensor:
+        """The weight with its gain, rounded to the weight's type as a slice's is."""
+        weight_D = take(self.weight, self._layout, {"hidden": hidden})
+        if self.energy is None:
+            return weight_D
+        if mask_D is not None:
+            return weight_D * self.energy.masked_gain(mask_D)
+        gain = self.energy.gain(hidden)
+        return weight_D if gain == 1.0 else weight_D * gain
 
     def _masked(self, x_BTD: Tensor, weight_D: Tensor, kept: Tensor) -> Tensor:
         wide = x_BTD.to(weight_D.dtype)

@@ -24,6 +24,7 @@ from elastic_core.budget import Budget, Dtype
 from elastic_core.cost import subnet_params
 from elastic_core.files import checkpoint, shards
 from elastic_core.files.locks import IsHeld, held
+from elastic_core.files.reorder import read_energy
 from elastic_core.geometry import ModelConfig
 from elastic_core.model import ElasticNemotronH, keeps_type
 from elastic_core.parent import die_with_parent
@@ -143,12 +144,14 @@ def load_model(
 ) -> ElasticNemotronH:
     """The model of a stock or elastic checkpoint in `dtype`, with every weight checked.
 
-    What keeps its type is not narrowed: an A_log that is stored in float32 stays so. `wrap` may shard the model, while
+    The norms of an elastic checkpoint's subnets are scaled as its order says. What keeps its type is not narrowed: an
+    A_log that is stored in float32 stays so. `wrap` may shard the model, while
     it has no storage yet; then only this process's rows are read.
     """
     opened = checkpoint.open_checkpoint(directory)
     with torch.device("meta"):
         model = ElasticNemotronH(opened.config).to(dtype).requires_grad_(False)
+    model.scale_norms(read_energy(directory, opened.config))
     for name, weight in model.named_parameters():
         if keeps_type(name, weight.ndim) and torch.promote_types(dtype, opened.tensors[name].dtype) != dtype:
             weight.data = weight.data.float()

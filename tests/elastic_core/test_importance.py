@@ -87,9 +87,11 @@ def slow_width_scores(
     """The sums of arXiv 2511.16664 over the stock model's activations, token after token and head after head."""
     normed, projected = record_activations(stock, config, batches)
     hidden = torch.zeros(config.hidden_size, dtype=torch.float64)
-    for rows in normed:
+    energy = torch.zeros(config.hidden_size, dtype=torch.float64)
+    for rows, block in zip(normed, stock.model.layers, strict=True):
         for row in rows:
             hidden += row.abs()
+            energy += (row / block.norm.weight.detach().double()).square()
 
     def ffn_scores(layer: int) -> Tensor:
         return sum((row.abs() for row in projected[layer]), torch.zeros(config.ffn_sizes[0], dtype=torch.float64))
@@ -112,7 +114,11 @@ def slow_width_scores(
 
     of_kind = {"-": ffn_scores, "M": mamba_scores, "*": query_scores}
     pattern = enumerate(config.hybrid_override_pattern)
-    return WidthScores(hidden_D=hidden, layers=tuple(of_kind[kind](layer) for layer, kind in pattern))
+    return WidthScores(
+        hidden_D=hidden,
+        energy_D=energy / energy.mean(),
+        layers=tuple(of_kind[kind](layer) for layer, kind in pattern),
+    )
 
 
 def of_kind(scores: WidthScores, config: ModelConfig, kind: str) -> list[Tensor]:
@@ -120,7 +126,7 @@ def of_kind(scores: WidthScores, config: ModelConfig, kind: str) -> list[Tensor]
 
 
 def all_scores(scores: WidthScores) -> list[Tensor]:
-    return [scores.hidden_D, *scores.layers]
+    return [scores.hidden_D, scores.energy_D, *scores.layers]
 
 
 def assert_close(found: WidthScores, expected: WidthScores, tolerance: float) -> None:
@@ -199,6 +205,7 @@ def random_scores(config: ModelConfig, seed: int) -> WidthScores:
     layers = [draw(*shapes[kind]) for kind in config.hybrid_override_pattern]
     return WidthScores(
         hidden_D=draw(config.hidden_size).abs(),
+        energy_D=draw(config.hidden_size).square(),
         layers=tuple(scores if scores.ndim > 1 else scores.abs() for scores in layers),
     )
 
@@ -225,6 +232,7 @@ def test_components_are_ranked_by_score_and_heads_inside_their_group(
         check_order(order, tiny_config)
         assert order.layers == ranking
         assert order.hidden.tolist() == ranked_in_groups(scores.hidden_D.tolist(), 1)
+        assert order.energy.tolist() == scores.energy_D[order.hidden].float().tolist()
         for found, expected in zip(order.ffn, of_kind(scores, tiny_config, "-"), strict=True):
             assert found.tolist() == ranked_in_groups(expected.tolist(), 1)
         for found, expected in zip(order.attention_heads, of_kind(scores, tiny_config, "*"), strict=True):

@@ -12,16 +12,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import NemotronHForCausalLM
 
-from elastic_core.files.checkpoint import load_weights, read_config
+from elastic_core.files.checkpoint import load_weights, read_config, tensor_places
 from elastic_core.files.reorder import random_order, reorder_weights
-from elastic_core.files.slicing import slice_checkpoint, slice_weights
+from elastic_core.files.slicing import is_scaled, slice_checkpoint, slice_weights
 from elastic_core.generate import decode
 from elastic_core.geometry import ATTENTION, MAMBA, Axes, ModelConfig
 from elastic_core.layers import ssm
 from elastic_core.layers.ffn import FeedForward
 from elastic_core.layers.kernels import TORCH
 from elastic_core.layers.kind import Cache
-from elastic_core.layers.norm import RMSNorm
+from elastic_core.layers.norm import Energy, RMSNorm
 from elastic_core.layers.packing import Packing, pack
 from elastic_core.layers.ssm import time_steps
 from elastic_core.layout import WHOLE
@@ -120,7 +120,10 @@ def teacher(request, tiny_checkpoint, small_steps) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tiny_checkpoint: Path) -> ElasticNemotronH:
-    return load(tiny_checkpoint, torch.float64)
+    """Every law holds with norms that are scaled."""
+    loaded = load(tiny_checkpoint, torch.float64)
+    loaded.scale_norms(Energy(torch.linspace(2.0, 0.1, loaded.config.hidden_size)))
+    return loaded
 
 
 def logits(model: ElasticNemotronH, subnet: Subnet, masks: Masks | None = None) -> torch.Tensor:
@@ -130,7 +133,7 @@ def logits(model: ElasticNemotronH, subnet: Subnet, masks: Masks | None = None) 
 
 def cut(model: ElasticNemotronH, subnet: Subnet) -> ElasticNemotronH:
     sliced = ElasticNemotronH(sliced_config(model.config, subnet), backend="torch").to(torch.float64)
-    sliced.load_state_dict(slice_weights(model.state_dict(), subnet, model.config))
+    sliced.load_state_dict(slice_weights(model.state_dict(), subnet, model.config, energy=model.energy))
     return sliced
 
 
@@ -295,8 +298,9 @@ def test_gradients_at_a_subnet_are_those_of_its_slice_and_zero_elsewhere(model):
     sliced.logits(sliced(tokens(model.config), full_subnet(sliced.config))).square().mean().backward()
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
     model.zero_grad()
+    gain, places = model.energy.gain(subnet.hidden), tensor_places(sliced.config)
     for name, kept in slice_weights(gradients, subnet, model.config).items():
-        expected = sliced.get_parameter(name).grad
+        expected = sliced.get_parameter(name).grad * (gain if is_scaled(places[name]) else 1.0)
         assert torch.allclose(kept, expected, rtol=1e-9, atol=FLOAT64_OWN_FORMS), name
     total = sum(float(g.abs().sum()) for g in gradients.values())
     inside = sum(float(g.abs().sum()) for g in slice_weights(gradients, subnet, model.config).values())

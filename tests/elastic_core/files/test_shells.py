@@ -13,8 +13,9 @@ import pytest
 import torch
 from live_bytes import LiveBytes
 
-from elastic_core.files import shards
+from elastic_core.files import shards, shells
 from elastic_core.files.checkpoint import CheckpointError, read_config, tensor_shapes, write_weights
+from elastic_core.files.reorder import identity_order, write_order
 from elastic_core.files.shards import read_tensors, write_tensors
 from elastic_core.files.shells import SHELL_FILE, assemble, write_shell
 from elastic_core.files.slicing import slice_checkpoint
@@ -72,7 +73,12 @@ def write_random(directory: Path, config: ModelConfig, rng: random.Random) -> Pa
         name: torch.randn(shape, generator=generator).to(rng.choice([torch.float32, torch.bfloat16]))
         for name, shape in tensor_shapes(config).items()
     }
-    write_weights(directory, config, weights)
+    energy_D = torch.rand(config.hidden_size, generator=generator).sort(descending=True).values + 0.01
+
+    def beside(staging: Path) -> None:
+        write_order(staging, dataclasses.replace(identity_order(config), energy=energy_D))
+
+    write_weights(directory, config, weights, beside=beside)
     return directory
 
 
@@ -153,13 +159,37 @@ def elements(paths: list[Path]) -> int:
     return sum(tensor.numel() for path in paths for tensor in read_tensors(path).values())
 
 
-def test_the_shells_of_a_family_have_every_weight_of_its_largest_member_once(
+def test_the_shells_of_a_family_have_every_weight_of_its_largest_member_once_but_for_norms_of_each_hidden_size(
     family: tuple[list[Path], list[Path]],
 ) -> None:
     slices, stored = family
+    norms = sum(
+        tensor.numel()
+        for smaller in slices[:-1]
+        for name, tensor in read_tensors(smaller / "model.safetensors").items()
+        if name.endswith((".norm.weight", "norm_f.weight")) and "mixer" not in name
+    )
+    largest = elements([slices[-1] / "model.safetensors"])
+    assert elements([path for shell in stored for path in shell.glob("*.safetensors")]) == largest + norms
+
+
+def test_shells_whose_norms_are_shared_are_read_as_they_were_written(
+    tiny_checkpoint: Path, tiny_config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So they were before hidden sizes had gains, and said nothing of norms."""
+    subnets = [dataclasses.replace(full_subnet(tiny_config), hidden=32), full_subnet(tiny_config)]
+    slices = cut(tiny_checkpoint, subnets, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shells, "is_scaled", lambda place: False)
+        stored = store(tiny_checkpoint, subnets, slices, tmp_path)
+    for shell in stored:
+        said = json.loads((shell / SHELL_FILE).read_text())
+        del said["norms"]
+        (shell / SHELL_FILE).write_text(json.dumps(said))
     assert elements([path for shell in stored for path in shell.glob("*.safetensors")]) == elements(
         [slices[-1] / "model.safetensors"]
     )
+    assert assembled(slices[-1], stored, tmp_path / "again") == weights_of(slices[-1])
 
 
 def test_the_shell_over_nothing_is_the_stock_checkpoint(
@@ -267,8 +297,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
         "expected floats",
     ),
     "a tensor of another type than below": (
-        lambda shell: retensor(shell / "shell.safetensors", lambda t: t.update({NORM: t[NORM].double()})),
-        "norm_f.weight: its parts are",
+        lambda shell: retensor(shell / "shell.safetensors", lambda t: t.update({EMBEDDINGS: t[EMBEDDINGS].double()})),
+        "embeddings.weight: its parts are",
     ),
     "a tensor with NaN": (
         lambda shell: retensor(shell / "shell.safetensors", lambda t: t[NORM].fill_(torch.nan)),

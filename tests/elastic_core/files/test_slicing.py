@@ -26,11 +26,13 @@ from elastic_core.files.checkpoint import (
     tensor_shapes,
     write_weights,
 )
-from elastic_core.files.reorder import Order, identity_order, random_order, reorder_checkpoint
+from elastic_core.files.reorder import Order, identity_order, random_order, reorder_checkpoint, write_order
 from elastic_core.files.shards import write_tensors
 from elastic_core.files.slicing import slice_checkpoint, slice_weights, target_config
 from elastic_core.geometry import FfnLayout, ModelConfig
+from elastic_core.layers.norm import Energy
 from elastic_core.subnet import Subnet, full_subnet
+from elastic_core.training.job import load_model
 
 TOKENS = torch.arange(26).view(2, 13) * 7 % 64
 
@@ -228,6 +230,28 @@ def test_streaming_and_memory_give_the_same(
     found = load_weights(tmp_path / "slice")
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_slice_has_its_hidden_sizes_gain_in_the_streams_norms_and_the_logits_of_the_subnet_to_the_bit(
+    tiny_checkpoint: Path, tiny_config: ModelConfig, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    energy_D = torch.linspace(2.0, 0.1, tiny_config.hidden_size)
+    order, weights = dataclasses.replace(identity_order(tiny_config), energy=energy_D), load_weights(tiny_checkpoint)
+    write_weights(tmp_path / "elastic", tiny_config, weights, dtype, beside=lambda staging: write_order(staging, order))
+    subnet = subnet_of(tiny_config, SUBNETS["all"])
+    slice_checkpoint(tmp_path / "elastic", subnet, tmp_path / "slice")
+    written = load_weights(tmp_path / "elastic")
+    plain, scaled = slice_weights(written, subnet, tiny_config), load_weights(tmp_path / "slice")
+    gain = Energy(energy_D).gain(subnet.hidden)
+    of_stream = {"norm_f.weight", *(f"layers.{i}.norm.weight" for i in range(len(subnet.layers)))}
+    for name, weight in scaled.items():
+        assert torch.equal(weight, plain[name] * gain if name in of_stream else plain[name]), name
+    cpu, tokens_BT = torch.device("cpu"), torch.arange(12).view(2, 6)
+    elastic, alone = (load_model(tmp_path / name, cpu, dtype) for name in ("elastic", "slice"))
+    with torch.no_grad():
+        expected = alone.logits(alone(tokens_BT, full_subnet(alone.config)))
+        assert torch.equal(elastic.logits(elastic(tokens_BT, subnet)), expected)
 
 
 def test_ffn_widths_that_differ_may_be_written_as_a_list(
