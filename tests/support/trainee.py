@@ -4,6 +4,7 @@ As a program, under torchrun: takes jobs and runs them one after another in the 
 with `--copy`, loads the last checkpoint of the first job and writes it as the last of the second.
 """
 
+import dataclasses
 import json
 import os
 import socket
@@ -91,9 +92,10 @@ def write_family(
     model = ElasticNemotronH(config)
     model.initialise(generator("model"))
     described = checkpoint.Family(axes=axes, budgets=(), layer_ranking=layer_ranking, lineage={})
+    energy_D = torch.linspace(2.0, 0.1, config.hidden_size)
 
     def beside(staging: Path) -> None:
-        write_order(staging, identity_order(config))
+        write_order(staging, dataclasses.replace(identity_order(config), energy=energy_D))
         shards.write_tensors(staging / checkpoint.ROUTER_FILE, router.state_dict())
         checkpoint.write_family(staging, job.resolved_family(described, router, budgets))
 
