@@ -21,9 +21,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from elastic_core.files.checkpoint import write_weights
+from elastic_core.files.reorder import identity_order, write_order
 from elastic_core.files.slicing import slice_checkpoint
 from elastic_core.generate import complete
 from elastic_core.geometry import FFN, ModelConfig
+from elastic_core.layers.norm import Energy
 from elastic_core.model import ElasticNemotronH
 from elastic_core.subnet import Subnet, full_subnet
 from flows.serving.servers import answers, free_ports
@@ -130,7 +132,7 @@ def unwritten(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    """Random weights with decided answers, and time steps far below transformers' old least one, 0.001."""
+    """Random weights with decided answers, time steps far below transformers' old least one, 0.001; norms scaled."""
     root = tmp_path_factory.mktemp("engines")
     library = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:30]
     tokenizer = train_tokenizer(
@@ -149,7 +151,17 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
             if name.endswith("dt_bias"):
                 weight.uniform_(-12.0, -2.0, generator=generator)  # softplus: from 6e-6 to 0.1
         model.lm_head.weight[unwritten(tokenizer)] = 0.0  # never the likeliest: llama.cpp shows no scores beside them
-    write_weights(root / "family", CONFIG, model.state_dict(), torch.float32, source=root / "tokenizer")
+    energy_D = torch.linspace(2.0, 0.1, CONFIG.hidden_size)
+    order = dataclasses.replace(identity_order(CONFIG), energy=energy_D)
+    write_weights(
+        root / "family",
+        CONFIG,
+        model.state_dict(),
+        torch.float32,
+        source=root / "tokenizer",
+        beside=lambda staging: write_order(staging, order),
+    )
+    model.scale_norms(Energy(energy_D))
     for name, subnet in SUBNETS.items():
         slice_checkpoint(root / "family", subnet, root / name.replace(" ", "-"))
     slices = {name: root / name.replace(" ", "-") for name in SUBNETS}
