@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from elastic_core.geometry import ModelConfig
 from elastic_core.layers.kernels import Backend, BackendName, select_backend
 from elastic_core.layers.kind import Cache as Cache
+from elastic_core.layers.kind import Padding as Padding
 from elastic_core.layers.kinds import KINDS
 from elastic_core.layers.norm import Energy, RMSNorm
 from elastic_core.layers.packing import Packing
@@ -146,6 +147,8 @@ class ElasticNemotronH(nn.Module):
         """
         if packing is not None and cache is not None:
             raise ValueError("a cache holds one text a row; read packed documents without one")
+        if cache is not None:
+            cache.read(tokens_BT.shape[1])
         backend = select_backend(self.backend, tokens_BT.device)
         x_BTD = self._embed(tokens_BT, subnet.hidden)
         if masks is not None:

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from elastic_core.budget import Dtype
 from elastic_core.cost import active_params, subnet_params
 from elastic_core.files import checkpoint, reorder
-from elastic_core.generate import complete, decode, prompt_batches
-from elastic_core.geometry import MOE, ModelConfig
+from elastic_core.generate import complete, decode, prompt_batches, stop_tokens
+from elastic_core.geometry import MOE
 from elastic_core.model import Cache, ElasticNemotronH
 from elastic_core.recipe import Evaluation
 from elastic_core.schema import to_dict
@@ -363,12 +363,6 @@ def _right(share: Asked) -> list[list[bool]]:
     path, dtype, settings, batches = share
     model, tokenizer = _load(path, dtype), load_tokenizer(Path(path))
     return [right_answers(model, tokenizer, batch, settings) for batch in batches]
-
-
-def stop_tokens(config: ModelConfig) -> set[int]:
-    """The token ids that end generation: those of generation_config.json, where there is one (stock_config.py)."""
-    eos = config.eos_token_id
-    return set(eos) if isinstance(eos, tuple) else {eos} if eos is not None else set()
 
 
 def decoding_speed(submodel: ElasticNemotronH, subnet: Subnet, batch: TokenBatch) -> tuple[float, int]:

@@ -14,6 +14,7 @@ from elastic_core.layers.kind import (
     Flops,
     Kind,
     Mixer,
+    Padding,
     ServingStep,
     Shape,
     Training,
@@ -73,20 +74,34 @@ class Attention(Mixer):
                 k_BKTE = torch.cat([cache.keys[self.layer], k_BKTE], dim=2)
                 v_BKTE = torch.cat([cache.values[self.layer], v_BKTE], dim=2)
             cache.keys[self.layer], cache.values[self.layer] = k_BKTE, v_BKTE
-        tokens, seen = q_BQTE.shape[2], k_BKTE.shape[2]
-        causal = None  # a first piece needs no mask in memory, nor does a single token, which sees all
-        if 1 < tokens < seen:
-            causal = torch.ones(tokens, seen, dtype=torch.bool, device=x_BTD.device).tril(seen - tokens)
         if packing is not None:
             y_BQTE = _attend_in_documents(q_BQTE, k_BKTE, v_BKTE, packing)
         else:
+            tokens, seen = q_BQTE.shape[2], k_BKTE.shape[2]
+            sees = _sees(tokens, seen, cache.padding if cache else None, x_BTD.device)
             y_BQTE = F.scaled_dot_product_attention(
-                q_BQTE, k_BKTE, v_BKTE, attn_mask=causal, is_causal=tokens == seen, enable_gqa=True
+                q_BQTE, k_BKTE, v_BKTE, attn_mask=sees, is_causal=sees is None and tokens == seen, enable_gqa=True
             )
         y = y_BQTE.transpose(1, 2).flatten(-2)
         if soft is not None:
             y = y * mask(self.queries, kept, soft).to(y.dtype)
         return F.linear(y, weights["o_proj.weight"])
+
+
+def _sees(tokens: int, seen: int, padding: Padding | None, device: torch.device) -> Tensor | None:
+    """Which of the tokens seen so far each of the last `tokens` sees, (T, S), or (B, 1, T, S) behind padding.
+
+    None where no mask has to be in memory: in a first piece, and for a single token, which sees all. Padding sees
+    itself alone, so that its values, which nobody reads, are numbers.
+    """
+    if padding is None and tokens in (1, seen):
+        return None
+    causal_TS = torch.ones(tokens, seen, dtype=torch.bool, device=device).tril(seen - tokens)
+    if padding is None:
+        return causal_TS
+    at_S = torch.arange(seen, device=device)
+    own_TS = at_S == at_S[-tokens:, None]
+    return (causal_TS & ((at_S >= padding.first_B[:, None, None]) | own_TS)).unsqueeze(1)
 
 
 def _attend_in_documents(q_BQTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, packing: Packing) -> Tensor:

@@ -7,7 +7,7 @@ that lies in a checkpoint and how many parameters it has all follow from there.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Protocol
 
 import torch
@@ -27,7 +27,9 @@ FLOAT32_BYTES = 4
 class Cache:
     """What decoding carries from one call to the next, at one subnet: a layer's index to its states and its weights.
 
-    The weights are taken once a text, and not once a token: some must be gathered from inside groups.
+    The weights are taken once a text, and not once a token: some must be gathered from inside groups. `padding` is
+    there where shorter texts have tokens before them that are none of theirs; `real_BT` then says which of the tokens
+    that are being read are the texts' own, None where all are.
     """
 
     conv: dict[int, Tensor] = field(default_factory=dict)
@@ -35,6 +37,39 @@ class Cache:
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
     weights: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    padding: "Padding | None" = None
+    seen: int = 0
+    real_BT: Tensor | None = None
+
+    def read(self, tokens: int) -> None:
+        """Begin to read so many tokens more of each text."""
+        first, self.seen = self.seen, self.seen + tokens
+        self.real_BT = self.padding.real(first, self.seen) if self.padding else None
+
+    def copied(self) -> "Cache":
+        """The same texts, to go on with apart from these."""
+        return replace(
+            self,
+            conv=dict(self.conv),
+            ssm=dict(self.ssm),
+            keys=dict(self.keys),
+            values=dict(self.values),
+            weights=dict(self.weights),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """Left padding: the tokens before each text of a batch, (B,), and the most of them, known on the host."""
+
+    first_B: Tensor
+    most: int
+
+    def real(self, first: int, end: int) -> Tensor | None:
+        """Which of the tokens from `first` to `end` belong to the texts, (B, T); None where all do."""
+        if first >= self.most:
+            return None
+        return torch.arange(first, end, device=self.first_B.device) >= self.first_B[:, None]
 
 
 class Mixer(nn.Module):

@@ -88,6 +88,9 @@ class MambaMixer(Mixer):
         projected = F.linear(x_BTD, weights["in_proj.weight"])
         z, xBC, dt = projected.split([channels, channels + config.state_rows, heads], dim=-1)
 
+        real_BT1 = cache.real_BT.unsqueeze(-1) if cache and cache.real_BT is not None else None
+        if real_BT1 is not None:  # to a text, padding before it is the zeros that stand before any text
+            xBC = xBC.where(real_BT1, 0)
         conv_tail = cache.conv.get(self.layer) if cache else None
         taps_CK, bias_C = weights["conv1d.weight"].squeeze(1), weights.get("conv1d.bias")
         xBC, conv_tail = backend.conv(xBC, taps_CK, bias_C, conv_tail, packing)
@@ -97,6 +100,8 @@ class MambaMixer(Mixer):
         C_BTGN = C_BTGN.unflatten(-1, (groups, config.ssm_state_size))
 
         dt_BTH = ssm.time_steps(dt, weights["dt_bias"], config.time_step_limit)
+        if real_BT1 is not None:  # no time passes: the state stays zero
+            dt_BTH = dt_BTH.where(real_BT1, 0)
         A_H = -weights["A_log"].to(dt_BTH.dtype).exp()
         D_H = weights["D"].to(dt_BTH.dtype)
         state = cache.ssm.get(self.layer) if cache else None

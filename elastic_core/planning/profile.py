@@ -9,7 +9,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ class _Bench:
             before.keys[0], before.values[0] = self._keys, self._values
 
         def step() -> Tensor:
-            cache = Cache(**{f.name: dict(getattr(before, f.name)) for f in fields(before)})
+            cache = before.copied()
             y_BTD: Tensor = part(x_BTD, subnet, None, cache, self._backend)
             return y_BTD
 

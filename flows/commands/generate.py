@@ -6,12 +6,11 @@ import torch
 import typer
 
 from elastic_core.files.checkpoint import read_family
-from elastic_core.generate import decode
+from elastic_core.generate import chosen, decode, stop_tokens
 from flows.commands.models import load
 from tasks.corpus.chats import Chat
 from tasks.corpus.problems import encode_prompts
 from tasks.corpus.tokenizer import load_tokenizer
-from tasks.evaluate import stop_tokens
 
 
 def generate_text(
@@ -39,7 +38,7 @@ def generate_text(
         torch.tensor([ids], device=model.embeddings.weight.device),
         subnet,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
+        choose=chosen(temperature, 1.0, [torch.seed()]),
         switch=switch,
     ):
         if int(token[0]) in stop_tokens(model.config):

@@ -37,7 +37,7 @@ class Decoding:
 
     @torch.inference_mode()
     def __call__(self) -> None:
-        cache = Cache(**{f.name: dict(getattr(self.cache, f.name)) for f in dataclasses.fields(Cache)})
+        cache = self.cache.copied()
         for _ in range(STEPS):
             self.model.logits(self.model(self.next_BT, self.subnet, cache=cache))
 
