@@ -233,10 +233,12 @@ def manifest_bytes(store: Store, uri: str) -> bytes | None:
         except store.client.exceptions.NoSuchKey:
             return None
         with closing(answer["Body"]) as stream:
-            body = stream.read(MAX_MANIFEST_BYTES + 1)
+            body = bytes(stream.read(MAX_MANIFEST_BYTES + 1))
     if len(body) > MAX_MANIFEST_BYTES:
         raise ServiceError(f"{uri} is larger than {MAX_MANIFEST_BYTES} bytes, so it is not a manifest")
-    return bytes(body)
+    if len(body) < answer["ContentLength"]:  # botocore tells of it only where the whole body is asked for
+        raise ServiceError(f"{uri}: the answer broke off; try again", transient=True)
+    return body
 
 
 def in_base64(digest: bytes) -> str:

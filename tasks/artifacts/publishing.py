@@ -34,7 +34,6 @@ from tasks.artifacts.connection import (
 )
 from tasks.artifacts.manifest import (
     MANIFEST_NAME,
-    MAX_MANIFEST_BYTES,
     MAX_OBJECT_BYTES,
     TOMBSTONE,
     FileRecord,
@@ -122,8 +121,10 @@ def put_first(store: Store, family: str, version: str, path: str, body: bytes) -
         except ClientError as error:
             if status_of(error) != 412:
                 raise
-        with closing(store.client.get_object(Bucket=bucket, Key=key)["Body"]) as there:
-            return bytes(there.read(MAX_MANIFEST_BYTES))
+    there = manifest_bytes(store, uri)
+    if there is None:
+        raise ServiceError(f"{uri} was removed by elastic gc meanwhile; try again", transient=True)
+    return there
 
 
 def published(store: Store, family: str, version: str) -> Manifest | None:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -24,6 +25,7 @@ from objects import (
     requests_of,
     uri_of,
 )
+from proxy import fault_proxy
 
 from tasks.artifacts import (
     Store,
@@ -316,6 +318,21 @@ def test_a_hostile_manifest_in_the_bucket_writes_nothing(store: Store, tmp_path:
     with pytest.raises(ServiceError, match="component"):
         fetch(store, uri_of(store), "s", tmp_path / "out" / "s")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_manifest_whose_answer_breaks_off_may_be_asked_for_again(
+    store: Store, settings: Settings, tmp_path: Path
+) -> None:
+    published = publish_one(store, make(tmp_path / "in", {"a": b"1"}))
+    faults = chain(["truncate"], repeat("none"))
+    with fault_proxy(settings.endpoint_url, 0.0) as network:
+        network.next_fault = lambda: next(faults)
+        far = open_store(replace(settings, endpoint_url=network.url))
+        with closing(far.client):
+            with pytest.raises(ServiceError, match="broke off") as raised:
+                read_manifest(far, uri_of(store))
+            assert is_transient(raised.value)
+            assert read_manifest(far, uri_of(store)) == published
 
 
 def test_an_oversize_manifest_is_not_read(store: Store, tmp_path: Path) -> None:
