@@ -22,7 +22,7 @@ from prefect.events import DeploymentEventTrigger
 from prefect.events.actions import ChangeFlowRunState
 from prefect.exceptions import ObjectNotFound
 from prefect.flows import Flow, load_flow_from_entrypoint
-from prefect.states import Crashed
+from prefect.states import Cancelled, Crashed
 from prefect.types.entrypoint import EntrypointType
 
 from elastic_core.recipe import Recipe
@@ -41,7 +41,7 @@ BEGINNING = timedelta(minutes=15)  # on Kubernetes a node may have to come, and 
 FLOWS = ["elastify", "retrain", "export", "evaluate", "gpu-step"]
 FINAL_EVENTS = {f"prefect.flow-run.{name}" for name in ("Completed", UNCHANGED, "Failed", "Cancelled", "Crashed")}
 BEAT, CRASHED = "prefect.flow-run.heartbeat", "prefect.flow-run.Crashed"
-PENDING, ANYTHING = "prefect.flow-run.Pending", "prefect.flow-run.*"
+PENDING, CANCELLING, ANYTHING = "prefect.flow-run.Pending", "prefect.flow-run.Cancelling", "prefect.flow-run.*"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +156,7 @@ def apply_all(recipe: Recipe, schedule: str | None, *, fresh: bool) -> None:
         for automation in (silent_runs(), stillborn_runs()):
             ensure_automation(client, automation)
         if fresh:
-            crash_orphans(client)
+            end_orphans(client)
 
 
 def ensure_pool(client: SyncPrefectClient, name: str, limit: int | None) -> None:
@@ -168,12 +168,15 @@ def ensure_pool(client: SyncPrefectClient, name: str, limit: int | None) -> None
 
 
 def silent_runs(within: timedelta = SILENCE) -> AutomationCore:
-    """A run that was heard of, and then neither beats nor ends, is crashed: that frees its place in the pool."""
+    """A run that was heard of, and then neither beats nor ends, is crashed: that frees its place in the pool.
+
+    One that is to be cancelled is not, for a crashed run is started again: Prefect calls it cancelled after a while.
+    """
     return lost_runs(
         "elastic: runs that fell silent have crashed",
         "no sign of life from its process",
         after=BEAT,
-        expect={BEAT, *FINAL_EVENTS},
+        expect={BEAT, CANCELLING, *FINAL_EVENTS},
         within=within,
     )
 
@@ -215,14 +218,15 @@ def ensure_automation(client: SyncPrefectClient, wanted: AutomationCore) -> None
         client.create_automation(wanted)
 
 
-def crash_orphans(client: SyncPrefectClient) -> None:
-    """Crash the runs that workers left behind when they and the server ended together."""
+def end_orphans(client: SyncPrefectClient) -> None:
+    """Crash the runs that workers left behind when they and the server ended together; cancel those that were to be."""
     going_on = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
     for run in client.read_flow_runs(
         flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=going_on)))
     ):
         if run.deployment_id or run.parent_task_run_id:
-            client.set_flow_run_state(run.id, Crashed(message="`elastic up` was stopped while it ran"), force=True)
+            ended = Cancelled if run.state_type == StateType.CANCELLING else Crashed
+            client.set_flow_run_state(run.id, ended(message="`elastic up` was stopped while it ran"), force=True)
 
 
 def main() -> None:

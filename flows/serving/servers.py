@@ -27,6 +27,8 @@ LAST_EVENTS_SECONDS = 60.0
 PORTS = range(10_000, 30_000)
 
 QUIET = {"DO_NOT_TRACK": "true", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", **CLIENT_ENVIRONMENT}
+# After so many seconds Prefect takes a run for cancelled that no worker ends; workers take half a minute.
+GIVES_UP = {"PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_CANCELLING_TIMEOUT_SECONDS": "90"}
 
 # For the server, and for its clients, which would else link to pages that it does not have.
 NO_UI = {"PREFECT_SERVER_UI_ENABLED": "0"}
@@ -162,7 +164,7 @@ class PrefectServer:
         """Return at once; `wait` until it answers, which takes some seconds."""
         self.home.mkdir(parents=True, exist_ok=True)
         command = _uvicorn("flows.serving.prefect_server:create_app", self._port, "--factory", "--lifespan", "on")
-        environment = {**os.environ, **QUIET, **(self._with_ui() if self._ui else self._for_one_run())}
+        environment = {**GIVES_UP, **os.environ, **QUIET, **(self._with_ui() if self._ui else self._for_one_run())}
         self.process.start(command, environment=environment, directory=self.home)
 
     def wait(self) -> None:

@@ -14,7 +14,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import LogCreate
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL
-from prefect.states import Cancelled, Running
+from prefect.states import Cancelled, Crashed, Running
 from prefect.testing.utilities import prefect_test_harness
 from prefect.types._datetime import now
 from typer.testing import CliRunner
@@ -127,6 +127,20 @@ def test_cancel_returns_when_the_run_has_ended_and_says_where_it_has_already(
     assert state is not None and state.is_cancelled()
     with pytest.raises(ValueError, match="nano 2026-12-02 has ended: it is Cancelled"):
         elastic("cancel", "nano 2026-12-02")
+
+
+@pytest.mark.services
+def test_a_run_that_crashed_and_goes_on_as_another_is_told_of_with_the_other(
+    begin: Callable[[str], FlowRun], client: SyncPrefectClient
+) -> None:
+    crashed = begin("nano 2026-12-06")
+    client.set_flow_run_state(crashed.id, Crashed(), force=True)
+    with pytest.raises(ValueError, match=r"has ended: it is Crashed$"):
+        elastic("cancel", str(crashed.id))
+    assert crashed.deployment_id is not None
+    other = client.create_flow_run_from_deployment(crashed.deployment_id)
+    with pytest.raises(ValueError, match=f"it is Crashed, and run {str(other.id)[:8]} goes on in its place: cancel"):
+        elastic("cancel", str(crashed.id))
 
 
 @pytest.mark.services

@@ -10,14 +10,15 @@ import yaml
 from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.events import Event
-from prefect.states import Pending, Running
+from prefect.states import Cancelling, Pending, Running
 from served import eventually
 
-from flows.serving.deployments import BEAT, ensure_automation, silent_runs, stillborn_runs
-from flows.serving.servers import PrefectServer, free_ports
+from flows.serving.deployments import BEAT, end_orphans, ensure_automation, silent_runs, stillborn_runs
+from flows.serving.servers import GIVES_UP, PrefectServer, free_ports
 
 ROOT = Path(__file__).parents[3]
 SOON = timedelta(seconds=10)  # the least that Prefect takes
+LATER = timedelta(seconds=20)
 
 
 def test_automation_yaml_says_what_elastic_up_applies() -> None:
@@ -31,7 +32,10 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncPrefectClie
     """A server with both automations, which lose patience soon."""
     home = tmp_path_factory.mktemp("prefect")
     server = PrefectServer(home, home, free_ports(1)[0], ui=True)
-    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in GIVES_UP:
+            patch.setenv(variable, str(LATER.total_seconds()))
+        server.start()
     try:
         server.wait()
         with SyncPrefectClient(api=f"{server.url}/api") as client:
@@ -86,3 +90,32 @@ def test_a_run_is_crashed_whose_process_died_before_it_began_or_after(client: Sy
         assert message in client.read_flow_run(run).state.message
     assert client.read_flow_run(going).state.is_running()
     assert client.read_flow_run(others).state.is_pending()
+
+
+@pytest.mark.services
+def test_a_run_that_was_to_be_cancelled_when_its_process_was_lost_ends_cancelled_and_is_not_started_again(
+    client: SyncPrefectClient,
+) -> None:
+    silent, cancelled = begun(client, "elastify"), begun(client, "elastify")
+    for run in (silent, cancelled):
+        client.set_flow_run_state(run, Running())
+        beat(client, run, "elastify")
+    client.set_flow_run_state(cancelled, Cancelling())
+    for run in (silent, cancelled):
+        eventually(lambda run=run: client.read_flow_run(run).state.is_final(), 120, "the run goes on")
+    assert client.read_flow_run(silent).state.is_crashed()
+    assert [state.type.value for state in client.read_flow_run_states(cancelled)][-2:] == ["CANCELLING", "CANCELLED"]
+
+
+@pytest.mark.services
+def test_runs_that_elastic_up_left_behind_are_crashed_and_those_that_were_to_be_cancelled_are_cancelled(
+    client: SyncPrefectClient,
+) -> None:
+    deployment = client.create_deployment(client.create_flow_from_name("elastify"), "micro")
+    cancelled, running = (
+        client.create_flow_run_from_deployment(deployment, state=state).id for state in (Running(), Running())
+    )
+    client.set_flow_run_state(cancelled, Cancelling())
+    end_orphans(client)
+    assert client.read_flow_run(cancelled).state.is_cancelled()
+    assert client.read_flow_run(running).state.is_crashed()
