@@ -171,7 +171,8 @@ def up(
         "infra/recipes/tiny.yaml"
     ),
     schedule: Annotated[
-        str | None, typer.Option(help="When to look for new data or code and retrain (cron); by default never.")
+        str | None,
+        typer.Option(help="When to look for new data or code and retrain: cron, or none to end it; else as before."),
     ] = None,
     prefect_port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Prefect's port; by default 4200, or a free one.")

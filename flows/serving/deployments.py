@@ -6,6 +6,7 @@
 import argparse
 import inspect
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +15,13 @@ from typing import Any
 from prefect.automations import AutomationCore, EventTrigger, Posture
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, StateType
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.deployments.runner import RunnerDeployment
@@ -35,6 +42,7 @@ from tasks.running.gpu import DEPLOYMENT_VARIABLE
 # So many runs of a pool at once: a run on the gpu pool has all devices of its worker's machine to itself.
 POOLS = {"cpu": None, "gpu": 1}
 GPU_STEP = "gpu-step/gpu"
+NEVER = "none"  # as a schedule
 SILENCE = timedelta(seconds=90)  # three heartbeats
 BEGINNING = timedelta(minutes=15)  # on Kubernetes a node may have to come, and then the image
 
@@ -65,7 +73,7 @@ class Deployment:
         """Create it on the server, or bring it up to date."""
         flow: Flow[..., Any] = load_flow_from_entrypoint(self.entrypoint, use_placeholder_flow=False)
         one_at_a_time = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
-        RunnerDeployment.from_flow(
+        applied = RunnerDeployment.from_flow(
             flow,
             name=self.name,
             cron=self.schedule,
@@ -76,7 +84,10 @@ class Deployment:
             work_pool_name=self.pool,
             job_variables={"env": {**HEARTBEAT, **self.environment}},
             entrypoint_type=EntrypointType.MODULE_PATH,
-        ).apply()
+        )
+        if self.schedule is None:
+            applied.model_fields_set.discard("schedules")  # what an update sends replaces those on the server
+        applied.apply()
 
     def rerun_crashed(self, flow: str, parameters: list[str]) -> DeploymentEventTrigger:
         """The automation that starts a run again, with what it was given, when its process is gone."""
@@ -142,21 +153,50 @@ def recipe_parameter(path: str) -> dict[str, Any]:
     return {"recipe": to_dict(load_recipe(Path(path)))}
 
 
-def apply_all(recipe: Recipe, schedule: str | None, *, fresh: bool) -> None:
-    """Pools, deployments and automations, new or brought up to date.
+def apply_all(recipe: Recipe, schedule: str | None, *, fresh: bool) -> list[str]:
+    """Pools, deployments and automations, new or brought up to date. What retrains by a schedule of before is told.
 
+    `schedule` is a cron expression, NEVER to take away what there is, or None to leave it.
     `fresh` says that no worker of this server can be alive: runs that it believes running are crashed, and so begin
     again.
     """
     with get_client(sync_client=True) as client:
         for pool, limit in POOLS.items():
             ensure_pool(client, pool, limit)
-        for deployment in deployments(recipe, schedule):
+        for deployment in deployments(recipe, None if schedule == NEVER else schedule):
             deployment.apply()
+        if schedule == NEVER:
+            unschedule(client, recipe.family)
         for automation in (silent_runs(), stillborn_runs()):
             ensure_automation(client, automation)
         if fresh:
             end_orphans(client)
+        return [line for name, line in standing_schedules(client) if schedule is None or name != recipe.family]
+
+
+def unschedule(client: SyncPrefectClient, family: str) -> None:
+    deployment = client.read_deployment_by_name(f"retrain/{family}")
+    for held in deployment.schedules:
+        client.delete_deployment_schedule(deployment.id, held.id)
+
+
+def standing_schedules(client: SyncPrefectClient) -> Iterator[tuple[str, str]]:
+    """The families that a schedule retrains, each with a line that says so and how to end it.
+
+    Once a nightly schedule was the default, and nothing tells it from one that a person wanted.
+    """
+    for deployment in client.read_deployments(flow_filter=FlowFilter(name=FlowFilterName(any_=["retrain"]))):
+        when = [_when(held.schedule) for held in deployment.schedules if held.active]
+        if when and not deployment.paused:
+            yield (
+                deployment.name,
+                f"retrain/{deployment.name} trains by itself, by a schedule of before ({', '.join(when)}); "
+                f"`elastic up RECIPE --schedule {NEVER}`, with the recipe of {deployment.name}, ends that",
+            )
+
+
+def _when(schedule: Any) -> str:
+    return str(getattr(schedule, "cron", None) or getattr(schedule, "interval", None) or schedule)
 
 
 def ensure_pool(client: SyncPrefectClient, name: str, limit: int | None) -> None:
@@ -235,13 +275,16 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--schedule")
     parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("--notes", type=Path, help="where to write the lines that the user is to read")
     given = parser.parse_args()
     try:
-        if given.schedule is not None:
+        if given.schedule not in (None, NEVER):
             CronSchedule(cron=given.schedule)
     except ValueError:
-        sys.exit(f"--schedule {given.schedule!r} is not a cron expression, such as '0 3 * * *'")
-    apply_all(load_recipe(given.recipe), given.schedule, fresh=given.fresh)
+        sys.exit(f"--schedule {given.schedule!r} is not a cron expression, such as '0 3 * * *', or {NEVER}")
+    lines = apply_all(load_recipe(given.recipe), given.schedule, fresh=given.fresh)
+    if given.notes is not None:
+        given.notes.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

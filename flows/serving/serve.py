@@ -247,8 +247,8 @@ def up(home: Path, recipe: Path, schedule: str | None, ports: Ports) -> None:
 
 def deploy(home: Path, recipe: Path, schedule: str | None, *, fresh: bool) -> None:
     """Put pools, deployments and automations on the server: in a process of its own, which loads the flows."""
-    process = ChildProcess(home / "logs" / "deploy.log")
-    command = [sys.executable, "-m", "flows.serving.deployments", str(recipe)]
+    process, notes = ChildProcess(home / "logs" / "deploy.log"), home / "logs" / "deploy.notes"
+    command = [sys.executable, "-m", "flows.serving.deployments", str(recipe), "--notes", str(notes)]
     command += ["--fresh"] * fresh + ([] if schedule is None else ["--schedule", schedule])
     process.start(command, environment=os.environ, directory=Path.cwd())
     try:
@@ -256,6 +256,7 @@ def deploy(home: Path, recipe: Path, schedule: str | None, *, fresh: bool) -> No
             time.sleep(0.05)
         if process.exit_code():
             raise ServiceError(f"the deployments cannot be applied: {process.last_words()}; the log is {process.log}")
+        wide_console().print(notes.read_text(encoding="utf-8"), end="", soft_wrap=True, highlight=False, markup=False)
     finally:
         process.stop()
 

@@ -18,6 +18,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from served import RUN_SECONDS, Elastified, Served, assert_made, eventually, kill
 
 from flows.commands.recipes import load_recipe
+from flows.serving import serve
 from flows.serving.deployments import deployments
 
 pytestmark = pytest.mark.services
@@ -77,6 +78,28 @@ def test_prefect_yaml_says_what_elastic_up_applies(served: Served):
         prefect(served, "deploy", "--all", "--prefect-file", "infra/prefect.yaml")
         after = stored(client)
     assert after == before
+
+
+def test_a_schedule_of_before_stays_and_is_told_of_until_it_is_taken_away(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for variable, value in served.environment().items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.chdir(ROOT)
+
+    def after(schedule: str | None) -> tuple[list[str], str]:
+        """The schedules of the family then, and what the user was told of it."""
+        serve.deploy(tmp_path, Path("infra/recipes/tiny.yaml"), schedule, fresh=False)
+        told = [line for line in capsys.readouterr().out.splitlines() if "retrain/tiny" in line]
+        with served.prefect() as client:
+            return stored(client)["retrain/tiny"]["schedules"], "\n".join(told)
+
+    nightly = "0 3 * * *"
+    assert after(nightly) == ([nightly], "")
+    kept, told = after(None)
+    assert kept == [nightly] and nightly in told and "`elastic up RECIPE --schedule none`" in told
+    assert after("none") == ([], "")
+    assert after(None) == ([], "")
 
 
 def full_name(held: dict[str, Any], entrypoint: str) -> str:
