@@ -622,10 +622,13 @@ BAD_COMMANDS: dict[str, tuple[str, str]] = {
     "slice: no size": ("slice {family} --params inf -o {out}", r"--params inf is not a size"),
     "slice: both": (
         "slice {family} --budget s --params 2e4 -o {out}",
-        r"give one of --budget, --params, --memory, --l",
+        r"give one of --budget, --params, --active-params, --memory, --l",
     ),
     "slice: two sizes": ("slice {family} --memory 1MB@ctx=9 --params 2e4 -o {out}", r"give one of --budget, --params"),
-    "slice: neither": ("slice {family} -o {out}", r"give one of --budget, --params, --memory, --latency"),
+    "slice: neither": (
+        "slice {family} -o {out}",
+        r"give one of --budget, --params, --active-params, --memory, --latency",
+    ),
     "slice: memory in no known unit": (
         "slice {family} --memory 16G@ctx=8 -o {out}",
         r"memory is '16G@ctx=8'; expected",
