@@ -46,7 +46,7 @@ test-all: test test-kernels $(ENGINES)/installed
 test-flows: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "$(SERVICES)" tests/flows
 
-test-services: $(ENGINES)/installed
+test-services: $(INSTALLED) $(ENGINES)/installed
 	OMP_NUM_THREADS=1 ENGINES=$(abspath $(ENGINES)) $(BIN)/pytest -m "$(SERVICES)" --ignore tests/flows
 
 test-faults: $(INSTALLED)

@@ -98,14 +98,20 @@ def compare_orders(
         by_importance, at_random = lost(axis, sizes, layer_ranking), []
         for _ in range(random_orders):
             order = _along(axis, random_order(config, generator), config)
-            reorder_in_place(model.state_dict(), order, config)
-            model.scale_norms(model.energy and model.energy.permuted(order.hidden))
+            reorder_model(model, order)
             at_random.append(lost(axis, sizes, order.layers))
         cuts += [
             Cut(axis=axis, full=axes.choices(axis)[0], size=size, by_importance=ours, at_random=tuple(theirs))
             for size, ours, *theirs in zip(sizes, by_importance, *at_random, strict=True)
         ]
     return tuple(cuts)
+
+
+def reorder_model(model: ElasticNemotronH, order: Order) -> None:
+    """Put a model's components in another order, in place: its weights, and what scales its norms."""
+    reorder_in_place(model.state_dict(), order, model.config)
+    if model.energy is not None:
+        model.scale_norms(model.energy.permuted(order.hidden))
 
 
 def cut_axis(full: Subnet, axis: str, size: int, layer_ranking: Sequence[int]) -> Subnet:

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from elastic_core.budget import Dtype
+from elastic_core.comparison import reorder_model
 from elastic_core.cost import active_params, subnet_params
 from elastic_core.files import checkpoint, reorder
 from elastic_core.generate import complete, decode, prompt_batches, stop_tokens
@@ -257,7 +258,7 @@ def read_losses(share: tuple[Reader, list[TokenBatch]]) -> list[BatchLoss]:
     subnet = reader.subnet or full_subnet(model.config)
     if reader.random_seed is not None:
         order = reorder.random_order(model.config, generator(reader.random_seed, "random order"))
-        reorder.reorder_in_place(model.state_dict(), order, model.config)
+        reorder_model(model, order)
         subnet = replace(subnet, layers=keep_layers(order.layers, subnet.depth))
     teacher = _load(reader.teacher, reader.dtype) if reader.teacher else None
     return batch_losses(model, subnet, batches, teacher)

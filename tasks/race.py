@@ -13,6 +13,7 @@ from elastic_core.budget import Dtype
 from elastic_core.cost import subnet_params
 from elastic_core.files import checkpoint
 from elastic_core.files.checkpoint import read_family
+from elastic_core.files.reorder import read_order, write_order
 from elastic_core.model import ElasticNemotronH
 from elastic_core.recipe import Distillation, Evaluation, Stage
 from elastic_core.subnet import Subnet
@@ -122,8 +123,9 @@ def write_start(
         return [fresh[name].to(stored.dtype)] if fresh else stored.blocks(*[None] * len(stored.shape))
 
     def beside(staging: Path) -> None:
-        for name in (checkpoint.ORDER_FILE, checkpoint.ROUTER_FILE):
-            shutil.copyfile(source / name, staging / name)
+        shutil.copyfile(source / checkpoint.ROUTER_FILE, staging / checkpoint.ROUTER_FILE)
+        order = read_order(source, config)
+        write_order(staging, replace(order, energy=None) if fresh else order)  # the energy is the teacher's
         checkpoint.write_family(staging, replace(family, budgets=budgets))
 
     checkpoint.write_checkpoint(target, config, opened.tensors, blocks, source=source, beside=beside)

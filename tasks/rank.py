@@ -160,6 +160,7 @@ def reorder_teacher(
         layer_ranking=order.layers,
         lineage=dict(lineage),
         latency_table=latency_table,
+        format_version=1 if order.energy is None else 2,
     )
 
     def beside(staging: Path) -> None:

@@ -266,7 +266,8 @@ class ResolvedBudget:
 class Family:
     """What makes a stock checkpoint elastic. Budgets fall from the largest; lineage says what it was made from.
 
-    `latency_table` is there if a budget is a latency, so that it can be counted again wherever the family goes.
+    `latency_table` is there if a budget is a latency, so that it can be counted again wherever the family goes. In
+    format 2 the norms of subnets are scaled by what order.safetensors says, which code that knows format 1 does not do.
     """
 
     axes: Axes
@@ -274,7 +275,7 @@ class Family:
     layer_ranking: tuple[int, ...]
     lineage: dict[str, object]
     latency_table: LatencyTable | None = None
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 1
 
     def budget(self, name: str) -> ResolvedBudget:
         """The budget called `name`; ValueError that lists the known ones."""

@@ -73,7 +73,8 @@ def slice_checkpoint(
 ) -> dict[str, str]:
     """Cut `subnet` out of the checkpoint `source` into the new directory `target`, in bounded memory (C7).
 
-    The weights of the stream's norms are multiplied by the gain of the hidden size, where the source has one.
+    The weights of the stream's norms are multiplied by the gain of the hidden size, where the source has one, and then
+    are float32 whatever they were.
 
     FFN widths that differ by layer are padded with zero neurons to one width, which is the same function, or with
     "list" written as they are, which vLLM, transformers and llama.cpp do not load. Returns the SHA-256 of the weight
@@ -87,7 +88,8 @@ def slice_checkpoint(
     old_names = {name: name_in_full_model(name, place, subnet, config) for name, place in new_places.items()}
     stored = {name: checkpoint.tensors[old] for name, old in old_names.items()}
     plan = {
-        name: TensorInfo(dtype=stored[name].dtype, shape=place.layout.shape()) for name, place in new_places.items()
+        name: TensorInfo(dtype=_dtype(stored[name], place, subnet, energy), shape=place.layout.shape())
+        for name, place in new_places.items()
     }
 
     def blocks(name: str) -> Iterator[Tensor]:
@@ -150,8 +152,13 @@ def is_scaled(place: Place) -> bool:
 
 
 def _scaled(block: Tensor, place: Place, subnet: Subnet, energy: Energy | None) -> Tensor:
-    gain = 1.0 if energy is None or not is_scaled(place) else energy.gain(subnet.hidden)
-    return block if gain == 1.0 else block * gain
+    return energy.scaled(block, subnet.hidden) if energy is not None and is_scaled(place) else block
+
+
+def _dtype(stored: TensorInfo, place: Place, subnet: Subnet, energy: Energy | None) -> torch.dtype:
+    """The type of a slice's tensor; see `Energy.scaled`."""
+    is_narrow = energy is not None and is_scaled(place) and energy.gain(subnet.hidden) != 1.0
+    return torch.promote_types(stored.dtype, torch.float32) if is_narrow else stored.dtype
 
 
 def _padded(blocks: Iterable[Tensor], planned: TensorInfo) -> Iterator[Tensor]:

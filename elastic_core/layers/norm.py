@@ -32,11 +32,20 @@ class Energy:
         """What the weights of the norms are multiplied by in a subnet of the first `hidden` channels."""
         return self._gains[hidden - 1]
 
+    def scaled(self, weight: Tensor, hidden: int) -> Tensor:
+        """The weight of a norm over `hidden` channels, or some rows of it, times its gain, in at least float32.
+
+        Never rounded to less: a slice keeps it so, and has the function of its subnet in whichever type both are read.
+        """
+        gain = self.gain(hidden)
+        return weight if gain == 1.0 else weight.to(torch.promote_types(weight.dtype, torch.float32)) * gain
+
     def masked_gain(self, mask_D: Tensor) -> Tensor:
         """`gain` where a soft mask in [0, 1] weighs the first channels, ()."""
         key = (mask_D.device, mask_D.dtype)
         if key not in self._on_device:
-            self._on_device[key] = self._of_channel_D.to(mask_D)
+            with torch.inference_mode(False):  # what is kept must serve training too
+                self._on_device[key] = self._of_channel_D.to(mask_D.device, mask_D.dtype)
         return ((self._on_device[key][: len(mask_D)] * mask_D).sum() / mask_D.sum()).sqrt()
 
     def permuted(self, order_D: Tensor) -> "Energy":
@@ -59,21 +68,19 @@ class RMSNorm(nn.Module):
     def forward(self, x_BTD: Tensor, mask_D: Tensor | None = None) -> Tensor:
         """Under a mask, which `x_BTD` already carries, the mean is over the channels that the mask keeps."""
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
-        weight = self._weight(x_BTD.shape[-1], None if mask_D is None else mask_D.to(dtype)).to(dtype)
+        mask_D = None if mask_D is None else mask_D.to(dtype)
+        weight = self._scaled(take(self.weight, self._layout, {"hidden": x_BTD.shape[-1]}).to(dtype), mask_D)
         if mask_D is not None:
-            return over_tiles(self._masked, (x_BTD,), (weight, mask_D.to(dtype).sum()))
+            return over_tiles(self._masked, (x_BTD,), (weight, mask_D.sum()))
         pieces = (segment_BTD.to(dtype) for segment_BTD in segments(x_BTD))
         return joined([F.rms_norm(wide, weight.shape, weight, self.eps).to(x_BTD.dtype) for wide in pieces])
 
-    def _weight(self, hidden: int, mask_D: Tensor | None) -> Tensor:
-        """The weight with its gain, rounded to the weight's type as a slice's is."""
-        weight_D = take(self.weight, self._layout, {"hidden": hidden})
+    def _scaled(self, weight_D: Tensor, mask_D: Tensor | None) -> Tensor:
         if self.energy is None:
             return weight_D
         if mask_D is not None:
             return weight_D * self.energy.masked_gain(mask_D)
-        gain = self.energy.gain(hidden)
-        return weight_D if gain == 1.0 else weight_D * gain
+        return self.energy.scaled(weight_D, len(weight_D))
 
     def _masked(self, x_BTD: Tensor, weight_D: Tensor, kept: Tensor) -> Tensor:
         wide = x_BTD.to(weight_D.dtype)

@@ -85,8 +85,9 @@ class Deployment:
             job_variables={"env": {**HEARTBEAT, **self.environment}},
             entrypoint_type=EntrypointType.MODULE_PATH,
         )
+        applied.model_fields_set.discard("paused")  # what is sent replaces what the server has, and people pause there
         if self.schedule is None:
-            applied.model_fields_set.discard("schedules")  # what an update sends replaces those on the server
+            applied.model_fields_set.discard("schedules")
         applied.apply()
 
     def rerun_crashed(self, flow: str, parameters: list[str]) -> DeploymentEventTrigger:

@@ -5,8 +5,8 @@ off, so that a second step back leads to the champion before the last two, which
 a tag for when, by whom and why it was promoted, and one for when it was rolled back.
 
 The alias `champion` alone says who is champion. Where a tag cannot be written, the alias and the tags that were written
-go back. Where the process is killed between the two, a promotion is done and not recorded, and a rollback is recorded
-and not done: doing it again completes it.
+go back. Where the process is killed between the two, a promotion is done and not recorded, as one by hand is; a
+rollback is recorded and not done, and doing it again completes it.
 """
 
 import getpass

@@ -21,6 +21,7 @@ from elastic_core.cost import subnet_params
 from elastic_core.files import reorder
 from elastic_core.files.checkpoint import ResolvedBudget, write_weights
 from elastic_core.geometry import ModelConfig
+from elastic_core.layers.norm import Energy
 from elastic_core.model import ElasticNemotronH
 from elastic_core.recipe import Evaluation
 from elastic_core.schema import build
@@ -149,12 +150,14 @@ MOST_RESIDENT = 2.05  # teachers: two, and what a batch activates
 
 @pytest.fixture(scope="module")
 def measured_on(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
-    """A teacher, another model of its size, and held-out text."""
+    """A teacher, another model of its size with norms that are scaled, and held-out text."""
     root = tmp_path_factory.mktemp("wide")
     for seed, name in enumerate(("teacher", "other")):
         model = ElasticNemotronH(WIDE)
         model.initialise(generator(seed))
         write_weights(root / name, WIDE, model.state_dict(), torch.float32)
+    energy_D = torch.linspace(2.0, 0.1, WIDE.hidden_size)
+    reorder.write_order(root / "other", replace(reorder.identity_order(WIDE), energy=energy_D))
     (root / "corpus").mkdir()
     save_file({"tokens": torch.arange(200, dtype=torch.int32)}, root / "corpus" / HELDOUT_FILE)
     return {name: artifact(root / name) for name in ("teacher", "other", "corpus")}
@@ -201,6 +204,7 @@ def test_a_random_cut_is_the_cut_of_the_model_in_that_order(
     model = load_model(Path(measured_on["other"].path), torch.device("cpu"), torch.float32)
     order = reorder.random_order(WIDE, generator(3, "random order"))
     model.load_state_dict(reorder.reorder_weights(model.state_dict(), order, WIDE))
+    model.scale_norms(Energy(torch.linspace(2.0, 0.1, WIDE.hidden_size)[order.hidden]))
     subnet = replace(full_subnet(WIDE), hidden=128)
     batches = heldout_batches(Path(measured_on["corpus"].path) / HELDOUT_FILE, TEXT, WIDE.vocab_size)
     assert measuring["random cut"]() == heldout_loss(model, subnet, batches)[0] != measuring["cut"]()

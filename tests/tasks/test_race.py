@@ -57,7 +57,8 @@ def teacher(tmp_path: Path) -> Artifact:
 @pytest.fixture
 def family(teacher: Artifact, tmp_path: Path) -> Artifact:
     (tmp_path / "ranking").mkdir()
-    reorder.write_order(tmp_path / "ranking", reorder.random_order(CONFIG, generator(1)))
+    order = replace(reorder.random_order(CONFIG, generator(1)), energy=torch.linspace(2.0, 0.1, CONFIG.hidden_size))
+    reorder.write_order(tmp_path / "ranking", order)
     return reorder_teacher.fn(
         teacher=teacher,
         ranking=artifact(tmp_path / "ranking"),
@@ -86,6 +87,9 @@ def test_a_lap_begins_with_its_own_budgets_at_the_shapes_asked_for(
     teacher, weights = load_weights(source), load_weights(tmp_path / "chosen")
     same = [torch.equal(weights[name], teacher[name]) for name in weights if weights[name].ndim == 2]
     assert all(same) if start == "cut" else not any(same)
+    energy = reorder.read_order(tmp_path / "chosen", CONFIG).energy
+    assert (energy is None) == (start == "fresh"), "the gain of the teacher's norms is nothing to fresh weights"
+    assert read_family(source).format_version == 2
 
 
 @pytest.mark.parametrize("second", ["s", "m"])

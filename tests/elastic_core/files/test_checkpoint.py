@@ -416,7 +416,7 @@ BAD_FAMILIES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no order": (lambda d: (d / ORDER_FILE).unlink(), "order.safetensors: there is no such file"),
     "no router": (lambda d: (d / ROUTER_FILE).unlink(), "router.safetensors: there is no such file"),
     "bad router": (lambda d: (d / ROUTER_FILE).write_bytes(b"x"), "router.safetensors: is truncated"),
-    "version": (edit_family(lambda v: v.update(format_version=2)), "format_version is 2; expected one of: 1"),
+    "version": (edit_family(lambda v: v.update(format_version=3)), "format_version is 3; expected one of: 1, 2"),
     "unknown key": (edit_family(lambda v: v.update(budget=1)), "budget is not a known setting; did you mean 'budgets'"),
     "missing key": (edit_family(lambda v: v.pop("axes")), "axes is missing"),
     "no budgets": (edit_family(lambda v: v.update(budgets=[])), "must be at least one"),

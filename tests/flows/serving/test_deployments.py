@@ -96,6 +96,12 @@ def test_a_schedule_of_before_stays_and_is_told_of_until_it_is_taken_away(
 
     nightly = "0 3 * * *"
     assert after(nightly) == ([nightly], "")
+    with served.prefect() as client:
+        retrain = client.read_deployment_by_name("retrain/tiny").id
+        client.pause_deployment(retrain)
+        assert after(None) == ([nightly], "")  # it trains no more, so nobody is told that it does
+        assert client.read_deployment(retrain).paused
+        client.resume_deployment(retrain)
     kept, told = after(None)
     assert kept == [nightly] and nightly in told and "`elastic up RECIPE --schedule none`" in told
     assert after("none") == ([], "")
