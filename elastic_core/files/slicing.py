@@ -73,8 +73,8 @@ def slice_checkpoint(
 ) -> dict[str, str]:
     """Cut `subnet` out of the checkpoint `source` into the new directory `target`, in bounded memory (C7).
 
-    The weights of the stream's norms are multiplied by the gain of the hidden size, where the source has one, and then
-    are float32 whatever they were.
+    The stream's norms are multiplied by the gain of the hidden size, where the source has one, and are at least float32
+    then.
 
     FFN widths that differ by layer are padded with zero neurons to one width, which is the same function, or with
     "list" written as they are, which vLLM, transformers and llama.cpp do not load. Returns the SHA-256 of the weight
@@ -88,7 +88,10 @@ def slice_checkpoint(
     old_names = {name: name_in_full_model(name, place, subnet, config) for name, place in new_places.items()}
     stored = {name: checkpoint.tensors[old] for name, old in old_names.items()}
     plan = {
-        name: TensorInfo(dtype=_dtype(stored[name], place, subnet, energy), shape=place.layout.shape())
+        name: TensorInfo(
+            dtype=_scaled(torch.empty(0, dtype=stored[name].dtype), place, subnet, energy).dtype,
+            shape=place.layout.shape(),
+        )
         for name, place in new_places.items()
     }
 
@@ -153,12 +156,6 @@ def is_scaled(place: Place) -> bool:
 
 def _scaled(block: Tensor, place: Place, subnet: Subnet, energy: Energy | None) -> Tensor:
     return energy.scaled(block, subnet.hidden) if energy is not None and is_scaled(place) else block
-
-
-def _dtype(stored: TensorInfo, place: Place, subnet: Subnet, energy: Energy | None) -> torch.dtype:
-    """The type of a slice's tensor; see `Energy.scaled`."""
-    is_narrow = energy is not None and is_scaled(place) and energy.gain(subnet.hidden) != 1.0
-    return torch.promote_types(stored.dtype, torch.float32) if is_narrow else stored.dtype
 
 
 def _padded(blocks: Iterable[Tensor], planned: TensorInfo) -> Iterator[Tensor]:

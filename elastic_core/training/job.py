@@ -145,8 +145,8 @@ def load_model(
     """The model of a stock or elastic checkpoint in `dtype`, with every weight checked.
 
     The norms of an elastic checkpoint's subnets are scaled as its order says. What keeps its type is not narrowed: an
-    A_log that is stored in float32 stays so. `wrap` may shard the model, while
-    it has no storage yet; then only this process's rows are read.
+    A_log that is stored in float32 stays so. `wrap` may shard the model, while it has no storage yet; then only this
+    process's rows are read.
     """
     opened = checkpoint.open_checkpoint(directory)
     with torch.device("meta"):

@@ -157,9 +157,8 @@ def recipe_parameter(path: str) -> dict[str, Any]:
 def apply_all(recipe: Recipe, schedule: str | None, *, fresh: bool) -> list[str]:
     """Pools, deployments and automations, new or brought up to date. What retrains by a schedule of before is told.
 
-    `schedule` is a cron expression, NEVER to take away what there is, or None to leave it.
-    `fresh` says that no worker of this server can be alive: runs that it believes running are crashed, and so begin
-    again.
+    `schedule` is a cron expression, NEVER to take away what there is, or None to leave it. `fresh` says that no worker
+    of this server can be alive: runs that it believes running are ended, and begin again unless they were cancelled.
     """
     with get_client(sync_client=True) as client:
         for pool, limit in POOLS.items():

@@ -25,6 +25,7 @@ from tasks.reporting.numbers import fixed, human_bytes, human_count, human_secon
 from tasks.reporting.plots import Plot, draw_all, span, titles
 from tasks.reporting.summary import (
     ORDERS,
+    active_column,
     by_size,
     markdown_table,
     order_table,
@@ -144,7 +145,7 @@ def _shape_rows(run: Run) -> list[dict[str, str]]:
                 "budget": budget.budget,
                 "target": targets.get(budget.budget, "full"),
                 "parameters": f"{budget.params:,}",
-                **({} if budget.active_params is None else {"active": f"{budget.active_params:,}"}),
+                **active_column(budget.active_params),
                 "share": percent(budget.params / run.evaluation.teacher_params),
                 "hidden": str(subnet.hidden),
                 f"layers {' / '.join(named)}": f"{len(kinds)}: " + " / ".join(str(kinds.count(kind)) for kind in named),

@@ -49,7 +49,7 @@ def summary_table(evaluation: EvaluationRecord) -> list[dict[str, str]]:
     teacher = {
         "budget": "teacher",
         "parameters": f"{evaluation.teacher_params:,}",
-        **_active(evaluation.teacher_active_params),
+        **active_column(evaluation.teacher_active_params),
         "loss": fixed(evaluation.teacher_cross_entropy, 3),
         "KL": "-",
         "accuracy": percent(evaluation.teacher_accuracy, 1),
@@ -61,7 +61,7 @@ def summary_table(evaluation: EvaluationRecord) -> list[dict[str, str]]:
         {
             "budget": budget.budget,
             "parameters": f"{budget.params:,}",
-            **_active(budget.active_params),
+            **active_column(budget.active_params),
             "loss": fixed(budget.cross_entropy, 3),
             "KL": fixed(budget.kl, 4),
             "accuracy": percent(budget.accuracy, 1),
@@ -74,7 +74,7 @@ def summary_table(evaluation: EvaluationRecord) -> list[dict[str, str]]:
     return [teacher, *rows]
 
 
-def _active(params: int | None) -> dict[str, str]:
+def active_column(params: int | None) -> dict[str, str]:
     """A column of models with experts alone."""
     return {} if params is None else {"active": f"{params:,}"}
 

@@ -19,9 +19,8 @@ def tag_versions(uri: str, models: Collection[str], tags: Mapping[str, str]) -> 
     with explained(uri, f"tagging {', '.join(models)}"):
         client = client_of(uri)
         for model in models:
-            name, version = model.rsplit(":", 1)
             for key, value in tags.items():
-                client.set_model_version_tag(name, version, key, redact(value))
+                _tag(client, model, key, redact(value))
 
 
 def model_tags(uri: str, name: str) -> dict[str, str]:
