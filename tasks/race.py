@@ -124,8 +124,10 @@ def write_start(
 
     def beside(staging: Path) -> None:
         shutil.copyfile(source / checkpoint.ROUTER_FILE, staging / checkpoint.ROUTER_FILE)
-        order = read_order(source, config)
-        write_order(staging, replace(order, energy=None) if fresh else order)  # the energy is the teacher's
-        checkpoint.write_family(staging, replace(family, budgets=budgets))
+        order, begun = read_order(source, config), replace(family, budgets=budgets)
+        if fresh:  # the energy is the teacher's
+            order, begun = replace(order, energy=None), replace(begun, format_version=1)
+        write_order(staging, order)
+        checkpoint.write_family(staging, begun)
 
     checkpoint.write_checkpoint(target, config, opened.tensors, blocks, source=source, beside=beside)

@@ -38,6 +38,7 @@ from elastic_core.schema import build, to_dict
 from elastic_core.subnet import Subnet, check_subnet, is_nested, keep_layers
 
 ORDER_FILE = "order.safetensors"
+ENERGY = "hidden_energy"  # a tensor in it, where the norms of subnets are scaled
 ROUTER_FILE = "router.safetensors"
 FAMILY_FILE = "elastic.json"
 SHAPES_FILE = "shapes.json"  # beside a family whose shapes were measured
@@ -300,8 +301,12 @@ def read_family(directory: Path) -> Family:
         raise
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    for name in (ORDER_FILE, ROUTER_FILE):
-        read_header(regular_file(directory, name))
+    order, _ = (read_header(regular_file(directory, name)) for name in (ORDER_FILE, ROUTER_FILE))
+    if family.format_version == 2 and ENERGY not in order:
+        raise CheckpointError(
+            f"{directory / ORDER_FILE}: holds no {ENERGY}, by which {FAMILY_FILE} has norms scaled; copy the one that "
+            "was written with this checkpoint"
+        )
     return family
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from elastic_core.files.checkpoint import (
+    ENERGY,
     ORDER_FILE,
     CheckpointError,
     Place,
@@ -28,7 +29,6 @@ from elastic_core.layout import indices
 
 # How the entries of some axes are called in the file.
 _FILE_NAMES = {"mamba_head_dim": "mamba_channels", "attention_heads": "query_heads"}
-_ENERGY = "hidden_energy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -124,14 +124,14 @@ def _named(order: Order) -> dict[str, Tensor]:
     tensors = {"hidden": order.hidden, "layers": torch.tensor(order.layers)}
     for axis in Axes.IN_LAYERS:
         tensors |= {f"{_FILE_NAMES.get(axis, axis)}.{i}": entry for i, entry in enumerate(getattr(order, axis))}
-    return tensors if order.energy is None else tensors | {_ENERGY: order.energy}
+    return tensors if order.energy is None else tensors | {ENERGY: order.energy}
 
 
 def read_order(directory: Path, config: ModelConfig) -> Order:
     """The order of an elastic checkpoint; CheckpointError unless it fits `config`."""
     path = regular_file(directory, ORDER_FILE)
     tensors = read_tensors(path)
-    expected, energy = _named(identity_order(config)), tensors.pop(_ENERGY, None)
+    expected, energy = _named(identity_order(config)), tensors.pop(ENERGY, None)
     if tensors.keys() != expected.keys():
         different = sorted(tensors.keys() ^ expected.keys())
         raise CheckpointError(f"{path}: missing or unexpected: {', '.join(different)}; it belongs to another model")

@@ -417,6 +417,10 @@ BAD_FAMILIES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no router": (lambda d: (d / ROUTER_FILE).unlink(), "router.safetensors: there is no such file"),
     "bad router": (lambda d: (d / ROUTER_FILE).write_bytes(b"x"), "router.safetensors: is truncated"),
     "version": (edit_family(lambda v: v.update(format_version=3)), "format_version is 3; expected one of: 1, 2"),
+    "no energy": (
+        edit_family(lambda v: v.update(format_version=2)),
+        r"order\.safetensors: holds no hidden_energy, by which elastic\.json has norms scaled",
+    ),
     "unknown key": (edit_family(lambda v: v.update(budget=1)), "budget is not a known setting; did you mean 'budgets'"),
     "missing key": (edit_family(lambda v: v.pop("axes")), "axes is missing"),
     "no budgets": (edit_family(lambda v: v.update(budgets=[])), "must be at least one"),
