@@ -14,7 +14,7 @@ import torch
 from elastic_core import comparison, cost, depth, importance, resolve, rotation, router, search
 from elastic_core.budget import Budget, Dtype
 from elastic_core.cost import LatencyTable
-from elastic_core.files import checkpoint, reorder, shapes, shards
+from elastic_core.files import checkpoint, directories, reorder, shapes, shards
 from elastic_core.geometry import Axes
 from elastic_core.recipe import Evaluation, Importance, Router, Shapes
 from elastic_core.router import ElasticModel
@@ -77,13 +77,13 @@ def rank_importance(
     width = work / "width"
     if not width.exists():
         scores = _width_scores(teacher, batches, settings, dtype)
-        with shards.staged_directory(width) as staging:
+        with directories.staged_directory(width) as staging:
             layers = range(config.num_layers)
             reorder.write_order(staging, importance.importance_order(config, scores, layers, bound))
     depth_batches = batches[: max(1, settings.depth_samples // settings.batch_size)]
     ranking = _layer_ranking(teacher, depth_batches, bound.depth[-1], dtype, work / "removed.json")
     directory = new_directory(workspace, "importance")
-    with shards.staged_directory(directory) as staging:
+    with directories.staged_directory(directory) as staging:
         reorder.write_order(staging, replace(reorder.read_order(width, config), layers=ranking))
     end_work(work)
     return artifact(directory)
@@ -116,7 +116,7 @@ def _layer_ranking(
         def keep(gone: Sequence[int]) -> None:
             part = file.with_suffix(".part")
             part.write_text(json.dumps(list(gone)))
-            shards.sync(part)
+            directories.sync(part)
             part.replace(file)
             report(len(gone), config.num_layers - smallest_depth)
 

@@ -9,7 +9,8 @@ import yaml
 from elastic_core.budget import Dtype
 from elastic_core.files import checkpoint
 from elastic_core.files.card import LICENSE
-from elastic_core.files.shards import regular_file, staged_directory
+from elastic_core.files.directories import staged_directory
+from elastic_core.files.shards import regular_file
 from elastic_core.files.side_files import CARD_FILE
 from elastic_core.geometry import ModelConfig
 from elastic_core.model import ElasticNemotronH

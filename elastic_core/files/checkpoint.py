@@ -15,6 +15,7 @@ from torch import Tensor
 from elastic_core.budget import Budget
 from elastic_core.cost import LatencyTable, budget_cost, subnet_params
 from elastic_core.files.card import family_card
+from elastic_core.files.directories import staged_directory
 from elastic_core.files.shards import CheckpointError as CheckpointError
 from elastic_core.files.shards import (
     Progress,
@@ -24,7 +25,6 @@ from elastic_core.files.shards import (
     read_header,
     read_json,
     regular_file,
-    staged_directory,
     write_json,
     write_shards,
 )

@@ -9,14 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elastic_core.files.checkpoint import FAMILY_FILE, ROUTER_FILE, SHAPES_FILE, Family, write_family
-from elastic_core.files.shards import (
-    CheckpointError,
-    read_json,
-    regular_file,
-    staged_directory,
-    write_json,
-    write_tensors,
-)
+from elastic_core.files.directories import staged_directory
+from elastic_core.files.shards import CheckpointError, read_json, regular_file, write_json, write_tensors
 from elastic_core.router import Router
 from elastic_core.schema import build, to_dict
 from elastic_core.search import Candidate

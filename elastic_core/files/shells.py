@@ -37,6 +37,7 @@ from elastic_core.files.checkpoint import (
     tensor_places,
     tensor_shapes,
 )
+from elastic_core.files.directories import staged_directory
 from elastic_core.files.shards import (
     Progress,
     StoredTensor,
@@ -44,7 +45,6 @@ from elastic_core.files.shards import (
     read_header,
     read_json,
     regular_file,
-    staged_directory,
     write_json,
     write_shards,
 )

@@ -126,9 +126,6 @@ def _scan_chunk(
 ) -> tuple[Tensor, Tensor]:
     """Scan one chunk from the state before it; `mask_SL` is 0 where source S is before target L, else -inf.
 
-    Where documents meet, the logarithms of decays are summed in each document alone: a difference of two sums over all
-    of the chunk would round as the documents before have it.
-
     Tokens are laid out last, so that the channels of a group are the rows of one matrix: every product with B or C is
     one matrix product per group, and nothing is repeated over heads.
 
@@ -143,19 +140,8 @@ def _scan_chunk(
     C_BGNL = C_BLGN.transpose(1, 2).to(dtype).contiguous().mT
     xdt_BHPL = x_BHPL * dt_BHL.unsqueeze(2)
 
-    # Logarithms of the decay by each token and from the chunk's start through it. Below the bound a decay is 0 anyway,
-    # but in the sum it would swamp the tokens that follow.
-    bound = math.log(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps) - 1
-    log_decay_BHL = (dt_BHL * A_H[:, None]).clamp(min=bound)
-    if bounds is None:
-        since_start_BHL = torch.cumsum(log_decay_BHL, dim=-1)
-        from_before_BHL, to_end_BHL = since_start_BHL, since_start_BHL[..., -1:] - since_start_BHL
-        before_SL = mask_SL[:tokens, :tokens]
-    else:
-        since_start_BHL = log_decay_BHL @ bounds.through_BSL
-        from_before_BHL = since_start_BHL + bounds.enter_B1L
-        to_end_BHL = since_start_BHL[..., -1:] - since_start_BHL + bounds.leave_B1L
-        before_SL = bounds.between_B1SL
+    since_start_BHL, from_before_BHL, to_end_BHL = _log_decays(dt_BHL, A_H, bounds)
+    before_SL = mask_SL[:tokens, :tokens] if bounds is None else bounds.between_B1SL
 
     # 1. Intra-chunk: attention-like scores, computed once per group, times each head's decay from source to target.
     # The mask goes before the exponential, which of a later source would overflow, and 0 * inf is NaN. A negation is
@@ -180,6 +166,23 @@ def _scan_chunk(
     own_BGRL = torch.unflatten(dt_BHL, 1, (groups, -1)) * scores_BGSL.diagonal(dim1=2, dim2=3).unsqueeze(2)
     y_BHPL = torch.addcmul(y_BHPL, x_BHPL, (own_BGRL.flatten(1, 2) + D_H[:, None]).unsqueeze(2))
     return y_BHPL.permute(0, 3, 1, 2).to(x_BLHP.dtype), new_state_BHPN
+
+
+def _log_decays(dt_BHL: Tensor, A_H: Tensor, bounds: _Bounds | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Logarithms of decays, each (B, H, L): since the chunk's start, of the state before the chunk, to the chunk's end.
+
+    Where documents meet, they are summed in each document alone: a difference of two sums over all of the chunk would
+    round as the documents before have it.
+    """
+    # Below the bound a decay is 0 anyway, but in the sum it would swamp the tokens that follow.
+    bound = math.log(torch.finfo(dt_BHL.dtype).smallest_normal * torch.finfo(dt_BHL.dtype).eps) - 1
+    log_decay_BHL = (dt_BHL * A_H[:, None]).clamp(min=bound)
+    if bounds is None:
+        since_start_BHL = torch.cumsum(log_decay_BHL, dim=-1)
+        return since_start_BHL, since_start_BHL, since_start_BHL[..., -1:] - since_start_BHL
+    since_start_BHL = log_decay_BHL @ bounds.through_BSL
+    to_end_BHL = since_start_BHL[..., -1:] - since_start_BHL + bounds.leave_B1L
+    return since_start_BHL, since_start_BHL + bounds.enter_B1L, to_end_BHL
 
 
 def ssd_step(

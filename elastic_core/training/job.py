@@ -22,7 +22,7 @@ import torch
 
 from elastic_core.budget import Budget, Dtype
 from elastic_core.cost import subnet_params
-from elastic_core.files import checkpoint, shards
+from elastic_core.files import checkpoint, directories, shards
 from elastic_core.files.locks import IsHeld, held
 from elastic_core.files.reorder import read_energy
 from elastic_core.geometry import ModelConfig
@@ -226,7 +226,7 @@ def mend_metrics(path: Path, rows: Sequence[str]) -> None:
     logger.warning("%s was torn or lacked steps; the rows of the %d steps done are written again", path, len(rows))
     part = path.with_name(f".{path.name}.part")
     part.write_text("".join(f"{row}\n" for row in rows))
-    shards.sync(part)
+    directories.sync(part)
     part.replace(path)
 
 

@@ -61,14 +61,7 @@ def distillation_loss(
     _check_rows("student", student_hidden_TD, student_head_VD, targets_T)
     teacher = None
     if kl_weight != 0:
-        if teacher_hidden_TD is None or teacher_head_VD is None:
-            raise ValueError(f"kl_weight={kl_weight} needs a teacher: pass its hidden states and head, or kl_weight=0")
-        _check_rows("teacher", teacher_hidden_TD, teacher_head_VD, targets_T)
-        if len(teacher_head_VD) != len(student_head_VD):
-            raise ValueError(
-                f"teacher's vocabulary is {len(teacher_head_VD)} and student's {len(student_head_VD)}: they must be one"
-            )
-        teacher = _Readout(hidden_TD=teacher_hidden_TD, head_VD=teacher_head_VD)
+        teacher = _teacher_for(kl_weight, student_head_VD, teacher_hidden_TD, teacher_head_VD, targets_T)
 
     # Masked rows are dropped first, so that no product is spent on them.
     if learned != len(targets_T):
@@ -93,6 +86,20 @@ def distillation_loss(
     tokens = len(targets_T)
     count = (tokens if denominator is None else denominator) or 1
     return LossParts(total=total / count, kl=kl / count, cross_entropy=cross_entropy / count, tokens=tokens)
+
+
+def _teacher_for(
+    kl_weight: float, student_head_VD: Tensor, hidden_TD: Tensor | None, head_VD: Tensor | None, targets_T: Tensor
+) -> "_Readout":
+    """The teacher, whose states and head must be there and fit the student's."""
+    if hidden_TD is None or head_VD is None:
+        raise ValueError(f"kl_weight={kl_weight} needs a teacher: pass its hidden states and head, or kl_weight=0")
+    _check_rows("teacher", hidden_TD, head_VD, targets_T)
+    if len(head_VD) != len(student_head_VD):
+        raise ValueError(
+            f"teacher's vocabulary is {len(head_VD)} and student's {len(student_head_VD)}: they must be one"
+        )
+    return _Readout(hidden_TD=hidden_TD, head_VD=head_VD)
 
 
 def _kept_rows(counts_T: Tensor, learned: int | None) -> Tensor:

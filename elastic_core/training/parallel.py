@@ -23,7 +23,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from elastic_core.files.shards import StoredTensor, staged_directory
+from elastic_core.files.directories import staged_directory
+from elastic_core.files.shards import StoredTensor
 from elastic_core.layers.moe import Mixture
 from elastic_core.model import ElasticNemotronH, keeps_type
 from elastic_core.recipe import Sharding

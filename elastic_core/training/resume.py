@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from elastic_core.files.directories import sync
 from elastic_core.files.shards import (
     CheckpointError,
     StoredTensor,
     read_header,
     read_json,
     regular_file,
-    sync,
     write_json,
     write_tensors,
 )

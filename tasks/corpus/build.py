@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-from elastic_core.files.shards import staged_directory, write_json
+from elastic_core.files.directories import staged_directory
+from elastic_core.files.shards import write_json
 from elastic_core.files.token_stream import part_name
 from elastic_core.recipe import DataConfig, DataSource
 from elastic_core.schema import to_dict

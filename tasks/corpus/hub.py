@@ -14,7 +14,7 @@ from urllib.parse import quote
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from elastic_core.files.shards import staged_directory
+from elastic_core.files.directories import staged_directory
 from tasks.settings import ServiceError, home_directory, is_transient
 
 HUB = "hf://"

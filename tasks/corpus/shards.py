@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from elastic_core.files.shards import staged_directory, write_json
+from elastic_core.files.directories import staged_directory
+from elastic_core.files.shards import write_json
 from elastic_core.recipe import DataConfig, DataSource
 from elastic_core.schema import build, to_dict
 from tasks.corpus.documents import Tally, documents_in

@@ -33,7 +33,8 @@ from elastic_core.files.checkpoint import (
     write_family,
     write_weights,
 )
-from elastic_core.files.shards import read_header, staged_directory, write_tensors
+from elastic_core.files.directories import staged_directory
+from elastic_core.files.shards import read_header, write_tensors
 from elastic_core.geometry import Axes, ModelConfig
 from elastic_core.subnet import Subnet, full_subnet, keep_layers
 
