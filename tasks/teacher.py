@@ -47,10 +47,22 @@ def fetch_teacher(path: str, identity: str, workspace: str) -> Artifact:
     else:
         directory = new_directory(workspace, "teacher")
         bring_model(parse_model(path), identity, CHECKPOINT_FILES, directory)
-    config = checkpoint.open_checkpoint(directory).config
+    opened = checkpoint.open_checkpoint(directory)
+    config = opened.config
     tokenizer.check_tokenizer(directory, config.vocab_size)
     logger.info("teacher %s: %d layers, hidden size %d", path, config.num_layers, config.hidden_size)
+    if opened.left_out:
+        logger.warning("teacher %s: %s", path, left_out_text(opened))
     return artifact(directory)
+
+
+def left_out_text(teacher: checkpoint.Checkpoint) -> str:
+    """What a family will lack of its teacher, in a line."""
+    names = f"{checkpoint.MULTI_TOKEN_PREDICTION}*"
+    return (
+        f"its {len(teacher.left_out)} tensors {names}, which predict several tokens at once, are left out of every size; "
+        "engines decode without them"
+    )
 
 
 def license_of(teacher: Path) -> dict[str, str]:

@@ -85,20 +85,29 @@ def memory_name(key: str) -> str:
 
 # Checkpoints
 
+MULTI_TOKEN_PREDICTION = "mtp."
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """An opened checkpoint: its geometry and where each tensor lies, by name in memory, in model order."""
+    """An opened checkpoint: its geometry and where each tensor lies, by name in memory, in model order.
+
+    `left_out` are the names of its tensors that are no part of the model: those of multi-token prediction, which read
+    hidden states that every subnet and all training change.
+    """
 
     directory: Path
     config: ModelConfig
     tensors: dict[str, StoredTensor]
+    left_out: tuple[str, ...] = ()
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
     """Open a stock checkpoint, reading headers only, all of which are checked against config.json and the files."""
-    config = read_config(directory)
-    return Checkpoint(directory=directory, config=config, tensors=_check_tensors(directory, config, _stored(directory)))
+    config, stored = read_config(directory), _stored(directory)
+    left_out = tuple(key for key in stored if key.startswith(MULTI_TOKEN_PREDICTION))
+    tensors = _check_tensors(directory, config, {key: stored[key] for key in stored if key not in left_out})
+    return Checkpoint(directory=directory, config=config, tensors=tensors, left_out=left_out)
 
 
 def _stored(directory: Path) -> dict[str, StoredTensor]:

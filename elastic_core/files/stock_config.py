@@ -26,7 +26,6 @@ _SUPPORTED = {
     "mamba_proj_bias": False,
     "tie_word_embeddings": False,
     "sliding_window": None,
-    "num_nextn_predict_layers": 0,
     "quantization_config": None,
 }
 
@@ -61,7 +60,7 @@ _NOT_COPIED = {
     *_ALIASES,
     *_OF_EXPERTS,
     *("layers_block_type", "layer_types", "auto_map", "_name_or_path"),
-    *("mtp_layers_block_type", "mtp_hybrid_override_pattern", "n_shared_experts"),
+    *("num_nextn_predict_layers", "mtp_layers_block_type", "mtp_hybrid_override_pattern", "n_shared_experts"),
     *("moe_shared_expert_overlap", "output_router_logits"),
 }
 

@@ -27,6 +27,7 @@ from tasks.reporting.numbers import human_count
 from tasks.running.preflight import bring_side_files, check_model, check_prefect, check_problems, prefect_url
 from tasks.running.usage import written_by_open_runs
 from tasks.settings import ServiceError, Settings, make_home, redact
+from tasks.teacher import left_out_text
 from tasks.tracking import check_server
 
 DOCUMENTS = 64  # of each source, to read and render
@@ -113,14 +114,15 @@ def _teacher(recipe: Recipe, work: Path) -> tuple[str, Path]:
     if path is None:
         train_tokenizer([], work, vocab_size=SMALLEST_VOCABULARY)
         return "trained by the run, as its tokenizer is", work
-    if here := Path(path).is_dir():
-        model, directory = open_checkpoint(Path(path)).config, Path(path)
+    left = "; its weights are looked at when they are here"
+    if Path(path).is_dir():
+        opened, directory = open_checkpoint(Path(path)), Path(path)
+        model, left = opened.config, f"; {left_out_text(opened)}" if opened.left_out else ""
     else:
         bring_side_files(path, work)
         model, directory = read_config(work), work
     check_tokenizer(directory, model.vocab_size)
     check_model(recipe, model)
-    left = "" if here else "; its weights are looked at when they are here"
     return f"{path}: {model.num_layers} layers, hidden size {model.hidden_size}, and a tokenizer{left}", directory
 
 

@@ -216,7 +216,6 @@ BAD_CONFIGS: dict[str, tuple[Change, str]] = {
     "mamba_proj_bias": (set_to(mamba_proj_bias=True), "mamba_proj_bias is True; only False"),
     "tied": (set_to(tie_word_embeddings=True), "tie_word_embeddings is True; only False"),
     "sliding window": (set_to(sliding_window=128), "sliding_window is 128; only None"),
-    "token prediction": (set_to(num_nextn_predict_layers=1), "num_nextn_predict_layers is 1; only 0"),
     "quantised": (set_to(quantization_config={"bits": 4}), "quantization_config is .*; only None"),
     "unknown letter": (pattern("M-X"), "must be made of M .* found X"),
     "pattern a number": (pattern(7), "hybrid_override_pattern is 7; expected a text"),

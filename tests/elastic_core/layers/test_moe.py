@@ -24,7 +24,7 @@ from elastic_core.files.reorder import (
     reorder_weights,
     write_order,
 )
-from elastic_core.files.shards import CheckpointError, read_json, write_json
+from elastic_core.files.shards import CheckpointError, read_json, read_tensors, write_json, write_tensors
 from elastic_core.files.shells import assemble, write_shell
 from elastic_core.files.slicing import slice_checkpoint, slice_weights, target_config
 from elastic_core.geometry import Axes, ModelConfig
@@ -39,6 +39,7 @@ from elastic_core.schema import build, to_dict
 from elastic_core.subnet import Masks, Subnet, check_subnet, full_subnet, is_nested, within
 from elastic_core.training.curriculum import generator
 from elastic_core.training.tokens import TokenBatch
+from tasks.teacher import left_out_text
 
 FLOAT32_AGAINST_STOCK = 1e-5  # transformers routes, norms and scans in float32, whatever the dtype
 FLOAT64 = 1e-12  # the same sums in another order
@@ -210,6 +211,24 @@ def test_a_stock_config_with_experts_is_read_and_written_as_transformers_reads_i
             assert getattr(written, name) == getattr(theirs, name), name
 
 
+def test_layers_that_predict_several_tokens_are_left_out_and_named(grouped, tmp_path):
+    """As in Nemotron 3 Super, whose config.json and weights have them beside the model's own."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(grouped, teacher)
+    stated = {"num_nextn_predict_layers": 1, "mtp_layers_block_type": ["full_attention", "moe"]}
+    write_json(teacher / "config.json", read_json(teacher / "config.json") | stated)
+    own = read_tensors(teacher / "model.safetensors")
+    ahead = {"mtp.layers.0.eh_proj.weight": torch.ones(4, 8), "mtp.layers.0.norm.weight": torch.ones(4)}
+    write_tensors(teacher / "model.safetensors", own | ahead)
+    opened = checkpoint.open_checkpoint(teacher)
+    assert set(opened.left_out) == ahead.keys()
+    assert left_out_text(opened).startswith("its 2 tensors mtp.*, which predict several tokens at once, are left out")
+    slice_checkpoint(teacher, full_subnet(opened.config), tmp_path / "full")
+    assert AutoConfig.from_pretrained(tmp_path / "full").num_nextn_predict_layers == 0
+    assert checkpoint.open_checkpoint(tmp_path / "full").left_out == ()
+    assert difference(of_stock(tmp_path / "full", opened.config), logits(load(grouped))) < FLOAT32_AGAINST_STOCK
+
+
 def test_the_settings_of_experts_of_a_model_without_any_are_not_read_and_not_written(tiny_checkpoint, tmp_path):
     stated = read_json(tiny_checkpoint / "config.json")
     assert stated["n_routed_experts"] > 0, "transformers writes them"
@@ -230,7 +249,6 @@ def test_the_settings_of_experts_of_a_model_without_any_are_not_read_and_not_wri
         ({"num_experts_per_tok": 0}, "num_experts_per_tok=0 must be greater than 0"),
         ({"n_shared_experts": 0}, "n_shared_experts is 0; expected at least 1"),
         ({"moe_latent_size": 0}, "moe_latent_size=0 must be greater than 0"),
-        ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers is 1; only 0 is supported"),
     ],
 )
 def test_settings_of_experts_that_are_no_model_are_refused_in_one_line(stock_model, tmp_path, changes, message):
