@@ -60,8 +60,8 @@ def left_out_text(teacher: checkpoint.Checkpoint) -> str:
     """What a family will lack of its teacher, in a line."""
     names = f"{checkpoint.MULTI_TOKEN_PREDICTION}*"
     return (
-        f"its {len(teacher.left_out)} tensors {names}, which predict several tokens at once, are left out of every size; "
-        "engines decode without them"
+        f"its {len(teacher.left_out)} tensors {names}, which predict several tokens at once, are left out of every "
+        "size; engines decode without them"
     )
 
 
