@@ -45,6 +45,11 @@ class Course:
     workspace: str
     seed: int
 
+    @property
+    def sizes(self) -> list[str]:
+        """The budgets that are made alone too; one that is the teacher itself has nothing to learn."""
+        return [budget.name for budget in self.recipe.budgets if budget.target is not None]
+
     def lap(self, share: float = 1.0, only: str = "", subnet: Subnet | None = None, start: Start = "cut") -> Lap:
         """Train all budgets, or `only` one, at its chosen subnet or another, on a share of the recipe's tokens."""
         return run(
@@ -109,21 +114,26 @@ def race(recipe: Recipe, seeds: int) -> list[Entry]:
             )
             for i in range(seeds)
         ]
-        return [entry for course in courses for entry in entries(course)]
+        return [*(entry for course in courses for entry in entries(course)), *from_scratch(courses[0])]
 
 
 def entries(course: Course) -> Iterator[Entry]:
-    """The laps of one seed; sizes that are the teacher itself have nothing to learn alone."""
+    """The laps of one seed."""
     elastic = course.lap()
     for name, kl in elastic.kl.items():
         yield Entry(way="elastic", budget=name, seed=course.seed, tokens=elastic.tokens, kl=kl)
-    for name in [budget.name for budget in course.recipe.budgets if budget.target is not None]:
+    for name in course.sizes:
         for share in ALONE:
             lap = course.lap(share, name)
             yield Entry(way="alone", budget=name, seed=course.seed, tokens=lap.tokens, kl=lap.kl[name])
         spent, subnet = course.explore(name)
         lap = course.lap(ALONE[-1], name, subnet)
         yield Entry(way="explored", budget=name, seed=course.seed, tokens=lap.tokens, kl=lap.kl[name], explored=spent)
+
+
+def from_scratch(course: Course) -> Iterator[Entry]:
+    """The laps of fresh weights. One seed is enough: they end so far behind that another would not change a word."""
+    for name in course.sizes:
         lap = course.lap(SCRATCH, name, start="fresh")
         yield Entry(way="from scratch", budget=name, seed=course.seed, tokens=lap.tokens, kl=lap.kl[name])
 
