@@ -212,6 +212,9 @@ class Stage(Strict):
     all run one budget at a time. Example: `8`."""
     router: RouterSchedule = field(default_factory=RouterSchedule)
     """How the router takes part."""
+    expert_balance: float = 0.0
+    """How far each step moves an expert's selection bias against its load (arXiv 2408.15664); 0 keeps the teacher's.
+    Example: `0.001`."""
     micro_batch_size: int = 1
     """Sequences that a process runs at once, a divisor of `batch_size`. Example: `2`."""
     recompute: bool = False
@@ -235,6 +238,7 @@ class Stage(Strict):
             raise ValueError(f"sources={self.sources} must give each source a weight of at least 0, and one a greater")
         positive(self, "sequence_length", "batch_size", "steps", "micro_batch_size")
         positive(self, "checkpoint_every", "checkpoint_minutes")
+        not_negative(self, "expert_balance")
         if self.budget_rows is not None:
             positive(self, "budget_rows")
             multiple_of("batch_size", self.batch_size, "budget_rows", self.budget_rows)

@@ -14,7 +14,7 @@ that experts read and write.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -64,11 +64,14 @@ class Mixture(Mixer):
 
     Where several processes train together, a weight's gradient is averaged over all of them, so that each process needs
     one of every kept expert: `runs_idle` runs those that no token chose on no rows, and their gradients are zero.
+
+    `see` is told of every choice: the layer, its experts, which of them are kept, the chosen (N, S), the scores (N, X).
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
         self.runs_idle = False
+        self.see: Callable[[int, int, Tensor, Tensor, Tensor], None] | None = None
         hidden, channels = config.hidden_size, expert_channels(config, config.hidden_size)
         self.gate = _Gate(config)
         self.experts = nn.ModuleList(
@@ -149,6 +152,9 @@ class Mixture(Mixer):
             is_out_NG.scatter_(1, best_NG.topk(config.topk_group, dim=-1).indices, False)
             choice_NGX = choice_NGX.masked_fill(is_out_NG.unsqueeze(-1), -math.inf)
         chosen_NS = choice_NGX.flatten(1).topk(config.num_experts_per_tok, dim=-1).indices
+        if self.see is not None:
+            kept_X = torch.tensor(self._kept_experts(kept), device=x_ND.device)
+            self.see(self.layer, config.n_routed_experts, kept_X, chosen_NS, scores_NX.detach())
         return chosen_NS, weighed_NX.gather(1, chosen_NS)
 
     def run_experts(
@@ -163,22 +169,22 @@ class Mixture(Mixer):
             x_ND = F.linear(x_ND, self._weight("fc1_latent_proj.weight", kept, cache))
         order = chosen_NS.flatten().argsort(stable=True)
         sorted_RW = x_ND.unsqueeze(1).expand(-1, chosen_NS.shape[1], -1).flatten(0, 1).index_select(0, order)
-        names = self._kept_experts(kept)
-        counts = chosen_NS.flatten().bincount(minlength=len(names)).tolist()
+        experts = self._kept_experts(kept)
+        counts = chosen_NS.flatten().bincount(minlength=len(experts)).tolist()
         outputs = list[Tensor]()
-        for expert, rows_RW in zip(names, sorted_RW.split(counts), strict=True):
+        for expert, rows_RW in zip(experts, sorted_RW.split(counts), strict=True):
             if len(rows_RW) or (self.runs_idle and torch.is_grad_enabled()):
-                h_RF = squared_relu_(F.linear(rows_RW, self._weight(f"{expert}.up_proj.weight", kept, cache)))
+                h_RF = squared_relu_(F.linear(rows_RW, self._weight(f"experts.{expert}.up_proj.weight", kept, cache)))
                 if mask_F is not None:
                     h_RF = h_RF * mask_F.to(h_RF.dtype)
-                outputs.append(F.linear(h_RF, self._weight(f"{expert}.down_proj.weight", kept, cache)))
+                outputs.append(F.linear(h_RF, self._weight(f"experts.{expert}.down_proj.weight", kept, cache)))
         outputs_NSW: Tensor = torch.cat(outputs).index_select(0, order.argsort()).unflatten(0, chosen_NS.shape)
         return outputs_NSW
 
-    def _kept_experts(self, kept: Kept) -> list[str]:
+    def _kept_experts(self, kept: Kept) -> list[int]:
         """The kept experts, in the order of the router's rows."""
         experts = (Member("experts", i, expert_grid(self.config)[1].size) for i in range(self.config.n_routed_experts))
-        return [f"experts.{expert.index}" for expert in experts if expert.is_kept(kept)]
+        return [expert.index for expert in experts if expert.is_kept(kept)]
 
     def _weight(self, name: str, kept: Kept, cache: Cache | None) -> Tensor:
         """What is kept of a tensor: taken when first used, for the tensors of most experts are not."""

@@ -33,6 +33,7 @@ from elastic_core.subnet import Masks, Subnet, full_subnet
 from elastic_core.training import curriculum
 from elastic_core.training.losses import LossParts, distillation_loss
 from elastic_core.training.parallel import World, clip_gradients
+from elastic_core.training.routing import Routing, balance, watched
 from elastic_core.training.tokens import TokenBatch, TokenRows
 
 
@@ -40,7 +41,7 @@ from elastic_core.training.tokens import TokenBatch, TokenRows
 class BudgetMetrics:
     """Means over what one step learns at one budget, in all processes: of losses over the tokens that count.
 
-    `choices` are the router's expected sizes by axis.
+    `choices` are the router's expected sizes by axis, `experts` the curves of routing.py where there are experts.
     """
 
     loss: float
@@ -49,6 +50,7 @@ class BudgetMetrics:
     router_loss: float
     expected_params: float
     choices: Mapping[str, float]
+    experts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,14 +134,15 @@ def train_stage(run: StageRun, start: int = 0, earlier: Iterable[Mapping[str, fl
         rows = order.rows(step)
         # What a process counts on average, so that every token of the global batch weighs the same.
         learned = run.data.learned(rows) / world.size
-        tally, shares = _Tally(), need.shares()
+        tally, shares, routings = _Tally(), need.shares(), list[Routing]()
         for index, micro_step in enumerate(curriculum.micro_steps(stage, shares, run.seed, step, world.size)):
             batch = run.data.batch([rows[first + world.rank] for first in micro_step.firsts])
             choice = _choose(run, step, index, micro_step.budget)
             weight = len(micro_step.firsts) * world.size / stage.batch_size
-            loss, report = _micro_step(run, choice, batch.to(world.device), learned, weight)
+            loss, report, routing = _micro_step(run, choice, batch.to(world.device), learned, weight)
             loss.backward()
             tally.add(micro_step.budget, report)
+            routings.append(routing)
         gradient_norm = _clip(run)
         mean_loss, budgets = tally.means(world, stage.router.loss_weight)
         need.add({name: budget.kl for name, budget in budgets.items()})
@@ -159,6 +162,8 @@ def train_stage(run: StageRun, start: int = 0, earlier: Iterable[Mapping[str, fl
         _check_finite(metrics)
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
+        if stage.expert_balance:
+            balance(run.student, routings, stage.expert_balance, world)
         yield metrics
 
 
@@ -202,14 +207,15 @@ def _choose(run: StageRun, step: int, micro_step: int, name: str) -> _Choice:
 
 def _micro_step(
     run: StageRun, choice: _Choice, batch: TokenBatch, learned: float, weight: float
-) -> tuple[Tensor, _Report]:
+) -> tuple[Tensor, _Report, Routing]:
     """What a micro-batch adds to the step's loss at one choice, differentiable, and what to report of it.
 
     Its token losses are summed and divided by `learned`, the tokens that a process counts in this step on average;
     `weight` is its share of the step's rows, by which the router's loss counts.
     """
     with _autocast(run):
-        hidden_BTD = run.student(batch.inputs_BT, choice.subnet, choice.masks, packing=batch.packing)
+        with watched(run.student) as routing:
+            hidden_BTD = run.student(batch.inputs_BT, choice.subnet, choice.masks, packing=batch.packing)
         teacher_hidden = _teacher_hidden(run, batch, choice)
         teacher = run.teacher or run.student
         parts = distillation_loss(
@@ -227,15 +233,18 @@ def _micro_step(
     loss = parts.total
     if choice.router_loss is not None:
         loss = loss + weight * run.stage.router.loss_weight * choice.router_loss
-    return loss, _report(loss, parts, choice, learned, weight)
+    return loss, _report(loss, parts, choice, routing, learned, weight), routing
 
 
-def _report(loss: Tensor, parts: LossParts, choice: _Choice, learned: float, weight: float) -> _Report:
-    """Sums over this micro-batch's tokens, and over its share of the rows for what the router says."""
+def _report(
+    loss: Tensor, parts: LossParts, choice: _Choice, routing: Routing, learned: float, weight: float
+) -> _Report:
+    """Sums over this micro-batch's tokens, and over its share of the rows for what routers say."""
     report = {"loss": loss, "tokens": torch.full_like(loss, parts.tokens), "rows": torch.full_like(loss, weight)}
     sums = {"task": parts.total, "kl": parts.kl, "cross_entropy": parts.cross_entropy}
     report |= {name: mean * learned for name, mean in sums.items()}
     of_router = {f"choices.{axis}": size for axis, size in choice.choices.items()}
+    of_router |= {f"experts.{name}": value for name, value in routing.curves().items()}
     if choice.router_loss is not None and choice.expected_params is not None:
         of_router |= {"router_loss": choice.router_loss, "expected_params": choice.expected_params}
     report |= {name: value * weight for name, value in of_router.items()}
@@ -316,7 +325,11 @@ def _budget_metrics(sums: Mapping[str, float], router_weight: float) -> BudgetMe
         cross_entropy=sums["cross_entropy"] / tokens,
         router_loss=router_loss,
         expected_params=sums.get("expected_params", 0.0) / rows,
-        choices={
-            key.removeprefix("choices."): total / rows for key, total in sums.items() if key.startswith("choices.")
-        },
+        choices=_under("choices.", sums, rows),
+        experts=_under("experts.", sums, rows),
     )
+
+
+def _under(prefix: str, sums: Mapping[str, float], rows: float) -> dict[str, float]:
+    """The means over the rows of what is reported under a prefix."""
+    return {key.removeprefix(prefix): total / rows for key, total in sums.items() if key.startswith(prefix)}

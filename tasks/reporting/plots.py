@@ -182,6 +182,21 @@ def _draw_params(run: Run) -> "Figure | None":
     return figure
 
 
+def _draw_experts(run: Run) -> "Figure | None":
+    if not any(budget.experts for stage in run.stages for m in stage.metrics for budget in m.budgets.values()):
+        return None
+    figure = new_figure(COLUMN, 5.0)
+    load, entropy = figure.subplots(2, 1, sharex=True)
+    draw_curves(load, run, run.stages, lambda b: b.experts.get("expert_load"))
+    load.set_title("tokens of the most chosen expert over the mean", pad=16)
+    draw_curves(entropy, run, run.stages, lambda b: b.experts.get("expert_entropy"))
+    entropy.set_title("entropy of a token's scores", pad=16)
+    entropy.set_ylabel("nats")
+    entropy.set_xlabel("optimizer steps")
+    legend(figure, load)
+    return figure
+
+
 def _draw_storage(run: Run) -> "Figure":
     ways = run.storage()
     figure = new_figure(COLUMN, 2.6)
@@ -371,6 +386,12 @@ PLOTS = (
         "Expected parameters",
         "The router's expected parameters; dashed, the budget's target; the marker at the end, the size deployed.",
         _draw_params,
+    ),
+    Plot(
+        "experts",
+        "Experts",
+        "How the tokens of a step spread over the experts that a budget keeps, as means over its layers.",
+        _draw_experts,
     ),
     Plot(
         "storage", "Storage", "Bytes that the weights of all sizes take, in three ways of storing them.", _draw_storage

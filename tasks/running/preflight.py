@@ -9,7 +9,7 @@ from pathlib import Path
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL
 
-from elastic_core.geometry import ModelConfig
+from elastic_core.geometry import MOE, ModelConfig
 from elastic_core.planning.plan import check_budgets
 from elastic_core.planning.profile import recipe_table
 from elastic_core.recipe import Evaluation, Recipe
@@ -69,13 +69,16 @@ def check_prefect(url: str | None) -> None:
 
 
 def check_model(recipe: Recipe, model: ModelConfig) -> None:
-    """ValueError for a teacher of another geometry than the recipe says, axes that it lacks, and a budget above it."""
+    """ValueError for a teacher of another geometry than the recipe says, what it lacks, and a budget above it."""
     if recipe.teacher.model is not None:
         _check_geometry(recipe.teacher.model, model, recipe.teacher.path)
     axes, table = recipe.axes.bind(model), recipe_table(recipe)
     if table is not None:
         table.check(model, axes)
     check_budgets(recipe.budgets, model, table)
+    for stage in recipe.stages:
+        if stage.expert_balance and MOE not in model.hybrid_override_pattern:
+            raise ValueError(f"stage {stage.name}: expert_balance is given, but the teacher has no layers with experts")
 
 
 def _check_geometry(expected: ModelConfig, found: ModelConfig, path: str | None) -> None:

@@ -22,10 +22,11 @@ _log = logging.getLogger(__name__)
 
 
 def step_curves(row: Mapping[str, Any]) -> dict[str, float]:
-    """A step's metrics by MLflow's names: `loss/m`, `kl/m`, `choices/m/hidden`, `learning_rate`."""
+    """A step's metrics by MLflow's names: `loss/m`, `kl/m`, `choices/m/hidden`, `expert_load/m`, `learning_rate`."""
     named = {name: row[name] for name in ("loss", "learning_rate", "temperature", "gradient_norm")}
     for budget, metrics in row["budgets"].items():
         named |= {f"{name}/{budget}": metrics[name] for name in ("loss", "kl", "cross_entropy")}
+        named |= {f"{name}/{budget}": value for name, value in metrics["experts"].items()}
         if metrics["choices"]:
             named |= {f"{name}/{budget}": metrics[name] for name in ("router_loss", "expected_params")}
             named |= {f"choices/{budget}/{axis}": size for axis, size in metrics["choices"].items()}

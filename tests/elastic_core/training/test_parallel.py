@@ -144,6 +144,7 @@ def test_processes_whose_tokens_choose_different_experts_train_as_one_process_do
     for mode in ("soft", "frozen"):
         router = RouterSchedule(mode=mode)
         stage = replace(STAGE, sequence_length=4, budget_rows=2, router=router, recompute=mode == "soft")
+        stage = replace(stage, expert_balance=0.01 if mode == "frozen" else 0.0)
         two, one = (
             train_job(family, tokens, tmp_path / f"{mode}-{n}", stage=replace(stage, micro_batch_size=2 // n))
             for n in (2, 1)

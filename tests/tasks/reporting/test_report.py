@@ -62,7 +62,7 @@ SUBNETS = {"l": full_subnet(MODEL), "m": MIDDLE, "s": HALF}
 PARAMS = {name: cost.subnet_params(MODEL, subnet) for name, subnet in SUBNETS.items()}
 TEACHER_LOSS = 1.9
 LINKS = {"MLflow run": "http://127.0.0.1:5000/#/runs/1", "objects": "s3://families/tiny/v1/"}
-PLOTS = {"quality", "orders", "frontier", "loss", "router", "params", "storage", "anatomy", "accuracy"}
+PLOTS = {"quality", "orders", "frontier", "loss", "router", "params", "experts", "storage", "anatomy", "accuracy"}
 
 
 ORDERS = OrderComparison(
@@ -115,6 +115,7 @@ def step_metrics(stage: str, step: int, *, routed: bool, loss: float = 1.0) -> S
             router_loss=0.0,
             expected_params=float(PARAMS[name]) if routed and name != "l" else 0.0,
             choices=choices if name != "l" else {},
+            experts={"expert_load": 1.5, "expert_entropy": 2.0} if routed else {},
         )
         for name in SUBNETS
     }
@@ -505,7 +506,7 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
 
 
 def test_one_budget_without_router_and_problems_leaves_their_plots_out(bare_page: Path) -> None:
-    drawn = PLOTS - {"frontier", "router", "params", "accuracy"}
+    drawn = PLOTS - {"frontier", "router", "params", "experts", "accuracy"}
     assert {path.stem for path in bare_page.parent.glob("*.png")} == drawn
     text = Elements(bare_page).text
     assert {plot.name for plot in plots.PLOTS if plot.title in text} == drawn

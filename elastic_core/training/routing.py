@@ -1,0 +1,77 @@
+"""How the tokens of a step spread over the experts of each layer: two curves, and a balance without a loss of its own.
+
+The selection bias of an expert chooses and weighs nothing, so no gradient reaches it. It may follow the load instead
+(arXiv 2408.15664): after each step, b_i falls by a fixed rate where more tokens chose expert i than the mean of the
+experts that they could choose among, and rises where fewer did.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from elastic_core.layers.moe import Mixture
+from elastic_core.training.parallel import World
+
+
+@dataclass(slots=True)
+class Routing:
+    """What the layers of experts chose for the tokens of one micro-batch.
+
+    `excess` has, by layer and expert, the kept experts times its tokens, less the tokens of all: a whole number above 0
+    where the expert has more than the mean, and 0 where it is not kept.
+    """
+
+    excess: dict[int, Tensor] = field(default_factory=dict)
+    loads: list[Tensor] = field(default_factory=list)
+    entropies: list[Tensor] = field(default_factory=list)
+
+    def see(self, layer: int, experts: int, kept: Tensor, chosen_NS: Tensor, scores_NX: Tensor) -> None:
+        """Count what one layer of `experts` chose among those `kept`, of which `chosen_NS` are indices."""
+        counts_X = chosen_NS.flatten().bincount(minlength=len(kept))
+        above_X = len(kept) * counts_X - counts_X.sum()
+        self.excess[layer] = counts_X.new_zeros(experts).index_copy_(0, kept, above_X)
+        self.loads.append(len(kept) * counts_X.max() / counts_X.sum())
+        shares_NX = scores_NX / scores_NX.sum(-1, keepdim=True)
+        self.entropies.append(torch.special.entr(shares_NX).sum(-1).mean())
+
+    def curves(self) -> dict[str, Tensor]:
+        """Means over the layers: tokens of the most chosen expert over the mean, and nats of a token's scores."""
+        if not self.loads:
+            return {}
+        return {
+            "expert_load": torch.stack(self.loads).mean(),
+            "expert_entropy": torch.stack(self.entropies).mean(),
+        }
+
+
+@contextmanager
+def watched(model: nn.Module) -> Iterator[Routing]:
+    """What the experts of `model` choose while the block runs. A second forward pass, after it, is not counted."""
+    routing, mixtures = Routing(), _mixtures(model)
+    for mixture in mixtures:
+        mixture.see = routing.see
+    try:
+        yield routing
+    finally:
+        for mixture in mixtures:
+            mixture.see = None
+
+
+def _mixtures(model: nn.Module) -> list[Mixture]:
+    return [module for module in model.modules() if isinstance(module, Mixture)]
+
+
+@torch.no_grad()
+def balance(model: nn.Module, seen: Iterable[Routing], rate: float, world: World) -> None:
+    """Move the selection biases of `model` by `rate`, against what was chosen in all micro-batches and processes."""
+    biases = {mixture.layer: mixture.gate.e_score_correction_bias for mixture in _mixtures(model)}
+    totals = {layer: torch.zeros(len(bias), dtype=torch.int64, device=bias.device) for layer, bias in biases.items()}
+    for routing in seen:
+        for layer, excess in routing.excess.items():
+            totals[layer] += excess
+    means = torch.tensor(world.mean(torch.cat(list(totals.values()))), dtype=torch.float64)
+    for bias, mean in zip(biases.values(), means.split([len(bias) for bias in biases.values()]), strict=True):
+        bias.sub_(rate * mean.sign().to(bias))
