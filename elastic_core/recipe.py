@@ -5,128 +5,23 @@ made from the same classes, so a default lives here or nowhere. Below each field
 an example: the form, `elastic schema`, infra/recipes/README.md and the errors show it.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from dataclasses import field as dataclass_field
+from dataclasses import dataclass, field
 from typing import Literal
 
 from elastic_core.budget import Budget, Dtype, check_order
 from elastic_core.geometry import Axes, FfnLayout, ModelConfig
-from elastic_core.schema import Strict, checked_name, multiple_of, not_negative, positive
+from elastic_core.judging import TEACHER, Reference
+from elastic_core.judging import Evaluation as Evaluation
+from elastic_core.judging import Promotion as Promotion
+from elastic_core.schema import UNKEYED, Strict, checked_name, multiple_of, not_negative, positive
+from elastic_core.sources import DataConfig as DataConfig
+from elastic_core.sources import DataSource as DataSource
+from elastic_core.sources import TemplateArgument as TemplateArgument
 
 Storage = Literal["materialised", "nested"]
 Sharding = Literal["full", "hybrid"]
 
-# Metadata of a setting on which no result depends.
-UNKEYED_FIELD = "unkeyed"
-UNKEYED = {UNKEYED_FIELD: True}
 MambaScores = Literal["absolute", "signed"]
-TemplateArgument = str | bool | int | float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataSource(Strict):
-    """Documents to train on, and how their rows are read.
-
-    A row with a chat goes through the tokenizer's chat template; any other row is its text. Where nothing says whether
-    to think, a turn without a thought is rendered with thinking turned off, if the template can.
-    """
-
-    path: str
-    """Where the documents are: a file, a glob, a directory, `s3://bucket/prefix`, `hf://org/name`, or `stdlib://` for
-    Python's own texts. Example: `hf://org/name/config`."""
-    format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
-    """How the files are read; `auto` goes by how their names end. Example: `jsonl`."""
-    field: str = "text"
-    """The column that holds a row's text. Example: `content`."""
-    messages_field: str = "messages"
-    """The column that holds a chat, a list of messages. Example: `conversation`."""
-    tools_field: str = "tools"
-    """The column that holds the tools which the chat template is given. Example: `functions`."""
-    reasoning_field: str = "reasoning"
-    """The column that says `on` or `off`, which the chat template is given as `enable_thinking`.
-    Example: `reasoning`."""
-    chat_template_kwargs: dict[str, TemplateArgument] = dataclass_field(default_factory=dict)
-    """Arguments for the chat template by name; a row's own column of this name goes before them.
-    Example: `{enable_thinking: false}`."""
-    special_tokens: Literal["text", "tokens"] = "text"
-    """What a special token that a document spells becomes: `text`, its characters, or `tokens`, the token.
-    Example: `tokens`."""
-    train_on: Literal["all", "assistant"] = "all"
-    """What is learned of a chat: `all` of it, or what the `assistant` writes; a text is learned whole.
-    Example: `assistant`."""
-    split: str = "train"
-    """The split to take of a data set on the Hub. Example: `math`."""
-    max_documents: int | None = None
-    """Documents to take at most; unset, all. Example: `10000`."""
-    max_tokens: int | None = None
-    """Tokens to take at most; unset, all. Example: `300000000`."""
-    max_skipped: int = 0
-    """Rows that may be unusable and are left out; one more is an error. Example: `100`."""
-    name: str | None = None
-    """What a stage's `sources` call this source. Example: `books`."""
-    weight: float | None = None
-    """The share of the sequences that are drawn from this source, of all its sources' weights; given for every source
-    or for none. 0: only where a stage asks for it. Unset, sources count by their tokens. Example: `0.3`."""
-
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise ValueError("path is empty; name a file, a glob, a directory, s3://, hf:// or stdlib://")
-        if self.name is not None:
-            checked_name("source", self.name)
-        if self.weight is not None:
-            not_negative(self, "weight")
-        positive(self, *(name for name in ("max_documents", "max_tokens") if getattr(self, name) is not None))
-        not_negative(self, "max_skipped")
-
-    def unweighted(self) -> "DataSource":
-        """The same documents, which do not depend on how often they are drawn, nor on a name."""
-        return replace(self, name=None, weight=None)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataConfig(Strict):
-    """What the family is trained and measured on."""
-
-    sources: tuple[DataSource, ...]
-    """The sources, in any number; one named twice is seen twice as often. Example: `[{path: texts/*.jsonl}]`."""
-    heldout_fraction: float = 0.02
-    """The share of the documents that is measured on and never trained on, between 0 and 1. Example: `0.001`."""
-    separate_documents: bool = True
-    """Whether documents that are packed into one sequence are kept apart: state, convolution and attention begin anew
-    with each, in training and in measuring. Example: `false`."""
-    shard_bytes: int = 128 * 2**20
-    """Bytes of input that one process tokenises at a time, into a file of their own; a run that was killed begins again
-    at the first that is not whole. The tokens and their order are the same for any number. Example: `67108864`."""
-    seed: int = 0
-    """The seed of the choice of what is held out. Example: `1`."""
-
-    def __post_init__(self) -> None:
-        positive(self, "shard_bytes")
-        if not self.sources:
-            raise ValueError("sources is empty; name at least one")
-        if not 0 < self.heldout_fraction < 1:
-            raise ValueError(f"heldout_fraction={self.heldout_fraction} must lie between 0 and 1")
-        names = [source.name for source in self.sources if source.name is not None]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"source {name!r} is named twice; give each source a name of its own")
-        weights = [source.weight for source in self.sources]
-        if None in weights and any(weight is not None for weight in weights):
-            lacking = self.sources[weights.index(None)]
-            raise ValueError(f"source {lacking.path} has no weight, and others have one; give all sources one, or none")
-        if None not in weights and not any(weights):
-            raise ValueError("no source has a weight above 0; raise one, or give none")
-
-    def weights(self, stage: Mapping[str, float] | None = None) -> tuple[float, ...] | None:
-        """The weight of each source, by its place, or those that a stage gives; None where they count by tokens."""
-        if stage is not None:
-            return tuple(0.0 if source.name is None else stage.get(source.name, 0.0) for source in self.sources)
-        return tuple(weight for source in self.sources if (weight := source.weight) is not None) or None
-
-    def unweighted(self) -> "DataConfig":
-        """The same data as it is tokenised, which does not depend on what is drawn from it, nor on names."""
-        return replace(self, sources=tuple(source.unweighted() for source in self.sources))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -417,43 +312,6 @@ class Router(Strict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation(Strict):
-    """What is measured of every budget: its loss on held-out tokens, and the problems that it solves."""
-
-    heldout_tokens: int = 1_000_000
-    """Held-out tokens to measure on, at most. Example: `10000000`."""
-    sequence_length: int = 8192
-    """Tokens in a held-out sequence. Example: `8192`."""
-    batch_size: int = 1
-    """Sequences run at once. Example: `4`."""
-    problems: str | None = None
-    """A JSONL file of problems, answered by greedy generation and scored by exact match; each is a chat whose last
-    message is the answer. Example: `problems.jsonl`."""
-    max_problems: int = 256
-    """Problems to answer at most. Example: `150`."""
-    max_new_tokens: int = 512
-    """Tokens in an answer at most. Example: `512`."""
-    chat_template_kwargs: dict[str, TemplateArgument] = field(default_factory=dict)
-    """Arguments for the chat template of the problems, by name. Example: `{enable_thinking: false}`."""
-
-    def __post_init__(self) -> None:
-        positive(self, "heldout_tokens", "sequence_length", "batch_size", "max_problems", "max_new_tokens")
-        if self.problems == "":
-            raise ValueError("problems is empty; name a file of problems, or leave it out")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Promotion(Strict):
-    """The gate to `champion`."""
-
-    margin: float = 0.01
-    """How far the held-out cross-entropy may lie above the present champion's, as a share of that. Example: `0.02`."""
-
-    def __post_init__(self) -> None:
-        not_negative(self, "margin")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe(Strict):
     """A whole run: from a teacher and a dataset to a registered family."""
 
@@ -479,6 +337,9 @@ class Recipe(Strict):
     """The loss that the family learns from."""
     evaluation: Evaluation = field(default_factory=Evaluation)
     """What is measured of every budget."""
+    references: tuple[Reference, ...] = ()
+    """Models beside the family in the table of benchmarks.
+    Example: `[{name: Qwen3-8B, published: {math-500: 96.3}, source: "arXiv 2511.16664, table 1"}]`."""
     promotion: Promotion = field(default_factory=Promotion)
     """The gate to `champion`."""
     latency_table: str | None = None
@@ -524,3 +385,20 @@ class Recipe(Strict):
                 if name not in sources:
                     known = f"one of {', '.join(sources)}" if sources else "named in data.sources"
                     raise ValueError(f"stage {stage.name}: source {name!r} is not {known}")
+        self._check_judging(names)
+
+    def _check_judging(self, budgets: list[str]) -> None:
+        """ValueError for a reference with a taken name, and for scores of benchmarks that nobody is judged on."""
+        benchmarks = [benchmark.name for benchmark in self.evaluation.benchmarks]
+        known = f"one of {', '.join(benchmarks)}" if benchmarks else "in evaluation.benchmarks, which is empty"
+        taken = [TEACHER, *budgets]
+        for reference in self.references:
+            if reference.name in taken:
+                raise ValueError(f"reference {reference.name!r} has the name of another model; give it its own")
+            taken.append(reference.name)
+            for name in reference.published:
+                if name not in benchmarks:
+                    raise ValueError(f"reference {reference.name!r}: benchmark {name!r} is not {known}")
+        for name in self.promotion.benchmarks:
+            if name not in benchmarks:
+                raise ValueError(f"promotion.benchmarks: {name!r} is not {known}")

@@ -30,6 +30,10 @@ _PARSES = 6
 # Metadata of a field that `to_dict` leaves out where it has its default: it is of something that few models have.
 OPTIONAL = types.MappingProxyType({"optional": True})
 
+# Metadata of a setting that is in no step's key: no result depends on it, or a step is given it by itself.
+UNKEYED_FIELD = "unkeyed"
+UNKEYED = {UNKEYED_FIELD: True}
+
 
 class _Mistyped(ValueError):
     """A value of another type than its field has: its message still lacks what the field is."""

@@ -1,11 +1,13 @@
 """The pipeline: a teacher goes in, a registered family comes out. The body of `elastify` is the plan."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 from prefect import flow
 
 from elastic_core.files.checkpoint import read_config
+from elastic_core.judging import TEACHER
 from elastic_core.planning.profile import recipe_table
 from elastic_core.recipe import Recipe
 from flows.commands.recipes import checked
@@ -17,11 +19,19 @@ from tasks.corpus.sources import problems_digest
 from tasks.data import prepare_data
 from tasks.distill import distill
 from tasks.evaluate import evaluate
+from tasks.judge import bring_benchmarks, bring_references, judge_models, published_scores
 from tasks.promote import Verdict, decide
 from tasks.rank import choose_shapes, compare_orders, rank_importance, reorder_teacher, rotate_teacher
 from tasks.records import Artifact, EvaluationRecord, OrderComparison, Release
 from tasks.register import destination, register
-from tasks.running.preflight import check_corpus, check_ends, check_model, check_problems
+from tasks.running.preflight import (
+    check_corpus,
+    check_ends,
+    check_model,
+    check_problems,
+    check_prompts,
+    check_scorers,
+)
 from tasks.running.recipe_run import identities, link_release, tracked
 from tasks.running.steps import run
 from tasks.settings import Settings
@@ -37,7 +47,11 @@ def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationReco
     workspace = str(settings.home / "workspace")
     with tracked(recipe, settings, elastify.fn) as run_id:
         link_curves(settings, run_id)
+        check_scorers(recipe.evaluation)
+        problems = bring_benchmarks(recipe.evaluation, workspace)
+        references = bring_references(recipe.references, workspace)
         teacher, corpus = prepare(recipe, workspace)
+        check_prompts(recipe.evaluation, problems, Path(teacher.path))
         family = reordered = in_order(recipe, teacher, corpus, workspace)
         if recipe.shapes.by == "measured":
             family = shaped(recipe, reordered, reordered, corpus, workspace)
@@ -93,6 +107,8 @@ def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationReco
             dtype=recipe.dtype,
             seed=recipe.seed,
         )
+        judged = judge_models({TEACHER: teacher, **slices, **references}, problems, recipe.evaluation, recipe.dtype)
+        evaluation = replace(evaluation, scores=(*judged, *published_scores(recipe.references)))
         release = run(
             register,
             recipe=recipe,
@@ -114,6 +130,8 @@ def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationReco
             settings=recipe.evaluation,
             dtype=recipe.dtype,
             gate=recipe.promotion,
+            problems=problems,
+            workspace=workspace,
         )
         link_release(settings, run_id, release)
         show_outcome(settings, evaluation, orders, release, verdict)

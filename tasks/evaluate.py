@@ -20,7 +20,6 @@ from elastic_core.generate import complete, decode, prompt_batches, stop_tokens
 from elastic_core.geometry import MOE
 from elastic_core.model import Cache, ElasticNemotronH
 from elastic_core.recipe import Evaluation
-from elastic_core.schema import to_dict
 from elastic_core.subnet import Subnet, full_subnet, keep_layers
 from elastic_core.training import job
 from elastic_core.training.curriculum import generator
@@ -40,9 +39,8 @@ from tasks.settings import Settings
 DECODED_TOKENS = 64
 DECODE_REPEATS = 3
 
-# No held-out loss depends on these; `sequences` says how much was there of the tokens asked for.
-NOT_OF_THE_LOSS = {"heldout_tokens", "batch_size"}
-NOT_OF_THE_LOSS |= {"problems", "max_problems", "max_new_tokens", "chat_template_kwargs"}
+# The settings that a held-out loss depends on; `sequences` says how much was there of the tokens asked for.
+OF_THE_LOSS = ("sequence_length",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,7 +272,7 @@ def conditions(
         tokenizer_sha256=record.tokenizer_sha256,
         sequences=sequences(batches),
         tokens=predicted(batches),
-        settings={name: value for name, value in to_dict(settings).items() if name not in NOT_OF_THE_LOSS},
+        settings={name: getattr(settings, name) for name in OF_THE_LOSS},
         dtype=dtype,
         device=device.type,
         code=fingerprint([code_of(function).modules for function in (heldout_batches, heldout_loss)]),

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from elastic_core.budget import Dtype
 from elastic_core.files import checkpoint
-from elastic_core.recipe import Evaluation, Promotion
+from elastic_core.judging import PATH, Evaluation, Promotion
 from elastic_core.training.tokens import IGNORED, TokenBatch
 from tasks import artifacts, tracking
 from tasks.artifacts.staging import scratch
@@ -23,10 +23,12 @@ from tasks.corpus.heldout import heldout_batches, predicted
 from tasks.corpus.record import HELDOUT_FILE, read_record
 from tasks.corpus.tokenizer import load_tokenizer, tokenizer_files
 from tasks.evaluate import Reader, conditions, shared_loss
-from tasks.records import Artifact, BudgetEvaluation, Conditions, EvaluationRecord, Release
+from tasks.judge import judge_model
+from tasks.records import Artifact, BenchmarkScore, BudgetEvaluation, Conditions, EvaluationRecord, Release
 from tasks.running.patience import patiently
 from tasks.running.steps import run, step
 from tasks.settings import Settings
+from tasks.slice import fetch_part
 
 GATE = "the promotion gate"  # by whom a release became champion
 
@@ -60,8 +62,14 @@ def decide(
     settings: Evaluation,
     dtype: Dtype,
     gate: Promotion,
+    problems: Mapping[str, Artifact] | None = None,
+    workspace: str = "",
 ) -> Verdict:
-    """Measure the champions whose losses cannot be compared as they are registered, and promote the release or not."""
+    """Measure the champions that cannot be compared as they are registered, and promote the release or not.
+
+    `problems` are those of each benchmark. A champion that was judged otherwise is brought to `workspace` and answers
+    them anew, where the gate asks for their benchmark.
+    """
     present = patiently("looking up the champions", lambda: list(rivals(release, evaluation)))
     measured = {
         f"{champion.name}:{champion.version}": run(
@@ -76,7 +84,39 @@ def decide(
         for _, champion in present
         if tracking.MANIFEST in champion.tags and not is_comparable(champion, evaluation.conditions)
     }
-    return run(promote, release=release, evaluation=evaluation, measured=measured, gate=gate)
+    judged = {
+        f"{champion.name}:{champion.version}": scores
+        for budget, champion in present
+        if (scores := judged_anew(budget, champion, evaluation, settings, dtype, gate, problems or {}, workspace))
+    }
+    return run(promote, release=release, evaluation=evaluation, measured=measured, judged=judged, gate=gate)
+
+
+def judged_anew(
+    budget: BudgetEvaluation,
+    champion: tracking.ModelVersion,
+    evaluation: EvaluationRecord,
+    settings: Evaluation,
+    dtype: Dtype,
+    gate: Promotion,
+    problems: Mapping[str, Artifact],
+    workspace: str,
+) -> dict[str, BenchmarkScore]:
+    """A champion's scores on the benchmarks that the gate asks for, and that it is not registered with alike.
+
+    None where it cannot be asked: what an endpoint serves by a size's name is the new version.
+    """
+    scores = evaluation.measured_scores(budget.budget)
+    wanted = [name for name in gate.benchmarks if not is_judged_alike(champion, scores[name])]
+    can_be_asked = settings.endpoint is None or PATH in settings.endpoint.model
+    if not wanted or not can_be_asked or tracking.MANIFEST not in champion.tags:
+        return {}
+    manifest, part = champion.tags[tracking.MANIFEST], champion.tags[tracking.BUDGET]
+    model = run(fetch_part, manifest=manifest, part=part, workspace=workspace)
+    benchmarks = {benchmark.name: benchmark for benchmark in settings.benchmarks}
+    return {
+        name: judge_model(budget.budget, model, problems[name], benchmarks[name], settings, dtype) for name in wanted
+    }
 
 
 @step(on_gpu=True)
@@ -95,18 +135,31 @@ def measure_champion(
 
 
 @step(cached=False)
-def promote(release: Release, evaluation: EvaluationRecord, measured: dict[str, Measured], gate: Promotion) -> Verdict:
-    """Move `champion` of all budgets to this release, or of none. `measured` has champions by NAME:VERSION.
+def promote(
+    release: Release,
+    evaluation: EvaluationRecord,
+    measured: dict[str, Measured],
+    judged: dict[str, dict[str, BenchmarkScore]],
+    gate: Promotion,
+) -> Verdict:
+    """Move `champion` of all budgets to this release, or of none.
+
+    `measured` has the losses of champions that were measured anew, by NAME:VERSION, and `judged` their scores.
 
     One run at a time promotes a family: no champion changes between the comparison with it and its replacement.
     """
     machine = Settings.from_environment()
     with tracking.one_promotion(machine.home, release.family):
-        return _promoted(machine.registry, release, evaluation, measured, gate)
+        return _promoted(machine.registry, release, evaluation, measured, judged, gate)
 
 
 def _promoted(
-    registry: str, release: Release, evaluation: EvaluationRecord, measured: Mapping[str, Measured], gate: Promotion
+    registry: str,
+    release: Release,
+    evaluation: EvaluationRecord,
+    measured: Mapping[str, Measured],
+    judged: Mapping[str, Mapping[str, BenchmarkScore]],
+    gate: Promotion,
 ) -> Verdict:
     versions = {name: int(version) for name, version in (m.rsplit(":", 1) for m in release.models.values())}
     present = {name: tracking.champion(registry, name) for name in versions}
@@ -122,14 +175,18 @@ def _promoted(
         for budget in evaluation.budgets
         if not math.isfinite(budget.cross_entropy)
     ]
-    lost += [
-        f"{champion.name}: {reason}"
-        for budget, champion in rivals(release, evaluation)
-        if (reason := why_worse(budget, champion, evaluation.conditions, measured, gate.margin))
-    ]
+    for budget, champion in rivals(release, evaluation):
+        reasons = [
+            why_worse(budget, champion, evaluation.conditions, measured, gate.margin),
+            *why_lower(evaluation.measured_scores(budget.budget), champion, judged, gate.benchmarks),
+        ]
+        lost += [f"{champion.name}: {reason}" for reason in reasons if reason]
     if lost:
         return Verdict(promoted=False, reason=f"stays candidate; {'; '.join(lost)}")
     reason = f"no budget is worse than its champion by more than {gate.margin:.1%}"
+    if gate.benchmarks:
+        within = (f"{margin:g} standard errors on {name}" for name, margin in gate.benchmarks.items())
+        reason += f", or by more than {' and '.join(within)}"
     if not any(present.values()):
         reason = "there was no champion yet"
     tracking.promote(registry, versions, reason, by=GATE)
@@ -180,6 +237,47 @@ def why_worse(
     if budget.cross_entropy > loss * (1 + margin):
         return f"cross-entropy {budget.cross_entropy:.4f} against the champion's {loss:.4f}"
     return ""
+
+
+def why_lower(
+    scores: Mapping[str, BenchmarkScore],
+    champion: tracking.ModelVersion,
+    judged: Mapping[str, Mapping[str, BenchmarkScore]],
+    margins: Mapping[str, float],
+) -> Iterator[str]:
+    """Why a budget may not take the champion's place, for each benchmark that the gate asks for.
+
+    The standard error of the difference is that of two scores on problems drawn apart, sqrt(a^2 + b^2). Both answer the
+    same problems, so that it is rather less: the gate errs on the new one's side.
+    """
+    anew = judged.get(f"{champion.name}:{champion.version}", {})
+    for name, margin in margins.items():
+        own = measured_of(scores[name])
+        if name in anew:
+            theirs = measured_of(anew[name])
+        elif is_judged_alike(champion, scores[name]):
+            metrics = champion.metrics
+            theirs = metrics[f"{name}.accuracy"], metrics.get(f"{name}.standard_error", 0.0)
+        else:
+            yield (
+                f"its champion, version {champion.version}, has no score on {name} that was measured alike; run again, "
+                f"with an endpoint whose model has {PATH} in it, or move the alias by hand"
+            )
+            continue
+        allowed = margin * math.hypot(own[1], theirs[1])
+        if own[0] < theirs[0] - allowed:
+            yield f"{name} {own[0]:.1%} against the champion's {theirs[0]:.1%}, with {allowed:.1%} allowed"
+
+
+def measured_of(score: BenchmarkScore) -> tuple[float, float]:
+    """pass@1 and its standard error, which is 0 where one problem tells none."""
+    return score.accuracy, (score.score.standard_error or 0.0) if score.score else 0.0
+
+
+def is_judged_alike(champion: tracking.ModelVersion, score: BenchmarkScore) -> bool:
+    """Whether the champion is registered with a score that was measured as this one was."""
+    known = f"{score.benchmark}.accuracy" in champion.metrics
+    return known and champion.tags.get(f"{tracking.JUDGED}{score.benchmark}") == score.protocol
 
 
 def loss_on(directory: Path, teacher: Path, corpus: Path, settings: Evaluation, dtype: Dtype) -> Measured:

@@ -86,8 +86,47 @@ class Conditions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """pass@1 over some runs of some problems: the mean over problems of the share of runs that are right.
+
+    `standard_error`: of that mean, were other problems of the kind drawn, s / sqrt(problems), where s is the standard
+    deviation of the problems' shares; None for one problem. `run_error`: were the same problems answered again,
+    sqrt(sum of p(1 - p) / (runs - 1)) / problems, where p is a problem's share; None for one run. `unanswered`: the
+    share of completions without an answer; `cut`: of those that came to the limit of tokens; `tokens`: their mean.
+    """
+
+    problems: int
+    runs: int
+    accuracy: float
+    standard_error: float | None
+    run_error: float | None
+    unanswered: float
+    cut: float
+    tokens: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchmarkScore:
+    """pass@1 of a model on a benchmark: measured here, or published by a `source`.
+
+    `model` is a budget, `teacher` or a reference. `score` is what was measured, and `protocol` the digest of everything
+    that it depends on beside the model: two scores are compared only where it is the same.
+    """
+
+    model: str
+    benchmark: str
+    accuracy: float
+    score: Score | None = None
+    protocol: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationRecord:
-    """The teacher, and every budget from the largest to the smallest, under the same conditions."""
+    """The teacher, and every budget from the largest to the smallest, under the same conditions.
+
+    `scores` are those of benchmarks: the teacher's, each budget's from the largest on, and the references'.
+    """
 
     conditions: Conditions
     teacher_params: int
@@ -97,6 +136,11 @@ class EvaluationRecord:
     problems: int
     budgets: tuple[BudgetEvaluation, ...]
     teacher_active_params: int | None = None
+    scores: tuple[BenchmarkScore, ...] = ()
+
+    def measured_scores(self, model: str) -> dict[str, BenchmarkScore]:
+        """A model's scores by benchmark, without those that were published."""
+        return {score.benchmark: score for score in self.scores if score.model == model and score.score is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from tasks.artifacts.manifest import Manifest, NestedPart, directory_digest
 from tasks.artifacts.staging import scratch
 from tasks.records import Artifact, EvaluationRecord, OrderComparison, Release, StageRecord
 from tasks.reporting import report
+from tasks.reporting.benchmarks import benchmark_metrics
 from tasks.reporting.history import read_metrics
 from tasks.reporting.scores import differ_in_scores_alone, score_line, scored
 from tasks.reporting.summary import summary_lines
@@ -95,6 +96,8 @@ def register(
     check_published(manifest, parts)
     deliver_curves(settings, run_id, recipe.stages, stages, Path(workspace))
     tracking.log_files(settings.tracking_uri, run_id, report_directory, "report")
+    if judged := run_metrics(evaluation):
+        tracking.log_metrics(settings.tracking_uri, run_id, judged)
     models = tracking.register_family(
         settings.registry,
         family=recipe.family,
@@ -115,6 +118,13 @@ def register(
         run_id=run_id,
         report=str(report_directory / "index.html"),
     )
+
+
+def run_metrics(evaluation: EvaluationRecord) -> dict[str, float]:
+    """Every model's scores on benchmarks, by names such as `9b/math-500.accuracy`."""
+    models = dict.fromkeys(score.model for score in evaluation.scores)
+    scores = {model: benchmark_metrics(evaluation.measured_scores(model)) for model in models}
+    return {f"{model}/{name}": value for model, values in scores.items() for name, value in values.items()}
 
 
 def marked_for(registry: str, settings: Settings) -> dict[str, Any]:
@@ -260,6 +270,8 @@ def members(
             metrics["accuracy"] = measured.accuracy
         if measured.active_params is not None:
             metrics["active_params"] = measured.active_params
+        scores = evaluation.measured_scores(measured.budget)
+        metrics |= benchmark_metrics(scores)
         model = tracking.model_name(recipe.family, measured.budget)
         command = f"elastic pull {model}:{tracking.NUMBER} -o {model}"
         how = f"`{command}` or any MLflow client"
@@ -278,6 +290,7 @@ def members(
                 tracking.PULL: command,
                 tracking.LOADS: (what_loads(slices[measured.budget]) or ENGINES).strip() + NOT_LOGGED,
                 tracking.PARAMS: str(measured.params),
+                **{f"{tracking.JUDGED}{name}": score.protocol for name, score in scores.items()},
                 tracking.SUBNET: json.dumps(to_dict(family.budget(measured.budget).subnet)),
                 **{f"elastic.{key}": str(value) for key, value in family.lineage.items()},
             },

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from flows.commands.registry import alike, label, open_registry
-from flows.commands.show import CODE_TAG, ELSEWHERE
+from flows.commands.show import CODE_TAG, is_elsewhere
 from flows.commands.terminal import text_table, wide_console
 from tasks import tracking
 from tasks.settings import ServiceError, Settings
@@ -87,5 +87,5 @@ def _told(version: tracking.ModelVersion, part: str) -> dict[str, str]:
     if part == "shape":
         return flat(json.loads(version.tags.get(tracking.SUBNET, "{}")))
     tags = {name: value for name, value in version.tags.items() if name.startswith("elastic.")}
-    kept = tags.keys() - ELSEWHERE
+    kept = {name for name in tags if not is_elsewhere(name)}
     return {name.removeprefix("elastic."): tags[name] for name in sorted(kept | ({CODE_TAG} & tags.keys()))}

@@ -97,22 +97,28 @@ def _index(data: list[Any], part: str, key: str) -> int:
 def _anchor(data: dict[str, Any], directory: Path) -> None:
     """Make the paths that are relative to the recipe, or to a home, absolute; Hub names, URIs and empty paths stay."""
 
-    def anchored(path: Any) -> Any:
+    def anchor(settings: dict[str, Any], name: str, *, must_be_here: bool = True) -> None:
+        path = settings.get(name)
         if not isinstance(path, str) or not path or "://" in path:
-            return path
-        return str(directory / os.path.expanduser(path))
+            return
+        anchored = directory / os.path.expanduser(path)
+        if must_be_here or path.startswith("~") or anchored.exists():
+            settings[name] = str(anchored)
 
-    sources = data.get("data", {}).get("sources", []) if isinstance(data.get("data"), dict) else []
-    for source in sources if isinstance(sources, list) else []:
-        if isinstance(source, dict) and "path" in source:
-            source["path"] = anchored(source["path"])
-    if "latency_table" in data:
-        data["latency_table"] = anchored(data["latency_table"])
-    evaluation = data.get("evaluation")
-    if isinstance(evaluation, dict) and "problems" in evaluation:
-        evaluation["problems"] = anchored(evaluation["problems"])
-    teacher = data.get("teacher")
-    if isinstance(teacher, dict) and isinstance(teacher.get("path"), str):
-        path = anchored(teacher["path"])
-        if teacher["path"].startswith("~") or Path(path).exists():
-            teacher["path"] = path
+    evaluation = _mapping(data.get("evaluation"))
+    for source in (*_mappings(_mapping(data.get("data")).get("sources")), *_mappings(evaluation.get("benchmarks"))):
+        anchor(source, "path")
+    anchor(data, "latency_table")
+    anchor(evaluation, "problems")
+    for model in (_mapping(data.get("teacher")), *_mappings(data.get("references"))):
+        anchor(model, "path", must_be_here=False)  # else it is a name on the Hub
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """A mapping of a recipe that is not checked yet; an empty one for anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+def _mappings(value: Any) -> list[dict[str, Any]]:
+    """The mappings in a list of such a recipe."""
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []

@@ -39,6 +39,11 @@ ELSEWHERE = {
 }
 
 
+def is_elsewhere(tag: str) -> bool:
+    """Whether a tag is not shown with what a version was made from."""
+    return tag in ELSEWHERE or tag.startswith(tracking.JUDGED)
+
+
 def show_model(reference: str, *, as_json: bool) -> None:
     """Print what the registry knows of NAME (its champion, else its candidate), NAME@ALIAS or NAME:VERSION."""
     with open_registry() as settings:
@@ -60,7 +65,7 @@ def described(version: tracking.ModelVersion, settings: Settings, now: float) ->
     yield "family", f"{tags[tracking.FAMILY]}, version {tags[tracking.VERSION]}, budget {tags[tracking.BUDGET]}"
     yield "size", ", ".join(_sizes(version))
     for name, value in sorted(tags.items()):
-        if name.startswith("elastic.") and name not in ELSEWHERE:
+        if name.startswith("elastic.") and not is_elsewhere(name):
             yield "from", f"{name.removeprefix('elastic.')}: {value}"
     if code := tags.get(CODE_TAG):
         yield "by", f"code: {code}"
@@ -69,6 +74,8 @@ def described(version: tracking.ModelVersion, settings: Settings, now: float) ->
     if page := tags.get(tracking.PREFECT_RUN):
         yield "by", f"Prefect run: {page}"
     yield "scores", _scores(metrics)
+    if judged := _judged(metrics):
+        yield "pass@1", judged
     if conditions := tags.get(tracking.CONDITIONS):
         yield "measured", conditions
     for tag, did in ((tracking.PROMOTED, "promoted"), (tracking.ROLLED_BACK, "rolled back")):
@@ -99,6 +106,16 @@ def _scores(metrics: Mapping[str, float]) -> str:
     accuracy = f", accuracy {percent(metrics['accuracy'], 1)}" if "accuracy" in metrics else ""
     loss, kl = fixed(metrics["cross_entropy"], 4), fixed(metrics.get("kl"), 4)
     return f"cross-entropy {loss} and KL to the teacher {kl} nats a token{accuracy}"
+
+
+def _judged(metrics: Mapping[str, float]) -> str:
+    """pass@1 of each benchmark."""
+    names = [name.removesuffix(".accuracy") for name in sorted(metrics) if name.endswith(".accuracy")]
+    errors = {name: metrics.get(f"{name}.standard_error") for name in names}
+    return ", ".join(
+        f"{name} {percent(metrics[f'{name}.accuracy'], 1)}" + (f" ± {percent(error, 1)}" if error is not None else "")
+        for name, error in errors.items()
+    )
 
 
 def _run_page(settings: Settings, run_id: str) -> str:

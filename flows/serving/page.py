@@ -9,6 +9,7 @@ from prefect.artifacts import create_image_artifact, create_link_artifact, creat
 from tasks import tracking
 from tasks.promote import Verdict
 from tasks.records import EvaluationRecord, OrderComparison, Release
+from tasks.reporting.benchmarks import PASS_AT_1, benchmark_table
 from tasks.reporting.summary import ORDERS, markdown_table, order_table, order_warnings, summary_table
 from tasks.settings import ServiceError, Settings
 
@@ -34,6 +35,7 @@ def show_outcome(
         markdown="\n\n".join(
             [
                 markdown_table(summary_table(evaluation)),
+                *([PASS_AT_1, markdown_table(benchmark_table(evaluation))] if evaluation.scores else []),
                 f"Registered from `{release.uri}`:",
                 models,
                 verdict.reason,

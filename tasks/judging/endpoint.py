@@ -2,16 +2,16 @@
 
 import os
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import requests
 
-from elastic_core.schema import Strict, positive
+from elastic_core.judging import PATH, Endpoint, Sampling
 from tasks.corpus.turns import CLOSE, OPEN
-from tasks.judging.benchmarks import Sampling
-from tasks.judging.samples import Completion, Request
+from tasks.judging.samples import Completion, Request, SampleFile, Wanted, fill
+from tasks.running.bars import Report
 from tasks.running.patience import patiently
 from tasks.settings import ServiceError, redact
 
@@ -24,23 +24,20 @@ FINISHES = ("stop", "length")
 PUZZLE, PUZZLE_TOKENS = "How many prime numbers lie between 100 and 200? Check each number by itself.", 512
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Endpoint(Strict):
-    """A server of models, and the model that is asked. Its key, if it wants one, is in OPENAI_API_KEY."""
+class Served:
+    """The engine that is a server: it answers as the model of a size, whose files are at a path and have a digest."""
 
-    url: str
-    """Where the server's paths begin. Example: `http://127.0.0.1:8000/v1`."""
-    model: str
-    """The model's name on the server. Example: `nano-6b`."""
-    concurrency: int = 64
-    """Requests that are under way at once. Example: `256`."""
-    seconds: float = 7200.0
-    """How long a completion may take before it is asked for again. Example: `600`."""
+    def __init__(self, endpoint: Endpoint, size: str, path: str, digest: str) -> None:
+        self.identity = f"{digest} at {endpoint.model}"
+        self._endpoint = replace(endpoint, model=endpoint.model_of(size, path))
+        self._listed = PATH not in endpoint.model  # a server that loads what it is asked for does not list it
 
-    def __post_init__(self) -> None:
-        positive(self, "concurrency", "seconds")
-        if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"url={redact(self.url)!r} is not a URL; write http://host:port/v1")
+    def fill(self, samples: SampleFile, wanted: Sequence[Wanted], report: Report) -> None:
+        """Have the server make the samples that are missing. ValueError where it does not have the model."""
+        client = Client(self._endpoint)
+        if self._listed:
+            client.check()
+        fill(samples, wanted, client.complete, self._endpoint.concurrency, report)
 
 
 class Client:
@@ -54,13 +51,20 @@ class Client:
         self._has_parser: bool | None = None  # None until an answer has shown it
         self._finds_out = threading.Lock()
 
+    def models(self) -> list[str]:
+        """The names of the models that the server says it has."""
+        listed = self._answered("GET", "models", None)
+        return [str(each.get("id")) for each in listed.get("data", []) if isinstance(each, dict)]
+
     def check(self) -> None:
         """ValueError where the server does not have the model."""
-        listed = self._patiently(lambda: self._answered("GET", "models", None))
-        names = [each.get("id") for each in listed.get("data", []) if isinstance(each, dict)]
+        names = self._patiently(self.models)
         if self._endpoint.model not in names:
-            shown = ", ".join(map(str, names)) or "none"
-            raise ValueError(f"{self._shown} has no model {self._endpoint.model!r}, but {shown}; correct model")
+            shown = ", ".join(names) or "none"
+            raise ValueError(
+                f"{self._shown} has no model {self._endpoint.model!r}, but {shown}; serve it by that name, or correct "
+                "model"
+            )
 
     def complete(self, request: Request) -> Completion:
         """What the model writes, its thought included, in whatever field the server gives that.

@@ -15,9 +15,10 @@ from threading import Lock
 from typing import Literal
 
 from elastic_core.files.locks import held
+from elastic_core.judging import Sampling
 from elastic_core.schema import build
-from tasks.judging.benchmarks import Sampling
 from tasks.judging.formats import Problem
+from tasks.running.bars import Report
 
 logger = logging.getLogger(__name__)
 
@@ -151,30 +152,46 @@ def requests(problems: Iterable[Problem], runs: int, model: str, sampling: Sampl
     return [(problem, run, request(problem, run)) for run in range(runs) for problem in asked]
 
 
+def missing_from(samples: SampleFile, wanted: Iterable[Wanted]) -> list[Wanted]:
+    """What has not been asked yet."""
+    return [each for each in wanted if each[2].digest() not in samples]
+
+
+def keep(samples: SampleFile, each: Wanted, completion: Completion) -> None:
+    """Write what a model answered."""
+    problem, run, request = each
+    samples.add(Sample(request=request.digest(), problem=problem.id, run=run, completion=completion))
+
+
+def unseen(done: int, total: int, note: str = "") -> None:
+    """Shows nobody how far it is."""
+
+
 def fill(
     samples: SampleFile,
     wanted: Sequence[Wanted],
     complete: Callable[[Request], Completion],
     concurrency: int,
+    report: Report = unseen,
 ) -> int:
     """Make the samples that are missing, so many at a time, and say how many were.
 
     Where one fails, no further one is begun, those under way are finished and kept, and the error is raised.
     """
-    missing = [(problem, run, request) for problem, run, request in wanted if request.digest() not in samples]
+    missing, begun = missing_from(samples, wanted), len(samples)
 
-    def make(problem: Problem, run: int, request: Request) -> None:
-        completion = complete(request)
-        samples.add(Sample(request=request.digest(), problem=problem.id, run=run, completion=completion))
+    def make(each: Wanted) -> None:
+        keep(samples, each, complete(each[2]))
 
     with ThreadPoolExecutor(concurrency, thread_name_prefix="sample") as pool:
         ahead = iter(missing)
-        running = {pool.submit(make, *each) for each in islice(ahead, concurrency)}
+        running = {pool.submit(make, each) for each in islice(ahead, concurrency)}
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 future.result()
-            running |= {pool.submit(make, *each) for each in islice(ahead, len(done))}
+            running |= {pool.submit(make, each) for each in islice(ahead, len(done))}
+            report(len(wanted) - len(missing) + len(samples) - begun, len(wanted))
     return len(missing)
 
 

@@ -4,33 +4,13 @@ import math
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 from tasks.judging.answers import without_thought
 from tasks.judging.mathematics import Mathematician
 from tasks.judging.samples import SampleFile, Wanted
 from tasks.judging.sandbox import Sandbox
 from tasks.judging.scorers import Verdict, judged
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
-    """pass@1 over some runs of some problems: the mean over problems of the share of runs that are right.
-
-    `standard_error`: of that mean, were other problems of the kind drawn, s / sqrt(problems), where s is the standard
-    deviation of the problems' shares; None for one problem. `run_error`: were the same problems answered again,
-    sqrt(sum of p(1 - p) / (runs - 1)) / problems, where p is a problem's share; None for one run. `unanswered`: the
-    share of completions without an answer; `cut`: of those that came to the limit of tokens; `tokens`: their mean.
-    """
-
-    problems: int
-    runs: int
-    accuracy: float
-    standard_error: float | None
-    run_error: float | None
-    unanswered: float
-    cut: float
-    tokens: float
+from tasks.records import Score
 
 
 def score(

@@ -19,6 +19,7 @@ from elastic_core.recipe import Recipe
 from elastic_core.schema import to_dict
 from elastic_core.subnet import Subnet
 from tasks.records import EvaluationRecord, OrderComparison
+from tasks.reporting.benchmarks import PASS_AT_1, answers_table, benchmark_table, sources
 from tasks.reporting.drawing import THEME, Run
 from tasks.reporting.history import read_stages
 from tasks.reporting.numbers import fixed, human_bytes, human_count, human_seconds, percent
@@ -125,6 +126,12 @@ def _finite(value: Any) -> Any:
 def _markdown(run: Run) -> str:
     lines = [f"- **{name}**: {line}" for name, line in summary_lines(run.evaluation).items()]
     parts = [f"# {run.recipe.family}", "\n".join(lines), markdown_table(summary_table(run.evaluation)).rstrip()]
+    if run.evaluation.scores:
+        parts.append(PASS_AT_1)
+        parts.append(markdown_table(benchmark_table(run.evaluation)).rstrip())
+        parts += [f"{model}: published, {source}." for model, source in sources(run.evaluation).items()]
+        if answers := answers_table(run.evaluation):
+            parts.append(markdown_table(answers).rstrip())
     if run.orders.cuts:
         parts.append(ORDERS)
         parts.append(markdown_table(order_table(run.orders)).rstrip())
@@ -211,6 +218,10 @@ def _html(run: Run, links: Mapping[str, str], plots: Sequence[tuple["Plot", Mark
         },
         results=summary_table(evaluation),
         smallest_loss=fixed(smallest_loss(evaluation.heldout_tokens), 4),
+        benchmarks=benchmark_table(evaluation),
+        pass_at_1=PASS_AT_1,
+        sources=sources(evaluation),
+        answers=answers_table(evaluation),
         warnings=order_warnings(run.orders),
         orders=order_table(run.orders),
         random_orders=len(run.orders.cuts[0].at_random) if run.orders.cuts else 0,
@@ -318,6 +329,23 @@ share of held-out problems answered exactly. Tokens/s is decoding. Recovered is 
 no training that training won back; "-" where cutting lost less than {{ smallest_loss }} nats a token, too little to
 tell from noise.</p>
 
+{% if benchmarks %}
+<h2>Benchmarks</h2>
+{{ table(benchmarks) }}
+<p class="note">{{ pass_at_1 }}
+{% for model, source in sources.items() %}
+{{ model }}: published, {{ source }}.
+{% endfor %}
+</p>
+{% if answers %}
+<h3>Answers</h3>
+{{ table(answers) }}
+<p class="note">The error of the runs is that of pass@1, were the same problems answered again. Without an answer is the
+share of completions that give none, an endless thought among them; cut off is the share that came to the limit of
+tokens. Tokens a solution are those of a completion, its thought included.</p>
+{% endif %}
+
+{% endif %}
 {% if orders %}
 <h2>Order of importance</h2>
 {{ table(orders) }}

@@ -5,10 +5,11 @@ published. What decides whether two versions hold the same is the card as it was
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from elastic_core.budget import WHOLE
 from tasks.records import BudgetEvaluation, EvaluationRecord
+from tasks.reporting.benchmarks import PASS_AT_1, benchmark_table, sources
 from tasks.reporting.numbers import fixed, percent
 from tasks.reporting.summary import markdown_table, summary_table
 
@@ -37,9 +38,20 @@ def scored(card: str, part: str, evaluation: EvaluationRecord) -> str:
             "training won back. This was measured when these files were first published; what was measured of them",
             "later is with the later versions in the registry.",
             "",
-            markdown_table(measured) + after,
+            markdown_table(measured) + _benchmarks(evaluation, part) + after,
         ]
     )
+
+
+def _benchmarks(evaluation: EvaluationRecord, part: str) -> str:
+    """The scores on benchmarks beside the teacher's and the references'; of the whole family every budget's."""
+    others = {budget.budget for budget in evaluation.budgets} - {part}
+    scores = [score for score in evaluation.scores if part == WHOLE or score.model not in others]
+    shown = replace(evaluation, scores=tuple(scores))
+    if not scores:
+        return ""
+    published = [f"{model}: published, {source}." for model, source in sources(shown).items()]
+    return "\n" + "\n".join([markdown_table(benchmark_table(shown)), "\n".join([PASS_AT_1, *published])]) + "\n"
 
 
 def differ_in_scores_alone(card: str, other: str) -> bool:

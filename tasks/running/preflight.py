@@ -1,7 +1,7 @@
 """Check at the start what a run will need hours later."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -21,7 +21,11 @@ from tasks.corpus.pieces import first_line
 from tasks.corpus.problems import encode_questions, read_problems
 from tasks.corpus.record import check_length, read_record
 from tasks.corpus.tokenizer import load_tokenizer
+from tasks.judging.benchmarks import asked_from, read_benchmark
+from tasks.judging.decoder import encoded
+from tasks.judging.judge import require_scorer
 from tasks.records import Artifact
+from tasks.running.gpu import asked_deployment
 from tasks.settings import PREFECT_API, ServiceError, Settings, redact, remedy
 from tasks.tracking import CHECK_SECONDS, check_server
 
@@ -109,6 +113,21 @@ def check_problems(evaluation: Evaluation, tokenizer: Path) -> None:
     if evaluation.problems is not None:
         problems = read_problems(Path(evaluation.problems), evaluation.max_problems)
         encode_questions(load_tokenizer(tokenizer), problems, evaluation.chat_template_kwargs)
+
+
+def check_scorers(evaluation: Evaluation) -> None:
+    """ValueError where this machine lacks what benchmarks are scored by; workers that judge see to it themselves."""
+    if evaluation.endpoint is not None or asked_deployment() is None:
+        for benchmark in evaluation.benchmarks:
+            require_scorer(benchmark.form, evaluation.unsafe_code)
+
+
+def check_prompts(evaluation: Evaluation, problems: Mapping[str, Artifact], tokenizer: Path) -> None:
+    """ValueError where our own decoder is to answer a problem that the model's chat template refuses or loses."""
+    if evaluation.endpoint is None:
+        for benchmark in evaluation.benchmarks:
+            asked = asked_from(problems[benchmark.name], benchmark)
+            encoded(tokenizer, read_benchmark(asked), benchmark.sampling)
 
 
 def check_ends(tokenizer: Path) -> None:

@@ -28,13 +28,15 @@ logger = logging.getLogger(__name__)
 
 
 def run_key(recipe: Recipe) -> str:
-    """The name of a recipe's run: the same for the same recipe on the same teacher, data and problems.
+    """The name of a recipe's run: the same for the same recipe on the same models, data and problems.
 
     Every setting counts, those too on which no result depends: MLflow lets no parameter of a run change.
     """
     teacher, sources = identities(recipe)
     problems = problems_digest(recipe.evaluation.problems)
-    return fingerprint(to_dict(recipe), teacher, sources, problems)[:32]
+    asked = [patiently(each.name, partial(source_identity, each.source)) for each in recipe.evaluation.benchmarks]
+    beside = [patiently(each.name, partial(teacher_identity, each.path)) for each in recipe.references if each.path]
+    return fingerprint(to_dict(recipe), teacher, sources, problems, asked, beside)[:32]
 
 
 def identities(recipe: Recipe) -> tuple[str | None, tuple[str, ...]]:

@@ -27,7 +27,7 @@ from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.results import ResultStore, get_result_store
 
 from elastic_core.files.locks import held
-from elastic_core.recipe import UNKEYED_FIELD
+from elastic_core.schema import UNKEYED_FIELD
 from tasks.records import Artifact, Release, StageRecord
 from tasks.running import code, usage
 from tasks.running.digests import can_be_made, check_inputs, damage, recorded, remedy, set_aside

@@ -25,6 +25,7 @@ from tasks.tracking.registry import CHAMPION as CHAMPION
 from tasks.tracking.registry import CONDITIONS as CONDITIONS
 from tasks.tracking.registry import FAMILY as FAMILY
 from tasks.tracking.registry import HELDOUT_DIGEST as HELDOUT_DIGEST
+from tasks.tracking.registry import JUDGED as JUDGED
 from tasks.tracking.registry import LOADS as LOADS
 from tasks.tracking.registry import MANIFEST as MANIFEST
 from tasks.tracking.registry import MEASURED as MEASURED

@@ -25,13 +25,13 @@ from elastic_core.files.reorder import identity_order, write_order
 from elastic_core.files.slicing import slice_checkpoint
 from elastic_core.generate import complete
 from elastic_core.geometry import FFN, ModelConfig
+from elastic_core.judging import Benchmark, Endpoint, Sampling
 from elastic_core.layers.norm import Energy
 from elastic_core.model import ElasticNemotronH
 from elastic_core.subnet import Subnet, full_subnet
 from flows.serving.servers import answers, free_ports
 from tasks.corpus.tokenizer import SPECIAL_TOKENS, train_tokenizer
-from tasks.judging.benchmarks import Benchmark, Sampling
-from tasks.judging.endpoint import Endpoint
+from tasks.judging.endpoint import Served
 from tasks.judging.judge import judge
 from tasks.running.processes import ChildProcess
 
@@ -278,9 +278,9 @@ def test_a_benchmark_asked_of_an_engines_server_has_our_own_decoders_answers(
     problems = tmp_path / "problems.jsonl"
     rows = [{"question": question, "answer": text} for question, text in zip(questions, texts, strict=True)]
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    benchmark = Benchmark(name="sums", path=str(problems), format="exact", runs=2)
     greedy = Sampling(temperature=0, top_p=1, max_new_tokens=NEW_TOKENS, system="Answer in one word.", thinking=False)
-    score = judge(benchmark, greedy, endpoint, tmp_path / "samples.jsonl", model="s")
+    benchmark = Benchmark(name="sums", path=str(problems), format="exact", runs=2, sampling=greedy)
+    score = judge(benchmark, Served(endpoint, "s", "", "digest"), tmp_path / "samples.jsonl")
     assert (score.problems, score.runs, score.accuracy, score.unanswered) == (20, 2, 1.0, 0.0)
     assert 0 < score.tokens <= NEW_TOKENS
 

@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from tasks.judging.benchmarks import Sampling
+from elastic_core.judging import Sampling
 from tasks.judging.formats import Problem
 from tasks.judging.samples import Completion, Request, Wanted, fill, open_samples, requests
 from tasks.judging.scorers import Text

@@ -171,6 +171,8 @@ def write_micro(directory: Path) -> Path:
     sums = [problem(a, b) for a in range(10) for b in range(10)]
     (directory / "sums.jsonl").write_text("".join(sums[:90]))
     (directory / "heldout-sums.jsonl").write_text("".join(sums[90:]))
+    asked = [json.dumps({"question": f"9+{b}", "answer": str(9 + b)}) + "\n" for b in range(10)]
+    (directory / "questions.jsonl").write_text("".join(asked))
     recipe = directory / "micro.yaml"
     recipe.write_text(yaml.safe_dump(MICRO))
     return recipe

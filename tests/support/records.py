@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from tasks.records import BudgetEvaluation, Conditions, EvaluationRecord
+from tasks.records import BenchmarkScore, BudgetEvaluation, Conditions, EvaluationRecord, Score
 
 CONDITIONS = Conditions(
     heldout_sha256="0" * 64,
@@ -30,6 +30,22 @@ def measured(budget: str, loss: float) -> BudgetEvaluation:
         random_cut_cross_entropy=loss,
         tokens_per_second=1.0,
     )
+
+
+def judged(model: str, accuracy: float, *, benchmark: str = "sums", **changes: Any) -> BenchmarkScore:
+    """A model that has this pass@1 on 100 problems, with a standard error of 2 %."""
+    score = Score(
+        problems=100,
+        runs=8,
+        accuracy=accuracy,
+        standard_error=0.02,
+        run_error=0.01,
+        unanswered=0.125,
+        cut=0.0625,
+        tokens=4096.0,
+    )
+    found = BenchmarkScore(model=model, benchmark=benchmark, accuracy=accuracy, score=score, protocol="alike")
+    return replace(found, **changes)
 
 
 def evaluated(*budgets: BudgetEvaluation, **changes: Any) -> EvaluationRecord:

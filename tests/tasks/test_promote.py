@@ -6,7 +6,7 @@ import math
 import time
 import uuid
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from mlflow import MlflowClient
 from objects import MARK
-from records import evaluated, measured
+from records import evaluated, judged, measured
 
 from elastic_core.files.checkpoint import write_weights
 from elastic_core.geometry import ModelConfig
+from elastic_core.judging import Benchmark, Endpoint, Sampling
 from elastic_core.model import ElasticNemotronH
 from elastic_core.recipe import DataConfig, DataSource, Evaluation, Promotion
 from elastic_core.subnet import full_subnet
@@ -34,13 +35,22 @@ from tasks.corpus.heldout import heldout_batches, predicted
 from tasks.corpus.record import HELDOUT_FILE
 from tasks.corpus.tokenizer import load_tokenizer, train_tokenizer
 from tasks.evaluate import conditions, heldout_loss
+from tasks.judging.benchmarks import PROBLEMS_FILE
 from tasks.promote import Measured, Verdict, decide, documents, loss_on, promote
-from tasks.records import Conditions, EvaluationRecord, Release
+from tasks.records import BenchmarkScore, Conditions, EvaluationRecord, Release
+from tasks.reporting.benchmarks import benchmark_metrics
 from tasks.running.digests import artifact
 from tasks.settings import Settings
 
 WORDS = ["the", "cat", "dog", "sat", "ran", "on", "under", "mat", "and", "then", "it", "saw", "red", "blue"]
 TEXTS = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(2, 60)) for i in range(1, 80)]
+SUMS = Benchmark(
+    name="sums",
+    path="sums.jsonl",
+    format="exact",
+    runs=1,
+    sampling=Sampling(temperature=0, max_new_tokens=3, system=None, thinking=False),
+)
 MEASURED = Evaluation(heldout_tokens=400, sequence_length=40, batch_size=3)
 SAME = 1e-5  # float32: sums of the same terms in another order
 
@@ -134,17 +144,25 @@ class Gate:
     teacher: Path
     corpus: Path
     here: Conditions
+    problems: Path
     manifest: str = "s3://b/nowhere/manifest.json"
     evaluations: dict[str, EvaluationRecord] = field(default_factory=dict)
 
-    def register(self, *losses: float, under: Conditions | None = None, **tags: str) -> Release:
+    def register(
+        self, *losses: float, under: Conditions | None = None, sums: Sequence[BenchmarkScore] = (), **tags: str
+    ) -> Release:
         under, registration = under or self.here, uuid.uuid4().hex[:12]
+        scores = {score.model: {score.benchmark: score} for score in sums}
         members = [
             tracking.Member(
                 budget=budget,
                 source=f"s3://b/{registration}/{budget}",
-                metrics={"cross_entropy": loss},
-                tags={tracking.MEASURED: under.digest, **tags},
+                metrics={"cross_entropy": loss, **benchmark_metrics(scores.get(budget, {}))},
+                tags={
+                    tracking.MEASURED: under.digest,
+                    **{f"{tracking.JUDGED}{name}": score.protocol for name, score in scores.get(budget, {}).items()},
+                    **tags,
+                },
             )
             for budget, loss in zip(BUDGETS, losses, strict=True)
         ]
@@ -156,7 +174,9 @@ class Gate:
             run_id=self.run_id,
             members=members,
         )
-        self.evaluations[registration] = evaluated(*map(measured, BUDGETS, losses), conditions=under)
+        self.evaluations[registration] = evaluated(
+            *map(measured, BUDGETS, losses), conditions=under, scores=tuple(sums)
+        )
         return Release(
             family=self.family,
             version=registration,
@@ -167,15 +187,19 @@ class Gate:
             report="",
         )
 
-    def ask(self, release: Release, margin: float = 0.01) -> Verdict:
+    def ask(
+        self, release: Release, margin: float = 0.01, endpoint: Endpoint | None = None, **benchmarks: float
+    ) -> Verdict:
         return decide(
             release,
             self.evaluations[release.registration],
             artifact(self.teacher),
             artifact(self.corpus),
-            MEASURED,
+            replace(MEASURED, benchmarks=(SUMS,), endpoint=endpoint),
             "float32",
-            Promotion(margin=margin),
+            Promotion(margin=margin, benchmarks=benchmarks),
+            {"sums": artifact(self.problems)} if benchmarks else None,
+            str(self.problems.parent),
         )
 
     def __call__(self, *losses: float, **options: Any) -> tuple[Release, Verdict]:
@@ -189,11 +213,24 @@ class Gate:
 
 
 @pytest.fixture
-def gate(settings: Settings, teacher: Path, corpus: Path, here: Conditions, monkeypatch: pytest.MonkeyPatch) -> Gate:
-    monkeypatch.setattr("tasks.promote.run", lambda step, **inputs: step.fn(**inputs))  # with no Prefect around it
+def gate(
+    settings: Settings,
+    teacher: Path,
+    corpus: Path,
+    here: Conditions,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Gate:
+    for module in ("tasks.promote", "tasks.judge"):  # with no Prefect around them
+        monkeypatch.setattr(f"{module}.run", lambda step, **inputs: step.fn(**inputs))
     family, uri = f"nano{uuid.uuid4().hex[:10]}", settings.registry
     run_id = tracking.open_run(uri, experiment=family, run_key="a", run_name="a")
-    return Gate(registry=uri, family=family, run_id=run_id, teacher=teacher, corpus=corpus, here=here)
+    problems = tmp_path / "problems"
+    problems.mkdir()
+    (problems / PROBLEMS_FILE).write_text(json.dumps({"question": "the cat", "answer": "sat"}) + "\n")
+    return Gate(
+        registry=uri, family=family, run_id=run_id, teacher=teacher, corpus=corpus, here=here, problems=problems
+    )
 
 
 def test_a_family_becomes_champion_where_no_budget_is_worse_than_its_champion(gate: Gate) -> None:
@@ -261,6 +298,46 @@ def test_of_two_promotions_at_once_each_is_compared_with_the_others_champion(
         assert gate.ask(worse) == Verdict(promoted=True, reason="there was no champion yet")
         assert asked[0].result().promoted
     assert gate.champions() == {better.registration}
+
+
+# Benchmarks
+
+
+def sums(*accuracies: float, **changes: Any) -> tuple[BenchmarkScore, ...]:
+    return tuple(judged(budget, accuracy, **changes) for budget, accuracy in zip(BUDGETS, accuracies, strict=True))
+
+
+def test_a_score_may_lie_below_the_champions_by_so_many_standard_errors_of_the_difference(gate: Gate) -> None:
+    """Each has an error of 2 %, so that the difference has one of 2.83 %."""
+    first = gate.register(2.0, 3.0, sums=sums(0.5, 0.4))
+    assert gate.ask(first, sums=1) == Verdict(promoted=True, reason="there was no champion yet")
+    lower = gate.register(1.9, 2.9, sums=sums(0.55, 0.37))
+    verdict = gate.ask(lower, sums=1)
+    assert not verdict.promoted
+    assert verdict.reason == (
+        f"stays candidate; {lower.family}-s: sums 37.0% against the champion's 40.0%, with 2.8% allowed"
+    )
+    assert gate.champions() == {first.registration}
+    verdict = gate.ask(lower, sums=1.1)
+    assert verdict.promoted and "or by more than 1.1 standard errors on sums" in verdict.reason
+    assert gate.ask(gate.register(1.9, 2.9, sums=sums(0, 0))).promoted  # it was not asked for
+
+
+def test_a_champion_that_was_judged_otherwise_answers_the_problems_anew(published: Gate) -> None:
+    """The teacher, which is each of its sizes, answers none of them."""
+    for registered in (sums(0.9, 0.9, protocol="otherwise"), ()):
+        first = published.register(2.0, 3.0, sums=registered)
+        assert published.ask(first, margin=9).promoted
+        second = published.register(1.9, 2.9, sums=sums(0.01, 0.0))
+        assert published.ask(second, sums=0).promoted
+
+
+def test_a_server_of_the_new_sizes_is_not_asked_for_a_champions_answers(published: Gate) -> None:
+    """What it serves by a size's name is the new one."""
+    assert published.ask(published.register(2.0, 3.0, sums=sums(0.1, 0.1, protocol="otherwise"))).promoted
+    second = published.register(1.9, 2.9, sums=sums(0.9, 0.9))
+    verdict = published.ask(second, endpoint=Endpoint(url="http://127.0.0.1:9/v1", model="nano-{size}"), sums=0)
+    assert not verdict.promoted and "no score on sums that was measured alike" in verdict.reason
 
 
 # Losses that were not measured alike
@@ -350,7 +427,7 @@ def test_a_champion_that_can_only_be_measured_otherwise_keeps_its_place(publishe
 def test_a_champion_that_comes_meanwhile_is_not_replaced_unseen(gate: Gate, here: Conditions) -> None:
     gate(2.0, 3.0, under=replace(here, tokens=7))
     release = gate.register(1.0, 1.0)
-    verdict = promote.fn(release, gate.evaluations[release.registration], {}, Promotion())
+    verdict = promote.fn(release, gate.evaluations[release.registration], {}, {}, Promotion())
     assert not verdict.promoted and "run again to be compared" in verdict.reason
 
 
@@ -359,7 +436,7 @@ def test_a_champion_that_cannot_be_measured_on_this_text_keeps_its_place(gate: G
     release = gate.register(1.0, 1.0)
     none = Measured(cross_entropy=0.0, conditions=None, impossible="it has another tokenizer")
     verdict = promote.fn(
-        release, gate.evaluations[release.registration], dict.fromkeys(champion.models.values(), none), Promotion()
+        release, gate.evaluations[release.registration], dict.fromkeys(champion.models.values(), none), {}, Promotion()
     )
     assert not verdict.promoted and "cannot be measured: it has another tokenizer" in verdict.reason
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from objects import stored
-from records import CONDITIONS, evaluated, measured
+from records import CONDITIONS, evaluated, judged, measured
 from trainee import AXES, BUDGETS, STAGE, write_family
 
 from elastic_core.budget import WHOLE
@@ -116,6 +117,26 @@ def test_the_same_files_measured_again_are_not_published_again_and_the_registry_
     for release, teacher in ((first, "1.0000"), (second, "1.1250")):
         entry = tracking.resolve(made.settings.registry, release.models[BUDGETS[0].name])
         assert f"Cross-entropy 1.2500 (the teacher's {teacher})" in entry.description
+
+
+def test_scores_on_benchmarks_are_in_the_registry_the_run_and_the_cards(made: Made, store: Store) -> None:
+    name, other = BUDGETS[0].name, BUDGETS[1].name
+    scores = (
+        judged("teacher", 0.9),
+        judged(name, 0.75),
+        judged(other, 0.5),
+        judged("else", 0.8, score=None, source="x"),
+    )
+    release = made.registered(replace(MEASURED, scores=scores))
+    entry = tracking.resolve(made.settings.registry, release.models[name])
+    assert entry.metrics["sums.accuracy"] == 0.75 and entry.metrics["sums.tokens"] == 4096
+    assert entry.tags[f"{tracking.JUDGED}sums"] == "alike"
+    run = MlflowClient(tracking_uri=made.settings.tracking_uri).get_run(release.run_id)
+    assert run.data.metrics["teacher/sums.accuracy"] == 0.9 and run.data.metrics[f"{name}/sums.unanswered"] == 0.125
+    of_size, of_all = card(store, release, name), card(store, release, WHOLE)
+    assert f"| {name} | 75.0 ± 2.0 |" in of_size and f"| {other} | 50.0" not in of_size
+    assert f"| {other} | 50.0 ± 2.0 |" in of_all
+    assert all("| else (published) | 80.0 |" in each and "else: published, x." in each for each in (of_size, of_all))
 
 
 def test_an_interrupted_upload_goes_on_with_the_card_that_it_left_though_the_scores_are_others(

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from elastic_core.judging import Benchmark
 from elastic_core.schema import build
-from tasks.judging.benchmarks import Benchmark, Sampling, read_benchmark
+from tasks.judging.benchmarks import read_benchmark
 from tasks.judging.formats import Problem
 from tasks.judging.programs import Case, Cases
 from tasks.judging.scorers import Choice, Expression, Text
@@ -139,7 +140,8 @@ def test_ones_own_benchmark_is_a_file_and_five_lines(tmp_path: Path) -> None:
 
 
 def test_the_defaults_are_nvidias() -> None:
-    asked, drawn = Benchmark(name="aime", path="a", format="math"), Sampling()
+    asked = Benchmark(name="aime-2025")
+    drawn = asked.sampling
     assert asked.runs == 8
     assert (drawn.temperature, drawn.top_p, drawn.max_new_tokens, drawn.system) == (0.6, 0.95, 32768, "/think")
 

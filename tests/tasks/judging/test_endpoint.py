@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tasks.judging.benchmarks import Benchmark, Sampling
-from tasks.judging.endpoint import Client, Endpoint
+from elastic_core.judging import Benchmark, Endpoint, Sampling
+from tasks.judging.endpoint import Client, Served
 from tasks.judging.judge import judge
 from tasks.judging.samples import Request
 from tasks.judging.sandbox import why_not_isolated
@@ -36,6 +36,9 @@ class Server:
 
     def endpoint(self, **fields: Any) -> Endpoint:
         return Endpoint(**{"url": self.url, "model": "m", "concurrency": 4, **fields})
+
+    def engine(self) -> Served:
+        return Served(self.endpoint(), "s", "/slices/s", "digest")
 
 
 @contextmanager
@@ -178,8 +181,20 @@ def test_a_fault_that_stays_is_one_line_and_not_tried_again(answer: Any, error: 
 def test_a_model_that_the_server_has_not_is_named_with_those_that_it_has() -> None:
     with served(lambda body: said("4")) as server:
         Client(server.endpoint()).check()
-        with pytest.raises(ValueError, match="has no model 'x', but m, n; correct model"):
+        with pytest.raises(ValueError, match="has no model 'x', but m, n; serve it by that name"):
             Client(server.endpoint(model="x")).check()
+
+
+def test_a_size_is_asked_by_its_name_or_by_its_directory_and_only_a_name_has_to_be_listed(tmp_path: Path) -> None:
+    rows = [{"problem": "1+1", "answer": "2"}]
+    benchmark = Benchmark(name="sums", path=str(write(tmp_path, rows)), format="exact", runs=1)
+    with served(lambda body: said("hm</think>2")) as server:
+        for model, asked in (("{size}", "m"), ("{path}", "/slices/m"), ("m", "m")):
+            engine = Served(server.endpoint(model=model), "m", "/slices/m", "digest")
+            assert judge(benchmark, engine, tmp_path / "samples").accuracy == 1
+            assert server.seen.pop()["model"] == asked
+        with pytest.raises(ValueError, match="has no model 'nano-m', but m, n"):
+            judge(benchmark, Served(server.endpoint(model="nano-{size}"), "m", "", "digest"), tmp_path / "samples")
 
 
 def test_the_key_is_sent_and_a_url_must_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,8 +202,10 @@ def test_the_key_is_sent_and_a_url_must_be_one(monkeypatch: pytest.MonkeyPatch) 
     with served(lambda body: said("4")) as server:
         Client(server.endpoint()).complete(PLAIN)
     assert server.keys == ["Bearer sesame"]
-    with pytest.raises(ValueError, match=r"url='localhost' is not a URL; write http://host:port/v1"):
+    with pytest.raises(ValueError, match=r"url does not begin with http:// or https://; write http://host:port/v1"):
         Endpoint(url="localhost", model="m")
+    with pytest.raises(ValueError, match="url holds a user's name or password; leave it out, and set OPENAI_API_KEY"):
+        Endpoint(url="https://me:sesame@host/v1", model="m")
 
 
 def write(directory: Path, rows: list[dict[str, str]]) -> Path:
@@ -211,15 +228,15 @@ def test_a_benchmark_is_judged_and_goes_on_where_it_ended(tmp_path: Path) -> Non
     with served(answer) as server:
         samples = tmp_path / "sums.samples.jsonl"
         with pytest.raises(ValueError, match="refused with 400"):
-            judge(benchmark, Sampling(), server.endpoint(), samples, model="digest")
+            judge(benchmark, server.engine(), samples)
         kept = len(samples.read_text().splitlines())
         assert kept == 7
         asked = itertools.count(20)
         server.seen.clear()
-        found = judge(benchmark, Sampling(), server.endpoint(), samples, model="digest")
+        found = judge(benchmark, server.engine(), samples)
         assert len(server.seen) == 20 - kept
     assert (found.problems, found.runs, found.accuracy, found.unanswered) == (10, 2, 0.8, 0.0)
-    again = judge(benchmark, Sampling(), server.endpoint(), samples, model="digest")  # without the server
+    again = judge(benchmark, server.engine(), samples)  # without the server
     assert again == found
 
 
@@ -228,15 +245,13 @@ def test_programs_are_refused_before_anything_is_asked_where_they_cannot_be_isol
 ) -> None:
     tests = [{"input": "2", "output": "4"}]
     rows: list[Any] = [{"question_content": "Double it.", "public_test_cases": tests, "metadata": {}}]
-    benchmark = Benchmark(name="code", path=str(write(tmp_path, rows)), format="livecodebench", runs=1)
-    drawn = Sampling(thinking=False)
+    drawn, path = Sampling(thinking=False), str(write(tmp_path, rows))
+    benchmark = Benchmark(name="code", path=path, format="livecodebench", runs=1, sampling=drawn)
     why_not_isolated.cache_clear()
     with monkeypatch.context() as patch, served(lambda body: said("```python\nprint(2 * int(input()))\n```")) as server:
         patch.setenv("PATH", "/nowhere")
         with pytest.raises(ValueError, match="cannot be isolated here: there is no bwrap"):
-            judge(benchmark, drawn, server.endpoint(), tmp_path / "s", model="digest")
+            judge(benchmark, server.engine(), tmp_path / "s")
         assert not server.seen
-        assert (
-            judge(benchmark, drawn, server.endpoint(), tmp_path / "s", model="digest", unsafe_code=True).accuracy == 1
-        )
+        assert judge(benchmark, server.engine(), tmp_path / "s", unsafe_code=True).accuracy == 1
     why_not_isolated.cache_clear()

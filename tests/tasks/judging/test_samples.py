@@ -14,7 +14,7 @@ import pytest
 from filling import PROBLEMS, fill_slowly, wanted
 
 from elastic_core.files.locks import IsHeld
-from tasks.judging.benchmarks import Sampling
+from elastic_core.judging import Sampling
 from tasks.judging.formats import Problem
 from tasks.judging.mathematics import Mathematician
 from tasks.judging.programs import Case, Cases

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from records import CONDITIONS
+from records import CONDITIONS, judged
 
 from elastic_core import cost
 from elastic_core.budget import Budget
@@ -26,6 +26,7 @@ from elastic_core.subnet import Subnet, full_subnet, keep_layers
 from elastic_core.training.train import BudgetMetrics, StepMetrics
 from tasks.records import BudgetEvaluation, EvaluationRecord, OrderComparison
 from tasks.reporting import drawing, history, numbers, plots, report, summary
+from tasks.reporting.benchmarks import answers_table, benchmark_table
 
 MODEL = ModelConfig(
     hybrid_override_pattern="M-M*-M-",
@@ -337,6 +338,36 @@ def test_a_markdown_table_gives_back_its_rows() -> None:
 
 
 # The order of importance
+
+
+SCORES = (
+    judged("teacher", 0.9),
+    judged("l", 0.875),
+    judged("l", 0.25, benchmark="aime", score=None),
+    judged("other", 0.963, score=None, source="a paper, table <1>"),
+)
+
+
+def test_the_table_of_benchmarks_has_every_model_with_its_error_and_marks_what_was_published() -> None:
+    found = {row["model"]: (row["sums"], row["aime"]) for row in benchmark_table(evaluation(scores=SCORES))}
+    assert found == {
+        "teacher": ("90.0 ± 2.0", "-"),
+        "l": ("87.5 ± 2.0", "25.0"),
+        "other (published)": ("96.3", "-"),
+    }
+    assert [row["model"] for row in answers_table(evaluation(scores=SCORES))] == ["teacher", "l"]
+    assert not benchmark_table(evaluation())
+
+
+def test_the_report_has_the_scores_the_share_without_an_answer_the_tokens_and_the_sources(tmp_path: Path) -> None:
+    page = write(tmp_path, record=evaluation(scores=SCORES))
+    markdown = page.with_name("results.md").read_text()
+    for text in (Elements(page).text, markdown):
+        assert all(
+            found in text for found in ("87.5 ± 2.0", "other (published)", "a paper, table <1>", "12.5 %", "4,096")
+        )
+    stored = json.loads(page.with_name("results.json").read_text())["evaluation"]["scores"]
+    assert [(score["model"], score["accuracy"]) for score in stored] == [(s.model, s.accuracy) for s in SCORES]
 
 
 def test_a_cut_that_loses_no_less_than_random_orders_is_warned_of_in_the_report(page: Path) -> None:

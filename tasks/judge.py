@@ -1,0 +1,150 @@
+"""Judge a model on a benchmark: the problems brought here, then one step for each model that answers them.
+
+What a model has answered stays in the state directory, under `samples`, a line a sample: a step that was killed goes on
+from there, and so does one whose key has changed because of more runs, other scorers or another machine.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from elastic_core.budget import Dtype
+from elastic_core.files.directories import staged_directory
+from elastic_core.generate import complete_together
+from elastic_core.judging import Benchmark, Endpoint, Evaluation, Reference, Sampling
+from elastic_core.training.job import load_model
+from tasks.corpus.problems import encode_prompts
+from tasks.corpus.sources import fetch_data, source_identity, teacher_identity
+from tasks.judging.benchmarks import PROBLEMS_FILE, asked_from, write_problems
+from tasks.judging.decoder import Decoder
+from tasks.judging.endpoint import Served
+from tasks.judging.judge import Engine, judge
+from tasks.judging.scores import score
+from tasks.records import Artifact, BenchmarkScore, Score
+from tasks.running.code import code_of
+from tasks.running.digests import artifact
+from tasks.running.gpu import device
+from tasks.running.patience import patiently
+from tasks.running.progress import progress_bar
+from tasks.running.steps import fingerprint, new_directory, run, step
+from tasks.settings import home_directory
+from tasks.teacher import fetch_teacher
+
+SAMPLES = "samples"
+
+logger = logging.getLogger(__name__)
+
+
+def bring_benchmarks(settings: Evaluation, workspace: str) -> dict[str, Artifact]:
+    """The problems of each benchmark, by its name."""
+
+    def brought(benchmark: Benchmark) -> Artifact:
+        identity = patiently(f"benchmark {benchmark.name}", partial(source_identity, benchmark.source))
+        rows = replace(benchmark, runs=1, sampling=Sampling(), prompt=None)  # they are the same however they are asked
+        return run(bring_problems, benchmark=rows, identity=identity, workspace=workspace)
+
+    return {benchmark.name: brought(benchmark) for benchmark in settings.benchmarks}
+
+
+def judge_models(
+    models: Mapping[str, Artifact], problems: Mapping[str, Artifact], settings: Evaluation, dtype: Dtype
+) -> tuple[BenchmarkScore, ...]:
+    """The score of each model, by its name, on each benchmark."""
+    return tuple(
+        judge_model(name, model, problems[benchmark.name], benchmark, settings, dtype)
+        for name, model in models.items()
+        for benchmark in settings.benchmarks
+    )
+
+
+def judge_model(
+    name: str, model: Artifact, problems: Artifact, benchmark: Benchmark, settings: Evaluation, dtype: Dtype
+) -> BenchmarkScore:
+    """The score of one model on one benchmark, by whichever engine the recipe has answer."""
+    asked = replace(benchmark, path=PROBLEMS_FILE, format=benchmark.form)
+    if settings.endpoint is None:
+        engine = f"decoded in {dtype} on {device()} by {decoder_code()}"
+        measured = run(
+            judge_here, model=model, problems=problems, benchmark=asked, dtype=dtype, unsafe_code=settings.unsafe_code
+        )
+    else:
+        engine = f"served as {settings.endpoint.model}"
+        measured = run(
+            judge_at,
+            model=model,
+            problems=problems,
+            benchmark=asked,
+            endpoint=settings.endpoint,
+            size=name,
+            unsafe_code=settings.unsafe_code,
+        )
+    alike = (problems, asked.form, asked.prompt, asked.sampling, engine, code_of(score).modules)
+    return BenchmarkScore(
+        model=name,
+        benchmark=benchmark.name,
+        accuracy=measured.accuracy,
+        score=measured,
+        protocol=fingerprint(*alike),
+    )
+
+
+def bring_references(references: tuple[Reference, ...], workspace: str) -> dict[str, Artifact]:
+    """The checkpoint of each reference that is judged, by its name."""
+    paths = {reference.name: reference.path for reference in references if reference.path}
+    return {
+        name: run(
+            fetch_teacher,
+            path=path,
+            identity=patiently(f"reference {name}", partial(teacher_identity, path)),
+            workspace=workspace,
+        )
+        for name, path in paths.items()
+    }
+
+
+def published_scores(references: tuple[Reference, ...]) -> tuple[BenchmarkScore, ...]:
+    """The scores of references as they were published."""
+    return tuple(
+        BenchmarkScore(model=reference.name, benchmark=name, accuracy=percent / 100, source=reference.source or "")
+        for reference in references
+        for name, percent in reference.published.items()
+    )
+
+
+def decoder_code() -> str:
+    """What changes with the code that our own decoder answers by."""
+    return fingerprint([code_of(function).modules for function in (load_model, encode_prompts, complete_together)])[:16]
+
+
+@step()
+def bring_problems(benchmark: Benchmark, identity: str, workspace: str) -> Artifact:
+    """The rows that a benchmark asks, from files, `s3://` or the Hub, every one of them read and found fit."""
+    directory = new_directory(workspace, f"problems-{benchmark.name}")
+    with staged_directory(directory) as staging:
+        count = write_problems(benchmark, staging, fetch_data)
+    logger.info("benchmark %s: %d problems, %d runs", benchmark.name, count, benchmark.runs)
+    return artifact(directory)
+
+
+@step(on_gpu=True)
+def judge_here(model: Artifact, problems: Artifact, benchmark: Benchmark, dtype: Dtype, unsafe_code: bool) -> Score:
+    """The score of a stock checkpoint that our own decoder answers with."""
+    engine = Decoder(Path(model.path), dtype, f"{model.digest} decoded in {dtype} by {decoder_code()}")
+    return _judged(model, problems, benchmark, engine, unsafe_code)
+
+
+@step()
+def judge_at(
+    model: Artifact, problems: Artifact, benchmark: Benchmark, endpoint: Endpoint, size: str, unsafe_code: bool
+) -> Score:
+    """The score of a stock checkpoint that a server answers with."""
+    engine = Served(endpoint, size, model.path, model.digest)
+    return _judged(model, problems, benchmark, engine, unsafe_code)
+
+
+def _judged(model: Artifact, problems: Artifact, benchmark: Benchmark, engine: Engine, unsafe_code: bool) -> Score:
+    samples = home_directory() / SAMPLES / f"{benchmark.name}-{model.digest[:32]}.jsonl"
+    with progress_bar(f"judging on {benchmark.name}") as report:
+        return judge(asked_from(problems, benchmark), engine, samples, unsafe_code=unsafe_code, report=report)

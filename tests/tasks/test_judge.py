@@ -1,0 +1,225 @@
+"""Laws of judging by our own decoder: what a key counts, what is never answered twice, and what is answered."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from elastic_core.files.checkpoint import write_weights
+from elastic_core.generate import chosen, complete_together, stop_tokens
+from elastic_core.geometry import ModelConfig
+from elastic_core.judging import Benchmark, Endpoint, Evaluation, Reference, Sampling
+from elastic_core.model import ElasticNemotronH
+from elastic_core.subnet import full_subnet
+from elastic_core.training.curriculum import generator
+from elastic_core.training.job import load_model
+from tasks import judge
+from tasks.corpus.problems import Prompt
+from tasks.corpus.tokenizer import load_tokenizer, train_tokenizer
+from tasks.evaluate import measure_answers
+from tasks.judging import decoder
+from tasks.judging.answers import without_thought
+from tasks.judging.benchmarks import read_benchmark
+from tasks.judging.decoder import Decoder, as_asked
+from tasks.judging.samples import open_samples, requests, unseen
+from tasks.records import Artifact, BenchmarkScore, Score
+from tasks.running.digests import artifact
+from tasks.running.steps import MAKINGS
+from tasks.settings import HOME
+
+GREEDY = Sampling(temperature=0, top_p=1, max_new_tokens=6, system=None, thinking=False)
+DRAWN = replace(GREEDY, temperature=1.5)
+ROWS = [{"question": "sum " * (1 + i % 3) + f"{i}+1?", "answer": str(i + 1)} for i in range(10)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A checkpoint of random weights, which now and then draws the token that ends a text."""
+    config = ModelConfig(
+        hybrid_override_pattern="M*-",
+        hidden_size=16,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        mamba_num_heads=2,
+        mamba_head_dim=8,
+        ssm_state_size=4,
+        n_groups=1,
+        vocab_size=270,
+        chunk_size=16,
+        eos_token_id=tuple(range(60)),
+    )
+    directory = tmp_path_factory.mktemp("model") / "model"
+    fresh = ElasticNemotronH(config)
+    fresh.initialise(generator(1))
+    write_weights(directory, config, fresh.state_dict(), torch.float32)
+    train_tokenizer(["sum of a number and one more"] * 9, directory, vocab_size=270)
+    return artifact(directory)
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Benchmark:
+    monkeypatch.setenv(HOME, str(tmp_path / "home"))
+    file = tmp_path / "sums.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return Benchmark(name="sums", path=str(file), format="exact", runs=2, sampling=DRAWN)
+
+
+def brought(benchmark: Benchmark, workspace: Path) -> Artifact:
+    made: Artifact = judge.bring_problems.fn(benchmark=benchmark, identity="", workspace=str(workspace))
+    return made
+
+
+def here(model: Artifact, benchmark: Benchmark, problems: Artifact) -> Score:
+    found: Score = judge.judge_here.fn(
+        model=model, problems=problems, benchmark=benchmark, dtype="float32", unsafe_code=False
+    )
+    return found
+
+
+def lines(home: Path) -> list[str]:
+    (file,) = (home / "home" / judge.SAMPLES).glob("*.jsonl")
+    return file.read_text().splitlines()
+
+
+def test_a_run_that_was_killed_answers_the_rest_and_ends_with_the_samples_of_one_that_was_not(
+    model: Artifact, asked: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder, "COMPLETED_AT_ONCE", 4)
+    problems, completed, answered = brought(asked, tmp_path), decoder._completed, list[int]()
+
+    def dies(loaded: Any, batches: Sequence[decoder.Batch]) -> list[list[int]]:
+        if len(answered) == dies_after:
+            raise RuntimeError("killed")
+        answered.append(len(batches[0][0]))
+        return completed(loaded, batches)
+
+    monkeypatch.setattr(decoder, "_completed", dies)
+    dies_after = 3
+    with pytest.raises(RuntimeError, match="killed"):
+        here(model, asked, problems)
+    assert len(lines(tmp_path)) == sum(answered) == 12
+    dies_after = -1
+    found = here(model, asked, problems)
+    assert sum(answered) == 20  # none of them twice
+    killed = sorted(lines(tmp_path))
+    next((tmp_path / "home" / judge.SAMPLES).glob("*.jsonl")).unlink()
+    assert here(model, asked, problems) == found
+    assert sorted(lines(tmp_path)) == killed
+
+
+def test_more_runs_and_another_form_of_judging_keep_the_answers_and_another_temperature_asks_anew(
+    model: Artifact, asked: Benchmark, tmp_path: Path
+) -> None:
+    problems = brought(asked, tmp_path)
+    for benchmark, there in (
+        (asked, 20),
+        (replace(asked, runs=3), 30),
+        (replace(asked, format="math"), 30 + 20),  # asked in other words
+        (replace(asked, format="math", prompt="{problem}"), 30 + 20),  # in the same, and judged otherwise
+        (replace(asked, sampling=replace(DRAWN, temperature=1.25)), 30 + 20 + 20),
+    ):
+        assert here(model, benchmark, problems).runs == benchmark.runs
+        assert len(lines(tmp_path)) == there
+
+
+def test_answers_are_those_of_one_prompt_at_a_time_and_each_counts_the_token_that_ends_it(
+    model: Artifact, asked: Benchmark, tmp_path: Path
+) -> None:
+    directory = Path(model.path)
+    loaded, tokenizer = load_model(directory, torch.device("cpu"), torch.float32), load_tokenizer(directory)
+    problems, stop = read_benchmark(asked), stop_tokens(loaded.config)
+    subnet = full_subnet(loaded.config)
+    with open_samples(tmp_path / "samples") as samples:
+        wanted = requests(problems, 1, "digest", DRAWN)
+        Decoder(directory, "float32", "digest").fill(samples, wanted, unseen)
+        found = [samples[request.digest()].completion for _, _, request in wanted]
+    prompts = decoder.encoded(directory, problems, DRAWN)
+    for prompt, answer, (_, _, request) in zip(prompts, found, wanted, strict=True):
+        choose = chosen(DRAWN.temperature, DRAWN.top_p, [request.seed])
+        (ids,) = complete_together(loaded, [prompt.ids], subnet, max_new_tokens=6, stop_tokens=stop, choose=choose)
+        assert answer.text == tokenizer.decode(ids)
+        assert (answer.finish, answer.tokens) == (("length", 6) if len(ids) == 6 else ("stop", len(ids) + 1))
+    assert {answer.finish for answer in found} == {"stop", "length"}
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told to think", "told not to"])
+@pytest.mark.parametrize("opened", [True, False], ids=["opened", "not opened"])
+def test_an_answer_is_found_whether_or_not_the_template_opens_a_thought(told: bool, opened: bool) -> None:
+    prompt, sampling = Prompt([1], opened), replace(GREEDY, thinking=told)
+    completions = {"hm</think>4": "4", "4": None} if opened else {"4": "4", "<think>hm</think>4": "4", "<think>": None}
+    for text, answer in completions.items():
+        assert without_thought(as_asked(text, prompt, sampling), thinking=told) == answer
+
+
+# Keys
+
+
+def key(step: str, **inputs: Any) -> str:
+    return MAKINGS[step](inputs).key
+
+
+def test_a_key_counts_the_model_the_problems_and_how_they_are_asked_and_not_where(
+    model: Artifact, asked: Benchmark, tmp_path: Path
+) -> None:
+    served = Endpoint(url="http://a:1/v1", model="nano-{size}")
+    first = {
+        "model": model,
+        "problems": brought(asked, tmp_path),
+        "benchmark": asked,
+        "endpoint": served,
+        "size": "s",
+        "unsafe_code": False,
+    }
+    (tmp_path / "sums.jsonl").touch()
+    elsewhere = replace(model, path="/elsewhere")
+    for same in (
+        {"endpoint": replace(served, url="http://b:2/v1", concurrency=3, seconds=60)},
+        {"problems": brought(asked, tmp_path / "other")},
+        {"model": elsewhere},
+    ):
+        assert key("judge_at", **(first | same)) == key("judge_at", **first)
+    (tmp_path / "sums.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    for other in (
+        {"benchmark": replace(asked, sampling=replace(DRAWN, temperature=0.5))},
+        {"benchmark": replace(asked, runs=9)},
+        {"problems": brought(asked, tmp_path)},
+        {"model": replace(model, digest="another")},
+        {"endpoint": replace(served, model="{size}")},
+        {"size": "m"},
+    ):
+        assert key("judge_at", **(first | other)) != key("judge_at", **first)
+
+
+def test_the_problems_are_brought_once_however_they_are_asked(
+    asked: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = set()
+    monkeypatch.setattr(judge, "run", lambda step, **inputs: keys.add(key(step.name, **inputs)))
+    for change in ({}, {"runs": 1}, {"sampling": GREEDY}, {"prompt": "{problem}"}):
+        benchmark = replace(asked, **change)
+        judge.bring_benchmarks(Evaluation(benchmarks=(benchmark,)), "workspace")
+    assert len(keys) == 1
+    judge.bring_benchmarks(Evaluation(benchmarks=(replace(asked, max_problems=3),)), "workspace")
+    assert len(keys) == 2
+
+
+def test_no_other_step_depends_on_the_benchmarks(asked: Benchmark, model: Artifact) -> None:
+    given = {"model": model, "problems_digest": None, "dtype": "float32"}
+    keys = {
+        key(measure_answers.name, settings=settings, **given)
+        for settings in (Evaluation(), Evaluation(benchmarks=(asked,)), Evaluation(unsafe_code=True))
+    }
+    assert len(keys) == 1
+
+
+def test_published_scores_are_shares_with_their_source() -> None:
+    reference = Reference(name="other", published={"math-500": 96.3}, source="a paper, table 1")
+    assert judge.published_scores((reference,)) == (
+        BenchmarkScore(model="other", benchmark="math-500", accuracy=0.963, source="a paper, table 1"),
+    )
