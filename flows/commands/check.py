@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -13,16 +14,22 @@ import typer
 from elastic_core.budget import bytes_text
 from elastic_core.files.checkpoint import open_checkpoint, read_config
 from elastic_core.geometry import ModelConfig
+from elastic_core.judging import Benchmark, Endpoint
 from elastic_core.planning.machine import Accelerator, Place
 from elastic_core.planning.plan import RecipePlan, plan_recipe
 from elastic_core.planning.profile import recipe_table
-from elastic_core.recipe import DataSource, Recipe
+from elastic_core.recipe import DataSource, Evaluation, Recipe
 from flows.commands.plan import place_of_runs
 from flows.serving.services import embedded_services
 from tasks.artifacts import check_bucket, check_keys
 from tasks.corpus.ends import end_warnings
 from tasks.corpus.sample import sample
+from tasks.corpus.sources import fetch_data
 from tasks.corpus.tokenizer import SMALLEST_VOCABULARY, check_tokenizer, train_tokenizer
+from tasks.judging.benchmarks import PROBLEMS_FILE, read_benchmark, write_problems
+from tasks.judging.decoder import encoded
+from tasks.judging.endpoint import Client
+from tasks.judging.judge import require_scorer
 from tasks.reporting.numbers import human_count
 from tasks.running.preflight import bring_side_files, check_model, check_prefect, check_problems, prefect_url
 from tasks.running.usage import written_by_open_runs
@@ -61,7 +68,7 @@ def check_recipe(recipe: Recipe) -> int:
         look_at_services(findings)
         directory = findings.look("teacher", partial(_teacher, recipe, Path(work) / "teacher"))
         if directory is None:
-            typer.echo("       data, problems, budgets, GPUs and disk are looked at when there is a teacher")
+            typer.echo("       data, benchmarks, budgets, GPUs and the rest are looked at when there is a teacher")
             return findings.faults
         for warning in end_warnings(directory) if recipe.teacher.pretrain is None else ():
             typer.echo(f"note   teacher: {warning}")
@@ -71,6 +78,11 @@ def check_recipe(recipe: Recipe) -> int:
                 typer.echo("".join(f"         | {line}\n" for line in rendered.splitlines()), nl=False)
         if recipe.evaluation.problems is not None:
             findings.look("evaluation.problems", partial(_problems, recipe, directory))
+        for benchmark in recipe.evaluation.benchmarks:
+            look = partial(_benchmark, benchmark, recipe.evaluation, directory, Path(work) / f"asked-{benchmark.name}")
+            findings.look(f"benchmark {benchmark.name}", look)
+        if recipe.evaluation.endpoint is not None:
+            findings.look("evaluation.endpoint", partial(_endpoint, recipe.evaluation.endpoint))
         pretraining = recipe.teacher.pretrain
         model = read_config(directory) if pretraining is None else pretraining.model
         plan = findings.look("budgets", partial(_budgets, recipe, model, place))
@@ -139,6 +151,23 @@ def _source(source: DataSource, tokenizer: Path, work: Path) -> tuple[str, str]:
 def _problems(recipe: Recipe, tokenizer: Path) -> tuple[str, None]:
     check_problems(recipe.evaluation, tokenizer)
     return f"{recipe.evaluation.problems}: read and rendered", None
+
+
+def _benchmark(benchmark: Benchmark, evaluation: Evaluation, tokenizer: Path, work: Path) -> tuple[str, None]:
+    """Read every problem, as our own decoder would where it is to answer, and look for what scores the answers."""
+    require_scorer(benchmark.form, evaluation.unsafe_code)
+    work.mkdir()
+    count = write_problems(benchmark, work, fetch_data)
+    if evaluation.endpoint is None:
+        asked = replace(benchmark, path=str(work / PROBLEMS_FILE), format=benchmark.form)
+        encoded(tokenizer, read_benchmark(asked), benchmark.sampling)
+    return f"{benchmark.source.path}: {count:,} problems, {benchmark.runs} runs of each", None
+
+
+def _endpoint(endpoint: Endpoint) -> tuple[str, None]:
+    """Ask the server for its models, once. The sizes may be served later, when they are there."""
+    models = Client(endpoint).models()
+    return f"{endpoint.url} answers, with the models {', '.join(models) or 'none yet'}", None
 
 
 def _budgets(recipe: Recipe, model: ModelConfig, place: Place) -> tuple[str, RecipePlan]:

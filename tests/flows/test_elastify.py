@@ -169,6 +169,28 @@ def test_an_evaluation_of_another_length_registers_anew_measures_the_champions_a
         assert entry.tags["elastic.measured_sha256"] != before[budget].tags["elastic.measured_sha256"]
 
 
+def test_a_benchmark_is_judged_once_for_each_model_and_anew_where_it_is_asked_otherwise(finished, command):
+    def judged(temperature: float) -> tuple[dict[str, list[bool]], str]:
+        drawn = f"{{temperature: {temperature}, max_new_tokens: 3, system: null, thinking: false}}"
+        asked = f"{{name: sums, path: questions.jsonl, format: exact, runs: 2, sampling: {drawn}}}"
+        done = completed(command, f"evaluation.benchmarks=[{asked}]")
+        return cached(done), done.stdout
+
+    steps, table = judged(0.5)
+    assert steps["bring_problems"] == [False] and steps["judge_here"] == [False] * 4
+    assert steps["distill"] == [True, True] and steps["evaluate"] == [True]
+    assert "pass@1, percent" in table
+    samples = sorted((command.home / "samples").glob("sums-*.jsonl"))
+    assert [len(file.read_text().splitlines()) for file in samples] == [20] * 4
+    steps, _ = judged(0.25)
+    assert steps["bring_problems"] == [True] and steps["judge_here"] == [False] * 4
+    steps, _ = judged(0.5)
+    assert steps["judge_here"] == steps["bring_problems"] * 4 == [True] * 4
+    with embedded_services(command.home):
+        entry = tracking.by_alias(Settings.from_environment().registry, "micro-s", tracking.CANDIDATE)
+    assert 0 <= entry.metrics["sums.accuracy"] <= 1 and entry.tags[f"{tracking.JUDGED}sums"]
+
+
 def test_changing_a_stage_runs_again_from_that_stage_on(finished, command):
     steps = cached(completed(command, "stages.1.steps=6"))
     assert steps["distill"] == [True, False]

@@ -72,6 +72,13 @@ def test_the_first_chat_is_shown_as_the_template_renders_it(tmp_path: Path) -> N
     assert "the first 1 texts are 15 tokens, 2 of them learned" in output
 
 
+def test_a_benchmark_is_read_and_counted(tmp_path: Path) -> None:
+    file = tmp_path / "sums.jsonl"
+    file.write_text("".join(json.dumps({"question": f"{i}+1?", "answer": f"{i + 1}"}) + "\n" for i in range(7)))
+    output, fault = checked(initiated(tmp_path), f"evaluation.benchmarks=[{{name: sums, path: {file}, format: exact}}]")
+    assert not fault and f"ok     benchmark sums: {file}: 7 problems, 8 runs of each" in output
+
+
 Spoil = Callable[[Path, pytest.MonkeyPatch], list[str]]
 
 
@@ -121,6 +128,14 @@ FAULTS: dict[str, tuple[Spoil, str]] = {
     "no data": (setting("data.sources.0.path=/no/rows.jsonl"), r"data.sources\[0\]: .*/no/rows.jsonl"),
     "role of no template": (robot, r"data.sources\[0\]: .*rows.jsonl line 41: the chat template refuses it"),
     "no problems": (setting("evaluation.problems=/no/a.jsonl"), r"evaluation.problems: /no/a.jsonl: No such file"),
+    "no benchmark": (
+        setting("evaluation.benchmarks=[{name: sums, path: /no/sums.jsonl, format: exact}]"),
+        r"benchmark sums: /no/sums.jsonl: No such file; correct the path of benchmark sums",
+    ),
+    "no endpoint": (
+        setting("evaluation.endpoint={url: 'http://127.0.0.1:9/v1', model: m}"),
+        r"evaluation.endpoint: it cannot be reached, or broke off; check that it is up",
+    ),
     "budget too small": (setting("budgets.2.params=1000"), r"budgets: .* cannot be met by these axes; `elastic plan`"),
     "no bucket": (
         environment(**{BUCKET: "no-such-bucket"}),
