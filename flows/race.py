@@ -28,8 +28,8 @@ from tasks.running.steps import run
 from tasks.running.usage import noting
 from tasks.settings import home_directory, make_home
 
-# The shares of the elastic run's tokens that each size gets alone, and from scratch.
-ALONE, SCRATCH = (0.125, 0.25, 0.5), 0.5
+# The shares of the elastic run's tokens that each size gets alone, after an exploration, and from scratch.
+ALONE, EXPLORED, SCRATCH = (0.25, 0.5, 1.0), 0.5, 0.5
 # Exploration as Minitron-SSM has it: some of a size's best cuts are distilled briefly, and the best of them to the end.
 CANDIDATES, BRIEF = 4, 0.0625
 
@@ -127,7 +127,7 @@ def entries(course: Course) -> Iterator[Entry]:
             lap = course.lap(share, name)
             yield Entry(way="alone", budget=name, seed=course.seed, tokens=lap.tokens, kl=lap.kl[name])
         spent, subnet = course.explore(name)
-        lap = course.lap(ALONE[-1], name, subnet)
+        lap = course.lap(EXPLORED, name, subnet)
         yield Entry(way="explored", budget=name, seed=course.seed, tokens=lap.tokens, kl=lap.kl[name], explored=spent)
 
 

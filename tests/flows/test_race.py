@@ -9,7 +9,7 @@ from trainee import train_here
 
 from elastic_core.recipe import Optimizer, Stage
 from flows.commands.recipes import load_recipe
-from flows.race import ALONE, BRIEF, CANDIDATES, SCRATCH, race, shortened
+from flows.race import ALONE, BRIEF, CANDIDATES, EXPLORED, SCRATCH, race, shortened
 
 STAGE = Stage(
     name="stage1",
@@ -56,7 +56,7 @@ def test_every_way_is_gone_for_every_size_at_the_tokens_it_says(
         **{(way, name): 1 for way in ("explored", "from scratch") for name in "ms"},
     }
     rounding = sum(2 * stage.batch_size * stage.sequence_length for stage in recipe.stages)
-    shares = {"elastic": [1.0], "alone": ALONE, "explored": ALONE[-1:], "from scratch": [SCRATCH]}
+    shares = {"elastic": [1.0], "alone": ALONE, "explored": [EXPLORED], "from scratch": [SCRATCH]}
     for way, expected in shares.items():
         for name in "ms":
             laps = [e for e in found if (e.way, e.budget) == (way, name)]
