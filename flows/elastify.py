@@ -13,7 +13,8 @@ from elastic_core.recipe import Recipe
 from flows.commands.recipes import checked
 from flows.serving.failures import explain_failure
 from flows.serving.guard import guard_run
-from flows.serving.page import link_curves, show_outcome
+from flows.serving.naming import called, name_after, summed_up, tag_run
+from flows.serving.page import headline, link_curves, show_outcome
 from tasks.corpus.record import read_record
 from tasks.corpus.sources import problems_digest
 from tasks.data import prepare_data
@@ -39,10 +40,11 @@ from tasks.slice import slice_budget
 from tasks.teacher import fetch_teacher, license_of, pretrain_teacher, train_tokenizer
 
 
-@flow(name="elastify", on_failure=[explain_failure])
+@flow(name="elastify", flow_run_name=called(lambda given: given["recipe"].family), on_failure=[explain_failure])
 def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationRecord, OrderComparison, Release, Verdict]:
     """Distil a teacher into a family of sizes, evaluate, slice and register it; every step resumes or is cached."""
     guard_run()
+    tag_run(recipe.family)
     settings = Settings.from_environment()
     workspace = str(settings.home / "workspace")
     with tracked(recipe, settings, elastify.fn) as run_id:
@@ -133,9 +135,10 @@ def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationReco
             problems=problems,
             workspace=workspace,
         )
+        name_after(release)
         link_release(settings, run_id, release)
         show_outcome(settings, evaluation, orders, release, verdict)
-        return evaluation, orders, release, verdict
+        return summed_up((evaluation, orders, release, verdict), headline(evaluation, release, verdict))
 
 
 def in_order(recipe: Recipe, teacher: Artifact, corpus: Artifact, workspace: str) -> Artifact:

@@ -11,6 +11,7 @@ from elastic_core.recipe import DataConfig, Evaluation
 from flows.commands.recipes import checked
 from flows.serving.failures import explain_failure
 from flows.serving.guard import guard_run
+from flows.serving.naming import called
 from flows.serving.page import model_link
 from tasks import tracking
 from tasks.corpus.sources import problems_digest, source_identity
@@ -25,7 +26,7 @@ from tasks.settings import Settings
 from tasks.slice import fetch_part
 
 
-@flow(name="evaluate", on_failure=[explain_failure])
+@flow(name="evaluate", flow_run_name=called(lambda given: f"{given['model']} measured"), on_failure=[explain_failure])
 def evaluation(
     model: str,
     data: Annotated[DataConfig, checked(DataConfig)],

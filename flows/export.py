@@ -11,6 +11,7 @@ from elastic_core.geometry import FfnLayout
 from flows.commands.recipes import checked
 from flows.serving.failures import explain_failure
 from flows.serving.guard import guard_run
+from flows.serving.naming import called
 from flows.serving.page import model_link
 from tasks import tracking
 from tasks.register import register_size
@@ -21,7 +22,11 @@ from tasks.settings import Settings
 from tasks.slice import fetch_part, slice_size
 
 
-@flow(name="export", on_failure=[explain_failure])
+@flow(
+    name="export",
+    flow_run_name=called(lambda given: f"{given['model']} cut to {given['budget'].name}"),
+    on_failure=[explain_failure],
+)
 def export(model: str, budget: Annotated[Budget, checked(Budget)], ffn_layout: FfnLayout = "padded") -> str:
     """Cut another size out of a registered family, with no training, and register it as a candidate.
 

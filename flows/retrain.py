@@ -12,6 +12,8 @@ from flows.commands.recipes import checked
 from flows.elastify import elastify
 from flows.serving.failures import explain_failure
 from flows.serving.guard import guard_run
+from flows.serving.naming import called, name_after, tag_run
+from flows.serving.page import headline
 from tasks.running.recipe_run import to_do
 from tasks.settings import Settings
 
@@ -20,7 +22,7 @@ UNCHANGED = "Unchanged"
 logger = logging.getLogger(__name__)
 
 
-@flow(name="retrain", on_failure=[explain_failure])
+@flow(name="retrain", flow_run_name=called(lambda given: given["recipe"].family), on_failure=[explain_failure])
 def retrain(recipe: Annotated[Recipe, checked(Recipe)], force: bool = False) -> State:
     """Look for a new teacher, new data or new code; make and register a family where there is any.
 
@@ -32,9 +34,11 @@ def retrain(recipe: Annotated[Recipe, checked(Recipe)], force: bool = False) -> 
         force: Go through the steps even if nothing changed.
     """
     guard_run()
+    tag_run(recipe.family)
     reason = "it was asked for" if force else to_do(recipe, Settings.from_environment(), elastify.fn)
     if not reason:
         return Completed(name=UNCHANGED, message="the teacher, the data, the recipe and the code are unchanged")
     logger.info("%s is made: %s", recipe.family, reason)
-    _, _, release, verdict = elastify(recipe)
-    return Completed(message=f"{release.family} {release.version}: {verdict.reason}")
+    evaluation, _, release, verdict = elastify(recipe)
+    name_after(release)
+    return Completed(message=headline(evaluation, release, verdict))

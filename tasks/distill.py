@@ -18,7 +18,7 @@ from tasks.running.training import train as run_training
 from tasks.settings import Settings
 
 
-@step(on_gpu=True)
+@step("distil {stage.name}", on_gpu=True)
 def distill(
     family: Artifact,
     teacher: Artifact,

@@ -178,7 +178,7 @@ def of_the_text(settings: Evaluation) -> Evaluation:
     )
 
 
-@step(on_gpu=True)
+@step("held-out loss of {model.name}", on_gpu=True)
 def measure_loss(
     model: Artifact, teacher: Artifact, corpus: Artifact, settings: Evaluation, dtype: Dtype
 ) -> HeldoutLoss:
@@ -191,7 +191,7 @@ def measure_loss(
     return HeldoutLoss(cross_entropy=loss, kl=kl, tokens=predicted(batches), conditions=under)
 
 
-@step(on_gpu=True)
+@step("held-out loss of a cut", on_gpu=True)
 def measure_cut(
     reordered: Artifact,
     subnet: Subnet,
@@ -205,7 +205,7 @@ def measure_cut(
     return shared_loss(reader, _heldout(reordered, corpus, settings))[0]
 
 
-@step(on_gpu=True)
+@step("answers of {model.name}", on_gpu=True)
 def measure_answers(model: Artifact, settings: Evaluation, problems_digest: str | None, dtype: Dtype) -> Answers:
     """How many held-out problems a stock checkpoint answers exactly."""
     assert settings.problems, "asked only where there are problems"
@@ -219,7 +219,7 @@ def measure_answers(model: Artifact, settings: Evaluation, problems_digest: str 
     return tally(problems, [is_right for _, is_right in sorted(answered)])
 
 
-@step(on_gpu=True)
+@step("speed of {model.name}", on_gpu=True)
 def measure_decoding(model: Artifact, corpus: Artifact, settings: Evaluation, dtype: Dtype) -> Decoding:
     """Size, memory and speed of a stock checkpoint as it decodes."""
     loaded = _load(model.path, dtype)
@@ -395,7 +395,7 @@ class Measurement:
     accuracy: float | None
 
 
-@step(on_gpu=True)
+@step("measure {model.name}", on_gpu=True)
 def measure(model: Artifact, corpus: Artifact, settings: Evaluation, problems_digest: str | None) -> Measurement:
     """Measure a stock checkpoint on a corpus's held-out part."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -419,7 +419,7 @@ def log_measurement(
         settings.tracking_uri,
         experiment=version.tags[tracking.FAMILY],
         run_key=key,
-        run_name=f"evaluate-{version.name}-{version.version}",
+        run_name=f"{version.name} v{version.version} measured",
         tags={"elastic.model": f"{version.name}:{version.version}", tracking.HELDOUT_DIGEST: heldout},
     )
     metrics = {"cross_entropy": measured.cross_entropy}

@@ -119,7 +119,7 @@ def judged_anew(
     }
 
 
-@step(on_gpu=True)
+@step("held-out loss of champion {part}", on_gpu=True)
 def measure_champion(
     manifest: str, part: str, teacher: Artifact, corpus: Artifact, settings: Evaluation, dtype: Dtype
 ) -> Measured:

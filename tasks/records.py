@@ -6,8 +6,10 @@ never computed twice and a path may move.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from elastic_core.comparison import Cut
@@ -22,6 +24,11 @@ class Artifact:
     path: str
     digest: str
     files: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """What it is: the name of its directory without the key of the step that made it."""
+        return re.sub("-[0-9a-f]{8,}$", "", Path(self.path).name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +177,11 @@ class Release:
     models: Mapping[str, str]
     run_id: str
     report: str
+
+    @property
+    def number(self) -> str:
+        """Its number in the registry, such as v7; several where its sizes were not always registered together."""
+        return "v" + "/".join(dict.fromkeys(model.rpartition(":")[2] for model in self.models.values()))
 
     def exists(self) -> bool:
         """Whether the registry still holds it: a number may have gone to another registration since."""

@@ -15,7 +15,7 @@ from tasks.running.steps import fingerprint, new_directory, step
 from tasks.settings import Settings
 
 
-@step()
+@step("slice {budget}")
 def slice_budget(family: Artifact, budget: str, ffn_layout: FfnLayout, workspace: str) -> Artifact:
     """The slice of one budget."""
     source, directory = Path(family.path), new_directory(workspace, f"slice-{budget}")
@@ -25,7 +25,7 @@ def slice_budget(family: Artifact, budget: str, ffn_layout: FfnLayout, workspace
     return artifact(directory)
 
 
-@step()
+@step("fetch {part}")
 def fetch_part(manifest: str, part: str, workspace: str) -> Artifact:
     """Bring a part of a published version here: a slice, or the elastic checkpoint."""
     settings = Settings.from_environment()
@@ -35,7 +35,7 @@ def fetch_part(manifest: str, part: str, workspace: str) -> Artifact:
     return artifact(directory)
 
 
-@step()
+@step("slice {budget.name}")
 def slice_size(family: Artifact, budget: Budget, ffn_layout: FfnLayout, workspace: str) -> Artifact:
     """Cut the largest subnet within `budget` that the router prefers, of the trained sizes or between them."""
     source, directory = Path(family.path), new_directory(workspace, f"slice-{budget.name}")

@@ -51,6 +51,14 @@ def show_outcome(
         create_image_artifact(image_url=image, key=f"{key}-{plot.stem}", description=f"{release.family}: {plot.stem}")
 
 
+def headline(evaluation: EvaluationRecord, release: Release, verdict: Verdict) -> str:
+    """What a run came to, in one line: the version, each budget's held-out loss, and whether it is the champion."""
+    losses = ", ".join(f"{budget.budget} {budget.cross_entropy:.3f}" for budget in evaluation.budgets)
+    became = f"is champion, {verdict.reason}" if verdict.promoted else verdict.reason
+    teacher = f"teacher {evaluation.teacher_cross_entropy:.3f}"
+    return f"{release.family} {release.number} {became}; held-out loss {losses} ({teacher})"
+
+
 def run_link(settings: Settings, run_id: str) -> str | None:
     """The address of a run's page in MLflow; None where it has none or MLflow does not say, which ends no run."""
     try:

@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -114,15 +114,18 @@ def _devices() -> list[str]:
     return sorted(f"cuda-{number.strip()}" for number in numbers) if torch.cuda.is_available() else ["cpu"]
 
 
-def run_on_workers(deployment: str, step: str, inputs: Mapping[str, Any], key: str, runs: Mapping[str, str]) -> None:
-    """Have a run of `deployment` do the step, which leaves its result in the cache; a run that crashes is repeated.
+def run_on_workers(
+    deployment: str, name: str, step: str, inputs: Mapping[str, Any], key: str, runs: Mapping[str, str]
+) -> None:
+    """Have a run of `deployment`, called `name`, do the step and leave its result in the cache; a crash is repeated.
 
     A run that already does the step with this `key`, for another caller or from before this one was restarted, is
     waited for instead. `runs` is the code and the libraries that the step has here, and must have there. Waits through
     outages of Prefect's server. Raises a ServiceError that says why where the run fails.
     """
     context = FlowRunContext.get()
-    caller = context.flow_run.id if context is not None and context.flow_run is not None else None
+    own = context.flow_run if context is not None else None
+    caller = own.id if own is not None else None
     parameters = {
         "step": step,
         "inputs": to_dict(inputs),
@@ -130,9 +133,10 @@ def run_on_workers(deployment: str, step: str, inputs: Mapping[str, Any], key: s
         "runs": dict(runs),
         "show_on": str(caller) if caller else None,
     }
-    name = _label(step, inputs)
+    stage = inputs.get("stage")
+    tags = [*(own.tags if own else ()), *([stage.name] if stage is not None else ())]
     for attempt in range(1, ATTEMPTS + 1):
-        started, joined = start_run(deployment, name, parameters, key)
+        started, joined = start_run(deployment, name, parameters, key, tags)
         logger.info("%s waits for %s, as run %s", step, "another's worker" if joined else "a worker", started.name)
         state = _final_state(started, name, caller)
         if state.is_completed():
@@ -145,7 +149,9 @@ def run_on_workers(deployment: str, step: str, inputs: Mapping[str, Any], key: s
     raise ServiceError(f"{step} crashed {ATTEMPTS} times on the workers of {deployment}; see their logs")
 
 
-def start_run(deployment: str, name: str, parameters: dict[str, Any], key: str) -> tuple[FlowRun, bool]:
+def start_run(
+    deployment: str, name: str, parameters: dict[str, Any], key: str, tags: Sequence[str] = ()
+) -> tuple[FlowRun, bool]:
     """A run of a deployment that does what `key` stands for, and whether it was there already; else a new one is made.
 
     The new run is a child of this one. Waits for a server that is away: a new client of Prefect's, other than one that
@@ -155,7 +161,7 @@ def start_run(deployment: str, name: str, parameters: dict[str, Any], key: str) 
         f"Prefect's server has no deployment {deployment!r}; `elastic up` and infra/prefect.yaml make it, or set "
         f"{DEPLOYMENT_VARIABLE} to one that is there"
     )
-    return _answer(partial(_found_or_started, deployment, name, parameters, f"key-{key}"), name, missing)
+    return _answer(partial(_found_or_started, deployment, name, parameters, f"key-{key}", tags), name, missing)
 
 
 def _answer(ask: Callable[[], R], name: str, missing: str) -> R:
@@ -177,7 +183,9 @@ def _answer(ask: Callable[[], R], name: str, missing: str) -> R:
             time.sleep(POLL_SECONDS)
 
 
-def _found_or_started(deployment: str, name: str, parameters: dict[str, Any], tag: str) -> tuple[FlowRun, bool]:
+def _found_or_started(
+    deployment: str, name: str, parameters: dict[str, Any], tag: str, tags: Sequence[str]
+) -> tuple[FlowRun, bool]:
     with get_client(sync_client=True) as client:
         of_this = FlowRunFilterDeploymentId(any_=[client.read_deployment_by_name(deployment).id])
         tagged = FlowRunFilter(tags=FlowRunFilterTags(all_=[tag]), deployment_id=of_this)
@@ -192,16 +200,11 @@ def _found_or_started(deployment: str, name: str, parameters: dict[str, Any], ta
         parameters=parameters,
         flow_run_name=name,
         timeout=0,
-        tags=[tag],
+        tags=[*tags, tag],
         idempotency_key=f"{tag}-after-{last}",
     )
     assert isinstance(run, FlowRun), "a coroutine only inside another"
     return run, False
-
-
-def _label(step: str, inputs: Mapping[str, Any]) -> str:
-    stage = inputs.get("stage")
-    return f"{step} {stage.name}" if stage is not None else step
 
 
 def _final_state(run: FlowRun, name: str, caller: UUID | None) -> State[Any]:

@@ -81,7 +81,7 @@ def tracked(recipe: Recipe, settings: Settings, pipeline: Callable[..., Any]) ->
         uri,
         experiment=recipe.family,
         run_key=key,
-        run_name=f"{recipe.family}-{key[:8]}",
+        run_name=flow_run_name() or f"{recipe.family} {key[:8]}",
         tags=made_by | ({tracking.PREFECT_RUN: page} if (page := prefect_url()) else {}),
         artifact_root=f"s3://{settings.bucket}/mlflow/{recipe.family}" if not tracking.is_server(uri) else None,
     )
@@ -111,9 +111,17 @@ def link_release(settings: Settings, run_id: str, release: Release) -> None:
         lines.append(f"[Run in Prefect]({page})")
     note = {tracking.NOTE: "\n\n".join(lines)}
     patiently("linking the release", partial(tracking.set_tags, uri, run_id, note))
+    if name := flow_run_name():
+        patiently("linking the release", partial(tracking.rename_run, uri, run_id, name))
     if page:
         tags, registered = {tracking.PREFECT_RUN: page}, release.models.values()
         patiently("linking the release", partial(tracking.tag_versions, settings.registry, registered, tags))
+
+
+def flow_run_name() -> str:
+    """What this flow run is called; empty outside of one."""
+    context = FlowRunContext.get()
+    return context.flow_run.name if context is not None and context.flow_run is not None else ""
 
 
 def prefect_url() -> str:

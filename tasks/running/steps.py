@@ -68,16 +68,21 @@ MAKINGS: dict[str, Callable[[Mapping[str, Any]], Making]] = {}
 ON_GPU: dict[str, Task[Any, Any]] = {}
 # How each cached step makes its results, whatever its inputs: a digest of what it runs and where.
 WAYS: dict[str, Callable[[], str]] = {}
+# What each step's run is called, as a function of its inputs by name.
+TITLES: dict[str, Callable[[Mapping[str, Any]], str]] = {}
 FUNCTIONS: list[Callable[..., Any]] = []
 
 # The key of the step that runs.
 _own_key: ContextVar[str] = ContextVar("own_key")
 
 
-def step(*, on_gpu: bool = False, cached: bool = True) -> Callable[[Callable[P, R]], Task[P, R]]:
+def step(
+    title: str | None = None, *, on_gpu: bool = False, cached: bool = True
+) -> Callable[[Callable[P, R]], Task[P, R]]:
     """Make a function a step: persisted, cached by content, retried after transient faults.
 
-    Its inputs are compared with their records before it runs. A step `on_gpu` has the machine's devices to itself, here
+    Its runs are called by the `title`, with inputs in it ("distil {stage.name}"), or else by the function's name. Its
+    inputs are compared with their records before it runs. A step `on_gpu` has the machine's devices to itself, here
     or on the workers that the environment names. One that is not `cached` depends on what the registry holds, and is
     done each time.
     """
@@ -118,6 +123,7 @@ def step(*, on_gpu: bool = False, cached: bool = True) -> Callable[[Callable[P, 
         MAKINGS[made.name] = making
         if cached:
             WAYS[made.name] = lambda: fingerprint(code.runs(function), device() if on_gpu else "")[:16]
+        TITLES[made.name] = (title or name.replace("_", " ")).format_map
         FUNCTIONS.append(function)
         if on_gpu:
             ON_GPU[made.name] = made
@@ -131,7 +137,7 @@ def run(step: Task[P, R], *inputs: P.args, **named: P.kwargs) -> R:
 
     Where the step fails, its exception carries a note that names it.
     """
-    began = time.monotonic()
+    began, title = time.monotonic(), TITLES[step.name](named)
     for function in FUNCTIONS:
         code.runs(function)  # of all steps at the first: their files may change while the run goes on
     try:
@@ -139,7 +145,7 @@ def run(step: Task[P, R], *inputs: P.args, **named: P.kwargs) -> R:
         with nullcontext(False) if known is not None else _turn(step, named) as done_elsewhere:
             if known is None:  # another may have made it meanwhile
                 known = _known(step, named, mends=not done_elsewhere)
-            task = step.with_options(refresh_cache=known is None)
+            task = step.with_options(refresh_cache=known is None, task_run_name=lambda: title)
             if _own_key.get(""):  # inside a step, which is itself tried again, and finds here what was done
                 task = task.with_options(retries=0)
             state = task(*inputs, **named, return_state=True)
@@ -169,7 +175,8 @@ def _turn(step: Task[Any, Any], inputs: Mapping[str, Any]) -> Iterator[bool]:
         return
     _say_why(making)
     if step.name in ON_GPU and deployment:
-        run_on_workers(deployment, step.name, inputs, making.key, making.runs)
+        title = TITLES[step.name](inputs)
+        run_on_workers(deployment, title, step.name, inputs, making.key, making.runs)
         if _known(step, inputs) is None:
             raise ServiceError(
                 f"{step.name} was done by {deployment}, but its result is not seen here; give its workers the same "

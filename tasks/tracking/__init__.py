@@ -60,6 +60,7 @@ from tasks.tracking.runs import log_metrics as log_metrics
 from tasks.tracking.runs import log_params as log_params
 from tasks.tracking.runs import open_run as open_run
 from tasks.tracking.runs import params_of as params_of
+from tasks.tracking.runs import rename_run as rename_run
 from tasks.tracking.runs import run_url as run_url
 from tasks.tracking.runs import set_tags as set_tags
 from tasks.tracking.runs import tags_of_finished as tags_of_finished

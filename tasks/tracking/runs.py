@@ -59,6 +59,11 @@ def open_run(
         return run_id
 
 
+def rename_run(uri: str, run_id: str, name: str) -> None:
+    with explained(uri, f"renaming run {run_id}"):
+        client_of(uri).update_run(run_id, name=name)
+
+
 def tags_of_finished(uri: str, experiment: str, run_key: str) -> dict[str, str] | None:
     """The tags of the run with this key, where it has come to a good end; else None."""
     with explained(uri, f"looking for run {run_key!r}"):

@@ -104,7 +104,7 @@ def open_artifact(page: Page, run: str, artifact: str) -> None:
 
 def test_a_run_started_from_its_form_moves_and_completes(served: Served, page: Page, submitted: str, screens: Path):
     page.goto("about:blank")  # drawing the page of a run takes much of a CPU
-    eventually(lambda: served.step("distill stage2"), RUN_SECONDS, "distillation does not begin")
+    eventually(lambda: served.step("distil stage2"), RUN_SECONDS, "distillation does not begin")
     progress = page.get_by_text(re.compile(rf"stage2: {STEPS} steps: \d+ of {STEPS}"))
     seen: list[str] = []
 

@@ -88,6 +88,11 @@ class Served:
         found = self.mlflow("registered-models/get", name=model).get("registered_model", {})
         return {alias["alias"]: int(alias["version"]) for alias in found.get("aliases", ())}
 
+    def mlflow_run(self, model: str, version: int = 1) -> str:
+        """The MLflow run that made a registered version."""
+        found = self.mlflow("model-versions/get", name=model, version=str(version))
+        return str(found["model_version"]["run_id"])
+
     def recipe(self, *overrides: str) -> dict[str, Any]:
         return to_dict(load_recipe(self.command.recipe, overrides))
 
@@ -178,7 +183,7 @@ class Elastified:
 def elastify(served: Served) -> Elastified:
     """Start a run as the form does, watch it, kill its process in distillation, and wait for what comes of it."""
     killed = served.start("elastify/micro")
-    eventually(lambda: served.step("distill stage1"), RUN_SECONDS, "distillation does not begin")
+    eventually(lambda: served.step("distil stage1"), RUN_SECONDS, "distillation does not begin")
     progress: list[float] = []
 
     def moved() -> bool:

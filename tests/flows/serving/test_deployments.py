@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from micro import Run
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.exceptions import PrefectHTTPStatusError
 from served import RUN_SECONDS, Elastified, Served, assert_made, eventually, kill
 
@@ -189,6 +191,22 @@ def test_the_page_has_the_table_and_the_plots(served: Served, elastified: Elasti
         assert artifact.type == "image" and str(artifact.data).startswith("data:image/png;base64,")
 
 
+def test_names_and_tags_tell_families_versions_and_steps_apart(served: Served, elastified: Elastified):
+    run = served.run(elastified.run)
+    assert re.fullmatch(r"micro \d{4}-\d\d-\d\d v1", run.name) and {"micro", "v1"} <= set(run.tags)
+    assert re.fullmatch(r"micro \d{4}-\d\d-\d\d \d\d:\d\d", served.run(elastified.killed).name)
+    said = run.state.message
+    assert said.startswith("micro v1 is champion, there was no champion yet; held-out loss l ")
+    with served.prefect() as client:
+        own = FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))
+        steps = [task.name for task in client.read_task_runs(flow_run_filter=own)]
+    assert {"distil stage1", "distil stage2", "slice m", "rank importance", "register"} <= set(steps)
+    tags = {step.name: set(step.tags) for step in served.runs("gpu-step")}
+    assert {"micro", "stage2"} <= tags["distil stage2"] and "micro" in tags["evaluate"]
+    mlflow = served.mlflow("runs/get", run_id=served.mlflow_run("micro-s"))["run"]
+    assert mlflow["info"]["run_name"] == run.name
+
+
 def test_the_page_has_the_lines_of_our_steps(served: Served, elastified: Elastified):
     said = "\n".join(served.log(elastified.run))
     for step in ("train_tokenizer  cached", "distill  ", "register  ", "evaluate waits for a worker, as run "):
@@ -247,9 +265,9 @@ def test_two_runs_at_once_never_train_together_though_the_server_is_killed(serve
             served.start("elastify/micro", recipe=served.recipe("stages.1.steps=100", f"{RATE}={rate}"))
             for rate in rates
         ]
-        eventually(lambda: served.step("distill stage2"), RUN_SECONDS, "distillation does not begin")
+        eventually(lambda: served.step("distil stage2"), RUN_SECONDS, "distillation does not begin")
         eventually(lambda: len(served.waiting("gpu")) > 0, RUN_SECONDS, "the other run does not wait for the GPU")
-        assert served.step("distill stage2"), "too short to be interrupted"
+        assert served.step("distil stage2"), "too short to be interrupted"
         kill(served.services()["Prefect"].pid)
         eventually(lambda: served.command("status").returncode == 0, 240)
         for identity in both:
