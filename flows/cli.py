@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +11,8 @@ import typer
 
 from elastic_core.budget import Dtype
 from elastic_core.geometry import FfnLayout
+from elastic_core.planning.machine import H100
 
-PEAK_TFLOPS, MFU, PRICE = 989.0, 0.4, 2.5  # what a plan assumes of a GPU: an H100, rented
 INTERRUPTED = 130  # what Typer makes of Ctrl-C
 
 app = typer.Typer(
@@ -54,9 +55,9 @@ def plan(
     gpu_memory: Annotated[str, typer.Option(help="Memory of a GPU.")] = "80GB",
     tflops: Annotated[
         float, typer.Option(help="TFLOP/s of a GPU at its peak, in the dtype of the recipe.")
-    ] = PEAK_TFLOPS,
-    mfu: Annotated[float, typer.Option(help="The share of --tflops that training reaches.")] = MFU,
-    price: Annotated[float, typer.Option(help="Dollars for a GPU-hour.")] = PRICE,
+    ] = H100.flops_per_second / 1e12,
+    mfu: Annotated[float, typer.Option(help="The share of --tflops that training reaches.")] = H100.utilisation,
+    price: Annotated[float, typer.Option(help="Dollars for a GPU-hour.")] = H100.dollars_per_hour,
     bandwidth: Annotated[str, typer.Option(help="What a GPU reads of its memory in a second.")] = "3.35TB",
     on_a_host: Annotated[int, typer.Option(help="GPUs that share a host.")] = 8,
     core_price: Annotated[float, typer.Option(help="Dollars for a core-hour.")] = 0.04,
@@ -126,7 +127,6 @@ def init(
 ) -> None:
     """Write a recipe for a teacher from its config.json, and show its plan."""
     from elastic_core.budget import parse_bytes
-    from elastic_core.planning.machine import Accelerator
     from elastic_core.planning.profile import recipe_table
     from flows.commands.init import draft, family_name, write_recipe
     from flows.commands.plan import geometry_at, print_plan
@@ -140,12 +140,7 @@ def init(
         sources=data or [],
         tokens=round(tokens),
         gpus=gpus,
-        accelerator=Accelerator(
-            memory=parse_bytes(gpu_memory, "--gpu-memory"),
-            flops_per_second=PEAK_TFLOPS * 1e12,
-            utilisation=MFU,
-            dollars_per_hour=PRICE,
-        ),
+        accelerator=replace(H100, memory=parse_bytes(gpu_memory, "--gpu-memory")),
         latency_table=latency_table,
     )
     write_recipe(output, text)
@@ -174,6 +169,10 @@ def up(
         str | None,
         typer.Option(help="When to look for new data or code and retrain: cron, or none to end it; else as before."),
     ] = None,
+    max_gpu_hours: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="What a run of the schedule may take by its plan; above, it waits for a person."),
+    ] = None,
     prefect_port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Prefect's port; by default 4200, or a free one.")
     ] = None,
@@ -190,7 +189,8 @@ def up(
     from tasks.settings import make_home
 
     load_recipe(recipe)
-    serve.up(make_home(), recipe, schedule, serve.Ports(prefect=prefect_port, mlflow=mlflow_port, s3=s3_port))
+    plan = serve.Schedule(cron=schedule, max_gpu_hours=max_gpu_hours)
+    serve.up(make_home(), recipe, plan, serve.Ports(prefect=prefect_port, mlflow=mlflow_port, s3=s3_port))
 
 
 @app.command()

@@ -10,6 +10,7 @@ from prefect.states import Completed
 from elastic_core.recipe import Recipe
 from flows.commands.recipes import checked
 from flows.elastify import elastify
+from flows.serving.ceiling import ask_first
 from flows.serving.failures import explain_failure
 from flows.serving.guard import guard_run
 from flows.serving.naming import called, name_after, tag_run
@@ -17,13 +18,13 @@ from flows.serving.page import headline
 from tasks.running.recipe_run import to_do
 from tasks.settings import Settings
 
-UNCHANGED = "Unchanged"
+UNCHANGED, SKIPPED = "Unchanged", "Skipped"  # states of runs that had nothing to do
 
 logger = logging.getLogger(__name__)
 
 
 @flow(name="retrain", flow_run_name=called(lambda given: given["recipe"].family), on_failure=[explain_failure])
-def retrain(recipe: Annotated[Recipe, checked(Recipe)], force: bool = False) -> State:
+def retrain(recipe: Annotated[Recipe, checked(Recipe)], max_gpu_hours: float = 0.0, force: bool = False) -> State:
     """Look for a new teacher, new data or new code; make and register a family where there is any.
 
     Nothing is done when this recipe was carried out before, by the same code, on the same teacher and data. A new
@@ -31,13 +32,18 @@ def retrain(recipe: Annotated[Recipe, checked(Recipe)], force: bool = False) -> 
 
     Args:
         recipe: The whole run, as in a recipe file.
+        max_gpu_hours: The GPU-hours that a run of a schedule may take by its plan. Above them it is suspended, before
+            its first step, until a person resumes it. A run that a person starts does not ask.
         force: Go through the steps even if nothing changed.
     """
     guard_run()
     tag_run(recipe.family)
-    reason = "it was asked for" if force else to_do(recipe, Settings.from_environment(), elastify.fn)
+    settings = Settings.from_environment()
+    reason = "it was asked for" if force else to_do(recipe, settings, elastify.fn)
     if not reason:
         return Completed(name=UNCHANGED, message="the teacher, the data, the recipe and the code are unchanged")
+    if waits := ask_first(recipe, settings, max_gpu_hours):
+        return Completed(name=SKIPPED, message=waits)
     logger.info("%s is made: %s", recipe.family, reason)
     evaluation, _, release, verdict = elastify(recipe)
     name_after(release)

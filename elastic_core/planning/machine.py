@@ -56,6 +56,10 @@ class Accelerator:
         return 1 - needed / self.usable
 
 
+# What a plan assumes where nobody says on what: an H100, rented.
+H100 = Accelerator(memory=80 * 10**9, flops_per_second=989e12, utilisation=0.4, dollars_per_hour=2.5)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
     """Where a run works: whether its teacher lies there already, which is not copied, and whether its store does."""

@@ -35,19 +35,23 @@ from prefect.types.entrypoint import EntrypointType
 from elastic_core.recipe import Recipe
 from elastic_core.schema import to_dict
 from flows.commands.recipes import load_recipe
-from flows.retrain import UNCHANGED
+from flows.retrain import SKIPPED, UNCHANGED
+from flows.serving.ceiling import WAITS
+from flows.serving.serve import NEVER
 from flows.serving.services import HEARTBEAT
 from tasks.running.gpu import DEPLOYMENT_VARIABLE
 
 # So many runs of a pool at once: a run on the gpu pool has all devices of its worker's machine to itself.
 POOLS = {"cpu": None, "gpu": 1}
 GPU_STEP = "gpu-step/gpu"
-NEVER = "none"  # as a schedule
 SILENCE = timedelta(seconds=90)  # three heartbeats
 BEGINNING = timedelta(minutes=15)  # on Kubernetes a node may have to come, and then the image
 
 FLOWS = ["elastify", "retrain", "export", "evaluate", "gpu-step"]
-FINAL_EVENTS = {f"prefect.flow-run.{name}" for name in ("Completed", UNCHANGED, "Failed", "Cancelled", "Crashed")}
+FINAL_EVENTS = {
+    f"prefect.flow-run.{name}" for name in ("Completed", UNCHANGED, SKIPPED, "Failed", "Cancelled", "Crashed")
+}
+WAITING_EVENTS = {WAITS, "prefect.flow-run.Suspended", "prefect.flow-run.Paused"}  # for a person, with no process
 BEAT, CRASHED = "prefect.flow-run.heartbeat", "prefect.flow-run.Crashed"
 PENDING, CANCELLING, ANYTHING = "prefect.flow-run.Pending", "prefect.flow-run.Cancelling", "prefect.flow-run.*"
 
@@ -103,7 +107,7 @@ class Deployment:
         )
 
 
-def deployments(recipe: Recipe, schedule: str | None = None) -> tuple[Deployment, ...]:
+def deployments(recipe: Recipe, schedule: str | None = None, max_gpu_hours: float = 0.0) -> tuple[Deployment, ...]:
     """All of them; `recipe` is what the forms of `elastify` and `retrain` begin with."""
     on_gpu_pool = {DEPLOYMENT_VARIABLE: GPU_STEP}
     here = {DEPLOYMENT_VARIABLE: ""}  # whatever the worker's environment says: a run must not wait for its own place
@@ -120,7 +124,7 @@ def deployments(recipe: Recipe, schedule: str | None = None) -> tuple[Deployment
             entrypoint="flows.retrain.retrain",
             name=recipe.family,
             pool="cpu",
-            parameters={**given, "force": False},
+            parameters={**given, "max_gpu_hours": max_gpu_hours, "force": False},
             environment=on_gpu_pool,
             schedule=schedule,
             single=True,
@@ -154,16 +158,18 @@ def recipe_parameter(path: str) -> dict[str, Any]:
     return {"recipe": to_dict(load_recipe(Path(path)))}
 
 
-def apply_all(recipe: Recipe, schedule: str | None, *, fresh: bool) -> list[str]:
+def apply_all(recipe: Recipe, schedule: str | None, max_gpu_hours: float | None, *, fresh: bool) -> list[str]:
     """Pools, deployments and automations, new or brought up to date. What retrains by a schedule of before is told.
 
-    `schedule` is a cron expression, NEVER to take away what there is, or None to leave it. `fresh` says that no worker
+    `schedule` is a cron expression, NEVER to take away what there is, or None to leave it; so does None for the
+    ceiling. `fresh` says that no worker
     of this server can be alive: runs that it believes running are ended, and begin again unless they were cancelled.
     """
     with get_client(sync_client=True) as client:
         for pool, limit in POOLS.items():
             ensure_pool(client, pool, limit)
-        for deployment in deployments(recipe, None if schedule == NEVER else schedule):
+        ceiling = held_ceiling(client, recipe.family) if max_gpu_hours is None else max_gpu_hours
+        for deployment in deployments(recipe, None if schedule == NEVER else schedule, ceiling):
             deployment.apply()
         if schedule == NEVER:
             unschedule(client, recipe.family)
@@ -172,6 +178,14 @@ def apply_all(recipe: Recipe, schedule: str | None, *, fresh: bool) -> list[str]
         if fresh:
             end_orphans(client)
         return [line for name, line in standing_schedules(client) if schedule is None or name != recipe.family]
+
+
+def held_ceiling(client: SyncPrefectClient, family: str) -> float:
+    """The GPU-hours that the schedule of a family may take without asking; 0 where nobody has said."""
+    try:
+        return float(client.read_deployment_by_name(f"retrain/{family}").parameters.get("max_gpu_hours", 0.0))
+    except ObjectNotFound:
+        return 0.0
 
 
 def unschedule(client: SyncPrefectClient, family: str) -> None:
@@ -190,7 +204,8 @@ def standing_schedules(client: SyncPrefectClient) -> Iterator[tuple[str, str]]:
         if when and not deployment.paused:
             yield (
                 deployment.name,
-                f"retrain/{deployment.name} trains by itself, by a schedule of before ({', '.join(when)}); "
+                f"retrain/{deployment.name} trains by itself, by a schedule of before ({', '.join(when)}), what takes "
+                f"up to {deployment.parameters.get('max_gpu_hours', 0.0):g} GPU-hours, and asks for more; "
                 f"`elastic up RECIPE --schedule {NEVER}`, with the recipe of {deployment.name}, ends that",
             )
 
@@ -211,12 +226,13 @@ def silent_runs(within: timedelta = SILENCE) -> AutomationCore:
     """A run that was heard of, and then neither beats nor ends, is crashed: that frees its place in the pool.
 
     One that is to be cancelled is not, for a crashed run is started again: Prefect calls it cancelled after a while.
+    Nor is one that waits for a person.
     """
     return lost_runs(
         "elastic: runs that fell silent have crashed",
         "no sign of life from its process",
         after=BEAT,
-        expect={BEAT, CANCELLING, *FINAL_EVENTS},
+        expect={BEAT, CANCELLING, *FINAL_EVENTS, *WAITING_EVENTS},
         within=within,
     )
 
@@ -274,6 +290,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--schedule")
+    parser.add_argument("--max-gpu-hours", type=float)
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--notes", type=Path, help="where to write the lines that the user is to read")
     given = parser.parse_args()
@@ -282,7 +299,7 @@ def main() -> None:
             CronSchedule(cron=given.schedule)
     except ValueError:
         sys.exit(f"--schedule {given.schedule!r} is not a cron expression, such as '0 3 * * *', or {NEVER}")
-    lines = apply_all(load_recipe(given.recipe), given.schedule, fresh=given.fresh)
+    lines = apply_all(load_recipe(given.recipe), given.schedule, given.max_gpu_hours, fresh=given.fresh)
     if given.notes is not None:
         given.notes.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 

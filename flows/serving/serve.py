@@ -35,6 +35,7 @@ from tasks.tracking import check_server
 MLFLOW_DATABASE = "MLFLOW_BACKEND_STORE_URI"  # MLflow's own name for the database of its server
 PREFECT_PORT, MLFLOW_PORT = 4200, 5000
 POOLS = ("cpu", "gpu")
+NEVER = "none"  # as a schedule
 
 # For workers and the runs that they start.
 WORKING = {
@@ -227,7 +228,29 @@ class Fleet:
         return [port for port in ports if port]
 
 
-def up(home: Path, recipe: Path, schedule: str | None, ports: Ports) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """When to look for new data, teacher or code, as cron, and the GPU-hours that a run may take without asking.
+
+    `cron` may be NEVER; None leaves what there is.
+    """
+
+    cron: str | None = None
+    max_gpu_hours: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.cron not in (None, NEVER) and self.max_gpu_hours is None:
+            raise ValueError(
+                f"--schedule {self.cron!r} needs --max-gpu-hours, such as 100: a run that would take more by its plan "
+                "waits for a person; `elastic plan RECIPE` says what it takes, and 0 always asks"
+            )
+
+    def arguments(self) -> list[str]:
+        given = {"--schedule": self.cron, "--max-gpu-hours": self.max_gpu_hours}
+        return [text for name, value in given.items() if value is not None for text in (name, str(value))]
+
+
+def up(home: Path, recipe: Path, schedule: Schedule, ports: Ports) -> None:
     """Start everything, print where it is, and keep it running until this process is told to stop."""
     home = home.absolute()
     with owned(home) as owner, ExitStack() as stack:
@@ -245,11 +268,11 @@ def up(home: Path, recipe: Path, schedule: str | None, ports: Ports) -> None:
         fleet.watch()
 
 
-def deploy(home: Path, recipe: Path, schedule: str | None, *, fresh: bool) -> None:
+def deploy(home: Path, recipe: Path, schedule: Schedule, *, fresh: bool) -> None:
     """Put pools, deployments and automations on the server: in a process of its own, which loads the flows."""
     process, notes = ChildProcess(home / "logs" / "deploy.log"), home / "logs" / "deploy.notes"
     command = [sys.executable, "-m", "flows.serving.deployments", str(recipe), "--notes", str(notes)]
-    command += ["--fresh"] * fresh + ([] if schedule is None else ["--schedule", schedule])
+    command += ["--fresh"] * fresh + schedule.arguments()
     process.start(command, environment=os.environ, directory=Path.cwd())
     try:
         while process.running():

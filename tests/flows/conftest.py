@@ -25,7 +25,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """One `elastic up`, for all that look at what it serves."""
     directory = tmp_path_factory.mktemp("served")
     command = Command(recipe=write_micro(directory), home=directory / "home")
-    with serving(command, "--schedule", SCHEDULE) as up:
+    with serving(command, "--schedule", SCHEDULE, "--max-gpu-hours", "1") as up:
         yield up
 
 

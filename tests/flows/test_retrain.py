@@ -30,7 +30,12 @@ def ticks(served: Served) -> list[FlowRun]:
 
 def retrained(served: Served) -> list[FlowRun]:
     """Those ticks that found something to do."""
-    return [run for run in ticks(served) if run.state.name != "Unchanged"]
+    return [run for run in ticks(served) if run.state.name not in ("Unchanged", "Skipped")]
+
+
+def suspended(served: Served) -> list[FlowRun]:
+    """Those that wait for a person."""
+    return [run for run in served.runs("retrain") if run.state.name == "Suspended"]
 
 
 def next_retrained(served: Served) -> FlowRun:
@@ -69,11 +74,20 @@ def test_new_data_are_retrained_on_once_and_promoted_by_the_schedule(made: Serve
     assert made.aliases("micro-s") == after
 
 
-def test_a_worse_candidate_is_registered_and_not_promoted(made: Served):
+def test_above_the_ceiling_a_run_waits_for_a_person_and_a_worse_candidate_is_not_promoted(
+    made: Served,
+):
     champion = made.aliases("micro-s")["champion"]
     worse = made.recipe("stages.1.optimizer.learning_rate=0.05", "stages.1.steps=6")
-    change(made, parameters={"recipe": worse, "force": False})
-    run = next_retrained(made)
+    change(made, parameters={"recipe": worse, "max_gpu_hours": 0.0, "force": False})
+    (waiting,) = eventually(lambda: suspended(made), what="no run is suspended", story=made.story)
+    eventually(lambda: ticks(made)[-1].state.name == "Skipped", what="the next run does not leave it to that one")
+    assert "GPU-hours, about $" in made.artifacts(waiting.id)["waits-for-a-person"].data
+    assert made.aliases("micro-s")["candidate"] == champion and not made.trainers()
+    change(made, schedules=[])  # a tick would have the one place of the deployment
+    with made.prefect() as client:
+        client.resume_flow_run(waiting.id)
+    run = made.ended(waiting.id)
     assert run.state.is_completed(), run.state.message
     assert "stays candidate" in run.state.message
     assert made.aliases("micro-s") == {"candidate": champion + 1, "champion": champion}

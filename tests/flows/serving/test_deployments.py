@@ -91,7 +91,8 @@ def test_a_schedule_of_before_stays_and_is_told_of_until_it_is_taken_away(
 
     def after(schedule: str | None) -> tuple[list[str], str]:
         """The schedules of the family then, and what the user was told of it."""
-        serve.deploy(tmp_path, Path("infra/recipes/tiny.yaml"), schedule, fresh=False)
+        plan = serve.Schedule(cron=schedule, max_gpu_hours=None if schedule in (None, "none") else 0.5)
+        serve.deploy(tmp_path, Path("infra/recipes/tiny.yaml"), plan, fresh=False)
         told = [line for line in capsys.readouterr().out.splitlines() if "retrain/tiny" in line]
         with served.prefect() as client:
             return stored(client)["retrain/tiny"]["schedules"], "\n".join(told)
@@ -106,6 +107,7 @@ def test_a_schedule_of_before_stays_and_is_told_of_until_it_is_taken_away(
         client.resume_deployment(retrain)
     kept, told = after(None)
     assert kept == [nightly] and nightly in told and "`elastic up RECIPE --schedule none`" in told
+    assert "up to 0.5 GPU-hours" in told  # as does its ceiling
     assert after("none") == ([], "")
     assert after(None) == ([], "")
 

@@ -10,9 +10,10 @@ import yaml
 from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.events import Event
-from prefect.states import Cancelling, Pending, Running
+from prefect.states import Cancelling, Pending, Running, Suspended
 from served import eventually
 
+from flows.serving.ceiling import WAITS
 from flows.serving.deployments import BEAT, end_orphans, ensure_automation, silent_runs, stillborn_runs
 from flows.serving.servers import GIVES_UP, PrefectServer, free_ports
 
@@ -65,9 +66,9 @@ def begun(client: SyncPrefectClient, flow: str) -> UUID:
     return run
 
 
-def beat(client: SyncPrefectClient, run: UUID, flow: str) -> None:
+def beat(client: SyncPrefectClient, run: UUID, flow: str, name: str = BEAT) -> None:
     event = Event(
-        event=BEAT,
+        event=name,
         resource={"prefect.resource.id": f"prefect.flow-run.{run}"},
         related=[
             {"prefect.resource.id": "prefect.flow.1", "prefect.resource.role": "flow", "prefect.resource.name": flow}
@@ -81,14 +82,18 @@ def beat(client: SyncPrefectClient, run: UUID, flow: str) -> None:
 @pytest.mark.parametrize("flow", ["elastify", "gpu-step"])
 def test_a_run_is_crashed_whose_process_died_before_it_began_or_after(client: SyncPrefectClient, flow: str) -> None:
     lost, silent, going = begun(client, flow), begun(client, flow), begun(client, flow)
-    others = begun(client, "someone-elses")
-    for run in (silent, going):
+    others, asking = begun(client, "someone-elses"), begun(client, flow)
+    for run in (silent, going, asking):
         client.set_flow_run_state(run, Running())
-    beat(client, silent, flow)
+    for run in (asking, silent):
+        beat(client, run, flow)
+    client.set_flow_run_state(asking, Suspended(timeout_seconds=3600))
+    beat(client, asking, flow, WAITS)
     for run, message in ((lost, "never began"), (silent, "no sign of life")):
         eventually(lambda run=run: client.read_flow_run(run).state.is_crashed(), 60, f"the {message} run goes on")
         assert message in client.read_flow_run(run).state.message
     assert client.read_flow_run(going).state.is_running()
+    assert client.read_flow_run(asking).state.is_paused(), "it waits for a person"
     assert client.read_flow_run(others).state.is_pending()
 
 

@@ -1,0 +1,106 @@
+"""The ceiling of what a schedule may spend: a run that would take more, by its plan, waits for a person."""
+
+import logging
+from datetime import timedelta
+
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.context import FlowRunContext
+from prefect.events import emit_event
+from prefect.exceptions import Pause
+from prefect.flow_runs import suspend_flow_run
+
+from elastic_core.planning.machine import H100
+from elastic_core.planning.plan import plan_recipe
+from elastic_core.planning.profile import recipe_table
+from elastic_core.recipe import Recipe
+from flows.commands.plan import geometry_at, teacher_geometry
+from tasks.running.recipe_run import run_key
+from tasks.settings import ServiceError, Settings
+
+PATIENCE = timedelta(days=7)  # then the run fails, and the schedule asks again
+ASKS = "waits-for-a-person"  # the key of the artifact, and of the suspension
+WAITS = "elastic.flow-run.waits-for-a-person"  # the event
+
+logger = logging.getLogger(__name__)
+
+
+def ask_first(recipe: Recipe, settings: Settings, max_gpu_hours: float) -> str:
+    """Suspend a run that no person started, if its plan is above the ceiling; return once a person has resumed it.
+
+    What a person resumed, or the ceiling let pass, does not ask again when it is run again after a crash. Returns a
+    line where another run of the deployment waits already, so that this one has nothing to do, else "".
+    """
+    context = FlowRunContext.get()
+    run = context.flow_run if context is not None else None
+    if run is None or run.deployment_id is None:
+        return ""
+    allowed = settings.home / "allowed" / run_key(recipe)
+    resumed = ASKS in (run.empirical_policy.pause_keys or ())
+    by_itself = run.auto_scheduled or run.created_by is not None  # an automation's, after a crash
+    if by_itself and not resumed and not allowed.exists() and (cost := over(recipe, max_gpu_hours)):
+        if waiting := _waiting(run):
+            return f"{waiting.name} waits for a person already: resume or cancel that run"
+        _ask(run, recipe, cost)
+    allowed.parent.mkdir(parents=True, exist_ok=True)
+    allowed.touch()
+    return ""
+
+
+def over(recipe: Recipe, max_gpu_hours: float) -> str:
+    """What a run of the recipe takes, in words, where that is more than the ceiling or is not known; else ""."""
+    ceiling = f"the ceiling of this schedule is {max_gpu_hours:g} GPU-hours"
+    try:
+        path = recipe.teacher.path or ""
+        model = geometry_at(path) if path.startswith("s3://") else teacher_geometry(recipe)
+        plan = plan_recipe(recipe, model, H100, (1,), recipe_table(recipe))
+    except (ValueError, ServiceError) as error:
+        return f"what it would take is not known ({error}), and {ceiling}"
+    hours = sum(plan.gpu_hours(step) for step in plan.steps)
+    dollars = sum(plan.dollars(step) for step in plan.steps)
+    if hours <= max_gpu_hours:
+        return ""
+    return (
+        f"it would take {hours:,.3g} GPU-hours, about ${dollars:,.2f}, by its plan with no step in the cache (H100 at "
+        f"{H100.utilisation:.0%} of its peak, ${H100.dollars_per_hour:g} an hour), and {ceiling}"
+    )
+
+
+def _ask(run: FlowRun, recipe: Recipe, cost: str) -> None:
+    """Say on the run's page what it would take and how to go on, and suspend it: its process ends here."""
+    how = "Resume this run to let it train; cancel it to leave everything as it is."
+    logger.warning("%s waits for a person: %s. %s", run.name, cost, how)
+    create_markdown_artifact(
+        key=ASKS,
+        description=f"{recipe.family} waits for a person",
+        markdown=f"**Waits** New data, a new teacher or new code: {cost}.\n\n**Next** {how} With a higher "
+        "`elastic up RECIPE --max-gpu-hours` fewer runs ask.",
+    )
+    try:
+        suspend_flow_run(timeout=round(PATIENCE.total_seconds()), key=ASKS)
+    except Pause:
+        # Prefect's own event of the state comes too late for the automation that crashes silent runs: it waits a
+        # quarter of an hour for that of the state before, which no run of a schedule ever sends.
+        emit_event(WAITS, resource={"prefect.resource.id": f"prefect.flow-run.{run.id}"})
+        raise
+
+
+def _waiting(run: FlowRun) -> FlowRun | None:
+    """Another run of the same deployment that is suspended."""
+    assert run.deployment_id is not None, "asked only of a deployment's runs"
+    with get_client(sync_client=True) as client:
+        suspended = client.read_flow_runs(
+            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[run.deployment_id])),
+            flow_run_filter=FlowRunFilter(
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PAUSED]))
+            ),
+        )
+    return next((other for other in suspended if other.id != run.id), None)

@@ -1,0 +1,119 @@
+"""Laws of the ceiling: what a schedule may take by itself it takes, and for more it asks a person once."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from micro import write_micro
+from prefect.context import FlowRunContext
+from typer.testing import CliRunner
+
+from elastic_core.recipe import Recipe
+from flows.cli import app
+from flows.commands.recipes import load_recipe
+from flows.serving import ceiling
+from tasks.settings import HOME, Settings
+
+ROOT = Path(__file__).parents[3]
+
+
+class Suspended(Exception):
+    """Stands for the end of the process of a suspended run."""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return load_recipe(write_micro(tmp_path))
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is put on the page of a run that is suspended."""
+    found: list[str] = []
+
+    def suspend(**given: Any) -> None:
+        raise Suspended
+
+    monkeypatch.setattr(ceiling, "create_markdown_artifact", lambda **given: found.append(given["markdown"]))
+    monkeypatch.setattr(ceiling, "suspend_flow_run", suspend)
+    monkeypatch.setattr(ceiling, "_waiting", lambda run: None)
+    return found
+
+
+def begin(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """Be inside a run that the schedule has begun."""
+    policy = SimpleNamespace(pause_keys=changes.pop("pause_keys", None))
+    run = {"id": "r", "name": "nano 2026-12-01 03:00", "deployment_id": "d", "auto_scheduled": True, "created_by": None}
+    context = SimpleNamespace(flow_run=SimpleNamespace(**{**run, **changes}, empirical_policy=policy))
+    monkeypatch.setattr(FlowRunContext, "get", lambda: context)
+
+
+def ask(recipe: Recipe, tmp_path: Path, max_gpu_hours: float) -> str:
+    settings = Settings(tracking_uri="sqlite:///x", bucket="models", home=tmp_path / "home")
+    return ceiling.ask_first(recipe, settings, max_gpu_hours)
+
+
+def test_below_the_ceiling_a_scheduled_run_goes_on(
+    recipe: Recipe, shown: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(monkeypatch)
+    assert ask(recipe, tmp_path, 1.0) == "" and not shown
+
+
+@pytest.mark.parametrize("changes", [{}, {"auto_scheduled": False, "created_by": "an automation"}], ids=str)
+def test_above_it_a_run_that_no_person_started_says_what_it_would_take_and_is_suspended(
+    changes: dict[str, Any], recipe: Recipe, shown: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(monkeypatch, **changes)
+    with pytest.raises(Suspended):
+        ask(recipe, tmp_path, 0.0)
+    (page,) = shown
+    for text in ("GPU-hours, about $", "the ceiling of this schedule is 0 GPU-hours", "Resume this run", "cancel it"):
+        assert text in page
+
+
+def test_a_run_that_a_person_starts_does_not_ask(
+    recipe: Recipe, shown: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(monkeypatch, auto_scheduled=False)
+    assert ask(recipe, tmp_path, 0.0) == "" and not shown
+
+
+def test_what_a_person_has_resumed_goes_on_and_does_not_ask_again_after_a_crash(
+    recipe: Recipe, shown: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(monkeypatch, pause_keys={ceiling.ASKS})
+    assert ask(recipe, tmp_path, 0.0) == ""
+    begin(monkeypatch, auto_scheduled=False, created_by="an automation")
+    assert ask(recipe, tmp_path, 0.0) == "" and not shown
+
+
+def test_while_one_waits_the_next_has_nothing_to_do(
+    recipe: Recipe, shown: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(monkeypatch)
+    monkeypatch.setattr(ceiling, "_waiting", lambda run: SimpleNamespace(name="nano 2026-11-30 03:00"))
+    said = ask(recipe, tmp_path, 0.0)
+    assert said == "nano 2026-11-30 03:00 waits for a person already: resume or cancel that run" and not shown
+
+
+def test_a_plan_that_cannot_be_made_asks(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(recipe: Recipe) -> None:
+        raise ValueError("the Hub does not answer")
+
+    monkeypatch.setattr(ceiling, "teacher_geometry", unknown)
+    assert "not known (the Hub does not answer)" in ceiling.over(recipe, 100.0)
+
+
+def test_the_papers_run_is_above_a_thousand_gpu_hours_and_below_a_million() -> None:
+    nano = load_recipe(ROOT / "infra/recipes/nano-12b.yaml")
+    assert ceiling.over(nano, 1e3) and not ceiling.over(nano, 1e6)
+
+
+def test_a_schedule_needs_a_ceiling_before_anything_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(HOME, str(tmp_path / "home"))
+    recipe = str(ROOT / "infra/recipes/tiny.yaml")
+    raised = CliRunner().invoke(app, ["up", recipe, "--schedule", "0 3 * * *"]).exception
+    assert isinstance(raised, ValueError) and "needs --max-gpu-hours" in str(raised)
+    assert not (tmp_path / "home").exists()
