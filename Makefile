@@ -30,10 +30,10 @@ ON_GPU := build/gpu
 .PHONY: demo race test test-all test-flows test-services test-faults test-kernels lint check reference bench bench-gpu gpu-wheels check-gpu clean
 
 demo: $(INSTALLED)
-	$(BIN)/elastic run infra/recipes/tiny.yaml
+	$(BIN)/elastic run tiny
 
 race: $(INSTALLED)
-	$(BIN)/python -m flows.race infra/recipes/tiny.yaml infra/race.md
+	$(BIN)/python -m flows.race tiny infra/race.md
 
 # A process for each core: half the time, and they share nothing but the machine.
 test: $(INSTALLED)
@@ -64,8 +64,8 @@ lint: $(INSTALLED)
 check: lint test
 
 reference: $(INSTALLED)
-	$(BIN)/elastic schema >infra/recipes/recipe.schema.json
-	$(BIN)/elastic schema --page >infra/recipes/README.md
+	$(BIN)/elastic schema >flows/recipes/recipe.schema.json
+	$(BIN)/elastic schema --page >flows/recipes/README.md
 
 bench: $(KERNELS)/installed
 	BENCH_ROWS=$(abspath $(ROWS)) OPTIONAL_PACKAGES=$(abspath $(KERNELS)) \

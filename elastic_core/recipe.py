@@ -2,7 +2,7 @@
 
 `Recipe` is the root. A recipe file fills these classes and nothing more; the Prefect form and the command line are
 made from the same classes, so a default lives here or nowhere. Below each field stands one sentence with its unit and
-an example: the form, `elastic schema`, infra/recipes/README.md and the errors show it.
+an example: the form, `elastic schema`, flows/recipes/README.md and the errors show it.
 """
 
 from dataclasses import dataclass, field

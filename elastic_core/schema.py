@@ -210,12 +210,18 @@ def _is_absent(config: Any, field: dataclasses.Field[Any]) -> bool:
 
 def told(config: Any) -> dict[str, Any]:
     """The plain data of `to_dict` without what has its default: what a person would write."""
-    values, plain = {}, to_dict(config)
+    values, plain = dict[str, Any](), to_dict(config)
     for field in dataclasses.fields(config):
         inner = getattr(config, field.name)
         default = field.default_factory() if callable(field.default_factory) else field.default
-        if inner != default:
-            values[field.name] = told(inner) if dataclasses.is_dataclass(inner) else plain[field.name]
+        if inner == default:
+            continue
+        if dataclasses.is_dataclass(inner):
+            values[field.name] = told(inner)
+        elif isinstance(inner, tuple) and inner and all(dataclasses.is_dataclass(one) for one in inner):
+            values[field.name] = [told(one) for one in inner]
+        else:
+            values[field.name] = plain[field.name]
     return values
 
 
@@ -250,11 +256,18 @@ def not_negative(owner: Any, *names: str) -> None:
             raise ValueError(f"{name}={value} must be at least 0")
 
 
+def _leave_empty(shown: dict[str, Any]) -> None:
+    """Take the choice of null, which is the default, out of a field's JSON schema."""
+    del shown["default"]
+    choices = [choice for choice in shown.pop("anyOf", ()) if choice != {"type": "null"}]
+    shown |= choices[0] if len(choices) == 1 else {"anyOf": choices}
+
+
 class Strict:
     """Makes pydantic, which builds Prefect's forms, refuse unknown keys and infinite numbers as `build` does.
 
     In the form the fields keep their order, which it would lose, and the names that they have in a recipe; below each
-    stands its description.
+    stands its description. A field that may be unset is left empty: the form has no choice of "None" for it.
     """
 
     __slots__ = ()
@@ -265,6 +278,8 @@ class Strict:
         schema, described = handler(core_schema), descriptions(cls)
         for position, (name, shown) in enumerate(handler.resolve_ref_schema(schema)["properties"].items()):
             shown |= {"title": name, "position": position}
+            if shown.get("default", ...) is None:
+                _leave_empty(shown)
             if name in described:
                 shown["description"] = described[name]
         return schema

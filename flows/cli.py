@@ -23,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
 )
 
-RecipeFile = Annotated[Path, typer.Argument(help="A recipe, such as infra/recipes/tiny.yaml.")]
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe's file, or the name of one: tiny, small, nano-12b, ...")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change: stages.0.steps=100 ...")]
 Model = Annotated[str, typer.Argument(help="NAME, NAME@ALIAS or NAME:VERSION; NAME alone is its champion.")]
 Version = Annotated[
@@ -162,9 +162,7 @@ def schema(
 
 @app.command()
 def up(
-    recipe: Annotated[Path, typer.Argument(help="The recipe that the forms are filled in with.")] = Path(
-        "infra/recipes/tiny.yaml"
-    ),
+    recipe: Annotated[Path, typer.Argument(help="The recipe that the forms are filled in with.")] = Path("tiny"),
     schedule: Annotated[
         str | None,
         typer.Option(help="When to look for new data or code and retrain: cron, or none to end it; else as before."),

@@ -1,4 +1,4 @@
-"""The pipeline: a teacher goes in, a registered family comes out. The body of `elastify` is the plan."""
+"""The pipeline: a teacher goes in, a registered family comes out. The body of `pipeline` is the plan."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +10,10 @@ from elastic_core.files.checkpoint import read_config
 from elastic_core.judging import TEACHER
 from elastic_core.planning.profile import recipe_table
 from elastic_core.recipe import Recipe
-from flows.commands.recipes import checked
+from flows.commands.recipes import checked, load_recipe, recipe_file
 from flows.serving.failures import explain_failure
 from flows.serving.guard import guard_run
-from flows.serving.naming import called, name_after, summed_up, tag_run
+from flows.serving.naming import called, name_after, name_instead, summed_up, tag_run
 from flows.serving.page import headline, link_curves, show_outcome
 from tasks.corpus.record import read_record
 from tasks.corpus.sources import problems_digest
@@ -39,15 +39,40 @@ from tasks.settings import Settings
 from tasks.slice import slice_budget
 from tasks.teacher import fetch_teacher, license_of, pretrain_teacher, train_tokenizer
 
+Outcome = tuple[EvaluationRecord, OrderComparison, Release, Verdict]
+
 
 @flow(name="elastify", flow_run_name=called(lambda given: given["recipe"].family), on_failure=[explain_failure])
-def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> tuple[EvaluationRecord, OrderComparison, Release, Verdict]:
-    """Distil a teacher into a family of sizes, evaluate, slice and register it; every step resumes or is cached."""
+def elastify(recipe: Annotated[Recipe, checked(Recipe)]) -> Outcome:
+    """Distil a teacher into a family of sizes, evaluate, slice and register it; every step resumes or is cached.
+
+    Args:
+        recipe: The whole run, as in a recipe file.
+    """
     guard_run()
+    return pipeline(recipe)
+
+
+@flow(name="elastify", flow_run_name=called(lambda given: str(given["recipe"])), on_failure=[explain_failure])
+def elastify_by_name(recipe: str, changes: tuple[str, ...] = ()) -> Outcome:
+    """Distil a teacher into a family of sizes, evaluate, slice and register it; every step resumes or is cached.
+
+    Args:
+        recipe: The recipe to carry out, by its name. Another deployment has all its settings in a form.
+        changes: Settings to change, one a line, such as stages.0.steps=100 or family=mine. Positions count from 0.
+    """
+    guard_run()
+    loaded = load_recipe(recipe_file(Path(recipe)), changes)
+    name_instead(recipe, loaded.family)
+    return pipeline(loaded)
+
+
+def pipeline(recipe: Recipe) -> Outcome:
+    """The pipeline, as part of a flow run."""
     tag_run(recipe.family)
     settings = Settings.from_environment()
     workspace = str(settings.home / "workspace")
-    with tracked(recipe, settings, elastify.fn) as run_id:
+    with tracked(recipe, settings, pipeline) as run_id:
         link_curves(settings, run_id)
         check_scorers(recipe.evaluation)
         problems = bring_benchmarks(recipe.evaluation, workspace)

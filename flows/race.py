@@ -139,7 +139,7 @@ def from_scratch(course: Course) -> Iterator[Entry]:
 
 
 def main(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, such as infra/recipes/tiny.yaml.")],
+    recipe: Annotated[Path, typer.Argument(help="A recipe's file, or its name, such as tiny.")],
     page: Annotated[Path, typer.Argument(help="The Markdown page to write; its picture goes beside it.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: stages.0.steps=100 ...")] = None,
     seeds: Annotated[int, typer.Option(help="Trainings of each way, from different seeds.")] = 3,

@@ -9,7 +9,7 @@ from prefect.states import Completed
 
 from elastic_core.recipe import Recipe
 from flows.commands.recipes import checked
-from flows.elastify import elastify
+from flows.elastify import elastify, pipeline
 from flows.serving.ceiling import ask_first
 from flows.serving.failures import explain_failure
 from flows.serving.guard import guard_run
@@ -39,7 +39,7 @@ def retrain(recipe: Annotated[Recipe, checked(Recipe)], max_gpu_hours: float = 0
     guard_run()
     tag_run(recipe.family)
     settings = Settings.from_environment()
-    reason = "it was asked for" if force else to_do(recipe, settings, elastify.fn)
+    reason = "it was asked for" if force else to_do(recipe, settings, pipeline)
     if not reason:
         return Completed(name=UNCHANGED, message="the teacher, the data, the recipe and the code are unchanged")
     if waits := ask_first(recipe, settings, max_gpu_hours):

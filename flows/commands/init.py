@@ -18,13 +18,14 @@ from elastic_core.planning.profile import read_table
 from elastic_core.recipe import Recipe
 from elastic_core.schema import NAME, build, descriptions, told
 from elastic_core.subnet import full_subnet
+from flows.commands.recipes import RECIPES
 from tasks.reporting.numbers import human_bytes, human_count, human_seconds
 
 # Of the paper's own teacher, for who names no data.
 NVIDIA_DATA = "hf://nvidia/Nemotron-Post-Training-Dataset-v2"
 NVIDIA_SPLITS = ("math", "code", "stem", "chat")
 SHARES = (0.73, 0.51)  # of the teacher's parameters: the paper's 9B and 6B of 12B
-SCHEMA = Path(__file__).parents[2] / "infra/recipes/recipe.schema.json"
+SCHEMA = RECIPES / "recipe.schema.json"
 CALIBRATION_SHARE = 20  # one token in so many that are trained on, at most, is one to rank by
 COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 

@@ -1,4 +1,4 @@
-"""A recipe file, with overrides from the command line, as a `Recipe`."""
+"""A recipe file, with overrides from the command line, as a `Recipe`; by its path, or by the name of one at hand."""
 
 import os
 from collections.abc import Sequence
@@ -10,7 +10,10 @@ import yaml
 from pydantic import BeforeValidator
 
 from elastic_core.recipe import Recipe
-from elastic_core.schema import build
+from elastic_core.schema import build, told
+from tasks.settings import home_directory
+
+RECIPES = Path(__file__).parents[1] / "recipes"  # the package's own
 
 
 def checked(cls: type) -> BeforeValidator:
@@ -30,17 +33,19 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a YAML recipe; `overrides` are `dotted.key=value`, such as `stages.0.steps=100`.
+    """Read a YAML recipe, given by its file or its name; `overrides` are `dotted.key=value`: `stages.0.steps=100`.
 
     Relative paths in a recipe are relative to its file. ValueError, one line, names the file and the setting at fault.
     """
+    path = recipe_file(path)
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not text in UTF-8; name a recipe such as infra/recipes/tiny.yaml") from error
+        raise ValueError(f"{path}: is not text in UTF-8; name a recipe, such as tiny") from error
     except OSError as error:
+        names = ", ".join(recipe_names())
         raise ValueError(
-            f"{path}: cannot be read ({error.strerror}); name a recipe such as infra/recipes/tiny.yaml"
+            f"{path}: cannot be read ({error.strerror}); name a recipe's file, or one of {names}"
         ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -57,6 +62,38 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         return build(Recipe, data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def recipe_file(path: Path) -> Path:
+    """The file of a recipe: the path itself, or where it is a bare name with no such file, that of the named recipe."""
+    if path.exists() or path.suffix or len(path.parts) != 1:
+        return path
+    return next((file for file in _named() if file.stem == path.name), path)
+
+
+def recipe_names() -> list[str]:
+    """The recipes at hand: those that `elastic up` was given, which are in the state directory, and the package's."""
+    return sorted({file.stem for file in _named()})
+
+
+def keep_recipe(recipe: Recipe) -> None:
+    """Put a recipe at hand, by the name of its family, for all who have this state directory."""
+    file, own = _kept() / f"{recipe.family}.yaml", RECIPES / f"{recipe.family}.yaml"
+    if own.exists() and load_recipe(own) == recipe:  # a copy would outlive the package's next version
+        file.unlink(missing_ok=True)
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(yaml.safe_dump(told(recipe), sort_keys=False), encoding="utf-8")
+    part.replace(file)
+
+
+def _named() -> list[Path]:
+    return [file for folder in (_kept(), RECIPES) for file in sorted(folder.glob("*.yaml"))]
+
+
+def _kept() -> Path:
+    return home_directory() / "recipes"
 
 
 def _apply(data: Any, override: str) -> None:

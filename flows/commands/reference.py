@@ -39,14 +39,23 @@ def recipe_schema() -> dict[str, Any]:
     definitions = schema["$defs"]
     for cls in settings_classes():
         definition = schema if cls is Recipe else definitions[cls.__name__]
+        unset = {field.name for field in dataclasses.fields(cls) if field.default is None}
         for name, shown in definition["properties"].items():
             del shown["position"]  # of Prefect's forms
+            if name in unset:
+                _allow_null(shown)
             if (given := example(descriptions(cls).get(name, ""))) is not None:
                 shown["examples"] = [yaml.safe_load(given)]
         if hasattr(cls, "from_text"):
             as_text = {"type": "string", "description": definition["description"]}
             definitions[cls.__name__] = {"anyOf": [definition, as_text]}
     return {"$schema": DRAFT, **schema}
+
+
+def _allow_null(shown: dict[str, Any]) -> None:
+    """Let a field be null, which a recipe may say of what is unset, and forms leave empty."""
+    kind = {name: shown.pop(name) for name in [*shown] if name not in ("title", "description")}
+    shown |= {"anyOf": [*kind.get("anyOf", [kind]), {"type": "null"}], "default": None}
 
 
 def recipe_page() -> str:

@@ -33,8 +33,8 @@ from prefect.states import Cancelled, Crashed
 from prefect.types.entrypoint import EntrypointType
 
 from elastic_core.recipe import Recipe
-from elastic_core.schema import to_dict
-from flows.commands.recipes import load_recipe
+from elastic_core.schema import told
+from flows.commands.recipes import keep_recipe, load_recipe, recipe_names
 from flows.retrain import SKIPPED, UNCHANGED
 from flows.serving.ceiling import WAITS
 from flows.serving.serve import NEVER
@@ -61,7 +61,7 @@ class Deployment:
     """A flow, by its module path, that a pool's workers run, on a `schedule` (cron) if there is one.
 
     Of a `single` one a second run that is started meanwhile is cancelled. Where there is no schedule here, one that was
-    set on the server stays.
+    set on the server stays. A parameter of `choices` is one of those in the form.
     """
 
     entrypoint: str
@@ -72,6 +72,7 @@ class Deployment:
     schedule: str | None = None
     single: bool = False
     rerun: bool = True
+    choices: dict[str, list[str]] = field(default_factory=dict)
 
     def apply(self) -> None:
         """Create it on the server, or bring it up to date."""
@@ -90,6 +91,8 @@ class Deployment:
             entrypoint_type=EntrypointType.MODULE_PATH,
         )
         applied.model_fields_set.discard("paused")  # what is sent replaces what the server has, and people pause there
+        for parameter, choices in self.choices.items():
+            applied._parameter_openapi_schema.properties[parameter]["enum"] = choices
         if self.schedule is None:
             applied.model_fields_set.discard("schedules")
         applied.apply()
@@ -108,14 +111,25 @@ class Deployment:
 
 
 def deployments(recipe: Recipe, schedule: str | None = None, max_gpu_hours: float = 0.0) -> tuple[Deployment, ...]:
-    """All of them; `recipe` is what the forms of `elastify` and `retrain` begin with."""
+    """All of them; `recipe` is what the forms of `elastify` and `retrain` begin with.
+
+    That of `elastify` asks for a recipe by name and for changes; a second deployment has a form of the whole recipe.
+    """
     on_gpu_pool = {DEPLOYMENT_VARIABLE: GPU_STEP}
     here = {DEPLOYMENT_VARIABLE: ""}  # whatever the worker's environment says: a run must not wait for its own place
-    given = {"recipe": to_dict(recipe)}
+    given = {"recipe": told(recipe)}
     return (
         Deployment(
-            entrypoint="flows.elastify.elastify",
+            entrypoint="flows.elastify.elastify_by_name",
             name=recipe.family,
+            pool="cpu",
+            parameters={"recipe": recipe.family, "changes": []},
+            environment=on_gpu_pool,
+            choices={"recipe": recipe_names()},
+        ),
+        Deployment(
+            entrypoint="flows.elastify.elastify",
+            name=f"{recipe.family}-whole-recipe",
             pool="cpu",
             parameters=given,
             environment=on_gpu_pool,
@@ -155,7 +169,7 @@ def deployments(recipe: Recipe, schedule: str | None = None, max_gpu_hours: floa
 
 def recipe_parameter(path: str) -> dict[str, Any]:
     """A step of prefect.yaml: a recipe as the value of a parameter."""
-    return {"recipe": to_dict(load_recipe(Path(path)))}
+    return {"recipe": told(load_recipe(Path(path)))}
 
 
 def apply_all(recipe: Recipe, schedule: str | None, max_gpu_hours: float | None, *, fresh: bool) -> list[str]:
@@ -165,6 +179,7 @@ def apply_all(recipe: Recipe, schedule: str | None, max_gpu_hours: float | None,
     ceiling. `fresh` says that no worker
     of this server can be alive: runs that it believes running are ended, and begin again unless they were cancelled.
     """
+    keep_recipe(recipe)
     with get_client(sync_client=True) as client:
         for pool, limit in POOLS.items():
             ensure_pool(client, pool, limit)

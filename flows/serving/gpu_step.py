@@ -19,7 +19,7 @@ from tasks.settings import home_directory
 
 @flow(name="gpu-step", on_failure=[explain_failure])
 def gpu_step(step: str, inputs: dict[str, Any], device: str, runs: dict[str, str], show_on: UUID | None = None) -> None:
-    """Do a step that the pipeline sends here; its result goes to the cache that both share.
+    """Not to be run by hand: a step that the pipeline sends here; its result goes to the cache that both share.
 
     Args:
         step: The name of the step.

@@ -45,6 +45,11 @@ def tag_run(*tags: str) -> None:
     _update(tags=tags)
 
 
+def name_instead(before: str, now: str) -> None:
+    """Call a run by another subject, if it is called by `before`: a change may have given the family another name."""
+    _update(lambda name: re.sub(rf"{re.escape(before)}(?= \d{{4}}-)", now, name, count=1), tags=())
+
+
 def name_after(release: Release) -> None:
     """Put the version that a run has made in the place of the time at which it began, and among its tags."""
     version = release.number

@@ -31,7 +31,7 @@ from tasks.running.limits import cores
 VOCABULARY = 65_536
 TRAINED_BYTES, TEXT_BYTES = 40_000_000, 80_000_000
 SHARDS = 8
-PROBLEMS = Path(__file__).parents[2] / "infra/recipes/tiny/problems-train-1.jsonl"
+PROBLEMS = Path(__file__).parents[2] / "flows/recipes/tiny/problems-train-1.jsonl"
 
 PREPARE = """
 import json, sys, time

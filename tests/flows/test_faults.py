@@ -147,7 +147,7 @@ def test_a_run_around_which_all_dies_at_every_step_ends_the_same(
     for known in ("workspace", "prefect/storage"):
         shutil.rmtree(up.home / known, ignore_errors=True)
     recipe = up.recipe(f"family={victims}")
-    up.start("elastify/micro", recipe=recipe)
+    up.start("elastify/micro-whole-recipe", recipe=recipe)
 
     def reached(sign: str) -> bool:
         answered(lambda: go_on(up, recipe))
@@ -173,14 +173,14 @@ def go_on(up: Served, recipe: dict[str, Any]) -> FlowRun:
     last = asked_for(up)[-1]
     if last.state.is_failed():
         assert "start a run to go on" in last.state.message, last.state.message
-        up.start("elastify/micro", recipe=recipe)
+        up.start("elastify/micro-whole-recipe", recipe=recipe)
     return last
 
 
 def asked_for(up: Served) -> list[FlowRun]:
     """The runs of `elastify`, begun or not, oldest first."""
     with up.prefect() as client:
-        deployment = client.read_deployment_by_name("elastify/micro").id
+        deployment = client.read_deployment_by_name("elastify/micro-whole-recipe").id
         runs = client.read_flow_runs(sort=FlowRunSort.EXPECTED_START_TIME_ASC)
         return [run for run in runs if run.deployment_id == deployment]
 

@@ -22,7 +22,7 @@ PROGRESS = re.compile(r".+: \d+ %, [\w ]+ left")
 DOUBTFUL = re.compile(r".+: the order of importance is no better than a random one; .+")
 
 COMMANDS: dict[str, Callable[[Run, Path], list[str]]] = {
-    "plan": lambda run, out: ["plan", "infra/recipes/nano-12b.yaml"],
+    "plan": lambda run, out: ["plan", "nano-12b"],
     "profile": lambda run, out: ["profile", str(run.family), "-o", str(out / "table.json"), "--context", "32"],
     "slice": lambda run, out: ["slice", str(run.family), "--params", "20000", "-o", str(out / "slice")],
     "pull": lambda run, out: ["pull", "micro-s", "-o", str(out / "pulled")],

@@ -36,7 +36,7 @@ def test_the_links_lead_somewhere():
 
 
 def test_the_figures_on_long_context_are_those_of_the_plan():
-    command = [sys.executable, "-m", "flows.cli", "plan", "infra/recipes/nano-12b.yaml", "--gpus", "8,64"]
+    command = [sys.executable, "-m", "flows.cli", "plan", "nano-12b", "--gpus", "8,64"]
     said = ""
     for change in ([], ["stages.1.offload=false"]):
         planned = subprocess.run([*command, *change], cwd=ROOT, capture_output=True, text=True, timeout=120)

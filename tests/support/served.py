@@ -31,7 +31,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import Artifact, FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 
-from elastic_core.schema import to_dict
+from elastic_core.schema import told
 from flows.commands.recipes import load_recipe
 from flows.serving.running import Service, read_running
 
@@ -94,7 +94,7 @@ class Served:
         return str(found["model_version"]["run_id"])
 
     def recipe(self, *overrides: str) -> dict[str, Any]:
-        return to_dict(load_recipe(self.command.recipe, overrides))
+        return told(load_recipe(self.command.recipe, overrides))
 
     def start(self, deployment: str, **parameters: Any) -> UUID:
         """Start a run as the form does."""

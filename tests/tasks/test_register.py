@@ -14,7 +14,7 @@ from elastic_core.budget import WHOLE
 from elastic_core.files import checkpoint
 from elastic_core.files.side_files import CARD_FILE
 from elastic_core.recipe import DataConfig, DataSource, Recipe, Teacher
-from flows.elastify import elastify
+from flows.elastify import pipeline
 from tasks import artifacts, tracking
 from tasks.artifacts import Store
 from tasks.records import Artifact, EvaluationRecord, OrderComparison, Release, StageRecord
@@ -54,7 +54,7 @@ class Made:
         )
 
     def registered(self, evaluation: EvaluationRecord = MEASURED) -> Release:
-        with tracked(self.recipe, self.settings, elastify.fn) as run_id:
+        with tracked(self.recipe, self.settings, pipeline) as run_id:
             return self.register(run_id, evaluation)
 
 
@@ -81,7 +81,7 @@ def test_a_recipe_is_not_made_before_its_family_was_promoted_or_refused_nor_once
     made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kill between registering and promoting leaves a run that a schedule carries on."""
-    asked = made.recipe, made.settings, elastify.fn
+    asked = made.recipe, made.settings, pipeline
     with tracked(*asked) as run_id:
         assert made.register(run_id).exists() and "not yet carried out" in to_do(*asked)
     assert not to_do(*asked)

@@ -17,7 +17,7 @@ from elastic_core.schema import to_dict
 from flows.cli import app
 from flows.commands.recipes import load_recipe
 
-RECIPES = Path(__file__).parents[3] / "infra/recipes"
+RECIPES = Path(__file__).parents[3] / "flows/recipes"
 NANO, SMALL = str(RECIPES / "nano-12b.yaml"), str(RECIPES / "small.yaml")
 
 

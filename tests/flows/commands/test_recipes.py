@@ -15,7 +15,7 @@ from elastic_core.training.curriculum import generator
 from flows.commands.plan import teacher_geometry
 from flows.commands.recipes import load_recipe
 
-RECIPES = Path(__file__).parents[3] / "infra/recipes"
+RECIPES = Path(__file__).parents[3] / "flows/recipes"
 
 
 def test_the_papers_recipe_has_the_papers_numbers():

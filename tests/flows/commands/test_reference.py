@@ -19,7 +19,7 @@ from elastic_core.recipe import Recipe
 from elastic_core.schema import build, descriptions, example
 from flows.commands.reference import recipe_page, recipe_schema, settings_classes
 
-RECIPES = Path(__file__).parents[3] / "infra/recipes"
+RECIPES = Path(__file__).parents[3] / "flows/recipes"
 FIELDS = [(cls, field.name) for cls in settings_classes() for field in dataclasses.fields(cls)]
 NAMES = [f"{cls.__name__}.{name}" for cls, name in FIELDS]
 

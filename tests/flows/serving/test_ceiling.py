@@ -15,8 +15,6 @@ from flows.commands.recipes import load_recipe
 from flows.serving import ceiling
 from tasks.settings import HOME, Settings
 
-ROOT = Path(__file__).parents[3]
-
 
 class Suspended(Exception):
     """Stands for the end of the process of a suspended run."""
@@ -107,13 +105,12 @@ def test_a_plan_that_cannot_be_made_asks(recipe: Recipe, monkeypatch: pytest.Mon
 
 
 def test_the_papers_run_is_above_a_thousand_gpu_hours_and_below_a_million() -> None:
-    nano = load_recipe(ROOT / "infra/recipes/nano-12b.yaml")
+    nano = load_recipe(Path("nano-12b"))
     assert ceiling.over(nano, 1e3) and not ceiling.over(nano, 1e6)
 
 
 def test_a_schedule_needs_a_ceiling_before_anything_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(HOME, str(tmp_path / "home"))
-    recipe = str(ROOT / "infra/recipes/tiny.yaml")
-    raised = CliRunner().invoke(app, ["up", recipe, "--schedule", "0 3 * * *"]).exception
+    raised = CliRunner().invoke(app, ["up", "tiny", "--schedule", "0 3 * * *"]).exception
     assert isinstance(raised, ValueError) and "needs --max-gpu-hours" in str(raised)
     assert not (tmp_path / "home").exists()

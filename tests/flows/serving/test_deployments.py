@@ -51,6 +51,7 @@ def stored(client: SyncPrefectClient) -> dict[str, Any]:
         schedules = [schedule.schedule.cron for schedule in deployment.schedules]
         held |= {"limit": limit["limit"] if limit else None, "schedules": schedules}
         held["pull_steps"] = held["pull_steps"] or []
+        held["parameter_openapi_schema"]["properties"].get("recipe", {}).pop("enum", None)  # `elastic up` knows them
         found[f"{flows[deployment.flow_id]}/{deployment.name}"] = held
     for automation in client.read_automations():
         held = json.loads(automation.model_dump_json(include={"trigger", "actions"}))
@@ -69,8 +70,8 @@ def prefect(served: Served, *arguments: str) -> None:
 
 
 def test_prefect_yaml_says_what_elastic_up_applies(served: Served):
-    recipe = load_recipe(ROOT / "infra/recipes/tiny.yaml")
-    apply = [sys.executable, "-m", "flows.serving.deployments", "infra/recipes/tiny.yaml"]
+    recipe = load_recipe(Path("tiny"))
+    apply = [sys.executable, "-m", "flows.serving.deployments", "tiny"]
     subprocess.run(apply, env=os.environ | served.environment(), cwd=ROOT, check=True, timeout=300)
     with served.prefect() as client:
         before = stored(client)
@@ -92,7 +93,7 @@ def test_a_schedule_of_before_stays_and_is_told_of_until_it_is_taken_away(
     def after(schedule: str | None) -> tuple[list[str], str]:
         """The schedules of the family then, and what the user was told of it."""
         plan = serve.Schedule(cron=schedule, max_gpu_hours=None if schedule in (None, "none") else 0.5)
-        serve.deploy(tmp_path, Path("infra/recipes/tiny.yaml"), plan, fresh=False)
+        serve.deploy(tmp_path, Path("tiny"), plan, fresh=False)
         told = [line for line in capsys.readouterr().out.splitlines() if "retrain/tiny" in line]
         with served.prefect() as client:
             return stored(client)["retrain/tiny"]["schedules"], "\n".join(told)
@@ -113,23 +114,42 @@ def test_a_schedule_of_before_stays_and_is_told_of_until_it_is_taken_away(
 
 
 def full_name(held: dict[str, Any], entrypoint: str) -> str:
-    (name,) = [name for name, one in held.items() if one.get("entrypoint") == entrypoint and not name.endswith("micro")]
+    (name,) = [name for name, one in held.items() if one.get("entrypoint") == entrypoint and "/micro" not in name]
     return name
 
 
-@pytest.mark.parametrize("name", ["elastify/micro", "retrain/micro", "export/any-family", "evaluate/any-model"])
+@pytest.mark.parametrize(
+    "name",
+    ["elastify/micro", "elastify/micro-whole-recipe", "retrain/micro", "export/any-family", "evaluate/any-model"],
+)
 def test_a_form_says_what_each_parameter_is_and_has_settings_by_the_names_and_in_the_order_of_recipes(
     served: Served, name: str
 ):
     with served.prefect() as client:
         schema = client.read_deployment_by_name(name).parameter_openapi_schema
     definitions = schema.get("definitions", {})
+    with_null = re.findall(r'"anyOf": \[[^]]*"null"[^]]*\], "default": (\w+)', json.dumps(schema))
+    assert "null" not in with_null, "what may be unset is left empty"
     assert all(definition["description"] for definition in definitions.values())
     for parameter in schema["properties"].values():
         assert "description" in parameter or parameter["$ref"].rpartition("/")[2] in definitions
     for definition in definitions.values():
         for position, (key, shown) in enumerate(definition["properties"].items()):
             assert (shown["title"], shown["position"]) == (key, position)
+
+
+def test_the_first_form_offers_the_recipes_at_hand_and_asks_for_changes(served: Served):
+    with served.prefect() as client:
+        found = client.read_deployment_by_name("elastify/micro")
+    assert found.parameters == {"recipe": "micro", "changes": []}
+    assert {"micro", "tiny", "nano-12b"} <= set(found.parameter_openapi_schema["properties"]["recipe"]["enum"])
+    with pytest.raises(PrefectHTTPStatusError, match="409"):
+        served.start("elastify/micro", recipe="nobodys")
+
+
+def test_what_invites_nobody_says_so(served: Served):
+    with served.prefect() as client:
+        assert client.read_deployment_by_name("gpu-step/gpu").description.startswith("Not to be run by hand")
 
 
 def with_value(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
@@ -153,20 +173,20 @@ def with_value(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 )
 def test_a_value_of_the_wrong_kind_is_refused_before_a_run_exists(served: Served, path: str, value: Any, text: str):
     with pytest.raises(PrefectHTTPStatusError, match="409") as refusal:
-        served.start("elastify/micro", recipe=with_value(served.recipe(), path, value))
+        served.start("elastify/micro-whole-recipe", recipe=with_value(served.recipe(), path, value))
     assert text in str(refusal.value)
 
 
 def test_a_value_that_the_recipe_refuses_fails_the_run_with_its_line(served: Served):
     run = served.ended(
-        served.start("elastify/micro", recipe=with_value(served.recipe(), "stages.0.micro_batch_size", 4))
+        served.start("elastify/micro-whole-recipe", recipe=with_value(served.recipe(), "stages.0.micro_batch_size", 4))
     )
     assert run.state.is_failed()
     assert "batch_size=6 is not a multiple of micro_batch_size=4" in run.state.message
 
 
 def test_a_failed_runs_page_says_which_step_why_and_what_to_do(served: Served):
-    identity = served.start("elastify/micro", recipe=served.recipe("data.sources.0.path=/nowhere/stories.jsonl"))
+    identity = served.start("elastify/micro", changes=["data.sources.0.path=/nowhere/stories.jsonl"])
     run = served.ended(identity)
     assert run.state.is_failed() and "/nowhere/stories.jsonl" in run.state.message
     text = served.artifacts(identity)["failure"].data
@@ -263,10 +283,7 @@ def test_a_registered_model_is_measured_as_it_was_after_training(served: Served,
 def test_two_runs_at_once_never_train_together_though_the_server_is_killed(served: Served, elastified: Elastified):
     rates = (0.002, 0.003)  # what comes before the second stage is in the cache; its steps outlast a slow start
     with most_trainers(served) as most:
-        both = [
-            served.start("elastify/micro", recipe=served.recipe("stages.1.steps=100", f"{RATE}={rate}"))
-            for rate in rates
-        ]
+        both = [served.start("elastify/micro", changes=["stages.1.steps=100", f"{RATE}={rate}"]) for rate in rates]
         eventually(lambda: served.step("distil stage2"), RUN_SECONDS, "distillation does not begin")
         eventually(lambda: len(served.waiting("gpu")) > 0, RUN_SECONDS, "the other run does not wait for the GPU")
         assert served.step("distil stage2"), "too short to be interrupted"

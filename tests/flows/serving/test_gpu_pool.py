@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[3]
 def test_a_run_on_the_gpu_pool_asks_no_deployment_whatever_its_workers_environment_names() -> None:
     applied = {
         one.entrypoint: one.environment.get(DEPLOYMENT_VARIABLE)
-        for one in deployments(load_recipe(ROOT / "infra/recipes/tiny.yaml"))
+        for one in deployments(load_recipe(ROOT / "flows/recipes/tiny.yaml"))
         if one.pool == "gpu"
     }
     written = {

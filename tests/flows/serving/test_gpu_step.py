@@ -14,7 +14,7 @@ from prefect.states import Crashed
 import tasks
 from elastic_core.schema import build, to_dict
 from elastic_core.subnet import Subnet
-from flows.elastify import elastify
+from flows.elastify import pipeline
 from flows.serving import gpu_step as worker
 from flows.serving import guard
 from flows.serving.gpu_step import gpu_step
@@ -77,7 +77,7 @@ def test_a_lap_of_the_race_reaches_a_worker_as_it_was_sent() -> None:
 
 
 def test_a_step_of_the_race_is_none_of_the_pipelines_whose_change_makes_a_family_anew() -> None:
-    of_the_pipeline = ways(elastify.fn)
+    of_the_pipeline = ways(pipeline)
     ours = {name for name, step in ON_GPU.items() if step.fn.__module__.startswith("tasks.")}  # other tests make steps
     assert ours - of_the_pipeline.keys() == {"run_lap"}
-    assert {"prepare_data", "slice_budget", "elastify"} <= of_the_pipeline.keys()
+    assert {"prepare_data", "slice_budget", "pipeline"} <= of_the_pipeline.keys()

@@ -37,7 +37,7 @@ CHATS = [[{"role": "user", "content": f"{i} + {i} ="}, {"role": "assistant", "co
 Prepare = Callable[..., tuple[DataRecord, Path]]
 Problems = dict[str, list[dict[str, Any]]]
 
-PROBLEMS = Path(__file__).parents[3] / "infra/recipes/tiny"
+PROBLEMS = Path(__file__).parents[3] / "flows/recipes/tiny"
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 Run once, in an environment of its own, because the generator needs a C compiler and nothing else here needs it:
 
-    pip install reasoning-gym==0.1.25 && python infra/recipes/tiny/make_problems.py
+    pip install reasoning-gym==0.1.25 && python infra/make_problems.py
 
 The same version writes the same bytes. Questions and answers are reasoning-gym's, put tersely: a model of a million
 parameters, minutes old, cannot afford words. No question appears twice, in one file or in two.
@@ -16,7 +16,7 @@ from typing import Any
 
 import reasoning_gym
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "flows/recipes/tiny"
 SEED = 7
 DRAWS = 20_000
 TRAIN_PER_TASK, HELDOUT_PER_TASK = 2_300, 50
