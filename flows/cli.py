@@ -425,7 +425,7 @@ def cancel(run: Run) -> None:
 
 def main() -> None:
     """The entry point: a fault that the user can mend is one line on stderr, and a non-zero exit code."""
-    from flows.commands.terminal import complain, explained
+    from flows.commands.terminal import complain, explained, missing
 
     terminal = logging.StreamHandler()
     for package in ("elastic_core", "tasks", "flows"):
@@ -437,6 +437,9 @@ def main() -> None:
         if message := error.format_message():  # it is empty where the help was shown instead
             complain(f"{message.rstrip('.')}; --help tells more")
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        complain(missing(error))
+        sys.exit(1)
     except (ValueError, OSError, RuntimeError) as error:
         complain(explained(error))
         sys.exit(1)

@@ -16,6 +16,8 @@ from elastic_core.comparison import Cut
 from tasks import tracking
 from tasks.settings import Settings
 
+KEY = re.compile("-[0-9a-f]{8,}$")  # as a step's directory has it
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
@@ -27,8 +29,9 @@ class Artifact:
 
     @property
     def name(self) -> str:
-        """What it is: the name of its directory without the key of the step that made it."""
-        return re.sub("-[0-9a-f]{8,}$", "", Path(self.path).name)
+        """What it is: the name of its directory, or of the step's around it, without the key of the step."""
+        last, around = Path(self.path).name, Path(self.path).parent.name
+        return KEY.sub("", next((part for part in (last, around) if KEY.search(part)), last))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,14 @@
 """What holds for the tree as a whole: importing does nothing, optional packages are optional, words match files."""
 
+import json
+import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Callable
+from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,6 +67,58 @@ def test_importing_any_module_starts_nothing():
     )
     done = run(code)
     assert done.returncode == 0, done.stderr
+
+
+SMALL = ["diff", "garbage", "init", "ls", "plan", "profile", "promote", "pull", "rollback", "show", "slice"]
+
+
+def brought_by_extras() -> list[str]:
+    """What is imported of the packages that a plain `pip install elastic-family` leaves out."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+    def named(requirements: list[str]) -> set[str]:
+        return {re.split(r"[^\w-]", requirement)[0].lower() for requirement in requirements}
+
+    left_out = {name for extra in ("pipeline", "eval") for name in named(project["optional-dependencies"][extra])}
+    left_out -= {"jinja2", "mlflow"}  # torch brings the one, and a part of the other is installed
+    found = packages_distributions().items()
+    modules = [module for module, by in found if {name.lower().replace("_", "-") for name in by} & left_out]
+    assert {"prefect", "transformers", "datasets"} <= set(modules)
+    return [*modules, "huggingface_hub", "httpx", "pandas"]
+
+
+@pytest.fixture(scope="module")
+def small() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `elastic` where no extra is installed, in a directory without anything."""
+    blocked = IMPORT_WITHOUT.format(blocked=brought_by_extras(), modules=[])
+
+    def elastic(*arguments: str) -> subprocess.CompletedProcess[str]:
+        code = f"{blocked}\nsys.argv = ['elastic', *{list(arguments)!r}]\nfrom flows.cli import main\nmain()"
+        return run(code)
+
+    return elastic
+
+
+def test_the_registry_slices_and_plans_need_no_extra() -> None:
+    modules = [f"flows.commands.{name}" for name in SMALL]
+    done = run(IMPORT_WITHOUT.format(blocked=brought_by_extras(), modules=modules))
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_plan_and_the_schema_are_made_without_an_extra_by_a_recipes_name(small: Any) -> None:
+    planned = small("plan", "nano-12b", "--json")
+    assert planned.returncode == 0, planned.stderr
+    assert json.loads(planned.stdout)["teacher_params"] == 12_310_001_152
+    assert json.loads(small("schema").stdout)["title"] == "Recipe"
+
+
+@pytest.mark.parametrize("arguments", [("run", "tiny"), ("runs",), ("check", "tiny")], ids=" ".join)
+def test_what_needs_an_extra_says_in_one_line_which(arguments: tuple[str, ...], small: Any) -> None:
+    done = small(*arguments)
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"elastic: this needs \w+, which is not installed: pip install 'elastic-family\[pipeline\]'\n", done.stderr
+    ), done.stderr
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from elastic_core.subnet import Subnet
 from flows.commands.terminal import text_table, wide_console
 from flows.serving.services import names_a_store, tracking_environment
 from tasks import artifacts
-from tasks.corpus.hub import HUB, bring_config, parse_model
 from tasks.reporting.numbers import human_bytes, human_count, human_seconds, percent
 from tasks.settings import ServiceError, Settings, home_directory
 
@@ -36,7 +35,7 @@ def teacher_geometry(recipe: Recipe) -> ModelConfig:
     assert teacher.path is not None, "config.Teacher has one of path and pretrain"
     if teacher.model is not None and not Path(teacher.path).is_dir():
         return teacher.model
-    if "://" in teacher.path and not teacher.path.startswith(HUB):
+    if "://" in teacher.path and not teacher.path.startswith("hf://"):
         raise ValueError(
             f"teacher.path {teacher.path!r} is not a directory here; put the geometry of its config.json under "
             "teacher.model, or name a directory"
@@ -59,6 +58,8 @@ def geometry_at(path: str) -> ModelConfig:
             file = Path(directory) / "config.json"
             artifacts.get_file(artifacts.open_store(settings), f"{path.rstrip('/')}/{file.name}", file)
         else:
+            from tasks.corpus.hub import bring_config, parse_model  # huggingface_hub, which few plans need
+
             bring_config(parse_model(path), Path(directory))
         return read_config(Path(directory))
 

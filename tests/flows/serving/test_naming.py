@@ -94,3 +94,4 @@ def test_an_artifact_is_called_by_its_directory_without_the_key() -> None:
         return Artifact(path=path, digest="", files={}).name
 
     assert name("/w/slice-6b-0a1b2c3d") == "slice-6b" and name("/models/nano-12b") == "nano-12b"
+    assert name("/w/stage2-0a1b2c3d4e5f6a7b/family") == "stage2"
