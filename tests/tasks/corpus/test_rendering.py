@@ -681,3 +681,25 @@ def test_every_turn_of_any_chat_is_learned_once_with_its_thought_its_answer_and_
             assert inside.split("<think>")[-1].strip() == thought.strip()
             assert re.fullmatch(rf"\s*{re.escape(answer.strip())}\s*⟦{end}⟧", after)
             assert text.count(f"⟦{end}⟧") == 1
+
+
+PAGE = (Path(__file__).parents[3] / "infra/data.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"<!-- (\w+)(?: train_on=(\w+))? -->\n```json\n(.+?)\n```\n\n```\n(.+?)\n```", PAGE, re.DOTALL)
+
+
+@pytest.mark.parametrize(("template", "train_on", "row", "expected"), EXAMPLES, ids=[f"{e[0]}" for e in EXAMPLES])
+def test_an_example_of_the_page_on_data_becomes_what_the_page_shows(
+    template: str,
+    train_on: str,
+    row: str,
+    expected: str,
+    tokenizers: dict[str, PreTrainedTokenizerFast],
+    tmp_path: Path,
+) -> None:
+    options = {"train_on": train_on} if train_on else {}
+    (sample,) = samples(tmp_path, tokenizers[template], json.loads(row), "jsonl", options)
+    assert shown(sample, tokenizers[template]).rstrip("\n") == expected
+
+
+def test_the_page_on_data_has_an_example_of_every_row() -> None:
+    assert len(EXAMPLES) == PAGE.count("```json") == 6
