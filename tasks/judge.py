@@ -118,7 +118,7 @@ def decoder_code() -> str:
     return fingerprint([code_of(function).modules for function in (load_model, encode_prompts, complete_together)])[:16]
 
 
-@step()
+@step("bring {benchmark.name}")
 def bring_problems(benchmark: Benchmark, identity: str, workspace: str) -> Artifact:
     """The rows that a benchmark asks, from files, `s3://` or the Hub, every one of them read and found fit."""
     directory = new_directory(workspace, f"problems-{benchmark.name}")
@@ -128,14 +128,14 @@ def bring_problems(benchmark: Benchmark, identity: str, workspace: str) -> Artif
     return artifact(directory)
 
 
-@step(on_gpu=True)
+@step("judge {model.name} on {benchmark.name}", on_gpu=True)
 def judge_here(model: Artifact, problems: Artifact, benchmark: Benchmark, dtype: Dtype, unsafe_code: bool) -> Score:
     """The score of a stock checkpoint that our own decoder answers with."""
     engine = Decoder(Path(model.path), dtype, f"{model.digest} decoded in {dtype} by {decoder_code()}")
     return _judged(model, problems, benchmark, engine, unsafe_code)
 
 
-@step()
+@step("judge {model.name} on {benchmark.name}")
 def judge_at(
     model: Artifact, problems: Artifact, benchmark: Benchmark, endpoint: Endpoint, size: str, unsafe_code: bool
 ) -> Score:
