@@ -33,7 +33,7 @@ demo: $(INSTALLED)
 	$(BIN)/elastic run tiny
 
 race: $(INSTALLED)
-	$(BIN)/python -m flows.race tiny infra/race.md
+	$(BIN)/python -m flows.commands.race tiny infra/race.md
 
 # A process for each core: half the time, and they share nothing but the machine.
 test: $(INSTALLED)

@@ -5,28 +5,22 @@ so that only the training differs. Every lap is a cached step: a race that was k
 """
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from prefect import flow
 
 from elastic_core.files.shapes import read_shapes
 from elastic_core.recipe import Recipe, RouterSchedule, Stage
 from elastic_core.subnet import Subnet
-from flows.commands.recipes import load_recipe
-from flows.commands.run import PREFECT_LOGGING
 from flows.elastify import in_order, prepare, shaped
-from flows.serving.services import embedded_services
 from tasks.race import Lap, Start, run_lap
 from tasks.records import Artifact
-from tasks.reporting.race import Entry, write_page
+from tasks.reporting.race import Entry
 from tasks.running.steps import run
 from tasks.running.usage import noting
-from tasks.settings import home_directory, make_home
+from tasks.settings import home_directory
 
 # The shares of the elastic run's tokens that each size gets alone, after an exploration, and from scratch.
 ALONE, EXPLORED, SCRATCH = (0.25, 0.5, 1.0), 0.5, 0.5
@@ -136,23 +130,3 @@ def from_scratch(course: Course) -> Iterator[Entry]:
     for name in course.sizes:
         lap = course.lap(SCRATCH, name, start="fresh")
         yield Entry(way="from scratch", budget=name, seed=course.seed, tokens=lap.tokens, kl=lap.kl[name])
-
-
-def main(
-    recipe: Annotated[Path, typer.Argument(help="A recipe's file, or its name, such as tiny.")],
-    page: Annotated[Path, typer.Argument(help="The Markdown page to write; its picture goes beside it.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: stages.0.steps=100 ...")] = None,
-    seeds: Annotated[int, typer.Option(help="Trainings of each way, from different seeds.")] = 3,
-) -> None:
-    """Run the race on a recipe's teacher, data, axes and budgets, and write what came of it."""
-    loaded = load_recipe(recipe, overrides or [])
-    for name, value in PREFECT_LOGGING.items():
-        os.environ.setdefault(name, value)
-    with embedded_services(make_home(), prefect=True):
-        found = race(loaded, seeds)
-    write_page(page, loaded.family, found)
-    typer.echo(f"{page} has the results")
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,5 +1,7 @@
 """Laws of the race's laps: shares of tokens hold, and a size alone has the rows of a step that it has among all."""
 
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -65,3 +67,10 @@ def test_every_way_is_gone_for_every_size_at_the_tokens_it_says(
             assert all(abs(lap.explored - explored) <= CANDIDATES * rounding for lap in laps)
     fresh = {e.budget: e.kl for e in found if e.way == "from scratch"}
     assert all(e.kl < fresh[e.budget] for e in found if e.way == "elastic" and e.budget in fresh)
+
+
+def test_prefect_is_imported_when_the_races_own_server_is_there() -> None:
+    """Prefect reads the server's address when it is imported, and starts a second server where it finds none."""
+    found = "import sys, flows.commands.race; print('prefect' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", found], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "False"
