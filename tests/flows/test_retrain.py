@@ -84,7 +84,9 @@ def test_above_the_ceiling_a_run_waits_for_a_person_and_a_worse_candidate_is_not
     eventually(lambda: ticks(made)[-1].state.name == "Skipped", what="the next run does not leave it to that one")
     assert "GPU-hours, about $" in made.artifacts(waiting.id)["waits-for-a-person"].data
     assert made.aliases("micro-s")["candidate"] == champion and not made.trainers()
-    change(made, schedules=[])  # a tick would have the one place of the deployment
+    change(made, schedules=[])
+    under_way = "a run of the schedule has the one place of the deployment"
+    eventually(lambda: not [run for run in made.runs("retrain") if run.state.is_running()], RUN_SECONDS, under_way)
     with made.prefect() as client:
         client.resume_flow_run(waiting.id)
     run = made.ended(waiting.id)
