@@ -20,7 +20,7 @@ from tasks.corpus.sources import problems_digest
 from tasks.data import prepare_data
 from tasks.distill import distill
 from tasks.evaluate import evaluate
-from tasks.judge import bring_benchmarks, bring_references, judge_models, published_scores
+from tasks.judge import bring_benchmarks, bring_references, judge_models, look_for_contamination, published_scores
 from tasks.promote import Verdict, decide
 from tasks.rank import choose_shapes, compare_orders, rank_importance, reorder_teacher, rotate_teacher
 from tasks.records import Artifact, EvaluationRecord, OrderComparison, Release
@@ -79,6 +79,7 @@ def pipeline(recipe: Recipe) -> Outcome:
         references = bring_references(recipe.references, workspace)
         teacher, corpus = prepare(recipe, workspace)
         check_prompts(recipe.evaluation, problems, Path(teacher.path))
+        contamination = look_for_contamination(recipe.evaluation, problems, corpus, tokenizer=teacher)
         family = reordered = in_order(recipe, teacher, corpus, workspace)
         if recipe.shapes.by == "measured":
             family = shaped(recipe, reordered, reordered, corpus, workspace)
@@ -135,7 +136,8 @@ def pipeline(recipe: Recipe) -> Outcome:
             seed=recipe.seed,
         )
         judged = judge_models({TEACHER: teacher, **slices, **references}, problems, recipe.evaluation, recipe.dtype)
-        evaluation = replace(evaluation, scores=(*judged, *published_scores(recipe.references)))
+        scores = (*judged, *published_scores(recipe.references))
+        evaluation = replace(evaluation, scores=scores, contamination=contamination)
         release = run(
             register,
             recipe=recipe,

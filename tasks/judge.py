@@ -12,20 +12,25 @@ from pathlib import Path
 
 from elastic_core.budget import Dtype
 from elastic_core.files.directories import staged_directory
+from elastic_core.files.token_stream import TokenStream
 from elastic_core.generate import complete_together
-from elastic_core.judging import Benchmark, Endpoint, Evaluation, Reference, Sampling
+from elastic_core.judging import PROBLEM, Benchmark, Endpoint, Evaluation, Reference, Sampling
 from elastic_core.training.job import load_model
 from tasks.corpus.problems import encode_prompts
+from tasks.corpus.record import TRAIN_FILE
 from tasks.corpus.sources import fetch_data, source_identity, teacher_identity
-from tasks.judging.benchmarks import PROBLEMS_FILE, asked_from, write_problems
+from tasks.corpus.tokenizer import load_tokenizer
+from tasks.judging.benchmarks import PROBLEMS_FILE, asked_from, read_benchmark, write_problems
+from tasks.judging.contamination import found_in_stream, runs_of
 from tasks.judging.decoder import Decoder
 from tasks.judging.endpoint import Served
 from tasks.judging.judge import Engine, judge
 from tasks.judging.scores import score
-from tasks.records import Artifact, BenchmarkScore, Score
+from tasks.records import Artifact, BenchmarkScore, Contamination, Score
 from tasks.running.code import code_of
 from tasks.running.digests import artifact
 from tasks.running.gpu import device
+from tasks.running.limits import cores
 from tasks.running.patience import patiently
 from tasks.running.progress import progress_bar
 from tasks.running.steps import fingerprint, new_directory, run, step
@@ -33,6 +38,7 @@ from tasks.settings import home_directory
 from tasks.teacher import fetch_teacher
 
 SAMPLES = "samples"
+SHOWN = 5  # problems that stand in the corpus, by name
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +130,49 @@ def bring_problems(benchmark: Benchmark, identity: str, workspace: str) -> Artif
     directory = new_directory(workspace, f"problems-{benchmark.name}")
     with staged_directory(directory) as staging:
         count = write_problems(benchmark, staging, fetch_data)
-    logger.info("benchmark %s: %d problems, %d runs", benchmark.name, count, benchmark.runs)
+    logger.info("benchmark %s: %d problems", benchmark.name, count)
     return artifact(directory)
+
+
+def look_for_contamination(
+    settings: Evaluation, problems: Mapping[str, Artifact], corpus: Artifact, tokenizer: Artifact
+) -> tuple[Contamination, ...]:
+    """How much of each benchmark stands in the training corpus; all are looked for in one reading of it."""
+    if not settings.benchmarks:
+        return ()
+    asked = {
+        each.name: replace(each, path=PROBLEMS_FILE, format=each.form, prompt=PROBLEM) for each in settings.benchmarks
+    }
+    texts = {name: replace(each, runs=1, sampling=Sampling()) for name, each in asked.items()}
+    found = run(find_contamination, benchmarks=texts, problems=dict(problems), corpus=corpus, tokenizer=tokenizer)
+    for each in found:
+        if each.found:
+            said = f"{each.found} of {each.problems} problems of {each.benchmark} stand in the training data"
+            logger.warning("%s: %s", said, ", ".join(each.first) + (" ..." if each.found > len(each.first) else ""))
+    return tuple(found)  # a list, where it comes from the cache
+
+
+@step()
+def find_contamination(
+    benchmarks: dict[str, Benchmark], problems: dict[str, Artifact], corpus: Artifact, tokenizer: Artifact
+) -> tuple[Contamination, ...]:
+    """Which problems have a run of tokens in the part of the corpus that is trained on. `benchmarks` ask them bare."""
+    read = load_tokenizer(Path(tokenizer.path))
+    tokens = {
+        (name, problem.id): read(problem.prompt, add_special_tokens=False)["input_ids"]
+        for name, benchmark in benchmarks.items()
+        for problem in read_benchmark(asked_from(problems[name], benchmark))
+    }
+    with progress_bar("looking for the benchmarks' problems in the corpus") as report:
+        found = found_in_stream(tokens, TokenStream(Path(corpus.path) / TRAIN_FILE), cores(), report)
+
+    def counted(name: str) -> Contamination:
+        own = [(problem, ids) for (benchmark, problem), ids in tokens.items() if benchmark == name]
+        here = [problem for problem, _ in own if (name, problem) in found]
+        short = sum(not runs_of(ids) for _, ids in own)
+        return Contamination(benchmark=name, problems=len(own), found=len(here), short=short, first=tuple(here[:SHOWN]))
+
+    return tuple(map(counted, benchmarks))
 
 
 @step("judge {model.name} on {benchmark.name}", on_gpu=True)

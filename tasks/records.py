@@ -132,6 +132,20 @@ class BenchmarkScore:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Contamination:
+    """How many of a benchmark's `problems` stand in the training corpus, `found`, and the names of the first of them.
+
+    `short` ones have too few tokens for it to be told.
+    """
+
+    benchmark: str
+    problems: int
+    found: int
+    short: int
+    first: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationRecord:
     """The teacher, and every budget from the largest to the smallest, under the same conditions.
 
@@ -147,6 +161,7 @@ class EvaluationRecord:
     budgets: tuple[BudgetEvaluation, ...]
     teacher_active_params: int | None = None
     scores: tuple[BenchmarkScore, ...] = ()
+    contamination: tuple[Contamination, ...] = ()
 
     def measured_scores(self, model: str) -> dict[str, BenchmarkScore]:
         """A model's scores by benchmark, without those that were published."""

@@ -2,12 +2,19 @@
 
 from collections.abc import Mapping
 
+from tasks.judging.contamination import DIFFERENT, N
 from tasks.records import BenchmarkScore, EvaluationRecord
 from tasks.reporting.numbers import fixed, percent
 
 PASS_AT_1 = (
     "pass@1 in percent: the mean over problems of the share of runs that are right, ± its standard error, were other "
     "problems of the kind drawn."
+)
+
+
+CONTAMINATION = (
+    f"A problem stands in the training data where a run of {N} of its tokens does, at least {DIFFERENT} of them "
+    "different. One that is there in other words, case or white space is not found."
 )
 
 
@@ -39,6 +46,20 @@ def answers_table(evaluation: EvaluationRecord) -> list[dict[str, str]]:
         }
         for score in sorted(evaluation.scores, key=lambda score: score.benchmark)
         if score.score is not None
+    ]
+
+
+def contamination_table(evaluation: EvaluationRecord) -> list[dict[str, str]]:
+    """How much of each benchmark stands in the training data, as rows of text by column title."""
+    return [
+        {
+            "benchmark": each.benchmark,
+            "problems": f"{each.problems:,}",
+            "in the training data": f"{each.found:,}",
+            "share": percent(each.found / each.problems, 1),
+            "too short to tell": f"{each.short:,}",
+        }
+        for each in evaluation.contamination
     ]
 
 

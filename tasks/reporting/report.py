@@ -19,7 +19,14 @@ from elastic_core.recipe import Recipe
 from elastic_core.schema import to_dict
 from elastic_core.subnet import Subnet
 from tasks.records import EvaluationRecord, OrderComparison
-from tasks.reporting.benchmarks import PASS_AT_1, answers_table, benchmark_table, sources
+from tasks.reporting.benchmarks import (
+    CONTAMINATION,
+    PASS_AT_1,
+    answers_table,
+    benchmark_table,
+    contamination_table,
+    sources,
+)
 from tasks.reporting.drawing import THEME, Run
 from tasks.reporting.history import read_stages
 from tasks.reporting.numbers import fixed, human_bytes, human_count, human_seconds, percent
@@ -132,6 +139,8 @@ def _markdown(run: Run) -> str:
         parts += [f"{model}: published, {source}." for model, source in sources(run.evaluation).items()]
         if answers := answers_table(run.evaluation):
             parts.append(markdown_table(answers).rstrip())
+    if run.evaluation.contamination:
+        parts += [CONTAMINATION, markdown_table(contamination_table(run.evaluation)).rstrip()]
     if run.orders.cuts:
         parts.append(ORDERS)
         parts.append(markdown_table(order_table(run.orders)).rstrip())
@@ -222,6 +231,8 @@ def _html(run: Run, links: Mapping[str, str], plots: Sequence[tuple["Plot", Mark
         pass_at_1=PASS_AT_1,
         sources=sources(evaluation),
         answers=answers_table(evaluation),
+        contaminated=contamination_table(evaluation),
+        contamination=CONTAMINATION,
         warnings=order_warnings(run.orders),
         orders=order_table(run.orders),
         random_orders=len(run.orders.cuts[0].at_random) if run.orders.cuts else 0,
@@ -343,6 +354,11 @@ tell from noise.</p>
 <p class="note">The error of the runs is that of pass@1, were the same problems answered again. Without an answer is the
 share of completions that give none, an endless thought among them; cut off is the share that came to the limit of
 tokens. Tokens a solution are those of a completion, its thought included.</p>
+{% endif %}
+{% if contaminated %}
+<h3>Contamination</h3>
+{{ table(contaminated) }}
+<p class="note">{{ contamination }}</p>
 {% endif %}
 
 {% endif %}

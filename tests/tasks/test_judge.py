@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from elastic_core.files.checkpoint import write_weights
 from elastic_core.generate import chosen, complete_together, stop_tokens
@@ -19,6 +20,7 @@ from elastic_core.training.curriculum import generator
 from elastic_core.training.job import load_model
 from tasks import judge
 from tasks.corpus.problems import Prompt
+from tasks.corpus.record import TRAIN_FILE
 from tasks.corpus.tokenizer import load_tokenizer, train_tokenizer
 from tasks.evaluate import measure_answers
 from tasks.judging import decoder
@@ -26,7 +28,7 @@ from tasks.judging.answers import without_thought
 from tasks.judging.benchmarks import read_benchmark
 from tasks.judging.decoder import Decoder, as_asked
 from tasks.judging.samples import open_samples, requests, unseen
-from tasks.records import Artifact, BenchmarkScore, Score
+from tasks.records import Artifact, BenchmarkScore, Contamination, Score
 from tasks.running.digests import artifact
 from tasks.running.steps import MAKINGS
 from tasks.settings import HOME
@@ -223,3 +225,25 @@ def test_published_scores_are_shares_with_their_source() -> None:
     assert judge.published_scores((reference,)) == (
         BenchmarkScore(model="other", benchmark="math-500", accuracy=0.963, source="a paper, table 1"),
     )
+
+
+def test_problems_that_stand_in_the_training_data_are_counted_and_named(
+    model: Artifact, asked: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The corpus holds a text around one of the problems, which is asked in other words."""
+    monkeypatch.setattr(judge, "run", lambda step, **inputs: step.fn(**inputs))
+    long = "What is the sum of all whole numbers from 12 to 345, of which none may be left out?"
+    rows = [{"question": long, "answer": "1", "id": "sum"}, {"question": "1+1?", "answer": "2", "id": "two"}]
+    Path(str(asked.path)).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = load_tokenizer(Path(model.path))
+    ids = read(f"Here it is.\n{long} Yes.", add_special_tokens=False)["input_ids"]
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    save_file({"tokens": torch.tensor(ids * 3, dtype=torch.int32)}, corpus / TRAIN_FILE)
+    settings = Evaluation(benchmarks=(replace(asked, prompt="Answer: {problem}"),))
+    problems = {"sums": brought(asked, tmp_path)}
+    with caplog.at_level("WARNING"):
+        found = judge.look_for_contamination(settings, problems, artifact(corpus), model)
+    assert found == (Contamination(benchmark="sums", problems=2, found=1, short=1, first=("sum",)),)
+    assert "1 of 2 problems of sums stand in the training data: sum" in caplog.text
+    assert judge.look_for_contamination(Evaluation(), {}, artifact(corpus), model) == ()

@@ -24,7 +24,7 @@ from elastic_core.recipe import DataConfig, DataSource, Optimizer, Recipe, Stage
 from elastic_core.search import Candidate
 from elastic_core.subnet import Subnet, full_subnet, keep_layers
 from elastic_core.training.train import BudgetMetrics, StepMetrics
-from tasks.records import BudgetEvaluation, EvaluationRecord, OrderComparison
+from tasks.records import BudgetEvaluation, Contamination, EvaluationRecord, OrderComparison
 from tasks.reporting import drawing, history, numbers, plots, report, summary
 from tasks.reporting.benchmarks import answers_table, benchmark_table
 
@@ -359,13 +359,13 @@ def test_the_table_of_benchmarks_has_every_model_with_its_error_and_marks_what_w
     assert not benchmark_table(evaluation())
 
 
-def test_the_report_has_the_scores_the_share_without_an_answer_the_tokens_and_the_sources(tmp_path: Path) -> None:
-    page = write(tmp_path, record=evaluation(scores=SCORES))
+def test_the_report_has_scores_shares_without_an_answer_tokens_sources_and_contamination(tmp_path: Path) -> None:
+    there = Contamination(benchmark="sums", problems=400, found=3, short=1, first=("a",))
+    page = write(tmp_path, record=evaluation(scores=SCORES, contamination=(there,)))
     markdown = page.with_name("results.md").read_text()
     for text in (Elements(page).text, markdown):
-        assert all(
-            found in text for found in ("87.5 ± 2.0", "other (published)", "a paper, table <1>", "12.5 %", "4,096")
-        )
+        for found in ("87.5 ± 2.0", "other (published)", "a paper, table <1>", "12.5 %", "4,096", "0.8 %"):
+            assert found in text
     stored = json.loads(page.with_name("results.json").read_text())["evaluation"]["scores"]
     assert [(score["model"], score["accuracy"]) for score in stored] == [(s.model, s.accuracy) for s in SCORES]
 
