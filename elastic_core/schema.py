@@ -142,7 +142,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if len(inner) != len(value):
             raise _Mistyped(f"{where} has {len(value)} entries; expected {len(inner)}")
         return tuple(_convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True)))
-    if origin is dict:
+    if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise _Mistyped(f"{where} is {value!r}; expected a mapping")
         return {_convert(args[0], k, where): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
@@ -164,6 +164,8 @@ def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
 
 
 def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
+    if hint is Any:
+        return value
     if hint in (int, float) and isinstance(value, str | float | int) and not isinstance(value, bool):
         return _convert_number(hint, value, where)
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool) == isinstance(value, bool):

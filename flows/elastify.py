@@ -35,6 +35,7 @@ from tasks.running.preflight import (
 )
 from tasks.running.recipe_run import identities, link_release, tracked
 from tasks.running.steps import run
+from tasks.running.workspace import small_files
 from tasks.settings import Settings
 from tasks.slice import slice_budget
 from tasks.teacher import fetch_teacher, license_of, pretrain_teacher, train_tokenizer
@@ -78,7 +79,7 @@ def pipeline(recipe: Recipe) -> Outcome:
         problems = bring_benchmarks(recipe.evaluation, workspace)
         references = bring_references(recipe.references, workspace)
         teacher, corpus = prepare(recipe, workspace)
-        check_prompts(recipe.evaluation, problems, Path(teacher.path))
+        check_prompts(recipe.evaluation, problems, small_files(teacher))
         contamination = look_for_contamination(recipe.evaluation, problems, corpus, tokenizer=teacher)
         family = reordered = in_order(recipe, teacher, corpus, workspace)
         if recipe.shapes.by == "measured":
@@ -230,15 +231,16 @@ def prepare(recipe: Recipe, workspace: str) -> tuple[Artifact, Artifact]:
         path = recipe.teacher.path
         assert path is not None and identity is not None, "config.Teacher has one of path and pretrain"
         teacher = run(fetch_teacher, path=path, identity=identity, workspace=workspace)
-        check_model(recipe, read_config(Path(teacher.path)))
-        check_ends(Path(teacher.path))
-        check_problems(recipe.evaluation, Path(teacher.path))
+        described = small_files(teacher)
+        check_model(recipe, read_config(described))
+        check_ends(described)
+        check_problems(recipe.evaluation, described)
         corpus = run(prepare_data, config=data, identity=sources, tokenizer=teacher, workspace=workspace)
         check_corpus(recipe, corpus)
         return teacher, corpus
     check_model(recipe, pretraining.model)
     tokenizer = run(train_tokenizer, pretraining=pretraining, corpus=data, identity=sources, workspace=workspace)
-    check_problems(recipe.evaluation, Path(tokenizer.path))
+    check_problems(recipe.evaluation, small_files(tokenizer))
     corpus = run(prepare_data, config=data, identity=sources, tokenizer=tokenizer, workspace=workspace)
     check_corpus(recipe, corpus)
     teacher = run(
@@ -260,7 +262,7 @@ def lineage(recipe: Recipe, teacher: Artifact, corpus: Artifact) -> dict[str, st
         "teacher": recipe.teacher.path or "pretrained by the recipe",
         "teacher_sha256": teacher.digest,
         "corpus_sha256": corpus.digest,
-        "heldout_sha256": read_record(Path(corpus.path)).heldout.sha256,
+        "heldout_sha256": read_record(small_files(corpus)).heldout.sha256,
         "seed": str(recipe.seed),
-        **license_of(Path(teacher.path)),
+        **license_of(small_files(teacher)),
     }

@@ -7,7 +7,6 @@ so that only the training differs. Every lap is a cached step: a race that was k
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from prefect import flow
 
@@ -20,6 +19,7 @@ from tasks.records import Artifact
 from tasks.reporting.race import Entry
 from tasks.running.steps import run
 from tasks.running.usage import noting
+from tasks.running.workspace import small_files
 from tasks.settings import home_directory
 
 # The shares of the elastic run's tokens that each size gets alone, after an exploration, and from scratch.
@@ -64,7 +64,7 @@ class Course:
 
     def explore(self, only: str) -> tuple[int, Subnet]:
         """The best of a size's candidates after a brief distillation of each, and the tokens that this took."""
-        measured = read_shapes(Path(self.family.path))
+        measured = read_shapes(small_files(self.family))
         if measured is None:
             raise ValueError("the race needs shapes that were measured; leave shapes.by at measured")
         subnets = [candidate.subnet for candidate in measured.budgets[only][:CANDIDATES]]

@@ -12,12 +12,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from elastic_core.budget import parse_bytes
+
 TRACKING_URI = "MLFLOW_TRACKING_URI"
 REGISTRY_URI = "MLFLOW_REGISTRY_URI"
 ENDPOINT_S3 = "AWS_ENDPOINT_URL_S3"
 ENDPOINT = "AWS_ENDPOINT_URL"
 BUCKET = "ELASTIC_BUCKET"
 HOME = "ELASTIC_HOME"
+WORKSPACE = "ELASTIC_WORKSPACE"
+CACHE_SIZE = "ELASTIC_CACHE_SIZE"
 ENCRYPTION = "ELASTIC_S3_SSE"
 KMS_KEY = "ELASTIC_S3_SSE_KMS_KEY_ID"
 SIGNING_KEY = "ELASTIC_SIGNING_KEY_FILE"
@@ -27,10 +31,13 @@ PREFECT_API = "PREFECT_API_URL"
 EMBEDDED = "_ELASTIC_EMBEDDED"
 
 LEAST_ROOM = 1 << 20  # bytes; with less nothing of ours can work
+DEFAULT_CACHE_SIZE = "200GB"
 TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
 ENCRYPTIONS = ("none", "AES256", "aws:kms", "aws:kms:dsse")
 
 _BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_WORKSPACE_URI = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](?:/[A-Za-z0-9_=-][A-Za-z0-9._=-]*)+")
+_TAKEN = ("families", "mlflow")  # the first names of keys that are something else
 _USERINFO = re.compile(r"(?<=://)[^\s/?#]*@")
 # SQLAlchemy accepts an unescaped "/" in a password; "host:5000/" is a port, not one.
 _USERINFO_WITH_SLASH = re.compile(r"(?<=://)[^\s/@:?#]*:(?!\d+(?:/|$))[^\s@]*@")
@@ -159,6 +166,9 @@ class Settings:
 
     Manifests are signed with the private key in the file `signing_key`, and believed only if signed by the key whose
     public half is in `verification_key`; either may be missing.
+
+    `workspace` is the s3:// prefix through which hosts share what steps made, None where that stays in `home`; what is
+    brought here from there takes at most `cache_bytes`.
     """
 
     tracking_uri: str
@@ -170,6 +180,8 @@ class Settings:
     signing_key: Path | None = None
     verification_key: Path | None = None
     registry_uri: str | None = None
+    workspace: str | None = None
+    cache_bytes: int = parse_bytes(DEFAULT_CACHE_SIZE, CACHE_SIZE)
 
     def __post_init__(self) -> None:
         for name, uri in ((TRACKING_URI, self.tracking_uri), (REGISTRY_URI, self.registry)):
@@ -185,6 +197,8 @@ class Settings:
             raise ValueError(f"{ENCRYPTION}={self.encryption!r} is unknown; use one of {', '.join(ENCRYPTIONS)}")
         if self.kms_key_id and not self.encryption.startswith("aws:kms"):
             raise ValueError(f"{KMS_KEY} is set but {ENCRYPTION} is {self.encryption!r}; set {ENCRYPTION}=aws:kms")
+        if self.workspace is not None:
+            _check_workspace(self.workspace)
 
     @property
     def registry(self) -> str:
@@ -197,7 +211,8 @@ class Settings:
             f"Settings(tracking_uri={redact(self.tracking_uri)!r}, bucket={self.bucket!r}, endpoint_url={endpoint!r}, "
             f"home={str(self.home)!r}, encryption={self.encryption!r}, kms_key_id={self.kms_key_id!r}, "
             f"signing_key={self.signing_key}, verification_key={self.verification_key}, "
-            f"registry_uri={redact(self.registry_uri) if self.registry_uri else None!r})"
+            f"registry_uri={redact(self.registry_uri) if self.registry_uri else None!r}, workspace={self.workspace!r}, "
+            f"cache_bytes={self.cache_bytes})"
         )
 
     @classmethod
@@ -219,6 +234,8 @@ class Settings:
             signing_key=_file(environ, SIGNING_KEY),
             verification_key=_file(environ, VERIFICATION_KEY),
             registry_uri=environ.get(REGISTRY_URI) or None,
+            workspace=environ.get(WORKSPACE) or None,
+            cache_bytes=parse_bytes(environ.get(CACHE_SIZE) or DEFAULT_CACHE_SIZE, CACHE_SIZE),
         )
 
 
@@ -265,6 +282,16 @@ def _check_mlflow(name: str, uri: str) -> None:
         )
     if scheme.partition("+")[0] not in TRACKING_SCHEMES or "://" not in uri:
         raise ValueError(f"{name}={shown!r} is not a server or database URI; use http://..., or sqlite:///...")
+
+
+def _check_workspace(uri: str) -> None:
+    """ValueError unless a workspace may lie at this URI."""
+    if not _WORKSPACE_URI.fullmatch(uri):
+        raise ValueError(
+            f"{WORKSPACE}={redact(uri)!r:.200} is not s3://bucket/prefix; unset, the workspace is below {HOME}"
+        )
+    if (first := uri.split("/")[3]) in _TAKEN:
+        raise ValueError(f"{WORKSPACE}={uri!r}: {first}/ holds something else in every bucket; choose another prefix")
 
 
 def _file(environ: Mapping[str, str], name: str) -> Path | None:

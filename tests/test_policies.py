@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,6 +14,10 @@ from botocore.client import BaseClient
 from objects import PART, make, noise, publish_one, uri_of
 
 from tasks.artifacts import REGISTRY, Store, check_bucket, fetch, find_garbage, publish, read_manifest, remove_garbage
+from tasks.artifacts.blobs import Blobs
+from tasks.artifacts.documents import abort_unfinished, documents, read_document, remove_objects, write_document
+from tasks.artifacts.leases import Lease, check_workspace
+from tasks.artifacts.staging import sha256_of
 from tasks.settings import Settings
 from tasks.tracking import log_files, open_run
 
@@ -113,6 +118,27 @@ def test_a_reader_may_do_what_pulling_does(
         read_manifest(store, uri_of(store))
         fetch(store, uri_of(store), "s", tmp_path / "out")
     assert_least("reader", needed)
+
+
+def test_a_worker_may_do_what_sharing_a_workspace_does(
+    store: Store, settings: Settings, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = replace(settings, workspace=f"s3://{settings.bucket}/workspace")
+    files = {path.name: sha256_of(path) for path in source.iterdir()}
+    blobs, lease = Blobs(store=store, root="workspace/blobs/"), Lease(store, "workspace/leases/step", host="one")
+    begin_upload(store, f"workspace/blobs/{files['model.safetensors']}")
+    with recorded(monkeypatch) as needed:
+        check_workspace(shared)
+        lease.claim()
+        blobs.put(source, files)
+        blobs.fetch(files, tmp_path / "out")
+        write_document(store, "workspace/results/step.json", b"{}")
+        read_document(store, "workspace/results/step.json")
+        abort_unfinished(store, "workspace/", datetime.now(UTC))
+        with lease.kept():
+            pass
+        remove_objects(store, documents(store, "workspace/"))
+    assert_least("workspace", needed)
 
 
 def test_a_collector_may_do_what_collecting_garbage_does(

@@ -22,6 +22,7 @@ from elastic_core.recipe import DataSource, Evaluation, Recipe
 from flows.commands.plan import place_of_runs
 from flows.serving.services import embedded_services
 from tasks.artifacts import check_bucket, check_keys
+from tasks.artifacts.leases import check_workspace
 from tasks.corpus.ends import end_warnings
 from tasks.corpus.sample import sample
 from tasks.corpus.sources import fetch_data
@@ -115,7 +116,14 @@ def look_at_services(findings: Findings) -> None:
     findings.look("Prefect", prefect)
     for uri in sorted({settings.tracking_uri, settings.registry}):
         findings.look("MLflow" if uri == settings.tracking_uri else "registry", partial(mlflow, uri))
+
+    def workspace() -> tuple[str, None]:
+        check_workspace(settings)
+        return f"{settings.workspace} lets one host at a time do a step", None
+
     findings.look("bucket", bucket)
+    if settings.workspace is not None:
+        findings.look("workspace", workspace)
     if settings.signing_key or settings.verification_key:
         findings.look("keys", keys)
 

@@ -12,8 +12,11 @@ from rich.table import Table
 
 from elastic_core.budget import bytes_text
 from tasks import artifacts, tracking
-from tasks.artifacts.staging import left_overs, remove_left_over
-from tasks.running import usage
+from tasks.artifacts.documents import abort_unfinished, remove_objects, unfinished
+from tasks.artifacts.staging import left_overs, remove_left_over, size_of
+from tasks.running import cache, usage
+from tasks.running.stale import Stale, stale
+from tasks.running.workspace import shared_workspace
 from tasks.settings import Settings
 
 
@@ -49,10 +52,12 @@ def collect(
             *_in_bucket(store, settings, before),
             *(
                 _left_over(path, before)
-                for directory in (settings.home, settings.home / "workspace")
+                for directory in (settings.home, settings.home / "workspace", settings.home / cache.CACHE)
                 for path in left_overs(directory, before)
             ),
             *_in_workspace(settings, before, max_bytes),
+            *_in_cache(before),
+            *_in_shared_workspace(settings, before),
         ]
         if not delete:
             _print(found, [f"kept: {one.kept}" if one.kept else "found" for one in found])
@@ -110,16 +115,64 @@ def _in_workspace(settings: Settings, before: datetime, max_bytes: int | None) -
             kind="superseded",
             what=str(path),
             files=sum(1 for file in (path, *path.rglob("*")) if file.is_file()),
-            size=usage.size_of(path),
+            size=size_of(path),
             remove=partial(remove_entry, path),
         )
         for path in found.entries
     ]
     records = (*found.results, *found.lists)
     if records:
-        size = sum(map(usage.size_of, records))
+        size = sum(map(size_of, records))
         what = f"results and lists of runs in {settings.home}"
         rows.append(Found(kind="superseded", what=what, files=len(records), size=size, remove=remove_records))
+    return rows
+
+
+def _in_cache(before: datetime) -> list[Found]:
+    """What other hosts made and was brought here."""
+    return [
+        Found(
+            kind="superseded",
+            what=str(path),
+            files=sum(1 for file in path.rglob("*") if file.is_file()),
+            size=size_of(path),
+            remove=partial(cache.remove, path),
+        )
+        for path in cache.unused(before.timestamp())
+    ]
+
+
+def _in_shared_workspace(settings: Settings, before: datetime) -> list[Found]:
+    """What no run of any host needs of the workspace that they share."""
+    if (shared := shared_workspace()) is None:
+        return []
+
+    def find() -> dict[str, Stale]:
+        there = stale(settings.home, shared, tracking.aliased(settings.registry), before)
+        return {one.what: one for one in there}
+
+    def remove(found: Stale) -> bool:
+        now = find().get(found.what)
+        going = set(found.keys) & set(now.keys if now is not None else ())
+        remove_objects(shared.store, going)
+        return bool(going)
+
+    def free() -> bool:
+        abort_unfinished(shared.store, shared.root, before)
+        return True
+
+    rows = [
+        Found(
+            kind="superseded",
+            what=f"{settings.workspace}: {one.what}",
+            files=len(one.keys),
+            size=one.size,
+            remove=partial(remove, one),
+        )
+        for one in find().values()
+    ]
+    if uploads := [*unfinished(shared.store, shared.root, before)]:
+        rows.append(Found(kind="upload", what=str(settings.workspace), files=len(uploads), size=0, remove=free))
     return rows
 
 

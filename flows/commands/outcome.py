@@ -1,5 +1,7 @@
 """What a run leaves in the terminal: the budget table, the registry names, and where to look."""
 
+from pathlib import Path
+
 from flows.commands.terminal import text_table, wide_console
 from tasks.promote import Verdict
 from tasks.records import EvaluationRecord, OrderComparison, Release
@@ -18,7 +20,8 @@ def print_outcome(evaluation: EvaluationRecord, orders: OrderComparison, release
     console.print("registered  " + ", ".join(release.models.values()), highlight=False)
     console.print(f"promotion   {verdict.reason}", highlight=False)
     console.print(f"objects     {release.uri}", highlight=False, soft_wrap=True)
-    console.print(f"report      {release.report}", highlight=False, soft_wrap=True)
+    report = release.report if Path(release.report).exists() else f"in MLflow, run {release.run_id}, report/index.html"
+    console.print(f"report      {report}", highlight=False, soft_wrap=True)
     smallest = list(release.models.values())[-1]
     name = smallest.split(":")[0]
     pulled = name if verdict.promoted else smallest  # the name alone means its champion

@@ -19,7 +19,7 @@ from tasks.settings import home_directory
 
 @flow(name="gpu-step", on_failure=[explain_failure])
 def gpu_step(step: str, inputs: dict[str, Any], device: str, runs: dict[str, str], show_on: UUID | None = None) -> None:
-    """Not to be run by hand: a step that the pipeline sends here; its result goes to the cache that both share.
+    """Not to be run by hand: a step that the pipeline sends here; its result goes to what both share.
 
     Args:
         step: The name of the step.
@@ -34,6 +34,8 @@ def gpu_step(step: str, inputs: dict[str, Any], device: str, runs: dict[str, str
     task = ON_GPU[step]
     hints = typing.get_type_hints(task.fn)
     given = {name: build(hints[name], value, f"{step}.{name}") for name, value in inputs.items()}
+    if "workspace" in given:  # of the host that asks
+        given["workspace"] = str(home_directory() / "workspace")
     if not device.startswith(WORKERS_OF) and device != this_device():
         raise ValueError(f"{step}: the run asks for {device}, this worker has {this_device()}; start `elastic up` anew")
     device_of_run.set(device)

@@ -27,7 +27,7 @@ from botocore.exceptions import ConnectionError as BotoConnectionError
 
 from elastic_core.schema import checked_name
 from tasks.artifacts.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES
-from tasks.settings import BUCKET, ENDPOINT, ENDPOINT_S3, ServiceError, Settings, redact, remedy
+from tasks.settings import BUCKET, ENDPOINT, ENDPOINT_S3, WORKSPACE, ServiceError, Settings, redact, remedy
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -299,7 +299,9 @@ def _explain_answer(error: ClientError, where: str) -> ServiceError:
             + remedy("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", otherwise=keys)
         )
     if code == "NoSuchBucket" or (status == 404 and error.operation_name == "HeadBucket"):
-        return ServiceError(f"{where}: the bucket does not exist; create it, or set {BUCKET} to one that does")
+        return ServiceError(
+            f"{where}: the bucket does not exist; create it, or name one that does in {BUCKET} or {WORKSPACE}"
+        )
     if status == 403:
         return ServiceError(f"{where}: {said}; this key may not do that: ask for the permission, or use another key")
     if status == 404 and error.operation_name in ("HeadObject", "GetObject"):

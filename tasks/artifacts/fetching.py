@@ -44,6 +44,14 @@ def read_manifest(store: Store, uri: str) -> Manifest:
     return manifest
 
 
+class Corrupt(ServiceError):
+    """What the object at `uri` holds is not what was recorded of it."""
+
+    def __init__(self, message: str, uri: str) -> None:
+        super().__init__(message)
+        self.uri = uri
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Wanted:
     """An object to fetch and what is known of it: its digest (from a manifest) or its ETag (from a listing)."""
@@ -180,6 +188,27 @@ def get_file(store: Store, uri: str, path: Path, *, progress: Progress | None = 
     return FileRecord(path=path.name, size=record.size, sha256=record.sha256)
 
 
+def fetch_recorded(
+    store: Store, objects: Mapping[str, tuple[str, str]], directory: Path, *, progress: Progress | None = None
+) -> None:
+    """Bring objects to a directory, which appears when it is whole, in the place of what was there.
+
+    `objects` has, by path in the directory, the key of each object and the SHA-256 on record. An interrupted fetch is
+    continued by the next. Raises Corrupt for other bytes, and a ServiceError for an object that is not there.
+    """
+    wanted = []
+    for path, (key, sha256) in sorted(objects.items()):
+        uri = f"s3://{store.bucket}/{key}"
+        with explained(uri):
+            found = head(store, key)
+        if found is None:
+            raise ServiceError(f"{uri} does not exist")
+        size = found["ContentLength"]
+        wanted.append(_Wanted(bucket=store.bucket, key=key, path=path, size=size, sha256=sha256))
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    _download(store, wanted, directory, progress)
+
+
 def _download(
     store: Store, wanted: Sequence[_Wanted], directory: Path, progress: Progress | None
 ) -> tuple[FileRecord, ...]:
@@ -217,7 +246,7 @@ def _download_file(store: Store, item: _Wanted, work: Path, meter: Meter, stop: 
             digest, _ = _complete(store, item, path, meter, stop)
     if item.sha256 not in (None, digest):
         path.unlink()
-        raise ServiceError(f"{item.uri} is corrupt: its SHA-256 is {digest}, the manifest says {item.sha256}")
+        raise Corrupt(f"{item.uri} is corrupt: its SHA-256 is {digest}, and {item.sha256} on record", item.uri)
     return FileRecord(path=item.path, size=item.size, sha256=digest)
 
 

@@ -29,10 +29,9 @@ from tasks.artifacts.connection import (
     status_of,
     uploads_below,
 )
+from tasks.artifacts.documents import remove_objects
 from tasks.artifacts.manifest import MANIFEST_NAME, REGISTRY, TOMBSTONE, parse_manifest
 from tasks.settings import ServiceError
-
-MAX_DELETED = 1000  # S3's own limit for one call
 
 Kind = Literal["version", "begun", "foreign", "upload", "probe"]
 
@@ -191,10 +190,6 @@ def _remove_version(
         return False
     for upload in uploads:
         abort_upload(store, upload)
-    for start in range(0, len(objects), MAX_DELETED):
-        keys = [{"Key": entry["Key"]} for entry in objects[start : start + MAX_DELETED]]
-        answer = store.client.delete_objects(Bucket=store.bucket, Delete={"Objects": keys, "Quiet": True})
-        for refused in answer.get("Errors", ()):
-            raise ServiceError(f"s3://{store.bucket}/{refused['Key']}: S3 answers {refused['Code']} to DeleteObjects")
+    remove_objects(store, [entry["Key"] for entry in objects])
     store.client.delete_object(**manifest)
     return True

@@ -4,7 +4,7 @@ import hashlib
 import os
 import stat
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -175,10 +175,15 @@ def upload_directory(
 
 def put_file(store: Store, path: Path, uri: str, *, progress: Progress | None = None) -> FileRecord:
     """Upload one file to a key that is free or already holds the same bytes."""
+    return put_recorded(store, path, uri, None, Meter(progress, path.stat().st_size))
+
+
+def put_recorded(store: Store, path: Path, uri: str, sha256: str | None, meter: Meter) -> FileRecord:
+    """`put_file`, for a file whose SHA-256 is on record: other bytes are NotAsRecorded, and never become an object."""
     bucket, key = parse_uri(uri)
-    store = replace(store, bucket=bucket)
     with explained(uri):
-        return _upload_file(store, path, key, path.name, Meter(progress, path.stat().st_size), {})
+        recorded = {} if sha256 is None else {path.name: sha256}
+        return _upload_file(replace(store, bucket=bucket), path, key, path.name, meter, recorded)
 
 
 def published_versions(store: Store, family: str) -> tuple[str, ...]:
@@ -267,14 +272,13 @@ def _upload_file(
             raise ValueError(f"{path} has {size} bytes; S3 takes {MAX_OBJECT_BYTES} at most")
         stored = head(store, key)
         if stored is None:
-            sent = _send(store, file, key, size, meter)
+
+            def check(sha256: str) -> None:
+                _as_recorded(FileRecord(path=relative, size=size, sha256=sha256), path, expected)
+
+            sent = _send(store, file, key, size, meter, check)
             if sent is not None:
-                record = _unchanged(FileRecord(path=relative, size=size, sha256=sent), file, path)
-                try:
-                    return _as_recorded(record, path, expected)
-                except NotAsRecorded:
-                    store.client.delete_object(Bucket=store.bucket, Key=key)  # of a version that no manifest names yet
-                    raise
+                return _unchanged(FileRecord(path=relative, size=size, sha256=sent), file, path)
             stored = head(store, key) or {}
             file.seek(0)
         digest, checksum = _digests(file, _part_bytes(store, size))
@@ -295,14 +299,21 @@ def _unchanged(record: FileRecord, file: BinaryIO, path: Path) -> FileRecord:
     return record
 
 
-def _send(store: Store, file: BinaryIO, key: str, size: int, meter: Meter) -> str | None:
-    """Send a file, reading it once; returns its SHA-256, or None where the key turned out to be taken."""
+Check = Callable[[str], None]  # raises where it is not this SHA-256 that is wanted
+
+
+def _send(store: Store, file: BinaryIO, key: str, size: int, meter: Meter, check: Check) -> str | None:
+    """Send a file, reading it once; returns its SHA-256, or None where the key turned out to be taken.
+
+    What `check` refuses never becomes an object.
+    """
     part_bytes = _part_bytes(store, size)
     try:
         if size > part_bytes:
-            return _send_parts(store, file, key, part_bytes, meter)
+            return _send_parts(store, file, key, part_bytes, meter, check)
         body = file.read(size)
         digest = hashlib.sha256(body)
+        check(digest.hexdigest())
         store.client.put_object(
             Bucket=store.bucket,
             Key=key,
@@ -320,7 +331,7 @@ def _send(store: Store, file: BinaryIO, key: str, size: int, meter: Meter) -> st
         raise
 
 
-def _send_parts(store: Store, file: BinaryIO, key: str, part_bytes: int, meter: Meter) -> str:
+def _send_parts(store: Store, file: BinaryIO, key: str, part_bytes: int, meter: Meter, check: Check) -> str:
     """Multipart upload with at most `workers` parts in memory, each checked by the server against its own SHA-256."""
     client, whole = store.client, hashlib.sha256()
     target = {"Bucket": store.bucket, "Key": key}
@@ -344,6 +355,7 @@ def _send_parts(store: Store, file: BinaryIO, key: str, part_bytes: int, meter: 
                 flying.append(pool.submit(send, number, body))
                 whole.update(body)
             parts.extend(future.result() for future in flying)
+        check(whole.hexdigest())
         client.complete_multipart_upload(**target, MultipartUpload={"Parts": parts}, IfNoneMatch="*")
     except BaseException:
         with suppress(ClientError, BotoCoreError):

@@ -80,6 +80,12 @@ def last_written(directory: Path) -> float:
     return newest
 
 
+def size_of(path: Path) -> int:
+    """The bytes of a file, or of all below a directory."""
+    files = path.rglob("*") if path.is_dir() else (path,)
+    return sum(file.lstat().st_size for file in files if not file.is_dir())
+
+
 def remove_left_over(directory: Path) -> None:
     """Remove an unfinished directory, and the file that was its lock."""
     shutil.rmtree(directory)

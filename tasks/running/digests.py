@@ -20,7 +20,7 @@ from typing import Any
 
 from tasks.artifacts.manifest import directory_digest
 from tasks.records import Artifact, StageRecord
-from tasks.settings import ServiceError, home_directory
+from tasks.settings import home_directory
 
 # A file that was written so shortly before it was hashed may be written again with no change of its times.
 SETTLED_NS = 2 * 10**9
@@ -72,13 +72,6 @@ def _difference(path: Path, found: str, recorded: str) -> str:
     return "" if found == recorded else f"{path} is damaged: its SHA-256 is {found[:12]}, and {recorded[:12]} on record"
 
 
-def check_inputs(inputs: Any) -> None:
-    """Compare every artifact among a step's inputs with its record; a ServiceError names the file that differs."""
-    for record in recorded(inputs):
-        if spoiled := damage(record):
-            raise ServiceError(f"{spoiled}; {remedy(record)}")
-
-
 def recorded(value: Any) -> Iterator[Artifact | StageRecord]:
     """The artifacts in a value: those of its fields, entries and items."""
     if isinstance(value, Artifact | StageRecord):
@@ -97,7 +90,14 @@ def can_be_made(record: Artifact | StageRecord) -> bool:
     """Whether a step can make it again where it is damaged: not the user's directory, nor a whole stage's metrics."""
     if isinstance(record, StageRecord):
         return bool(damage(record.family))
-    return not Path(record.path).is_dir() or Path(record.path).is_relative_to(home_directory() / "workspace")
+    return not is_of_the_user(record)
+
+
+def is_of_the_user(record: Artifact | StageRecord) -> bool:
+    """Whether an artifact is a directory that no step made, such as a teacher of the user's own."""
+    if isinstance(record, StageRecord) or not (directory := Path(record.path)).is_dir():
+        return False
+    return not any(directory.is_relative_to(home_directory() / name) for name in ("workspace", "cache"))
 
 
 def remedy(record: Artifact | StageRecord) -> str:

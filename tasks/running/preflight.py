@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from elastic_core.planning.plan import check_budgets
 from elastic_core.planning.profile import recipe_table
 from elastic_core.recipe import Evaluation, Recipe
 from tasks.artifacts import check_bucket, get_file, list_objects, open_store
+from tasks.artifacts.leases import check_workspace
 from tasks.corpus.ends import end_warnings
 from tasks.corpus.hub import bring_model, commit_of, parse_model
 from tasks.corpus.mixing import check_portions
@@ -26,6 +28,7 @@ from tasks.judging.decoder import encoded
 from tasks.judging.judge import require_scorer
 from tasks.records import Artifact
 from tasks.running.gpu import asked_deployment
+from tasks.running.workspace import small_files
 from tasks.settings import PREFECT_API, ServiceError, Settings, redact, remedy
 from tasks.tracking import CHECK_SECONDS, check_server
 
@@ -44,12 +47,14 @@ GEOMETRY = (
 
 
 def check_services() -> None:
-    """ServiceError, one line, unless Prefect and MLflow answer and the bucket takes what we write."""
+    """ServiceError, one line, unless Prefect and MLflow answer, and bucket and workspace take what we write."""
     settings = Settings.from_environment()
     check_prefect(prefect_url())
     for uri in sorted({settings.tracking_uri, settings.registry}):
         check_server(uri)
     check_bucket(settings)
+    if settings.workspace is not None:
+        check_workspace(settings)
 
 
 def prefect_url() -> str | None:
@@ -126,7 +131,8 @@ def check_prompts(evaluation: Evaluation, problems: Mapping[str, Artifact], toke
     """ValueError where our own decoder is to answer a problem that the model's chat template refuses or loses."""
     if evaluation.endpoint is None:
         for benchmark in evaluation.benchmarks:
-            asked = asked_from(problems[benchmark.name], benchmark)
+            brought = problems[benchmark.name]
+            asked = asked_from(replace(brought, path=str(small_files(brought))), benchmark)
             encoded(tokenizer, read_benchmark(asked), benchmark.sampling)
 
 
@@ -138,7 +144,7 @@ def check_ends(tokenizer: Path) -> None:
 
 def check_corpus(recipe: Recipe, corpus: Artifact) -> None:
     """ValueError unless everything that cuts sequences from the corpus gets at least one."""
-    record = read_record(Path(corpus.path))
+    record = read_record(small_files(corpus))
     stages = [*recipe.stages, *([recipe.teacher.pretrain.stage()] if recipe.teacher.pretrain else [])]
     wanted = [(f"stage {stage.name}", record.train, stage.sequence_length) for stage in stages]
     wanted.append(("importance", record.train, recipe.importance.sequence_length))

@@ -30,10 +30,11 @@ from elastic_core.files.locks import held
 from elastic_core.schema import UNKEYED_FIELD
 from tasks.records import Artifact, Release, StageRecord
 from tasks.running import code, usage
-from tasks.running.digests import can_be_made, check_inputs, damage, recorded, remedy, set_aside
+from tasks.running.digests import can_be_made, damage, recorded, remedy, set_aside
 from tasks.running.gpu import asked_deployment, device, device_to_oneself, give_back_memory, run_on_workers
 from tasks.running.patience import DELAYS, JITTER, RETRIES, patiently, say_waiting
-from tasks.settings import ServiceError, home_directory, is_transient
+from tasks.running.workspace import at_hand, claimed, is_stored, store_result, stored_result
+from tasks.settings import WORKSPACE, ServiceError, home_directory, is_transient
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def step(
     """Make a function a step: persisted, cached by content, retried after transient faults.
 
     Its runs are called by the `title`, with inputs in it ("distil {stage.name}"), or else by the function's name. Its
-    inputs are compared with their records before it runs. A step `on_gpu` has the machine's devices to itself, here
+    inputs are here and as they were recorded before it runs. A step `on_gpu` has the machine's devices to itself, here
     or on the workers that the environment names. One that is not `cached` depends on what the registry holds, and is
     done each time.
     """
@@ -99,16 +100,15 @@ def step(
 
         @functools.wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-            inputs = signature.bind(*args, **kwargs).arguments
-            check_inputs(inputs)
-            code.check_unchanged(function)
-            token = _own_key.set(making(inputs).key)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                _own_key.reset(token)
-                if on_gpu:
-                    give_back_memory()
+            with at_hand(signature.bind(*args, **kwargs).arguments) as inputs:
+                code.check_unchanged(function)
+                token = _own_key.set(making(inputs).key)
+                try:
+                    return function(**inputs)  # type: ignore[call-arg]
+                finally:
+                    _own_key.reset(token)
+                    if on_gpu:
+                        give_back_memory()
 
         made = Task(
             checked,
@@ -146,12 +146,15 @@ def run(step: Task[P, R], *inputs: P.args, **named: P.kwargs) -> R:
             if known is None:  # another may have made it meanwhile
                 known = _known(step, named, mends=not done_elsewhere)
             task = step.with_options(refresh_cache=known is None, task_run_name=lambda: title)
-            if _own_key.get(""):  # inside a step, which is itself tried again, and finds here what was done
+            if own_key():  # inside a step, which is itself tried again, and finds here what was done
                 task = task.with_options(retries=0)
             state = task(*inputs, **named, return_state=True)
             record = state.result()
             if step.persist_result and known is None:
                 _note(MAKINGS[step.name](named), record)
+            if step.persist_result:
+                made = known is None and not done_elsewhere
+                store_result(step.name, MAKINGS[step.name](named).key, record, made=made)
         if step.persist_result:
             usage.note(MAKINGS[step.name](named).key, record)
     except Exception as error:
@@ -180,7 +183,7 @@ def _turn(step: Task[Any, Any], inputs: Mapping[str, Any]) -> Iterator[bool]:
         if _known(step, inputs) is None:
             raise ServiceError(
                 f"{step.name} was done by {deployment}, but its result is not seen here; give its workers the same "
-                "ELASTIC_HOME and PREFECT_LOCAL_STORAGE_PATH, on a file system that both see"
+                f"{WORKSPACE}, or the same ELASTIC_HOME and PREFECT_LOCAL_STORAGE_PATH on a file system that both see"
             )
         yield True
     else:
@@ -188,6 +191,7 @@ def _turn(step: Task[Any, Any], inputs: Mapping[str, Any]) -> Iterator[bool]:
         lock = home / "locks" / f"{step.name}-{making.key[:16]}"
         with ExitStack() as stack:
             stack.enter_context(held(lock, waits=f"waiting for {step.name}, which another run is making"))
+            stack.enter_context(claimed(step.name, making.key, lambda: _known(step, inputs) is not None))
             if step.name in ON_GPU and _known(step, inputs) is None:
                 stack.enter_context(device_to_oneself(home))
             yield False
@@ -203,14 +207,18 @@ def _known(step: Task[Any, Any], inputs: Mapping[str, Any], *, say: bool = False
         return None
     making = MAKINGS[step.name](inputs)
     store: ResultStore = get_result_store().update_for_task(step, _sync=True)  # type: ignore[call-arg, assignment]
-    if not store.exists(making.key):  # nor does a torn one
-        if say and _noted(making):
-            logger.warning("%s: its record in the cache, %s, is gone or torn; it is made again", step.name, making.key)
-        return None
-    record = _read(store, making, step)
-    if record is None and say:
-        logger.warning("%s: its record in the cache, %s, is damaged; it is made again", step.name, making.key)
-    return record if _is_whole(record, step, say, mends) else None
+    record = _read(store, making, step) if (there := store.exists(making.key)) else None  # a torn one does not exist
+    if record is not None and _is_whole(record, step, say, mends):
+        return record
+    stored = stored_result(step.name, making.key, typing.get_type_hints(step.fn).get("return"))
+    if stored is not None and _is_whole(stored, step, say, mends):
+        store.write(stored, key=making.key)
+        _note(making, stored)
+        return stored
+    if record is None and say and (there or _noted(making)):
+        how = "damaged" if there else "gone or torn"
+        logger.warning("%s: its record in the cache, %s, is %s; it is made again", step.name, making.key, how)
+    return None
 
 
 def _is_whole(record: Any, step: Task[Any, Any], say: bool, mends: bool) -> bool:
@@ -218,7 +226,7 @@ def _is_whole(record: Any, step: Task[Any, Any], say: bool, mends: bool) -> bool
     if isinstance(record, Release):
         return patiently(f"looking for {record.family} {record.version} in the registry", record.exists)
     for made in recorded(record):
-        if spoiled := damage(made):
+        if (spoiled := damage(made)) and not is_stored(made):
             if not can_be_made(made):
                 raise ServiceError(f"{spoiled}; {remedy(made)}")
             if say:
@@ -313,6 +321,11 @@ def _content(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value
+
+
+def own_key() -> str:
+    """The key of the step that runs; "" outside of steps."""
+    return _own_key.get("")
 
 
 def work_directory(workspace: str, name: str) -> Path:

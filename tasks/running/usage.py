@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from elastic_core.files.locks import held, is_held
-from tasks.artifacts.staging import last_written
+from tasks.artifacts.staging import last_written, size_of
 from tasks.records import Release, StageRecord
 from tasks.running.digests import recorded
+from tasks.running.workspace import store_list
 
 RUNS, WORKSPACE = "runs", "workspace"
 RESULTS = Path("prefect", "storage")  # where Prefect keeps results, unless told otherwise
@@ -65,6 +66,7 @@ def _add(line: dict[str, Any]) -> None:
     assert file is not None
     with file.open("a") as opened:
         opened.write(json.dumps(line) + "\n")
+    store_list(file)
 
 
 def _lock(file: Path) -> Path:
@@ -105,10 +107,15 @@ def uses(home: Path) -> list[Use]:
 
 
 def _read(file: Path) -> Use | None:
+    return parse_use(file, file.read_text(), running=is_held(_lock(file)))
+
+
+def parse_use(file: Path, text: str, *, running: bool) -> Use | None:
+    """What a run used by the text of its list `file`; None where that says nothing."""
     lines = []
-    for text in file.read_text().splitlines():
-        with suppress(ValueError):  # a line that a kill tore
-            lines.append(json.loads(text))
+    for line in text.splitlines():
+        with suppress(ValueError):  # one that a kill tore
+            lines.append(json.loads(line))
     if not lines or "began" not in lines[0]:
         return None
     return Use(
@@ -119,7 +126,7 @@ def _read(file: Path) -> Use | None:
         paths=frozenset(Path(path) for line in lines for path in line.get("paths", ())),
         registrations=frozenset(line["registration"] for line in lines if "registration" in line),
         finished="finished" in lines[-1],
-        running=is_held(_lock(file)),
+        running=running,
     )
 
 
@@ -186,9 +193,3 @@ def _entries(home: Path, found: Iterable[Use]) -> set[str]:
     return {
         path.relative_to(workspace).parts[0] for use in found for path in use.paths if path.is_relative_to(workspace)
     }
-
-
-def size_of(path: Path) -> int:
-    """The bytes of a file, or of all below a directory."""
-    files = path.rglob("*") if path.is_dir() else (path,)
-    return sum(file.lstat().st_size for file in files if not file.is_dir())

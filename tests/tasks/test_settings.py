@@ -28,6 +28,8 @@ ENVIRONMENT = {
     "ELASTIC_HOME": "/srv/elastic",
     "ELASTIC_S3_SSE": "aws:kms",
     "ELASTIC_S3_SSE_KMS_KEY_ID": "key-1",
+    "ELASTIC_WORKSPACE": "s3://models/shared/by-all",
+    "ELASTIC_CACHE_SIZE": "2TB",
     "AWS_SECRET_ACCESS_KEY": "hunter2",
 }
 
@@ -40,6 +42,8 @@ def test_the_environment_fills_every_field() -> None:
         home=Path("/srv/elastic"),
         encryption="aws:kms",
         kms_key_id="key-1",
+        workspace="s3://models/shared/by-all",
+        cache_bytes=2 * 10**12,
     )
 
 
@@ -105,6 +109,11 @@ def test_a_reader_needs_no_bucket() -> None:
         ("ELASTIC_BUCKET", "a"),
         ("ELASTIC_S3_SSE", "aes256"),
         ("ELASTIC_S3_SSE", "none"),  # with a KMS key beside it
+        ("ELASTIC_WORKSPACE", "s3://models"),
+        ("ELASTIC_WORKSPACE", "/srv/workspace"),
+        ("ELASTIC_WORKSPACE", "s3://models/../x"),
+        ("ELASTIC_WORKSPACE", "s3://models/families"),
+        ("ELASTIC_CACHE_SIZE", "much"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_remedy(name: str, value: str) -> None:

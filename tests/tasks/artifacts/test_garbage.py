@@ -267,7 +267,7 @@ def test_an_interrupted_removal_can_be_neither_read_nor_published_and_is_ended_b
 def test_more_objects_than_one_call_takes_are_removed(
     store: Store, live: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tasks.artifacts.garbage.MAX_DELETED", 3)
+    monkeypatch.setattr("tasks.artifacts.documents.MAX_DELETED", 3)
     source = make(tmp_path / "many", {f"{n}": b"1" for n in range(10)})
     publish(store, family="nano", version="many", directories={"s": source}, metadata=MARK)
     assert remove_all(store, live) == [True]

@@ -9,7 +9,8 @@ import pytest
 
 from tasks.records import StageRecord
 from tasks.running import digests
-from tasks.running.digests import artifact, check_inputs, damage, file_digest, set_aside
+from tasks.running.digests import artifact, damage, file_digest, set_aside
+from tasks.running.workspace import at_hand
 from tasks.settings import HOME, ServiceError
 
 
@@ -71,6 +72,11 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a file more": (add, r"below/y was not there when slice-s was recorded"),
     "no directory": (vanish, r"slice-s is gone"),
 }
+
+
+def check_inputs(value: object) -> None:
+    with at_hand({"input": value}):
+        pass
 
 
 @pytest.mark.parametrize(("fault", "says"), FAULTS.values(), ids=FAULTS)

@@ -28,7 +28,6 @@ from prefect.states import Completed, Crashed, Running
 from elastic_core.files.locks import is_held
 from elastic_core.recipe import Stage
 from elastic_core.schema import build
-from flows.serving.servers import PrefectServer, free_ports
 from tasks.records import Artifact, Release
 from tasks.running import patience, steps
 from tasks.running.digests import artifact
@@ -38,21 +37,14 @@ from tasks.settings import HOME, ServiceError
 
 
 @pytest.fixture(scope="module")
-def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    home = tmp_path_factory.mktemp("prefect")
-    server = PrefectServer(home / "prefect", home / "logs", free_ports(1)[0])
-    server.start()
-    try:
-        server.wait()
-        changed = {
-            PREFECT_API_URL: f"{server.url}/api",
-            PREFECT_LOGGING_TO_API_ENABLED: False,
-            PREFECT_LOCAL_STORAGE_PATH: home / "storage",
-        }
-        with temporary_settings(changed):
-            yield
-    finally:
-        server.stop()
+def prefect_server(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    changed = {
+        PREFECT_API_URL: prefect_api,
+        PREFECT_LOGGING_TO_API_ENABLED: False,
+        PREFECT_LOCAL_STORAGE_PATH: tmp_path_factory.mktemp("storage"),
+    }
+    with temporary_settings(changed):
+        yield
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
