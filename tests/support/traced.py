@@ -219,7 +219,7 @@ def traced_step(
         for _ in range(2):
             watch.trace.gathered = watch.trace.reduced = 0
             choice = train._Choice(subnet=subnet, masks=soft_masks(config, subnet) if masked else None)
-            loss, _ = train._micro_step(run, choice, batch, float(batch.learned), 1.0)
+            loss, *_ = train._micro_step(run, choice, batch, float(batch.learned), 1.0)
             loss.backward()
             del loss, _
         world.average_gradients(student.parameters())
