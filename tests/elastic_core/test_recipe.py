@@ -15,7 +15,7 @@ import pytest
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from elastic_core import budget, geometry
+from elastic_core import budget, geometry, judging, sources
 from elastic_core import recipe as config
 from elastic_core.budget import Budget, LatencyTarget, MemoryTarget, Serving
 from elastic_core.geometry import Axes, ModelConfig
@@ -97,11 +97,14 @@ def set_at(data: Any, path: tuple[str | int, ...], value: Any) -> Any:
     return changed
 
 
-HERE = (config.__name__, budget.__name__, geometry.__name__)
+HERE = tuple(module.__name__ for module in (config, budget, geometry, judging, sources))
 
 
 def config_classes() -> list[type]:
-    return [c for _, c in inspect.getmembers(config, dataclasses.is_dataclass) if c.__module__ in HERE]
+    members = [
+        c for module in (config, judging, sources) for _, c in inspect.getmembers(module, dataclasses.is_dataclass)
+    ]
+    return [c for c in dict.fromkeys(members) if c.__module__ in HERE]
 
 
 def test_every_config_class_is_frozen_with_slots_and_keywords_only() -> None:
@@ -254,7 +257,7 @@ BAD_VALUES: list[tuple[tuple[str | int, ...], Any, str]] = [
         1,
         "stages[1].optimizer.lerning_rate is not a known setting; did you mean 'learning_rate'?",
     ),
-    (("promotion", "zzz"), 1, "promotion.zzz is not a known setting; known keys: margin"),
+    (("promotion", "zzz"), 1, "promotion.zzz is not a known setting; known keys: margin, benchmarks"),
     (("stages", 0), {"name": "a"}, "stages[0].sequence_length is missing; it has no default"),
     # types
     (("teacher",), 3, "teacher is 3; expected a mapping"),
