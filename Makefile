@@ -1,4 +1,5 @@
-# make demo: the whole pipeline on this machine.   make check: lint, types, contracts, and make test.
+# make demo: the whole pipeline on this machine; RECIPE=tiny-moe makes a family with experts.
+# make check: lint, types, contracts, and make test.
 # make test: the tests of a few minutes.   make test-all: those that need servers, browsers, databases, engines or kills
 # too, and the kernels.
 # make test-faults: kill -9 of everything at every step, a spoilt network, a full disk.
@@ -9,6 +10,7 @@
 # is a Python with torch and Triton, and neither a network nor a compiler.
 PYTHON ?= python3.11
 VENV := .venv
+RECIPE ?= tiny
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 # Triton's interpreter runs the Mamba kernels on a CPU. They live apart, because transformers uses a mamba_ssm it finds.
@@ -30,7 +32,7 @@ ON_GPU := build/gpu
 .PHONY: demo race test test-all test-flows test-services test-faults test-kernels lint check reference bench bench-gpu gpu-wheels check-gpu clean
 
 demo: $(INSTALLED)
-	$(BIN)/elastic run tiny
+	$(BIN)/elastic run $(RECIPE)
 
 race: $(INSTALLED)
 	$(BIN)/python -m flows.commands.race tiny infra/race.md

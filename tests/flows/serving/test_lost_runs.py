@@ -87,7 +87,7 @@ def test_a_run_is_crashed_whose_process_died_before_it_began_or_after(client: Sy
         client.set_flow_run_state(run, Running())
     for run in (asking, silent):
         beat(client, run, flow)
-    client.set_flow_run_state(asking, Suspended(timeout_seconds=3600))
+    client.set_flow_run_state(asking, Suspended(timeout_seconds=3600), force=True)  # it has no deployment
     beat(client, asking, flow, WAITS)
     for run, message in ((lost, "never began"), (silent, "no sign of life")):
         eventually(lambda run=run: client.read_flow_run(run).state.is_crashed(), 60, f"the {message} run goes on")
