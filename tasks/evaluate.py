@@ -26,6 +26,7 @@ from elastic_core.training.curriculum import generator
 from elastic_core.training.losses import distillation_loss
 from elastic_core.training.tokens import TokenBatch
 from tasks import tracking
+from tasks.corpus import sources
 from tasks.corpus.heldout import heldout_batches, predicted, sequences
 from tasks.corpus.problems import Problem, encode_questions, read_problems
 from tasks.corpus.record import HELDOUT_FILE, read_record
@@ -205,11 +206,22 @@ def measure_cut(
     return shared_loss(reader, _heldout(reordered, corpus, settings))[0]
 
 
+def recorded_problems(settings: Evaluation, digest: str | None) -> list[Problem]:
+    """The problems; ValueError where this host has others than those of the SHA-256 on record."""
+    if settings.problems is None:
+        return []
+    if digest is not None and sources.problems_digest(settings.problems) != digest:
+        raise ValueError(
+            f"{settings.problems} is another file here than where the run began; have the same on all hosts"
+        )
+    return read_problems(Path(settings.problems), settings.max_problems)
+
+
 @step("answers of {model.name}", on_gpu=True)
 def measure_answers(model: Artifact, settings: Evaluation, problems_digest: str | None, dtype: Dtype) -> Answers:
     """How many held-out problems a stock checkpoint answers exactly."""
     assert settings.problems, "asked only where there are problems"
-    problems = read_problems(Path(settings.problems), settings.max_problems)
+    problems = recorded_problems(settings, problems_digest)
     # What is decoded together decides how the last bits round, so that batches are made before devices are counted.
     prompts = encode_questions(load_tokenizer(Path(model.path)), problems, settings.chat_template_kwargs)
     batches = prompt_batches([prompt.ids for prompt in prompts])
@@ -403,7 +415,7 @@ def measure(model: Artifact, corpus: Artifact, settings: Evaluation, problems_di
     loaded = job.load_model(directory, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     batches = heldout_batches(Path(corpus.path) / HELDOUT_FILE, settings, loaded.config.vocab_size)
     loss, _ = heldout_loss(loaded, full_subnet(loaded.config), batches)
-    problems = read_problems(Path(settings.problems), settings.max_problems) if settings.problems else []
+    problems = recorded_problems(settings, problems_digest)
     tokenizer = load_tokenizer(directory)
     answers = answer(loaded, tokenizer, problems, settings)
     return Measurement(cross_entropy=loss, accuracy=answers.accuracy if answers else None)

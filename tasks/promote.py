@@ -27,6 +27,7 @@ from tasks.judge import judge_model
 from tasks.records import Artifact, BenchmarkScore, BudgetEvaluation, Conditions, EvaluationRecord, Release
 from tasks.running.patience import patiently
 from tasks.running.steps import run, step
+from tasks.running.workspace import claimed
 from tasks.settings import Settings
 from tasks.slice import fetch_part
 
@@ -149,7 +150,7 @@ def promote(
     One run at a time promotes a family: no champion changes between the comparison with it and its replacement.
     """
     machine = Settings.from_environment()
-    with tracking.one_promotion(machine.home, release.family):
+    with tracking.one_promotion(machine.home, release.family), claimed("promote", release.family, lambda: False):
         return _promoted(machine.registry, release, evaluation, measured, judged, gate)
 
 

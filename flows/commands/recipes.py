@@ -66,7 +66,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def recipe_file(path: Path) -> Path:
     """The file of a recipe: the path itself, or where it is a bare name with no such file, that of the named recipe."""
-    if path.exists() or path.suffix or len(path.parts) != 1:
+    if path.is_file() or path.suffix or len(path.parts) != 1:
         return path
     return next((file for file in _named() if file.stem == path.name), path)
 

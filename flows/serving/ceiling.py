@@ -29,6 +29,7 @@ from tasks.settings import ServiceError, Settings
 PATIENCE = timedelta(days=7)  # then the run fails, and the schedule asks again
 ASKS = "waits-for-a-person"  # the key of the artifact, and of the suspension
 WAITS = "elastic.flow-run.waits-for-a-person"  # the event
+AUTOMATION = "AUTOMATION"  # as Prefect calls what made a run; its cloud names people and schedules too
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,9 @@ logger = logging.getLogger(__name__)
 def ask_first(recipe: Recipe, settings: Settings, max_gpu_hours: float) -> str:
     """Suspend a run that no person started, if its plan is above the ceiling; return once a person has resumed it.
 
-    What a person resumed, or the ceiling let pass, does not ask again when it is run again after a crash. Returns a
-    line where another run of the deployment waits already, so that this one has nothing to do, else "".
+    What a person resumed, or the ceiling let pass, does not ask again when an automation runs it again after a crash;
+    the next run of the schedule does. Returns a line where another run of the deployment waits already, so that this
+    one has nothing to do, else "".
     """
     context = FlowRunContext.get()
     run = context.flow_run if context is not None else None
@@ -45,8 +47,9 @@ def ask_first(recipe: Recipe, settings: Settings, max_gpu_hours: float) -> str:
         return ""
     allowed = settings.home / "allowed" / run_key(recipe)
     resumed = ASKS in (run.empirical_policy.pause_keys or ())
-    by_itself = run.auto_scheduled or run.created_by is not None  # an automation's, after a crash
-    if by_itself and not resumed and not allowed.exists() and (cost := over(recipe, max_gpu_hours)):
+    is_rerun = run.created_by is not None and run.created_by.type == AUTOMATION  # after a crash
+    passed = resumed or (is_rerun and allowed.exists())
+    if (run.auto_scheduled or is_rerun) and not passed and (cost := over(recipe, max_gpu_hours)):
         if waiting := _waiting(run):
             return f"{waiting.name} waits for a person already: resume or cancel that run"
         _ask(run, recipe, cost)

@@ -314,7 +314,13 @@ def main() -> None:
             CronSchedule(cron=given.schedule)
     except ValueError:
         sys.exit(f"--schedule {given.schedule!r} is not a cron expression, such as '0 3 * * *', or {NEVER}")
-    lines = apply_all(load_recipe(given.recipe), given.schedule, given.max_gpu_hours, fresh=given.fresh)
+    if given.schedule not in (None, NEVER) and given.max_gpu_hours is None:
+        sys.exit(f"--schedule {given.schedule!r} needs --max-gpu-hours: above it a run waits for a person")
+    try:
+        recipe = load_recipe(given.recipe)
+    except ValueError as error:
+        sys.exit(str(error))
+    lines = apply_all(recipe, given.schedule, given.max_gpu_hours, fresh=given.fresh)
     if given.notes is not None:
         given.notes.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 

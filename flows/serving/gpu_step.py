@@ -9,7 +9,7 @@ from prefect import flow
 from elastic_core.schema import build
 from flows.serving.failures import explain_failure
 from flows.serving.guard import follow_worker
-from tasks import distill, evaluate, promote, race, rank, teacher  # noqa: F401 - each adds its steps to ON_GPU
+from tasks import distill, evaluate, judge, promote, race, rank, teacher  # noqa: F401 - each adds its steps to ON_GPU
 from tasks.running.code import differences
 from tasks.running.gpu import WORKERS_OF, device_of_run, shown_on, this_device
 from tasks.running.steps import MAKINGS, ON_GPU, run

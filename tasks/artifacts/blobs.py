@@ -45,12 +45,15 @@ class Blobs:
     def fetch(self, files: Mapping[str, str], directory: Path, *, progress: Progress | None = None) -> None:
         """Bring files, given with their SHA-256, to a directory, which appears when it is whole.
 
-        An object that holds other bytes is removed, so that who makes the file again can send it. A ServiceError then,
-        and where one is not there.
+        An object that holds other bytes, read twice, is removed, so that who makes the file again can send it. A
+        ServiceError then, and where one is not there.
         """
         wanted = {name: (self.root + digest, digest) for name, digest in files.items()}
         try:
-            fetch_recorded(self.store, wanted, directory, progress=progress)
+            try:
+                fetch_recorded(self.store, wanted, directory, progress=progress)
+            except Corrupt:  # what lies between may have spoiled it
+                fetch_recorded(self.store, wanted, directory, progress=progress)
         except Corrupt as error:
             remove_objects(self.store, [error.uri.removeprefix(f"s3://{self.store.bucket}/")])
             raise ServiceError(f"{error}; it was removed there: run again, it is made again") from error

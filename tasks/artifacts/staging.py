@@ -81,9 +81,17 @@ def last_written(directory: Path) -> float:
 
 
 def size_of(path: Path) -> int:
-    """The bytes of a file, or of all below a directory."""
-    files = path.rglob("*") if path.is_dir() else (path,)
-    return sum(file.lstat().st_size for file in files if not file.is_dir())
+    """The bytes of a file, or of all below a directory; what goes meanwhile counts nothing."""
+    if not path.is_dir():
+        with suppress(FileNotFoundError):
+            return path.lstat().st_size
+        return 0
+    size = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += os.lstat(os.path.join(folder, name)).st_size
+    return size
 
 
 def remove_left_over(directory: Path) -> None:

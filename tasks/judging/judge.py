@@ -35,7 +35,8 @@ def judge(
     require_scorer(benchmark.form, unsafe_code)
     problems = read_benchmark(benchmark)
     wanted = requests(problems, benchmark.runs, engine.identity, benchmark.sampling)
-    with Mathematician() as mathematician, open_samples(samples) as made:
+    waits = f"waiting for {samples}, which another run fills"
+    with Mathematician() as mathematician, open_samples(samples, waits) as made:
         if benchmark.form == "math":
             mathematician.start()
         if missing_from(made, wanted):

@@ -127,13 +127,14 @@ class SampleFile:
 
 
 @contextmanager
-def open_samples(path: Path) -> Iterator[SampleFile]:
-    """The samples of a file, which is made where there is none. One process at a time: others are IsHeld.
+def open_samples(path: Path, waits: str | None = None) -> Iterator[SampleFile]:
+    """The samples of a file, which is made where there is none. One process at a time: others are IsHeld, or wait and
+    say so.
 
     ValueError names a line that is damaged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with held(path.with_name(f".{path.name}.lock")):
+    with held(path.with_name(f".{path.name}.lock"), waits=waits):
         samples = SampleFile(path)
         try:
             yield samples

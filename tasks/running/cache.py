@@ -57,7 +57,7 @@ def make_room(need: int, bound: int) -> None:
     with _one_at_a_time(cache):
         sizes = {path: size_of(path) for path in cache.iterdir() if path.name != USES}
         total, free = sum(sizes.values()), shutil.disk_usage(cache).free
-        for path in sorted(sizes, key=lambda path: path.stat().st_mtime):
+        for path in sorted(sizes, key=_last_used):
             if total + need <= bound and need <= free:
                 break
             if path.name.startswith(".") or path.name.endswith(SIDE) or _is_used(path):
@@ -65,7 +65,7 @@ def make_room(need: int, bound: int) -> None:
             going.append(_set_aside(path))
             total, free = total - sizes[path], free + sizes[path]
     for gone in going:
-        shutil.rmtree(gone)
+        shutil.rmtree(gone, ignore_errors=True)  # `elastic gc` finds what is left
     if going:
         logger.info("%d that were used longest ago left the cache of what other hosts made", len(going))
     if total + need > bound:
@@ -91,6 +91,13 @@ def remove(directory: Path) -> bool:
         gone = _set_aside(directory)
     shutil.rmtree(gone)
     return True
+
+
+def _last_used(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # it has gone since it was listed
+        return 0.0
 
 
 def _set_aside(directory: Path) -> Path:

@@ -35,7 +35,7 @@ def stale(home: Path, shared: Workspace, aliased: Collection[str], before: datet
     `aliased` are the registrations of candidates and champions.
     """
     there = documents(shared.store, shared.root)
-    found = _all_uses(home, shared, there)
+    found = _all_uses(home, shared, there, before)
     if not found:
         return []
     kept = needed(found, aliased)
@@ -60,14 +60,14 @@ def stale(home: Path, shared: Workspace, aliased: Collection[str], before: datet
     ]
 
 
-def _all_uses(home: Path, shared: Workspace, there: Listed) -> list[Use]:
-    """What the runs of this host and of all others used."""
+def _all_uses(home: Path, shared: Workspace, there: Listed, before: datetime) -> list[Use]:
+    """What the runs of this host and of all others used; one whose list was written since a time may be going on."""
     here = {use.file.name: use for use in uses(home)}
     others = []
     for key in there:
         if _of(shared, key, "runs") and _last(key) not in here:
             text = (read_document(shared.store, key) or b"").decode(errors="replace")
-            others.append(parse_use(Path(_last(key)), text, running=False))
+            others.append(parse_use(Path(_last(key)), text, running=there[key][1] >= before))
     return [*here.values(), *(use for use in others if use is not None)]
 
 

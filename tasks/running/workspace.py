@@ -33,7 +33,7 @@ from tasks.artifacts.manifest import check_paths, directory_digest
 from tasks.records import Artifact, StageRecord
 from tasks.running.bars import bar
 from tasks.running.cache import SIDE, in_use, make_room, one_fetch, place_of
-from tasks.running.digests import damage, is_of_the_user, recorded, remedy
+from tasks.running.digests import damage, forget, is_of_the_user, recorded, remedy
 from tasks.running.patience import patiently
 from tasks.settings import WORKSPACE, ServiceError, Settings, home_directory
 
@@ -119,16 +119,21 @@ def is_stored(record: Made) -> bool:
 def store_result(step: str, key: str, record: Any, *, made: bool) -> None:
     """Store what a step made: files that are not there yet, and after them its record.
 
-    A record that was just `made` replaces one that is there, whose files were lost.
+    A record that was just `made` replaces one that is there, whose files were lost. What names a directory of the
+    user's own is not stored: nothing but what steps made leaves this host.
     """
-    if (shared := shared_workspace()) is None:
+    if (shared := shared_workspace()) is None or any(map(is_of_the_user, recorded(record))):
         return
     missing = set(_missing(shared, record, step))
     for directory, files in _directories(record):
         wanted = {name: digest for name, digest in files.items() if digest in missing}
         if wanted:
             with bar(f"storing {step}") as report:
-                patiently(step, partial(shared.blobs.put, directory, wanted, progress=report))
+                try:
+                    patiently(step, partial(shared.blobs.put, directory, wanted, progress=report))
+                except artifacts.NotAsRecorded:
+                    forget(directory)  # so that the next look finds the damage, and the step is done again
+                    raise
     key_of_result = shared.result(step, key)
     if made or patiently(step, partial(read_document, shared.store, key_of_result)) is None:
         body = json.dumps({"format": FORMAT, "step": step, "key": key, "result": to_dict(record)})

@@ -39,6 +39,9 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
+RERUN = {"auto_scheduled": False, "created_by": SimpleNamespace(type="AUTOMATION")}  # what starts a crashed run again
+
+
 def begin(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
     """Be inside a run that the schedule has begun."""
     policy = SimpleNamespace(pause_keys=changes.pop("pause_keys", None))
@@ -59,7 +62,7 @@ def test_below_the_ceiling_a_scheduled_run_goes_on(
     assert ask(recipe, tmp_path, 1.0) == "" and not shown
 
 
-@pytest.mark.parametrize("changes", [{}, {"auto_scheduled": False, "created_by": "an automation"}], ids=str)
+@pytest.mark.parametrize("changes", [{}, RERUN], ids=str)
 def test_above_it_a_run_that_no_person_started_says_what_it_would_take_and_is_suspended(
     changes: dict[str, Any], recipe: Recipe, shown: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,8 +86,11 @@ def test_what_a_person_has_resumed_goes_on_and_does_not_ask_again_after_a_crash(
 ) -> None:
     begin(monkeypatch, pause_keys={ceiling.ASKS})
     assert ask(recipe, tmp_path, 0.0) == ""
-    begin(monkeypatch, auto_scheduled=False, created_by="an automation")
+    begin(monkeypatch, **RERUN)
     assert ask(recipe, tmp_path, 0.0) == "" and not shown
+    begin(monkeypatch)
+    with pytest.raises(Suspended):  # the next run of the schedule, which may be of other code
+        ask(recipe, tmp_path, 0.0)
 
 
 def test_while_one_waits_the_next_has_nothing_to_do(
