@@ -89,7 +89,10 @@ def test_a_port_that_is_asked_for_and_taken_is_refused(tmp_path: Path, option: s
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
-    [(("missing.yaml",), "missing.yaml"), (("RECIPE", "--schedule", "daily", "--max-gpu-hours", "1"), "is not a cron")],
+    [
+        (("missing.yaml",), "missing.yaml"),
+        (("RECIPE", "--schedule", "daily", "--max-gpu-hours", "1"), "is not a cron expression"),
+    ],
     ids=["recipe", "schedule"],
 )
 def test_what_cannot_be_served_is_refused_in_one_line(tmp_path: Path, arguments: tuple[str, ...], text: str):
