@@ -19,9 +19,7 @@ VARIABLE = re.compile(r"\b(AWS|MLFLOW|PREFECT|ELASTIC)_[A-Z_]+")
 # What a run writes to standard error while it goes on.
 STEP = re.compile(r"\w+ +(cached|[\d.]+ s)")
 # How fast a step goes and how long it takes is shown where it is slow enough to tell; a stage says its losses, too.
-PROGRESS = re.compile(
-    r".+: \d+ %(, [\d,]+ \w+/s)?(, [\w ]+ left)?(, loss( \w+ [\d.]+,?)+( [\d,]+ tokens/s)?)?"
-)
+PROGRESS = re.compile(r".+: \d+ %(, [\d,]+ \w+/s)?(, [\w ]+ left)?(, loss( \w+ [\d.]+,?)+( [\d,]+ tokens/s)?)?")
 DOUBTFUL = re.compile(r".+: the order of importance is no better than a random one; .+")
 
 COMMANDS: dict[str, Callable[[Run, Path], list[str]]] = {
