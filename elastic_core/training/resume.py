@@ -69,7 +69,7 @@ def save_checkpoint(work: Path, run: StageRun, done: int, rows: Sequence[str]) -
     `rows` are the metrics of these steps, a line of JSON each.
     """
     world = run.world
-    with staged_together(_directory(work, done), world) as staging:
+    with staged_together(checkpoint_directory(work, done), world) as staging:
         size, digest = 0, bytes(hashlib.sha256().digest_size)
         if world.rank < world.shards:
             own = staging / _file_name(world.rank, world.shards)
@@ -98,7 +98,7 @@ def _remove_older(work: Path) -> None:
     whole = [done for done in present if not _damage(work, done, 0, 1, sizes_only=True)]
     for old in present:
         if len(whole) >= KEPT_CHECKPOINTS and old < whole[-KEPT_CHECKPOINTS]:
-            shutil.rmtree(_directory(work, old))
+            shutil.rmtree(checkpoint_directory(work, old))
 
 
 def resume(work: Path, run: StageRun) -> tuple[int, list[str]]:
@@ -116,7 +116,7 @@ def resume(work: Path, run: StageRun) -> tuple[int, list[str]]:
                 _read(state, stored, pieces, work)
                 run.optimizer.state[parameter][key] = state
     logger.info("stage %s goes on after step %d of %d", run.stage.name, done, run.stage.steps)
-    return done, (_directory(work, done) / ROWS_FILE).read_text().splitlines()
+    return done, (checkpoint_directory(work, done) / ROWS_FILE).read_text().splitlines()
 
 
 def last_whole(work: Path, world: World) -> int:
@@ -131,7 +131,7 @@ def last_whole(work: Path, world: World) -> int:
         if damage:
             logger.warning("%s; it is passed over for the checkpoint before it", damage)
         if world.rank == 0:
-            shutil.rmtree(_directory(work, done))
+            shutil.rmtree(checkpoint_directory(work, done))
         world.barrier()
     return done
 
@@ -141,7 +141,7 @@ def _damage(work: Path, done: int, rank: int, processes: int, *, sizes_only: boo
 
     Only what was read tells of damage: where reading itself fails, the error is raised.
     """
-    directory = _directory(work, done)
+    directory = checkpoint_directory(work, done)
     try:
         state = _read_state(directory)
         for name, written in list(state.files.items())[rank::processes]:
@@ -167,14 +167,25 @@ def _read_state(directory: Path) -> _State:
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {str(error).removeprefix(f'{path}: ')}") from None
     names = {_file_name(rank, state.processes) for rank in range(state.processes)} | {ROWS_FILE}
-    if state.files.keys() != names or _directory(directory.parents[1], state.done) != directory:
+    if state.files.keys() != names or checkpoint_directory(directory.parents[1], state.done) != directory:
         raise CheckpointError(f"{path} is damaged: it is of other files, or of another step")
     return state
 
 
+def written_checkpoints(work: Path) -> list[tuple[int, Path]]:
+    """The steps done at each checkpoint that was written to its end, and its directory; the oldest first."""
+    return [(done, checkpoint_directory(work, done)) for done in _steps_done(work)]
+
+
+def recorded_files(directory: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a checkpoint as it was written, by name; CheckpointError where it is damaged."""
+    files = {name: written.sha256 for name, written in _read_state(directory).files.items()}
+    return files | {STATE_FILE: _sha256(directory / STATE_FILE)}
+
+
 def stored_pieces(work: Path, done: int) -> Pieces:
     """What the checkpoint after `done` steps holds, reading headers only."""
-    directory = _directory(work, done)
+    directory = checkpoint_directory(work, done)
     processes = _read_state(directory).processes
     pieces: Pieces = {}
     for rank in range(processes):
@@ -210,7 +221,8 @@ def _tensors(run: StageRun) -> dict[str, Tensor]:
     return tensors
 
 
-def _directory(work: Path, done: int) -> Path:
+def checkpoint_directory(work: Path, done: int) -> Path:
+    """Where the checkpoint after `done` steps lies, or would."""
     return work / "checkpoints" / f"step-{done:09d}"
 
 

@@ -53,6 +53,7 @@ def stale(home: Path, shared: Workspace, aliased: Collection[str], before: datet
         if _of(shared, key, "leases") or (_of(shared, key, "runs") and _last(key) in lists)
     }
     sorts = [("results of steps", results), ("files that no result names", blobs), ("leases and lists of runs", others)]
+    sorts += [(f"checkpoints of {stage}", files) for stage, files in _old_checkpoints(shared, there, old)]
     return [
         Stale(what=what, keys=tuple(entries), size=sum(size for size, _ in entries.values()))
         for what, entries in sorts
@@ -82,6 +83,15 @@ def _named(shared: Workspace, key: str) -> Iterator[str]:
             waiting += value.values()
         elif isinstance(value, list):
             waiting += value
+
+
+def _old_checkpoints(shared: Workspace, there: Listed, old: Listed) -> Iterator[tuple[str, Listed]]:
+    """The checkpoints of each stage of which nothing was written since."""
+    stages: dict[str, Listed] = {}
+    for key, entry in there.items():
+        if _of(shared, key, "checkpoints"):
+            stages.setdefault(key.removeprefix(shared.root).split("/")[2], {})[key] = entry
+    yield from ((stage, files) for stage, files in stages.items() if files.keys() <= old.keys())
 
 
 def _of(shared: Workspace, key: str, sort: str) -> bool:

@@ -22,6 +22,7 @@ from elastic_core.schema import to_dict
 from elastic_core.training.faults import Fault, forget_faults, reported_fault
 from elastic_core.training.job import FAULT, METRICS, TrainJob
 from tasks.running.processes import ChildProcess
+from tasks.running.travelling import travelling
 from tasks.settings import LEAST_ROOM, ServiceError, is_transient
 
 logger = logging.getLogger(__name__)
@@ -94,14 +95,15 @@ def train(job: TrainJob, *, processes: int | None = None, on_step: OnStep | None
     tail = Tail(work / METRICS)
     furthest = max((row["step"] for row in tail.rows()), default=-1)
     idle = in_place = 0
-    while (end := _start(job, processes, tail, on_step)) is not None:
-        idle = idle + 1 if end.last_step < 0 else 0
-        in_place = in_place + 1 if end.last_step <= furthest else 0
-        furthest = max(furthest, end.last_step)
-        if not end.may_pass or idle == MOST_IDLE or in_place == MOST_IN_PLACE or _has_full_disk(work):
-            raise failure(job, end, idle, in_place) from None
-        logger.warning("stage %s: %s; it is started again from its last checkpoint", job.stage.name, end.text())
-        time.sleep(random.uniform(0.5, 1.5) * 2**in_place)
+    with travelling(work):
+        while (end := _start(job, processes, tail, on_step)) is not None:
+            idle = idle + 1 if end.last_step < 0 else 0
+            in_place = in_place + 1 if end.last_step <= furthest else 0
+            furthest = max(furthest, end.last_step)
+            if not end.may_pass or idle == MOST_IDLE or in_place == MOST_IN_PLACE or _has_full_disk(work):
+                raise failure(job, end, idle, in_place) from None
+            logger.warning("stage %s: %s; it is started again from its last checkpoint", job.stage.name, end.text())
+            time.sleep(random.uniform(0.5, 1.5) * 2**in_place)
 
 
 def _start(job: TrainJob, processes: int, tail: "Tail", on_step: OnStep | None) -> End | None:

@@ -3,6 +3,7 @@
     s3://BUCKET/PREFIX/blobs/SHA256            a file of an artifact
     s3://BUCKET/PREFIX/results/STEP-KEY.json   the record of a step, written when all files that it names are there
     s3://BUCKET/PREFIX/leases/STEP-KEY         which host does the step now
+    s3://BUCKET/PREFIX/checkpoints/KEY/...     of stages in training (travelling.py)
     s3://BUCKET/PREFIX/runs/...                what each run used (usage.py)
 
 The paths in a record are those of the host that made it. An artifact that is not at its path here is brought to the
@@ -27,7 +28,7 @@ from elastic_core.files.locks import held
 from elastic_core.schema import build, to_dict
 from tasks import artifacts
 from tasks.artifacts.blobs import Blobs
-from tasks.artifacts.documents import read_document, write_document
+from tasks.artifacts.documents import documents, read_document, remove_objects, write_document
 from tasks.artifacts.leases import Lease
 from tasks.artifacts.manifest import check_paths, directory_digest
 from tasks.records import Artifact, StageRecord
@@ -66,6 +67,9 @@ class Workspace:
 
     def lease(self, step: str, key: str) -> str:
         return f"{self.root}leases/{step}-{key}"
+
+    def checkpoints(self, key: str) -> str:
+        return f"{self.root}checkpoints/{key[:16]}/"
 
     @property
     def runs(self) -> str:
@@ -119,8 +123,8 @@ def is_stored(record: Made) -> bool:
 def store_result(step: str, key: str, record: Any, *, made: bool) -> None:
     """Store what a step made: files that are not there yet, and after them its record.
 
-    A record that was just `made` replaces one that is there, whose files were lost. What names a directory of the
-    user's own is not stored: nothing but what steps made leaves this host.
+    A record that was just `made` replaces one that is there, whose files were lost; the checkpoints on the way go.
+    What names a directory of the user's own is not stored: nothing but what steps made leaves this host.
     """
     if (shared := shared_workspace()) is None or any(map(is_of_the_user, recorded(record))):
         return
@@ -138,6 +142,9 @@ def store_result(step: str, key: str, record: Any, *, made: bool) -> None:
     if made or patiently(step, partial(read_document, shared.store, key_of_result)) is None:
         body = json.dumps({"format": FORMAT, "step": step, "key": key, "result": to_dict(record)})
         patiently(step, partial(write_document, shared.store, key_of_result, body.encode()))
+    if made:
+        there = patiently(step, partial(documents, shared.store, shared.checkpoints(key)))
+        patiently(step, partial(remove_objects, shared.store, there))
 
 
 def store_list(file: Path) -> None:

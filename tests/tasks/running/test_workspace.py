@@ -1,8 +1,10 @@
 """Laws of the workspace that hosts share: what one made no other makes again, and nobody takes what is not right."""
 
 import hashlib
+import re
 import subprocess
 import sys
+import time
 import typing
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import pytest
 from objects import contents, make, noise, requests_of, stored
 from prefect import Task, flow
@@ -22,15 +25,17 @@ from prefect.settings import (
     temporary_settings,
 )
 from records import evaluated, measured
+from trainee import STAGE, train_here, train_job, write_family, write_tokens
 
 from elastic_core.comparison import Cut
 from tasks.artifacts import Store, leases
-from tasks.artifacts.documents import remove_objects
+from tasks.artifacts.documents import documents, remove_objects
 from tasks.records import Artifact, OrderComparison, Release, StageRecord
-from tasks.running import usage, workspace
+from tasks.running import travelling, usage, workspace
 from tasks.running.digests import artifact, file_digest
 from tasks.running.stale import stale
-from tasks.running.steps import MAKINGS, new_directory, run, step
+from tasks.running.steps import MAKINGS, new_directory, own_key, run, step, work_directory
+from tasks.running.training import train
 from tasks.running.usage import noting
 from tasks.running.workspace import claimed, shared_workspace, small_files, store_result, stored_result
 from tasks.settings import CACHE_SIZE, HOME, WORKSPACE, ServiceError, Settings
@@ -332,6 +337,69 @@ def test_the_step_of_a_host_that_is_killed_is_done_by_the_one_that_waits(
         process.kill()
         waiting.result(60)
     assert done == [("teach", other.home)]
+
+
+# Training
+
+
+LONG = replace(STAGE, steps=40, checkpoint_every=5)
+
+
+class Killed(ServiceError):
+    """What ends a host in the middle of a stage."""
+
+
+def die_when_a_checkpoint_is_stored(row: dict[str, Any]) -> None:
+    """Hold the trainer when it has written a checkpoint, and end its host when that is stored."""
+    if not dying or row["step"] < LONG.checkpoint_every:
+        return
+    prefix, deadline = shared().checkpoints(own_key()), time.monotonic() + 60
+    trainers = [child for child in psutil.Process().children(recursive=True) if "elastic_core" in str(child.cmdline())]
+    for trainer in trainers:
+        trainer.suspend()
+    while not [key for key in documents(shared().store, prefix) if key.endswith(".json")]:
+        assert time.monotonic() < deadline, "no checkpoint is stored"
+        time.sleep(0.05)
+    for trainer in trainers:
+        trainer.resume()
+    raise Killed("this host is gone")
+
+
+@step()
+def distil(family: Artifact, tokens: str, workspace: str) -> Artifact:
+    """A stage."""
+    note("distil", workspace)
+    work = work_directory(workspace, "stage1")
+    work.parent.mkdir(exist_ok=True)
+    job = train_job(Path(family.path), Path(tokens), work, stage=LONG)
+    train(job, on_step=die_when_a_checkpoint_is_stored)
+    return artifact(work / "family")
+
+
+dying: list[bool] = []
+
+
+@pytest.mark.services
+def test_a_stage_goes_on_from_the_checkpoint_of_another_host_with_the_same_weights_to_the_bit(
+    hosts: list[Host], store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(travelling, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr("tasks.running.training.POLL_SECONDS", 0.02)
+    family, tokens = artifact(write_family(tmp_path / "family")), write_tokens(tmp_path / "tokens.safetensors")
+    undisturbed = train_job(Path(family.path), tokens, tmp_path / "undisturbed", stage=LONG)
+    train_here(undisturbed)
+    dying.append(True)
+    with hosts[0].here() as place, pytest.raises(Killed):
+        do(distil, family=family, tokens=str(tokens), workspace=str(place))
+    kept = [key for key in stored(store) if key.startswith("shared/checkpoints/") and key.endswith(".json")]
+    assert 1 <= len(kept) <= 2
+    dying.clear()
+    with hosts[1].here() as place, caplog.at_level("INFO"):
+        trained = do(distil, family=family, tokens=str(tokens), workspace=str(place))
+        assert contents(Path(trained.path)) == contents(Path(undisturbed.output))
+    went_on = r"stage1-\w+ goes on at step \d+, where another host was"
+    assert any(re.fullmatch(went_on, text) for text in caplog.messages)
+    assert not [key for key in stored(store) if key.startswith("shared/checkpoints/")], "the stage is stored itself"
 
 
 # Garbage

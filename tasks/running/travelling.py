@@ -1,0 +1,150 @@
+"""The checkpoints of a stage in training on their way through the shared workspace, so that another host can go on.
+
+    checkpoints/KEY/STAGE-KEY/step-000000042.json   the SHA-256 of each file, by name; written when all are there
+    checkpoints/KEY/STAGE-KEY/files/SHA256
+
+They are stored in the background. Training never waits for that: of a checkpoint that comes before the last one is
+stored, links to its files are kept, and what is not stored when the next comes is passed over.
+"""
+
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from elastic_core.training.resume import KEPT_CHECKPOINTS, checkpoint_directory, recorded_files, written_checkpoints
+from tasks.artifacts.blobs import Blobs
+from tasks.artifacts.documents import documents, read_document, remove_objects, write_document
+from tasks.artifacts.manifest import check_paths
+from tasks.running.patience import patiently
+from tasks.running.steps import own_key
+from tasks.running.workspace import shared_workspace
+from tasks.settings import ServiceError
+
+POLL_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 60.0
+LAST_SECONDS = 30.0  # for what is under way when a stage ends before its end
+SENDING = ".sending"
+
+logger = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """The stage has ended, and what is being stored of it is of no use."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """The checkpoints of one stage in the workspace; `root` ends with "/"."""
+
+    blobs: Blobs
+    root: str
+
+    def steps(self) -> list[int]:
+        """The steps done at each, in order."""
+        names = (key.removeprefix(self.root) for key in documents(self.blobs.store, f"{self.root}step-"))
+        return sorted(int(name.removeprefix("step-").removesuffix(".json")) for name in names)
+
+    def files(self, done: int) -> dict[str, str]:
+        """The SHA-256 of each file of one, by name; ValueError for what is damaged."""
+        body = read_document(self.blobs.store, self._key(done))
+        files = json.loads(body or b"{}")
+        if not isinstance(files, dict) or not files or not all(isinstance(digest, str) for digest in files.values()):
+            raise ValueError(f"{self._key(done)} names no files")
+        check_paths(files, self._key(done))
+        return files
+
+    def store(self, done: int, directory: Path, stop: threading.Event) -> None:
+        """Store a checkpoint, and remove all but the last ones."""
+
+        def go_on(_done: int, _total: int) -> None:
+            if stop.is_set():
+                raise Stopped
+
+        files = recorded_files(directory)
+        self.blobs.put(directory, files, progress=go_on)
+        write_document(self.blobs.store, self._key(done), json.dumps(files).encode())
+        steps = self.steps()
+        kept = {digest for step in steps[-KEPT_CHECKPOINTS:] for digest in self.files(step).values()}
+        for step in steps[:-KEPT_CHECKPOINTS]:
+            remove_objects(self.blobs.store, [self._key(step)])
+        every = documents(self.blobs.store, self.blobs.root)
+        remove_objects(self.blobs.store, [key for key in every if key.removeprefix(self.blobs.root) not in kept])
+
+    def _key(self, done: int) -> str:
+        return f"{self.root}step-{done:09d}.json"
+
+
+@contextmanager
+def travelling(work: Path) -> Iterator[None]:
+    """Go on from the last checkpoint that any host stored of this stage, and store those that the block writes."""
+    shared, key = shared_workspace(), own_key()
+    if shared is None or not key:
+        yield
+        return
+    root = f"{shared.checkpoints(key)}{work.name}/"
+    stored = Stored(blobs=Blobs(store=shared.store, root=f"{root}files/"), root=root)
+    patiently(f"looking for checkpoints of {work.name}", partial(_bring_last, stored, work))
+    ended, useless = threading.Event(), threading.Event()
+    thread = threading.Thread(target=_store_until, args=(stored, work, ended, useless), name="checkpoints", daemon=True)
+    thread.start()
+    try:
+        yield
+        useless.set()  # the stage has come to its end, and is stored itself
+    finally:
+        ended.set()
+        thread.join(LAST_SECONDS)
+        useless.set()
+        thread.join(LAST_SECONDS)
+        shutil.rmtree(work / SENDING, ignore_errors=True)
+
+
+def _bring_last(stored: Stored, work: Path) -> None:
+    """Bring the last stored checkpoint that is whole, if it is further than those that are here."""
+    here = max((done for done, _ in written_checkpoints(work)), default=0)
+    for done in reversed(stored.steps()):
+        if done <= here:
+            return
+        try:
+            stored.blobs.fetch(stored.files(done), checkpoint_directory(work, done))
+        except (ServiceError, ValueError) as error:
+            if isinstance(error, ServiceError) and error.transient:
+                raise
+            logger.warning("%s; the checkpoint before it is taken", error)
+        else:
+            logger.info("%s goes on at step %d, where another host was", work.name, done)
+            return
+
+
+def _store_until(stored: Stored, work: Path, ended: threading.Event, useless: threading.Event) -> None:
+    last, pause, told = 0, POLL_SECONDS, False
+    while not useless.is_set():
+        leaving = ended.wait(pause)
+        try:
+            for done, directory in written_checkpoints(work)[-1:]:
+                if done > last:
+                    stored.store(done, _linked(directory, work / SENDING, done), useless)
+                    last = done
+            pause, told = POLL_SECONDS, False
+        except Stopped:
+            return
+        except (ServiceError, OSError, ValueError) as error:
+            if not told:
+                logger.warning("%s; the checkpoints of %s stay on this host until they can be stored", error, work.name)
+            pause, told = min(2 * pause, LONGEST_PAUSE_SECONDS), True
+        if leaving:
+            return
+
+
+def _linked(directory: Path, sending: Path, done: int) -> Path:
+    """Links to the files of a checkpoint, which the trainer removes when it has newer ones."""
+    shutil.rmtree(sending, ignore_errors=True)
+    linked = checkpoint_directory(sending, done)
+    shutil.copytree(directory, linked, copy_function=os.link)
+    return linked
