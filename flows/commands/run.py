@@ -17,11 +17,12 @@ PREFECT_LOGGING = {
 
 def run_recipe(recipe: Path, overrides: Sequence[str]) -> None:
     """Carry out a recipe and print what came of it; a ServiceError where Prefect's server fails."""
+    import httpx  # of the extra that Prefect is of: where that is not installed, no server starts
+
     loaded = load_recipe(recipe, overrides)
     for name, value in PREFECT_LOGGING.items():
         os.environ.setdefault(name, value)
     with embedded_services(make_home(), prefect=True):
-        import httpx
         from prefect.exceptions import PrefectException
 
         from flows.commands.outcome import print_outcome

@@ -48,7 +48,8 @@ def test_every_way_is_gone_for_every_size_at_the_tokens_it_says(
         monkeypatch.setattr(f"{module}.run", lambda step, **given: step.fn(**given))
     for module in ("tasks.race", "tasks.teacher"):
         monkeypatch.setattr(f"{module}.run_training", train_here)
-    recipe = load_recipe(write_micro(tmp_path), ["stages.0.steps=16", "stages.1.steps=4"])
+    quick = ["stages.0.steps=16", "stages.1.steps=4", *(f"stages.{i}.checkpoint_every=100" for i in range(2))]
+    recipe = load_recipe(write_micro(tmp_path), quick)
     found = race.fn(recipe, 1)
     total = sum(stage.tokens for stage in recipe.stages)
     assert Counter((e.way, e.budget) for e in found) == {
