@@ -66,6 +66,20 @@ def test_another_key_and_no_signature_are_refused(keys: tuple[Path, Path], tmp_p
         verify(MANIFEST, keys[1], "here")
 
 
+def test_a_key_is_replaced_while_what_the_one_before_signed_is_still_believed(
+    keys: tuple[Path, Path], tmp_path: Path
+) -> None:
+    new = write_keys(tmp_path / "new", Ed25519PrivateKey.generate())
+    both = make(tmp_path, {"both.pem": new[1].read_bytes() + keys[1].read_bytes()}) / "both.pem"
+    for private, _ in (keys, new):
+        verify(sign(MANIFEST, private), both, "here")
+    with pytest.raises(ServiceError, match="is not signed by the key"):
+        verify(sign(MANIFEST, keys[0]), new[1], "here")
+    spoiled = make(tmp_path, {"spoiled.pem": both.read_bytes()[:-40]}) / "spoiled.pem"
+    with pytest.raises(ValueError, match=f"^{VERIFICATION_KEY}={spoiled} is not a PEM key"):
+        verify(sign(MANIFEST, new[0]), spoiled, "here")
+
+
 def test_a_bad_key_file_is_one_line_that_says_nothing_of_its_content(keys: tuple[Path, Path], tmp_path: Path) -> None:
     curve, _ = write_keys(tmp_path / "curve", ec.generate_private_key(ec.SECP256R1()))
     text = make(tmp_path, {"text.pem": b"hunter2"}) / "text.pem"
