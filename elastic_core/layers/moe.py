@@ -113,10 +113,8 @@ class Mixture(Mixer):
         packing: Packing | None = None,
     ) -> Tensor:
         x_ND, masks = x_BTD.flatten(0, 1), soft or {}
-        chosen_NS, gates_NS = self.route(x_ND, kept, cache, masks.get("experts"))
-        if self.config.norm_topk_prob:
-            gates_NS = gates_NS / (gates_NS.sum(-1, keepdim=True) + 1e-20)
-        gates_NS = gates_NS * self.config.routed_scaling_factor
+        chosen_NS, scores_NS = self.route(x_ND, kept, cache, masks.get("experts"))
+        gates_NS = self.gates(scores_NS)
         outputs_NSW = self.run_experts(x_ND, chosen_NS, kept, cache, masks.get("expert_ffn"))
         routed = torch.einsum("ns,nsw->nw", gates_NS, outputs_NSW.to(gates_NS.dtype)).to(x_BTD.dtype)
         if self.config.moe_latent_size is not None:
@@ -156,6 +154,12 @@ class Mixture(Mixer):
             kept_X = torch.tensor(self._kept_experts(kept), device=x_ND.device)
             self.see(self.layer, config.n_routed_experts, kept_X, chosen_NS, scores_NX.detach())
         return chosen_NS, weighed_NX.gather(1, chosen_NS)
+
+    def gates(self, scores_NS: Tensor) -> Tensor:
+        """What weighs the outputs of each token's chosen experts, of their scores."""
+        if self.config.norm_topk_prob:
+            scores_NS = scores_NS / (scores_NS.sum(-1, keepdim=True) + 1e-20)
+        return scores_NS * self.config.routed_scaling_factor
 
     def run_experts(
         self, x_ND: Tensor, chosen_NS: Tensor, kept: Kept, cache: Cache | None = None, mask_F: Tensor | None = None
@@ -216,39 +220,38 @@ class MixtureKind(Kind):
     # Importance
 
     def scores(self, mixer: Mixer, normed_BTD: Tensor, *, signed: bool) -> Tensor:
-        """Sums over tokens, joined: of every expert ||f(x)|| g(x) (REAP), its tokens, its neurons; the shared neurons.
+        """Sums over tokens, joined: of every expert g(x) ||f(x)||, then of its neurons; those of the shared neurons.
 
-        g are the gates over their sum. A neuron counts |x W1| before the activation; a routed expert's neuron counts
-        the tokens that chose the expert.
+        g is the gate, 0 where a token did not choose the expert. REAP (arXiv 2510.13999) takes the mean over the tokens
+        that chose it: an expert that few tokens need would rank with one that most do. A neuron counts |x W1| before
+        the activation, of the tokens that chose its expert.
         """
         assert isinstance(mixer, Mixture)
         x_ND, experts = normed_BTD.flatten(0, 1), mixer.config.n_routed_experts
-        chosen_NS, gates_NS = mixer.route(x_ND, WHOLE)
-        gates_NS = gates_NS / (gates_NS.sum(-1, keepdim=True) + 1e-20)
+        chosen_NS, scores_NS = mixer.route(x_ND, WHOLE)
         outputs = mixer.run_experts(x_ND, chosen_NS, WHOLE)
         if mixer.config.moe_latent_size is not None:
             outputs = F.linear(outputs, mixer.fc2_latent_proj.weight)
             x_latent = F.linear(x_ND, mixer.fc1_latent_proj.weight)
         else:
             x_latent = x_ND
-        contributions = (outputs.norm(dim=-1).double() * gates_NS.double()).flatten()
-        reap_X = contributions.new_zeros(experts).index_add_(0, chosen_NS.flatten(), contributions)
-        counts_X = chosen_NS.flatten().bincount(minlength=experts)
+        contributions = (outputs.norm(dim=-1).double() * mixer.gates(scores_NS).double()).flatten()
+        added_X = contributions.new_zeros(experts).index_add_(0, chosen_NS.flatten(), contributions)
         neurons = []
         for index, expert in enumerate(mixer.experts):
             assert isinstance(expert, _Expert)
             rows = x_latent[(chosen_NS == index).any(-1)]
             neurons.append(F.linear(rows, expert.up_proj.weight).abs().sum(0))
         shared_F = F.linear(x_ND, mixer.shared_experts.up_proj.weight).abs().sum(0)
-        return torch.cat([part.double() for part in (reap_X, counts_X, *neurons, shared_F)])
+        return torch.cat([part.double() for part in (added_X, *neurons, shared_F)])
 
     def order(self, model: ModelConfig, scores: Tensor, kept: Mapping[str, int]) -> dict[str, Tensor]:
-        """Experts by their mean contribution to the tokens that chose them, inside their group."""
+        """Experts by what they add to all tokens together, inside their group."""
         experts, width = model.n_routed_experts, model.moe_intermediate_size
-        sizes = [experts, experts, experts * width, model.moe_shared_expert_intermediate_size]
-        reap_X, counts_X, neurons, shared_F = scores.split(sizes)
+        sizes = [experts, experts * width, model.moe_shared_expert_intermediate_size]
+        added_X, neurons, shared_F = scores.split(sizes)
         return {
-            "experts": descending(reap_X / counts_X.clamp(min=1), model.n_group),
+            "experts": descending(added_X, model.n_group),
             "expert_ffn": torch.stack([descending(of_expert) for of_expert in neurons.view(experts, width)]),
             "shared_ffn": descending(shared_F),
         }

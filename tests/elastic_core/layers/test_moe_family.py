@@ -1,5 +1,6 @@
 """A family with experts is ranked, routed, trained and sliced like any other."""
 
+import copy
 import dataclasses
 import itertools
 from itertools import product
@@ -21,6 +22,8 @@ from elastic_core.files.reorder import identity_order, reorder_checkpoint, reord
 from elastic_core.files.slicing import slice_checkpoint
 from elastic_core.geometry import Axes
 from elastic_core.importance import importance_order, width_scores
+from elastic_core.layers.kinds import KINDS
+from elastic_core.layout import WHOLE
 from elastic_core.model import ElasticNemotronH
 from elastic_core.recipe import Distillation, Optimizer, Stage
 from elastic_core.resolve import resolve_budgets, resolve_target
@@ -159,8 +162,8 @@ def test_a_budget_of_active_parameters_is_met_and_a_routers_expectation_is_its_m
         resolve_target(router, [large], Budget(name="any", active_params=min(sizes) - 1))
 
 
-def test_dropping_experts_by_reap_loses_less_than_dropping_them_at_random():
-    """Experts of every size, in no order: those that add least to the tokens that chose them lose least."""
+def test_dropping_experts_by_importance_loses_less_than_dropping_them_at_random():
+    """Experts of every size, chosen by few tokens and by most, in no order."""
     model = ElasticNemotronH(CONFIG, "torch").double()
     model.initialise(generator("uneven"))
     draw = generator("sizes")
@@ -169,6 +172,8 @@ def test_dropping_experts_by_reap_loses_less_than_dropping_them_at_random():
             weight.mul_(20 if weight.ndim == 2 else 1)  # of fresh weights, a layer adds next to nothing
             if ".mixer.experts." in name and "down_proj" in name:
                 weight.mul_(3 * torch.rand((), generator=draw) ** 2)
+            if name.endswith("e_score_correction_bias"):
+                weight.normal_(0.0, 0.5, generator=draw)
     axes = Axes(experts=(6, 4)).bind(CONFIG)
     order = importance_order(CONFIG, width_scores(model, batches()), RANKING, axes)
     reorder_in_place(model.state_dict(), dataclasses.replace(identity_order(CONFIG), experts=order.experts), CONFIG)
@@ -182,6 +187,19 @@ def test_dropping_experts_by_reap_loses_less_than_dropping_them_at_random():
     (cut,) = compare_orders(model, axes, RANKING, distance, random_orders=8, generator=generator("orders"))
     assert (cut.axis, cut.size) == ("experts", 4)
     assert cut.beats_random, cut
+
+
+def test_an_expert_that_few_tokens_choose_is_dropped_before_one_of_the_same_weights_that_most_choose(model):
+    mixer = copy.deepcopy(model.layers[CONFIG.layers_of("E")[0]].mixer)
+    x_BTD = torch.randn(1, 200, CONFIG.hidden_size, generator=generator("inputs"), dtype=torch.float64)
+    with torch.no_grad():
+        for expert in mixer.experts[1:]:
+            expert.load_state_dict(mixer.experts[0].state_dict())
+        mixer.gate.weight.normal_(0.0, 0.2, generator=generator("gate"))
+        mixer.gate.e_score_correction_bias.copy_(torch.linspace(0.5, -0.5, CONFIG.n_routed_experts))
+    counts_X = mixer.route(x_BTD[0], WHOLE)[0].flatten().bincount(minlength=CONFIG.n_routed_experts)
+    order = KINDS["E"].order(CONFIG, KINDS["E"].scores(mixer, x_BTD, signed=False), {})
+    assert counts_X[order["experts"]].tolist() == sorted(counts_X.tolist(), reverse=True)
 
 
 def test_sizes_that_transformers_cannot_multiply_are_no_choices():
