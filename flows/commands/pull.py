@@ -16,12 +16,17 @@ def pull_model(model: str, output: Path) -> None:
     with registry_services(home_directory()):
         settings = Settings.from_environment(need_bucket=False)
         version = tracking.resolve(settings.registry, model)
-        with bar(f"pulling {version.name}:{version.version}") as report:
-            artifacts.fetch(
-                artifacts.open_store(settings),
-                version.tags[tracking.MANIFEST],
-                version.tags[tracking.BUDGET],
-                output,
-                progress=report,
-            )
+        pull_version(settings, version, output)
     typer.echo(f"{output}: {version.name} version {version.version}, {describe(output)}")
+
+
+def pull_version(settings: Settings, version: tracking.ModelVersion, output: Path) -> None:
+    """Fetch a registered version into `output`; where it is there already, its digests are verified."""
+    with bar(f"pulling {version.name}:{version.version}") as report:
+        artifacts.fetch(
+            artifacts.open_store(settings),
+            version.tags[tracking.MANIFEST],
+            version.tags[tracking.BUDGET],
+            output,
+            progress=report,
+        )

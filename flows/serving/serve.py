@@ -1,6 +1,5 @@
 """`elastic up`, `status` and `down`: servers with their UIs, object store, workers and deployments on one machine."""
 
-import logging
 import os
 import shlex
 import signal
@@ -10,7 +9,6 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
 from urllib.parse import urlsplit
 
 from rich.table import Column, Table
@@ -28,6 +26,7 @@ from flows.serving.services import (
     owned,
     start_store,
 )
+from flows.serving.watched import Server, Watched
 from tasks.running.processes import ChildProcess
 from tasks.settings import ENDPOINT, ENDPOINT_S3, HOME, PREFECT_API, TRACKING_URI, ServiceError, Settings, redact
 from tasks.tracking import check_server
@@ -44,11 +43,7 @@ WORKING = {
 }
 
 WATCH_SECONDS = 1.0
-STEADY_SECONDS = 60.0  # what ran for so long is started again at once
-LONGEST_PAUSE_SECONDS = 60.0
 STOP_SECONDS = 90.0
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,19 +59,6 @@ class Ports:
         for name, port in asdict(self).items():
             if port is not None:
                 choose_port(port, name)
-
-
-class Server(Protocol):
-    """What is watched, and started again when it ends."""
-
-    process: ChildProcess
-
-    @property
-    def url(self) -> str: ...
-
-    def start(self) -> None: ...
-
-    def stop(self) -> None: ...
 
 
 class Worker:
@@ -97,34 +79,6 @@ class Worker:
 
     def stop(self) -> None:
         self.process.stop()
-
-
-@dataclass(slots=True)
-class Watched:
-    """A server or worker, and how long to wait before it is started again."""
-
-    name: str
-    server: Server
-    started: float
-    pause: float = 0.0
-
-    def service(self) -> Service:
-        process = self.server.process
-        return Service(name=self.name, where=self.server.url, log=str(process.log), pid=process.pid())
-
-    def revive(self) -> bool:
-        """Start it again where it has ended, after a pause that grows when it keeps ending; whether it was started."""
-        now, process = time.monotonic(), self.server.process
-        if process.running() or now < self.started + self.pause:
-            return False
-        steady = now - self.started > STEADY_SECONDS
-        self.pause = 0.0 if steady else min(max(1.0, 2 * self.pause), LONGEST_PAUSE_SECONDS)
-        _log.warning(
-            "%s ended with exit code %s; started again, its log is %s", self.name, process.exit_code(), process.log
-        )
-        self.server.start()
-        self.started = now
-        return True
 
 
 class Fleet:

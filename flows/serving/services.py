@@ -176,7 +176,7 @@ def make_bucket() -> None:
 @contextmanager
 def owned(home: Path) -> Iterator[bool]:
     """Whether this process got the home directory's lock, which its end frees; SIGTERM leaves as Ctrl-C does."""
-    with _terminate_gracefully(), ExitStack() as stack:
+    with terminates_gracefully(), ExitStack() as stack:
         owner = True
         try:
             stack.enter_context(held(home / "lock"))
@@ -186,7 +186,7 @@ def owned(home: Path) -> Iterator[bool]:
 
 
 @contextmanager
-def _terminate_gracefully() -> Iterator[None]:
+def terminates_gracefully() -> Iterator[None]:
     """Let SIGTERM unwind the stack as Ctrl-C does, so that what was started is stopped."""
 
     def terminate(_signum: int, _frame: FrameType | None) -> None:

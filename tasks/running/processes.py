@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 STOP_SECONDS = 10.0
@@ -15,11 +16,11 @@ STOP_SECONDS = 10.0
 # A `preexec_fn` could do the first, but is unsafe (and from Python 3.12 warned of) among threads.
 _GUARD = """
 import ctypes, os, signal, subprocess, sys, time
-parent, argv = int(sys.argv[1]), sys.argv[2:]
+parent, ending, argv = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 if sys.platform == "linux":
     PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ending)
     if os.getppid() == parent:
         os.execv(argv[0], argv)
 else:
@@ -27,22 +28,29 @@ else:
     signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     while child.poll() is None:
         if os.getppid() != parent:
-            child.kill()
+            child.send_signal(ending)
         time.sleep(0.2)
     sys.exit(child.returncode)
 """
 
 
 class ChildProcess:
-    """A child with a log file that cannot outlive this process. Start it from a thread that lives as long."""
+    """A child with a log file that cannot outlive this process. Start it from a thread that lives as long.
 
-    def __init__(self, log: Path) -> None:
+    One `with_children` of its own gets SIGTERM, not SIGKILL, when this process dies, so that it ends them; those that
+    it leaves all the same are killed when it is stopped or started again.
+    """
+
+    def __init__(self, log: Path, *, with_children: bool = False) -> None:
         self.log = log
+        self._with_children = with_children
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, argv: Sequence[str], *, environment: Mapping[str, str], directory: Path) -> None:
+        self._sweep()
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        guard = [sys.executable, "-I", "-S", "-c", _GUARD, str(os.getpid()), *argv]
+        ending = signal.SIGTERM if self._with_children else signal.SIGKILL
+        guard = [sys.executable, "-I", "-S", "-c", _GUARD, str(os.getpid()), str(int(ending)), *argv]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 guard,
@@ -79,6 +87,7 @@ class ChildProcess:
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+        self._sweep()
         self._process = None
 
     def last_words(self, skip: re.Pattern[str] | None = None) -> str:
@@ -86,3 +95,9 @@ class ChildProcess:
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
         said = (line.strip() for line in reversed(lines) if line.strip() and not (skip and skip.match(line)))
         return next(said, "nothing")[:300]
+
+    def _sweep(self) -> None:
+        """Kill what is left of the process group of a child that has ended."""
+        if self._with_children and self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)

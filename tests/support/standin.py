@@ -1,0 +1,97 @@
+"""A stand-in for `vllm serve`: a real HTTP server, with a child as vLLM has, that says what the test wrote down.
+
+All files are in the directory STANDIN: `NAME.json` has what model NAME says, `asked-NAME.jsonl` what it was asked,
+`processes` has every process that was started. While there is a file `gated`, a stream waits after each of its pieces.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+DIRECTORY = Path(os.environ.get("STANDIN", "."))
+OPTIONS = dict(zip(sys.argv[3::2], sys.argv[4::2], strict=False))
+NAME = OPTIONS.get("--served-model-name", "")
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        if self.path == "/v1/models":
+            self.reply({"data": [{"id": NAME, "max_model_len": 100}]})
+        else:
+            self.reply("# HELP asked_total Requests.\n# TYPE asked_total counter\nasked_total 3.0\n")
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with (DIRECTORY / f"asked-{NAME}.jsonl").open("a") as file:
+            file.write(json.dumps({"path": self.path, **body}) + "\n")
+        said = json.loads((DIRECTORY / f"{NAME}.json").read_text())
+        if "refuses" in said:
+            self.reply({"error": {"message": said["refuses"]}}, 400)
+        elif body.get("stream"):
+            self.stream(said["pieces"], body.get("max_tokens"))
+        else:
+            gate()
+            self.reply({"by": NAME, "text": "".join(said["pieces"])})
+
+    def stream(self, pieces: list[str], most: int | None) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        told = pieces[:most]
+        for piece in told:
+            self.event({"choices": [{"text": piece, "finish_reason": None}]})
+            gate()
+        self.event({"choices": [{"text": "", "finish_reason": "stop" if told == pieces else "length"}]})
+        self.event({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": len(told)}})
+        self.chunk("data: [DONE]\n\n")
+        self.chunk("")
+
+    def event(self, said: dict[str, Any]) -> None:
+        self.chunk(f"data: {json.dumps(said)}\n\n")
+
+    def chunk(self, text: str) -> None:
+        self.wfile.write(f"{len(text):x}\r\n{text}\r\n".encode())
+
+    def reply(self, content: dict[str, Any] | str, status: int = 200) -> None:
+        text = content if isinstance(content, str) else json.dumps(content)
+        self.send_response(status)
+        self.send_header("Content-Type", "text/plain" if isinstance(content, str) else "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def gate() -> None:
+    while (DIRECTORY / "gated").exists():
+        time.sleep(0.01)
+
+
+def main() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    with (DIRECTORY / "processes").open("a") as file:
+        file.write(f"{NAME} {os.getpid()} {child.pid}\n")
+    if (DIRECTORY / f"{NAME}.fails").exists():
+        sys.exit("RuntimeError: there is no device")
+
+    def end(*_: object) -> None:
+        child.kill()
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, end)
+    ThreadingHTTPServer(("127.0.0.1", int(OPTIONS["--port"])), Handler).serve_forever()
+
+
+if __name__ == "__main__":
+    main()
