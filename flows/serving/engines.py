@@ -61,8 +61,8 @@ def find_program(asked: str | None, options: Sequence[str] = ()) -> Program:
         if path.name not in KINDS or not os.access(path, os.X_OK) or path.is_dir():
             raise ValueError(f"--engine {asked!r} is not {' or '.join(KINDS)}, nor the path of such a program")
         return Program(kind=KINDS[KINDS.index(path.name)], path=path, options=tuple(options))
-    for kind in KINDS if asked is None else KINDS[KINDS.index(asked) :][:1]:
-        if (found := _installed(kind)) is not None:
+    for kind in KINDS:
+        if asked in (None, kind) and (found := _installed(kind)) is not None:
             return Program(kind=kind, path=found, options=tuple(options))
     raise ValueError(
         f"no engine: {asked or 'neither vllm nor transformers'} can serve here; pip install vllm, or "

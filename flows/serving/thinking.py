@@ -25,7 +25,6 @@ from tasks.corpus.tokenizer import load_tokenizer
 from tasks.corpus.turns import CLOSE, OPEN, closes_thought
 
 FORM = "FAMILY?think=BUDGET&answer=BUDGET, with &thought_tokens=N where a thought is to end after N"
-LEAST_CONTEXT = 1  # tokens that must be left to be written
 SAMPLING = (
     *("temperature", "top_p", "top_k", "min_p", "seed", "logit_bias"),
     *("frequency_penalty", "presence_penalty", "repetition_penalty"),
@@ -101,7 +100,7 @@ class Composition:
         async with self._residents.using(self._pair.answers) as engine:
             room = await self._room(engine, prompt)
             most = room if self._limit is None else min(room, self._limit - self.tokens)
-            if most < LEAST_CONTEXT:
+            if most < 1:
                 return
             stop = self._body.get("stop") or []
             stops = [stop] if isinstance(stop, str) else stop
@@ -143,10 +142,12 @@ class Composition:
 
     async def _room(self, engine: Engine, prompt: list[int]) -> int:
         """How many tokens an engine can write after a prompt; Refused where there is room for none."""
-        listed = (await self._residents.client.get(f"{engine.url}/v1/models")).json()
-        known = [each.get("max_model_len") for each in listed["data"] if each["id"] == engine.model]
-        context = next(filter(None, known), None) or read_config(engine.directory).max_position_embeddings
-        if context - len(prompt) < LEAST_CONTEXT:
+        if engine.program.kind == "vllm":  # which may have been told to take less than the model can
+            listed = (await self._residents.client.get(f"{engine.url}/v1/models")).json()["data"]
+            context = next(int(model["max_model_len"]) for model in listed if model["id"] == engine.model)
+        else:
+            context = read_config(engine.directory).max_position_embeddings
+        if len(prompt) >= context:
             fault = f"{len(prompt)} tokens leave no room in a context of {context}"
             raise Refused(400, fault, "context_length_exceeded")
         return context - len(prompt)

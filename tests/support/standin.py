@@ -1,4 +1,4 @@
-"""A stand-in for `vllm serve`: a real HTTP server, with a child as vLLM has, that says what the test wrote down.
+"""A stand-in for `vllm serve` or `transformers serve`, with a child as vLLM has: it says what a test wrote down.
 
 All files are in the directory STANDIN: `NAME.json` has what model NAME says, `asked-NAME.jsonl` what it was asked,
 `processes` has every process that was started. While there is a file `gated`, a stream waits after each of its pieces.
@@ -16,14 +16,14 @@ from typing import Any
 
 DIRECTORY = Path(os.environ.get("STANDIN", "."))
 OPTIONS = dict(zip(sys.argv[3::2], sys.argv[4::2], strict=False))
-NAME = OPTIONS.get("--served-model-name", "")
+NAME = OPTIONS.get("--served-model-name") or Path(sys.argv[2] if len(sys.argv) > 2 else "").name
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        if self.path == "/v1/models":
+        if self.path == "/v1/models" and "--served-model-name" in OPTIONS:
             self.reply({"data": [{"id": NAME, "max_model_len": 100}]})
         else:
             self.reply("# HELP asked_total Requests.\n# TYPE asked_total counter\nasked_total 3.0\n")
