@@ -1,4 +1,4 @@
-"""The exact geometries of NVIDIA's Nemotron-Nano 12B and 9B, version 2, and a small one in their proportions."""
+"""The exact geometries of NVIDIA's Nemotron Nano 12B, 9B and 30B-A3B, and small ones in their proportions."""
 
 import dataclasses
 
@@ -43,7 +43,7 @@ NANO_30B = ModelConfig(
     routed_scaling_factor=2.5,
 )
 
-# Nano's proportions at a hidden size that two CPU cores can train.
+# Their proportions at hidden sizes that two CPU cores can train.
 NANO_97M = ModelConfig(
     hybrid_override_pattern="M-M-M*-M-",
     hidden_size=1024,
@@ -57,4 +57,12 @@ NANO_97M = ModelConfig(
     n_groups=4,
     vocab_size=16384,
     chunk_size=64,
+)
+NANO3_139M = dataclasses.replace(
+    NANO_97M,
+    hybrid_override_pattern=NANO_97M.hybrid_override_pattern.replace("-", "E"),
+    n_routed_experts=16,
+    num_experts_per_tok=4,
+    moe_intermediate_size=512,
+    moe_shared_expert_intermediate_size=1024,
 )
