@@ -21,6 +21,8 @@ ENGINES := $(VENV)/engines
 LLAMACPP := $(ENGINES)/llamacpp
 BINDING := 0.3.36
 SERVICES := services and not (gpu or benchmark or faults)
+# The tests that look at what one `elastic up` serves.
+SERVED := tests/flows/serving tests/flows/test_browser.py tests/flows/test_retrain.py
 ROWS := infra/benchmarks.jsonl
 # Of the machine with the GPU: its Python, and the Linux that its wheels may ask for.
 GPU_PYTHON ?= python3
@@ -29,7 +31,7 @@ GPU_PLATFORMS := manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_
 WHEELS := build/gpu-wheels
 ON_GPU := build/gpu
 
-.PHONY: demo race test test-all test-flows test-services test-faults test-kernels lint check reference bench bench-gpu gpu-wheels check-gpu clean
+.PHONY: demo race test test-all test-served test-flows test-services test-faults test-kernels lint check reference bench bench-gpu gpu-wheels check-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/elastic run $(RECIPE)
@@ -42,11 +44,15 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --dist loadfile -m "not (gpu or benchmark or faults or services)"
 
 test-all: test test-kernels $(ENGINES)/installed
-	$(MAKE) --jobs 2 test-flows test-services
+	$(MAKE) --jobs 3 test-served test-flows test-services
 
-# Two processes: the tests of flows share a family, servers and ports, and take turns; the others have their own.
+# Three processes, which wait more than they compute: one family and its servers are shared by the tests of the first,
+# which take turns, one family of `elastic run` by those of the second; the others have their own.
+test-served: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "$(SERVICES)" $(SERVED)
+
 test-flows: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "$(SERVICES)" tests/flows
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "$(SERVICES)" tests/flows $(SERVED:%=--ignore %)
 
 test-services: $(INSTALLED) $(ENGINES)/installed
 	OMP_NUM_THREADS=1 ENGINES=$(abspath $(ENGINES)) $(BIN)/pytest -m "$(SERVICES)" --ignore tests/flows
