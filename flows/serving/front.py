@@ -16,7 +16,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -100,7 +100,7 @@ class Completions:
         except httpx.TransportError as error:
             fault = f"the engine broke off ({type(error).__name__}); ask again"
             await JSONResponse(problem(fault), 502)(scope, receive, send)
-        except Gone:
+        except (Gone, ClientDisconnect):
             return
 
     async def _answer(self, body: dict[str, Any], held: AsyncExitStack) -> Response:

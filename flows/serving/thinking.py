@@ -4,6 +4,7 @@ The model of such a request is FAMILY?think=BUDGET&answer=BUDGET. The chat is re
 first one goes on from there until its thought ends, and the second from the end of that thought.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -81,13 +82,15 @@ class Composition:
     async def deltas(self) -> AsyncGenerator[dict[str, str], None]:
         """The thought, and then the answer, as pieces of a message."""
         async with self._residents.using(self._pair.thinks) as engine:
-            tokenizer = tokenizer_of(engine.directory)
-            prompt = _opened(tokenizer, self._body)
+            prompt = await asyncio.to_thread(_opened, engine.directory, self._body)
             room = await self._room(engine, prompt)
             room = room if self._limit is None else min(room, self._limit)
             most = min(room, self._pair.thought_tokens or room)
             thought = ""
-            async with aclosing(_before(CLOSE, self._completed(engine, prompt, most, [CLOSE]))) as texts:
+            fields: dict[str, Any] = {"stop": [CLOSE]}
+            if engine.program.takes_tokens:
+                fields["skip_special_tokens"] = False  # the end of a thought may be one
+            async with aclosing(_before(CLOSE, self._completed(engine, prompt, most, fields))) as texts:
                 async for text in texts:
                     thought += text
                     yield {REASONING: text}
@@ -96,34 +99,32 @@ class Composition:
         if self._cut and most == room:
             return
         closed = f"\n{CLOSE}\n\n" if self._cut else CLOSE
-        prompt = prompt + tokenizer.encode(thought + closed, add_special_tokens=False)
         async with self._residents.using(self._pair.answers) as engine:
+            prompt += tokenizer_of(engine.directory).encode(thought + closed, add_special_tokens=False)
             room = await self._room(engine, prompt)
             most = room if self._limit is None else min(room, self._limit - self.tokens)
             if most < 1:
                 return
-            stop = self._body.get("stop") or []
-            stops = [stop] if isinstance(stop, str) else stop
-            async with aclosing(self._completed(engine, prompt, most, stops)) as texts:
+            fields = {"stop": self._body["stop"]} if "stop" in self._body else {}
+            async with aclosing(self._completed(engine, prompt, most, fields)) as texts:
                 async for text in texts:
                     yield {"content": text}
         self.tokens += self._usage["completion_tokens"]
         self.finish = "length" if self._cut else "stop"
 
     async def _completed(
-        self, engine: Engine, prompt: list[int], most: int, stop: list[str]
+        self, engine: Engine, prompt: list[int], most: int, fields: Mapping[str, Any]
     ) -> AsyncGenerator[str, None]:
         """The text that an engine goes on with; then `_usage` and whether it was `_cut` are known."""
         body = {
             **self._sampling,
+            **fields,
             "model": engine.model,
             "prompt": prompt if engine.program.takes_tokens else tokenizer_of(engine.directory).decode(prompt),
             "max_tokens": most,
             "stream": True,
             "stream_options": {"include_usage": True},
-        } | ({"stop": stop} if stop else {})
-        if CLOSE in stop and engine.program.takes_tokens:
-            body["skip_special_tokens"] = False  # it may be one
+        }
         self._usage: dict[str, int] = {}
         finish = None
         async with self._residents.client.stream("POST", f"{engine.url}/v1/completions", json=body) as answer:
@@ -158,8 +159,9 @@ def tokenizer_of(directory: Path) -> PreTrainedTokenizerFast:
     return load_tokenizer(directory)
 
 
-def _opened(tokenizer: PreTrainedTokenizerFast, body: Mapping[str, Any]) -> list[int]:
+def _opened(directory: Path, body: Mapping[str, Any]) -> list[int]:
     """The chat as the sizes read it, with a thought begun."""
+    tokenizer = tokenizer_of(directory)
     try:
         if "messages" not in body:
             raise ValueError("messages is missing")

@@ -25,7 +25,7 @@ def test_a_small_size_thinks_and_a_large_one_goes_on_after_its_thought(serve: St
         prompt = "<|user|>2 + 2?<|assistant|><think>\n"
         assert tokenizer.decode(thought["prompt"]) == prompt
         assert tokenizer.decode(answered["prompt"]) == f"{prompt}two and two\n</think>"
-        assert (thought["stop"], answered["stop"]) == (["</think>"], ["END"])
+        assert (thought["stop"], answered["stop"]) == (["</think>"], "END")
         assert thought["temperature"] == answered["temperature"] == 0.5
         assert thought["max_tokens"] == 100 - len(thought["prompt"])
         assert answered["max_tokens"] == 100 - len(answered["prompt"])
