@@ -181,10 +181,11 @@ def up(
     """Serve: Prefect and MLflow with their UIs, object store, workers, deployments, until Ctrl-C or `elastic down`."""
     from flows.commands.recipes import load_recipe
     from flows.serving import serve
+    from flows.serving.schedule import Schedule
     from tasks.settings import make_home
 
     load_recipe(recipe)
-    plan = serve.Schedule(cron=schedule, max_gpu_hours=max_gpu_hours)
+    plan = Schedule(cron=schedule, max_gpu_hours=max_gpu_hours)
     serve.up(make_home(), recipe, plan, serve.Ports(prefect=prefect_port, mlflow=mlflow_port, s3=s3_port))
 
 

@@ -23,7 +23,6 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, StateType
-from prefect.client.schemas.schedules import CronSchedule
 from prefect.deployments.runner import RunnerDeployment
 from prefect.events import DeploymentEventTrigger
 from prefect.events.actions import ChangeFlowRunState
@@ -37,7 +36,7 @@ from elastic_core.schema import told
 from flows.commands.recipes import keep_recipe, load_recipe, recipe_names
 from flows.retrain import SKIPPED, UNCHANGED
 from flows.serving.ceiling import WAITS
-from flows.serving.serve import NEVER
+from flows.serving.schedule import NEVER, Schedule
 from flows.serving.services import HEARTBEAT
 from tasks.running.gpu import DEPLOYMENT_VARIABLE
 
@@ -310,17 +309,11 @@ def main() -> None:
     parser.add_argument("--notes", type=Path, help="where to write the lines that the user is to read")
     given = parser.parse_args()
     try:
-        if given.schedule not in (None, NEVER):
-            CronSchedule(cron=given.schedule)
-    except ValueError:
-        sys.exit(f"--schedule {given.schedule!r} is not a cron expression, such as '0 3 * * *', or {NEVER}")
-    if given.schedule not in (None, NEVER) and given.max_gpu_hours is None:
-        sys.exit(f"--schedule {given.schedule!r} needs --max-gpu-hours: above it a run waits for a person")
-    try:
+        schedule = Schedule(cron=given.schedule, max_gpu_hours=given.max_gpu_hours)
         recipe = load_recipe(given.recipe)
     except ValueError as error:
         sys.exit(str(error))
-    lines = apply_all(recipe, given.schedule, given.max_gpu_hours, fresh=given.fresh)
+    lines = apply_all(recipe, schedule.cron, schedule.max_gpu_hours, fresh=given.fresh)
     if given.notes is not None:
         given.notes.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 

@@ -15,6 +15,7 @@ from rich.table import Column, Table
 
 from flows.commands.terminal import wide_console
 from flows.serving.running import Service, last_running, read_running, this_process, write_running
+from flows.serving.schedule import Schedule
 from flows.serving.servers import KEYS_FILE, MlflowServer, ObjectStore, PrefectServer, answers, choose_port
 from flows.serving.services import (
     FOREIGN,
@@ -34,7 +35,6 @@ from tasks.tracking import check_server
 MLFLOW_DATABASE = "MLFLOW_BACKEND_STORE_URI"  # MLflow's own name for the database of its server
 PREFECT_PORT, MLFLOW_PORT = 4200, 5000
 POOLS = ("cpu", "gpu")
-NEVER = "none"  # as a schedule
 
 # For workers and the runs that they start.
 WORKING = {
@@ -180,28 +180,6 @@ class Fleet:
         services = last.services if last is not None else ()
         ports = (urlsplit(service.where).port for service in services if service.name == name and service.log)
         return [port for port in ports if port]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
-    """When to look for new data, teacher or code, as cron, and the GPU-hours that a run may take without asking.
-
-    `cron` may be NEVER; None leaves what there is.
-    """
-
-    cron: str | None = None
-    max_gpu_hours: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.cron not in (None, NEVER) and self.max_gpu_hours is None:
-            raise ValueError(
-                f"--schedule {self.cron!r} needs --max-gpu-hours, such as 100: a run that would take more by its plan "
-                "waits for a person; `elastic plan RECIPE` says what it takes, and 0 always asks"
-            )
-
-    def arguments(self) -> list[str]:
-        given = {"--schedule": self.cron, "--max-gpu-hours": self.max_gpu_hours}
-        return [text for name, value in given.items() if value is not None for text in (name, str(value))]
 
 
 def up(home: Path, recipe: Path, schedule: Schedule, ports: Ports) -> None:

@@ -50,7 +50,7 @@ MICRO = {
         "depth": [5, 4],
     },
     "budgets": [{"name": "l"}, {"name": "m", "params": 28000}, {"name": "s", "params": 20000}],
-    "importance": {"samples": 8, "sequence_length": 32, "batch_size": 4, "depth_samples": 4},
+    "importance": {"samples": 8, "sequence_length": 32, "batch_size": 4, "depth_samples": 4, "random_orders": 2},
     "shapes": {"samples": 4, "sequence_length": 32, "batch_size": 4, "measurements": 40},
     "router": {"hidden_size": 8},
     "stages": [

@@ -22,6 +22,7 @@ from served import RUN_SECONDS, Elastified, Served, assert_made, eventually, kil
 from flows.commands.recipes import load_recipe
 from flows.serving import serve
 from flows.serving.deployments import deployments
+from flows.serving.schedule import Schedule
 
 pytestmark = pytest.mark.services
 
@@ -92,7 +93,7 @@ def test_a_schedule_of_before_stays_and_is_told_of_until_it_is_taken_away(
 
     def after(schedule: str | None) -> tuple[list[str], str]:
         """The schedules of the family then, and what the user was told of it."""
-        plan = serve.Schedule(cron=schedule, max_gpu_hours=None if schedule in (None, "none") else 0.5)
+        plan = Schedule(cron=schedule, max_gpu_hours=None if schedule in (None, "none") else 0.5)
         serve.deploy(tmp_path, Path("tiny"), plan, fresh=False)
         told = [line for line in capsys.readouterr().out.splitlines() if "retrain/tiny" in line]
         with served.prefect() as client:
