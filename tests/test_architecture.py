@@ -112,7 +112,9 @@ def test_a_plan_and_the_schema_are_made_without_an_extra_by_a_recipes_name(small
     assert json.loads(small("schema").stdout)["title"] == "Recipe"
 
 
-@pytest.mark.parametrize("arguments", [("run", "tiny"), ("runs",), ("check", "tiny")], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [("run", "tiny"), ("runs",), ("check", "tiny"), ("serve", "tiny-s")], ids=" ".join
+)
 def test_what_needs_an_extra_says_in_one_line_which(arguments: tuple[str, ...], small: Any) -> None:
     done = small(*arguments)
     assert done.returncode == 1

@@ -61,6 +61,10 @@ class Resident:
         if self._watched is not None and self.up.done() and self._watched.revive():
             self.answering = False
 
+    def keeps_ending(self) -> bool:
+        """Whether it has ended once more after it was started again."""
+        return self._watched is not None and self._watched.pause > 1.0 and not self.engine.process.running()
+
     def state(self) -> str:
         return "running" if self.runs() else "starting"
 
@@ -181,11 +185,12 @@ class Residents:
             _log.info("%s: stopped, to make room", leaving.size.name)
 
     async def _until_answering(self, resident: Resident) -> None:
-        """Return when it answers; a ServiceError where its first start fails, or it does not come back."""
+        """Return when it answers; a ServiceError where its first start fails, or it keeps ending."""
         deadline, process = time.monotonic() + START_SECONDS, resident.engine.process
         while not resident.runs():
-            if not process.running() and not resident.up.done():
-                raise ServiceError(f"{resident.size.name} did not start: {process.last_words()}; log: {process.log}")
+            if not process.running() and (not resident.up.done() or resident.keeps_ending()):
+                fault = "keeps ending" if resident.up.done() else "did not start"
+                raise ServiceError(f"{resident.size.name} {fault}: {process.last_words()}; log: {process.log}")
             if time.monotonic() > deadline:
                 raise ServiceError(f"{resident.size.name} does not answer; its log is {process.log}", transient=True)
             if process.running():

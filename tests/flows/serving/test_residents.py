@@ -142,6 +142,17 @@ def test_a_killed_engine_comes_back_without_its_old_children(serve: Stage) -> No
         assert len(served.processes("tiny-s")) == 2
 
 
+def test_an_engine_that_keeps_ending_keeps_nobody_waiting_and_is_still_started_again(serve: Stage) -> None:
+    with serve("tiny-s") as served:
+        (serve.directory / "tiny-s.fails").touch()
+        os.kill(served.processes("tiny-s")[0][0], 9)
+        refused = served.ask("tiny-s")
+        assert refused.status_code == 503
+        assert "tiny-s keeps ending: RuntimeError: there is no device" in refused.json()["error"]["message"]
+        (serve.directory / "tiny-s.fails").unlink()
+        eventually(lambda: served.ask("tiny-s").status_code == 200)
+
+
 def test_a_client_that_hangs_up_lets_go_of_its_size(serve: Stage) -> None:
     with serve("tiny-s", memory=ONE) as served:
         (serve.directory / "gated").touch()
