@@ -1,5 +1,6 @@
 """The pipeline: a teacher goes in, a registered family comes out. The body of `pipeline` is the plan."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +27,7 @@ from tasks.rank import choose_shapes, compare_orders, rank_importance, reorder_t
 from tasks.records import Artifact, EvaluationRecord, OrderComparison, Release
 from tasks.register import destination, register
 from tasks.running.preflight import (
+    check_cluster,
     check_corpus,
     check_ends,
     check_model,
@@ -39,6 +41,8 @@ from tasks.running.workspace import small_files
 from tasks.settings import Settings
 from tasks.slice import slice_budget
 from tasks.teacher import fetch_teacher, license_of, pretrain_teacher, train_tokenizer
+
+logger = logging.getLogger(__name__)
 
 Outcome = tuple[EvaluationRecord, OrderComparison, Release, Verdict]
 
@@ -73,6 +77,8 @@ def pipeline(recipe: Recipe) -> Outcome:
     tag_run(recipe.family)
     settings = Settings.from_environment()
     workspace = str(settings.home / "workspace")
+    if told := check_cluster(recipe):
+        logger.info("%s", told)
     with tracked(recipe, settings, pipeline) as run_id:
         link_curves(settings, run_id)
         check_scorers(recipe.evaluation)

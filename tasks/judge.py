@@ -29,9 +29,9 @@ from tasks.judging.scores import score
 from tasks.records import Artifact, BenchmarkScore, Contamination, Score
 from tasks.running.code import code_of
 from tasks.running.digests import artifact
-from tasks.running.gpu import device
 from tasks.running.limits import cores
 from tasks.running.patience import patiently
+from tasks.running.places import device
 from tasks.running.progress import progress_bar
 from tasks.running.steps import fingerprint, new_directory, run, step
 from tasks.settings import home_directory

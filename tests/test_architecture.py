@@ -59,7 +59,9 @@ def test_elastic_core_imports_with_torch_safetensors_and_scipy_alone():
 
 
 def test_importing_any_module_starts_nothing():
-    code = "import socket, subprocess, threading\n" + IMPORT_WITHOUT.format(blocked=["mamba_ssm"], modules=MODULES)
+    code = "import socket, subprocess, threading\n" + IMPORT_WITHOUT.format(
+        blocked=["mamba_ssm", "ray"], modules=MODULES
+    )
     code = code.replace(
         "before =",
         "def refuse(*a, **k): raise AssertionError('an import started something')\n"

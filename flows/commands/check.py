@@ -32,7 +32,16 @@ from tasks.judging.decoder import encoded
 from tasks.judging.endpoint import Client
 from tasks.judging.judge import require_scorer
 from tasks.reporting.numbers import human_count
-from tasks.running.preflight import bring_side_files, check_model, check_prefect, check_problems, prefect_url
+from tasks.running.places import elsewhere
+from tasks.running.preflight import (
+    bring_side_files,
+    check_cluster,
+    check_model,
+    check_prefect,
+    check_problems,
+    prefect_url,
+)
+from tasks.running.ray_cluster import RayCluster
 from tasks.running.usage import written_by_open_runs
 from tasks.settings import ServiceError, Settings, make_home, redact
 from tasks.teacher import left_out_text
@@ -88,7 +97,8 @@ def check_recipe(recipe: Recipe) -> int:
         model = read_config(directory) if pretraining is None else pretraining.model
         plan = findings.look("budgets", partial(_budgets, recipe, model, place))
         if plan is not None:
-            findings.look("GPUs", partial(_gpus, plan))
+            on_ray = isinstance(elsewhere(), RayCluster)
+            findings.look("GPUs", partial(_cluster, recipe) if on_ray else partial(_gpus, plan))
             findings.look("disk", partial(_disk, plan, home))
     return findings.faults
 
@@ -204,6 +214,10 @@ def _gpus(plan: RecipePlan) -> tuple[str, None]:
             f"{plan.accelerator.memory // 10**9}GB` says what would"
         )
     return f"{count} x {name} of {memory}, on which every stage fits", None
+
+
+def _cluster(recipe: Recipe) -> tuple[str, None]:
+    return check_cluster(recipe), None
 
 
 def _disk(plan: RecipePlan, home: Path) -> tuple[str, None]:

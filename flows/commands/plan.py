@@ -13,7 +13,7 @@ from elastic_core.geometry import MOE, ModelConfig
 from elastic_core.planning.machine import LEAST_MARGIN, USABLE_SHARE, Place
 from elastic_core.planning.memory import Memory
 from elastic_core.planning.plan import BudgetPlan, RecipePlan
-from elastic_core.planning.stages import Change, MeshPlan, StagePlan
+from elastic_core.planning.stages import MeshPlan, StagePlan
 from elastic_core.planning.steps import TOKENS_PER_CORE_SECOND, StepPlan
 from elastic_core.recipe import Recipe
 from elastic_core.schema import to_dict
@@ -21,6 +21,7 @@ from elastic_core.subnet import Subnet
 from flows.commands.terminal import text_table, wide_console
 from flows.serving.services import names_a_store, tracking_environment
 from tasks import artifacts
+from tasks.reporting.fit import joined, unfit
 from tasks.reporting.numbers import human_bytes, human_count, human_seconds, percent
 from tasks.settings import ServiceError, Settings, home_directory
 
@@ -323,7 +324,7 @@ def _verdicts(plan: RecipePlan, table: LatencyTable | None) -> Iterator[str]:
     for planned in plan.stages:
         for mesh in planned.meshes:
             yield from _mesh_verdicts(plan, planned, mesh)
-    meshes = _joined([f"{gpus:,}" for gpus in plan.fitting]) if plan.fitting else "none of these numbers of"
+    meshes = joined([f"{gpus:,}" for gpus in plan.fitting]) if plan.fitting else "none of these numbers of"
     yield f"It fits on {meshes} GPU{'s' * (plan.fitting != (1,))}."
     if not plan.feasible:
         yield "It does not run as it stands: a budget cannot be met."
@@ -331,7 +332,7 @@ def _verdicts(plan: RecipePlan, table: LatencyTable | None) -> Iterator[str]:
 
 def _mesh_verdicts(plan: RecipePlan, planned: StagePlan, mesh: MeshPlan) -> Iterator[str]:
     if not mesh.fits:
-        yield _unfit(plan, planned, mesh)
+        yield unfit(plan.accelerator, planned, mesh)
     elif mesh.tight:
         yield _tight(planned, mesh)
     if mesh.rare:
@@ -344,7 +345,7 @@ def _infeasible(plan: RecipePlan, budget: BudgetPlan, table: LatencyTable | None
     assert budget.target is not None
     counted = budget_cost(plan.model, budget.budget, table)
     ways = [f"{choice} in axes.{axis}" for axis, choice in budget.choices.items()]
-    remedy = f"; {_joined(ways, 'or')} would make room" if ways else ""
+    remedy = f"; {joined(ways, 'or')} would make room" if ways else ""
     return (
         f"budget {budget.budget.name} cannot be met: the smallest subnet has {counted.text(budget.cost)}, "
         f"{counted.text(budget.cost - budget.target)} above it{remedy}, or raise the budget."
@@ -371,7 +372,7 @@ def _tight(planned: StagePlan, mesh: MeshPlan) -> str:
 def _rare(planned: StagePlan, mesh: MeshPlan) -> str:
     together = planned.stage.rows_together(mesh.gpus)
     return (
-        f"{planned.stage.name} on {mesh.gpus:,} GPUs: not every step trains {_joined(mesh.rare)}, since {together:,} "
+        f"{planned.stage.name} on {mesh.gpus:,} GPUs: not every step trains {joined(mesh.rare)}, since {together:,} "
         f"of {planned.stage.batch_size:,} sequences share a budget. The shares hold over many steps; a larger "
         "batch_size holds them in each."
     )
@@ -382,34 +383,3 @@ def _copies(planned: StagePlan, mesh: MeshPlan, between: int) -> str:
         f"{planned.stage.name} on {mesh.gpus:,} GPUs also fits with sharding: hybrid, a copy of the weights on every "
         f"host; then the hosts send one another {human_bytes(between)} instead of {human_bytes(mesh.between_hosts)}."
     )
-
-
-def _unfit(plan: RecipePlan, planned: StagePlan, mesh: MeshPlan) -> str:
-    where = f"{planned.stage.name} on {mesh.gpus:,} GPU{'s' * (mesh.gpus > 1)}"
-    if mesh.micro_steps is None:
-        problem = f"{planned.stage.batch_size:,} sequences do not divide into micro-batches for all"
-    else:
-        problem = f"{human_bytes(mesh.memory.total)} are needed and {human_bytes(plan.accelerator.usable)} are there"
-    ways = [_change(planned, mesh, change) for change in mesh.changes]
-    return f"{where}: {problem}. " + (f"It fits with {_joined(ways, 'or')}." if ways else "Nothing here would help.")
-
-
-def _change(planned: StagePlan, mesh: MeshPlan, change: Change) -> str:
-    stage, parts = planned.stage, []
-    if change.recompute != stage.recompute:
-        parts.append("recompute: true")
-    if change.offload != stage.offload:
-        parts.append("offload: true")
-    if change.sharding != stage.sharding:
-        parts.append(f"sharding: {change.sharding}")
-    if change.micro_batch_size != stage.micro_batch_size:
-        parts.append(f"micro_batch_size: {change.micro_batch_size}")
-    if change.sequence_length != stage.sequence_length:
-        parts.append(f"sequence_length: {change.sequence_length}")
-    if change.gpus != mesh.gpus:
-        parts.append(f"{change.gpus:,} GPU{'s' * (change.gpus > 1)}")
-    return f"{_joined(parts)} ({human_bytes(change.memory)})"
-
-
-def _joined(parts: Sequence[str], last: str = "and") -> str:
-    return f" {last} ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))

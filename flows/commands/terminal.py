@@ -9,7 +9,7 @@ from rich.table import Table
 
 from tasks.settings import DISK_FULL, home_directory, redact
 
-EXTRAS = {"math_verify": "eval", "mamba_ssm": "cuda", "causal_conv1d": "cuda"}  # all others: pipeline
+EXTRAS = {"math_verify": "eval", "mamba_ssm": "cuda", "causal_conv1d": "cuda", "ray": "ray"}  # all others: pipeline
 
 
 def wide_console() -> Console:

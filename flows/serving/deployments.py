@@ -38,7 +38,7 @@ from flows.retrain import SKIPPED, UNCHANGED
 from flows.serving.ceiling import WAITS
 from flows.serving.schedule import NEVER, Schedule
 from flows.serving.services import HEARTBEAT
-from tasks.running.gpu import DEPLOYMENT_VARIABLE
+from tasks.running.gpu_pool import DEPLOYMENT_VARIABLE
 
 # So many runs of a pool at once: a run on the gpu pool has all devices of its worker's machine to itself.
 POOLS = {"cpu": None, "gpu": 1}

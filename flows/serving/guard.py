@@ -1,6 +1,5 @@
 """What a flow sees to before anything else where a worker runs it."""
 
-import logging
 import os
 from datetime import UTC, datetime, timedelta
 
@@ -8,9 +7,9 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId, FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.context import FlowRunContext
-from prefect.settings import get_current_settings
 
 from elastic_core.parent import die_with_parent
+from tasks.running.asked import show_our_lines
 from tasks.settings import ServiceError
 
 # So many, one after the other, are a crash loop; over a longer time they may be machines that were taken away.
@@ -27,14 +26,7 @@ def follow_worker() -> None:
     """Exit when the worker dies, so that no orphan trains on; our lines of log go where Prefect's go."""
     if "PREFECT__FLOW_RUN_ID" in os.environ:  # Prefect's own, for the process of a run
         die_with_parent()
-        _show_our_lines()
-
-
-def _show_our_lines() -> None:
-    """Prefect adds its handler to extra_loggers but leaves their level at WARNING: set it, or INFO lines are lost."""
-    settings = get_current_settings().logging
-    for name in settings.extra_loggers or ():
-        logging.getLogger(name).setLevel(settings.level)
+        show_our_lines()
 
 
 def _refuse_crash_loop() -> None:

@@ -93,7 +93,9 @@ class Fleet:
 
     def start_servers(self, ports: Ports) -> None:
         """Start what the environment does not name, set its variables, and return when all of it answers."""
-        from tasks.running.gpu import DEVICE_VARIABLE, this_device  # torch, which `elastic status` does without
+        # torch, which `elastic status` does without
+        from tasks.running.gpu_pool import DEVICE_VARIABLE
+        from tasks.running.places import this_device
 
         here = {DEVICE_VARIABLE: this_device()}
         self._stack.enter_context(applied(basic_environment(self.home) | WORKING | here))

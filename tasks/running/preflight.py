@@ -6,12 +6,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL
 
+from elastic_core.budget import bytes_text
+from elastic_core.files.checkpoint import read_config
 from elastic_core.geometry import MOE, ModelConfig
-from elastic_core.planning.plan import check_budgets
+from elastic_core.planning.machine import H100
+from elastic_core.planning.plan import check_budgets, plan_recipe
 from elastic_core.planning.profile import recipe_table
 from elastic_core.recipe import Evaluation, Recipe
 from tasks.artifacts import check_bucket, get_file, list_objects, open_store
@@ -27,7 +31,12 @@ from tasks.judging.benchmarks import asked_from, read_benchmark
 from tasks.judging.decoder import encoded
 from tasks.judging.judge import require_scorer
 from tasks.records import Artifact
-from tasks.running.gpu import asked_deployment
+from tasks.reporting.fit import unfit
+from tasks.running import code
+from tasks.running.places import elsewhere
+from tasks.running.ray_cluster import Host, RayCluster
+from tasks.running.steps import ON_GPU
+from tasks.running.training import processes_for
 from tasks.running.workspace import small_files
 from tasks.settings import PREFECT_API, ServiceError, Settings, redact, remedy
 from tasks.tracking import CHECK_SECONDS, check_server
@@ -77,6 +86,59 @@ def check_prefect(url: str | None) -> None:
         )
 
 
+def check_cluster(recipe: Recipe) -> str:
+    """What a Ray cluster has for a recipe, in words; "" where steps for a GPU run elsewhere.
+
+    A ValueError names the host that cannot do the steps that this process knows, or the stage that fits on no host.
+    """
+    place = elsewhere()
+    if not isinstance(place, RayCluster):
+        return ""
+    named = (recipe.teacher.path, recipe.evaluation.problems, *(reference.path for reference in recipe.references))
+    files = [path for path in named if path is not None and Path(path).exists()]  # of this host, else of the Hub or S3
+    steps = {f"{step.fn.__module__}:{name}": code.runs(step.fn) for name, step in ON_GPU.items()}
+    hosts = place.hosts(steps, files)
+    for host in hosts:
+        if host.fault:
+            raise ValueError(f"{host.name}, a host of {place.name}, cannot work: {host.fault}")
+    least = min(hosts, key=lambda host: host.gpu_memory)
+    count = f"{len(hosts)} host{'s' * (len(hosts) > 1)}"
+    if not least.gpus:
+        return f"{place.name} has {count} without a GPU"
+    _check_stages(recipe, least)
+    each = f"{least.gpus} x {least.gpu} of {bytes_text(least.gpu_memory)}"
+    return f"{place.name} has {count}, the least with {each}, on which every stage fits"
+
+
+def _check_stages(recipe: Recipe, host: Host) -> None:
+    """ValueError for a stage that does not fit on the GPUs of a host: a stage trains on one."""
+    accelerator = replace(H100, memory=host.gpu_memory, on_a_host=host.gpus)
+    used = {stage.name: processes_for(stage, host.gpus) for stage in recipe.stages}
+    plan = plan_recipe(recipe, _geometry(recipe), accelerator, sorted({*used.values()}), recipe_table(recipe))
+    faults = [
+        unfit(accelerator, planned, mesh)
+        for planned in plan.stages
+        for mesh in planned.meshes
+        if mesh.gpus == used.get(planned.stage.name) and not mesh.fits
+    ]
+    if faults:
+        raise ValueError(f"{' '.join(faults)} A stage trains on the GPUs of one host.")
+
+
+def _geometry(recipe: Recipe) -> ModelConfig:
+    """The teacher's geometry, by the recipe or by its config.json, wherever that is."""
+    teacher = recipe.teacher
+    told = teacher.model if teacher.pretrain is None else teacher.pretrain.model
+    if told is not None:
+        return told
+    assert teacher.path is not None, "config.Teacher has one of path and pretrain"
+    if Path(teacher.path).is_dir():
+        return read_config(Path(teacher.path))
+    with TemporaryDirectory() as directory:
+        bring_side_files(teacher.path, Path(directory) / "teacher")
+        return read_config(Path(directory) / "teacher")
+
+
 def check_model(recipe: Recipe, model: ModelConfig) -> None:
     """ValueError for a teacher of another geometry than the recipe says, what it lacks, and a budget above it."""
     if recipe.teacher.model is not None:
@@ -122,7 +184,7 @@ def check_problems(evaluation: Evaluation, tokenizer: Path) -> None:
 
 def check_scorers(evaluation: Evaluation) -> None:
     """ValueError where this machine lacks what benchmarks are scored by; workers that judge see to it themselves."""
-    if evaluation.endpoint is not None or asked_deployment() is None:
+    if evaluation.endpoint is not None or elsewhere() is None:
         for benchmark in evaluation.benchmarks:
             require_scorer(benchmark.form, evaluation.unsafe_code)
 

@@ -16,8 +16,8 @@ from prefect.context import TaskRunContext
 from prefect.exceptions import PrefectException
 
 from elastic_core.recipe import Stage
+from tasks.running.asked import shown_on
 from tasks.running.bars import Pace, Report, bar
-from tasks.running.gpu import shown_on
 
 logger = logging.getLogger(__name__)
 

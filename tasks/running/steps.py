@@ -27,12 +27,13 @@ from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.results import ResultStore, get_result_store
 
 from elastic_core.files.locks import held
-from elastic_core.schema import UNKEYED_FIELD
+from elastic_core.schema import UNKEYED_FIELD, build, to_dict
 from tasks.records import Artifact, Release, StageRecord
 from tasks.running import code, usage
+from tasks.running.asked import WORKERS_OF, Asked, device_of_run
 from tasks.running.digests import can_be_made, damage, recorded, remedy, set_aside
-from tasks.running.gpu import asked_deployment, device, device_to_oneself, give_back_memory, run_on_workers
 from tasks.running.patience import DELAYS, JITTER, RETRIES, patiently, say_waiting
+from tasks.running.places import device, device_to_oneself, elsewhere, give_back_memory, this_device
 from tasks.running.workspace import at_hand, claimed, is_stored, store_result, stored_result
 from tasks.settings import WORKSPACE, ServiceError, home_directory, is_transient
 
@@ -165,24 +166,57 @@ def run(step: Task[P, R], *inputs: P.args, **named: P.kwargs) -> R:
     return record
 
 
+def do_asked(step: str, inputs: Mapping[str, Any], device: str, runs: Mapping[str, str]) -> None:
+    """Do a step that a run in another process asks for, and leave the result in the cache that both share.
+
+    What is given is as in `Asked`. ValueError where this process has another device, other code or other libraries.
+    """
+    if step not in ON_GPU:
+        raise ValueError(f"step {step!r} is not one of {', '.join(ON_GPU)}; the worker and the run differ in version")
+    task = ON_GPU[step]
+    hints = typing.get_type_hints(task.fn)
+    given = {name: build(hints[name], value, f"{step}.{name}") for name, value in inputs.items()}
+    if "workspace" in given:  # of the host that asks
+        given["workspace"] = str(home_directory() / "workspace")
+    if not device.startswith(WORKERS_OF) and device != this_device():
+        raise ValueError(f"{step}: the run asks for {device}, this worker has {this_device()}; start `elastic up` anew")
+    token = device_of_run.set(device)
+    try:
+        if changed := code.differences(runs, MAKINGS[step](given).runs):
+            raise ValueError(f"{step}: the worker is not as the run that asks: {changed}; install the same in both")
+        with usage.noting(home_directory()):
+            run(task, **given)
+    finally:
+        device_of_run.reset(token)
+
+
 @contextmanager
 def _turn(step: Task[Any, Any], inputs: Mapping[str, Any]) -> Iterator[bool]:
-    """Wait until the step may run here; whether it was done by a worker meanwhile, and only has to be looked up.
+    """Wait until the step may run here; whether it was done elsewhere meanwhile, and only has to be looked up.
 
     A cached step is made by one run at a time: who finds another making it waits, and then takes its result.
     """
-    deployment = asked_deployment()
     making = MAKINGS[step.name](inputs)
     if not step.persist_result:
         yield False
         return
     _say_why(making)
-    if step.name in ON_GPU and deployment:
-        title = TITLES[step.name](inputs)
-        run_on_workers(deployment, title, step.name, inputs, making.key, making.runs)
+    place = elsewhere() if step.name in ON_GPU else None
+    if place is not None:
+        place.do(
+            Asked(
+                step=step.name,
+                module=step.fn.__module__,
+                title=TITLES[step.name](inputs),
+                inputs=to_dict(inputs),
+                key=making.key,
+                runs=making.runs,
+                device=making.device,
+            )
+        )
         if _known(step, inputs) is None:
             raise ServiceError(
-                f"{step.name} was done by {deployment}, but its result is not seen here; give its workers the same "
+                f"{step.name} was done by {place.name}, but its result is not seen here; give its workers the same "
                 f"{WORKSPACE}, or the same ELASTIC_HOME and PREFECT_LOCAL_STORAGE_PATH on a file system that both see"
             )
         yield True

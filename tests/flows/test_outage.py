@@ -12,7 +12,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.serving.servers import PrefectServer, free_ports
-from tasks.running.gpu import AWAY, start_run
+from tasks.running.gpu_pool import AWAY, start_run
 from tasks.settings import ServiceError
 
 

@@ -32,7 +32,7 @@ from tasks.evaluate import Measurement
 from tasks.records import Artifact, StageRecord
 from tasks.running import code
 from tasks.running.digests import artifact, file_digest
-from tasks.running.gpu import DEPLOYMENT_VARIABLE
+from tasks.running.gpu_pool import DEPLOYMENT_VARIABLE
 from tasks.running.steps import FUNCTIONS, MAKINGS, new_directory, run, step, work_directory
 from tasks.settings import HOME, ServiceError
 

@@ -6,7 +6,7 @@ import yaml
 
 from flows.commands.recipes import load_recipe
 from flows.serving.deployments import deployments
-from tasks.running.gpu import DEPLOYMENT_VARIABLE
+from tasks.running.gpu_pool import DEPLOYMENT_VARIABLE
 
 ROOT = Path(__file__).parents[3]
 

@@ -31,7 +31,7 @@ from elastic_core.schema import build
 from tasks.records import Artifact, Release
 from tasks.running import patience, steps
 from tasks.running.digests import artifact
-from tasks.running.gpu import start_run
+from tasks.running.gpu_pool import start_run
 from tasks.running.patience import patiently
 from tasks.settings import HOME, ServiceError
 
