@@ -16,7 +16,7 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ class RayCluster:
         found = [host for name, look in looks if (host := _host(ray, name, look)) is not None]
         if not found:
             raise ServiceError(f"no host of {self.name} answers; look at it with `ray status`", transient=True)
-        return found
+        return [_with_its_gpus(host, int(wanted.get("GPU", 0))) for host in found]
 
 
 def check_shared_services() -> None:
@@ -242,6 +242,13 @@ def _host(ray: Any, name: str, look: Any) -> Host | None:
         logger.warning("%s does not answer (%s); the other hosts do the steps", name, type(error).__name__)
         return None
     return found
+
+
+def _with_its_gpus(host: Host, promised: int) -> Host:
+    """A host, at fault where PyTorch there sees fewer GPUs than Ray has: the step would run on the CPU."""
+    if host.fault or host.gpus >= promised:
+        return host
+    return replace(host, fault=f"PyTorch sees {host.gpus} of its {promised} GPUs; install there a build for their CUDA")
 
 
 def _reason(error: Any) -> str:

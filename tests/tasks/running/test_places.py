@@ -205,6 +205,13 @@ def test_a_host_that_could_not_do_the_steps_is_named_before_the_first(cluster: C
         check_cluster(nano())
 
 
+def test_a_host_whose_pytorch_does_not_see_the_gpus_that_ray_has_is_at_fault() -> None:
+    assert ray_cluster._with_its_gpus(host(gpus=8), 8) == host(gpus=8)
+    assert ray_cluster._with_its_gpus(host(gpus=0), 0).fault == ""
+    assert ray_cluster._with_its_gpus(host(gpus=0), 8).fault.startswith("PyTorch sees 0 of its 8 GPUs")
+    assert ray_cluster._with_its_gpus(host(gpus=0, fault="torch was 2.13.0"), 8).fault == "torch was 2.13.0"
+
+
 def test_a_host_without_a_file_of_the_users_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, value in SHARED.items():
         monkeypatch.setenv(name, value)
