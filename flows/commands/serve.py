@@ -15,9 +15,9 @@ import uvicorn
 
 from flows.commands.pull import pull_version
 from flows.commands.registry import label
-from flows.serving.engines import SERVE_KEY, Program
-from flows.serving.front import endpoint
-from flows.serving.residents import POLL_SECONDS, Residents, Size
+from flows.endpoint.engines import SERVE_KEY, Program
+from flows.endpoint.front import endpoint
+from flows.endpoint.residents import POLL_SECONDS, Residents, Size
 from flows.serving.services import registry_services, terminates_gracefully
 from tasks import tracking
 from tasks.running.limits import memory as memory_left

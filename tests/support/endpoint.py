@@ -17,9 +17,9 @@ import psutil
 import standin
 import uvicorn
 
-from flows.serving.engines import Program, find_program
-from flows.serving.front import endpoint
-from flows.serving.residents import Residents, Size
+from flows.endpoint.engines import Program, find_program
+from flows.endpoint.front import endpoint
+from flows.endpoint.residents import Residents, Size
 
 WEIGHTS, CACHE = 1000, 24  # bytes, of each size
 ONE, TWO = 1024, 2048  # memory for so many sizes

@@ -14,8 +14,8 @@ from endpoint import CACHE, CHAT, ONE, TWO, Stage, events, eventually, runs
 from prometheus_client.parser import text_string_to_metric_families
 
 from flows.commands.serve import serve_models
-from flows.serving.engines import find_program
-from flows.serving.residents import Residents
+from flows.endpoint.engines import find_program
+from flows.endpoint.residents import Residents
 from tasks.settings import ServiceError
 
 
@@ -221,7 +221,7 @@ def test_an_engine_ends_its_children_when_the_command_is_killed(serve: Stage) ->
     code = """
 import os, sys, time
 from pathlib import Path
-from flows.serving.engines import Engine, find_program
+from flows.endpoint.engines import Engine, find_program
 engine = Engine(find_program(sys.argv[1]), Path("."), "tiny-s", cache=1, log=Path(sys.argv[2]) / "log")
 engine.start()
 time.sleep(600)

@@ -21,9 +21,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from flows.serving.protocol import DONE, Gone, Refused, event, problem, refusal, unless_gone
-from flows.serving.residents import Residents
-from flows.serving.thinking import Composition, read_pair
+from flows.endpoint.protocol import DONE, Gone, Refused, event, problem, refusal, unless_gone
+from flows.endpoint.residents import Residents
+from flows.endpoint.thinking import Composition, read_pair
 from tasks.settings import ServiceError
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 
 from elastic_core.budget import bytes_text
-from flows.serving.engines import Engine, Program
+from flows.endpoint.engines import Engine, Program
 from flows.serving.watched import Watched
 from tasks.settings import ServiceError
 

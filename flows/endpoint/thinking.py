@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from elastic_core.files.checkpoint import read_config
 from elastic_core.sources import DataSource
-from flows.serving.engines import Engine
-from flows.serving.protocol import Refused, events, refusal
-from flows.serving.residents import Residents, Size
+from flows.endpoint.engines import Engine
+from flows.endpoint.protocol import Refused, events, refusal
+from flows.endpoint.residents import Residents, Size
 from tasks.corpus.chats import REASONING, read_chat
 from tasks.corpus.problems import encode_prompts
 from tasks.corpus.tokenizer import load_tokenizer
