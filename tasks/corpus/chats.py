@@ -59,6 +59,8 @@ def read_chat(row: Row, source: DataSource, where: str, *, columns: bool) -> Cha
     if not _is_chat(messages):
         raise Unusable(f"{where}: {source.messages_field!r} is not a list of messages with roles; mend or remove it")
     clean = without_none if columns else _without_none_here
+    if columns:
+        _check_plain({name: value for name, value in row.items() if name in _read(source)}, where)
     return Chat(
         messages=[_message(clean(m), f"{where}: message {i}") for i, m in enumerate(messages, 1)],
         tools=_tools(row.get(source.tools_field), source, where, columns),
@@ -88,6 +90,22 @@ def strings(value: Any) -> list[str]:
     return found
 
 
+def _read(source: DataSource) -> set[str]:
+    """The names of what a chat is read from."""
+    return {source.messages_field, source.tools_field, TEMPLATE_ARGUMENTS}
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Unusable for what no JSON holds, at any depth: readers of columns take a text that spells a date for a date."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for inner in value:
+            _check_plain(inner, where)
+    elif value is not None and not isinstance(value, str | int | float):
+        raise Unusable(f"{where} holds a value of type {type(value).__name__}, which no JSON does; make it text")
+
+
 def functions(entries: Iterable[Row]) -> list[Row]:
     """The functions that tools or tool calls name, in OpenAI's form or without its wrapping."""
     return [entry["function"] if isinstance(entry.get("function"), Mapping) else entry for entry in entries]
@@ -111,6 +129,8 @@ def _message(message: Row, where: str) -> Row:
                 f"{where} ({message['role']}) holds a thought, which only an assistant has; mend or remove it"
             )
         return message if content is None else {**message, "content": content}
+    if message.get("weight", 1) == 0 or message.get("train") is False:
+        raise Unusable(f"{where} ({ASSISTANT}) is marked as not to be learned; remove the mark or the row")
     thoughts += [message[name] for name in REASONING_NAMES if isinstance(message.get(name), str)]
     thoughts = list(dict.fromkeys(thought for thought in thoughts if thought.strip()))
     if len(thoughts) > 1:

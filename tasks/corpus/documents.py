@@ -6,6 +6,7 @@ A document is text or a chat.
 import glob
 import hashlib
 import json
+import logging
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +22,10 @@ from tasks.corpus.pieces import SUFFIXES, Piece, file_pieces, first_line, format
 
 STDLIB = "stdlib://"
 NOT_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
+UNREADABLE = (".arrow", ".csv", ".lz4", ".tar", ".tsv", ".zip", ".zst")  # they hold rows, which are not read
 SHOWN = 3  # the refused rows of a source that are kept word for word
+
+logger = logging.getLogger(__name__)
 
 # Downloads an s3:// object or prefix to a path inside a directory that does not exist yet, and returns that path.
 Fetch = Callable[[str, Path], Path]
@@ -140,8 +144,10 @@ def _local_files(source: DataSource, path: Path) -> list[Path]:
         return _fetched([path])
     if path.is_dir():
         wanted = SUFFIXES if source.format == "auto" else (source.format,)
-        below = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
-        files = sorted(file for file in below if format_of(file) in wanted and file.is_file())
+        names = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
+        below = sorted(file for file in names if file.is_file())
+        files = [file for file in below if format_of(file) in wanted]
+        _say_unread(source, [file for file in below if format_of(file) not in wanted])
         known = ", ".join(suffix for name in wanted for suffix in SUFFIXES[name])
         problem = f"the directory holds no data file ({known})"
     else:
@@ -150,6 +156,17 @@ def _local_files(source: DataSource, path: Path) -> list[Path]:
     if not files:
         raise ValueError(f"{source.path}: {problem}; correct the path in data.sources")
     return _fetched(files)
+
+
+def _say_unread(source: DataSource, files: list[Path]) -> None:
+    """Say which files of a directory are not read; ValueError for those that hold rows in a form that cannot be."""
+    if rows := next((file.name for file in files if file.suffix.lower() in UNREADABLE), None):
+        raise ValueError(
+            f"{source.path}: {rows} cannot be read; make it JSONL or Parquet, or name the files that are wanted, "
+            "such as DIR/*.jsonl"
+        )
+    if files:
+        logger.warning("%s: %d files there are not read, such as %s", source.path, len(files), files[0].name)
 
 
 def _fetched(files: list[Path]) -> list[Path]:

@@ -29,6 +29,7 @@ SUFFIXES = {
 }
 HUB_FORMAT = "hub"
 ROWS_PER_READ = 1024
+COMPRESSED = (".gz", ".bz2", ".xz")
 # What opens a file that begins so; any other is read as it is.
 OPENERS: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
@@ -98,8 +99,8 @@ def piece_rows(pieces: Iterable[Piece], source: DataSource, cache_dir: str) -> I
 
 
 def format_of(path: Path) -> str | None:
-    """The format that the name of a file tells, `.gz` after it or not."""
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    """The format that the name of a file tells, that of a compression after it or not."""
+    suffix = Path(path.stem).suffix if path.suffix.lower() in COMPRESSED else path.suffix
     return next((name for name, suffixes in SUFFIXES.items() if suffix.lower() in suffixes), None)
 
 
@@ -161,7 +162,7 @@ def _parquet_rows(piece: Piece) -> Iterator[tuple[str, Row]]:
         first, end = piece.span or (0, file.num_row_groups)
         number = sum(file.metadata.row_group(before).num_rows for before in range(first))
         for batch in file.iter_batches(batch_size=ROWS_PER_READ, row_groups=list(range(first, end))):
-            for row in batch.to_pylist():
+            for row in batch.to_pylist(maps_as_pydicts="strict"):
                 number += 1
                 yield f"{piece.name} row {number}", row
 

@@ -1,11 +1,14 @@
 """Laws of the data step: documents from any kind of source become one stream of tokens a split."""
 
+import bz2
 import gzip
 import hashlib
 import json
+import lzma
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -366,6 +369,57 @@ def test_jsonl_gzipped_jsonl_and_parquet_hold_the_same_documents(tmp_path: Path)
     expected = [*TEXTS, *CHATS, rows[-1]["messages"]]
     for name in ("a.jsonl", "a.jsonl.gz", "a.parquet"):
         assert contents(DataSource(path=str(tmp_path / name)), tmp_path) == expected, name
+
+
+def test_every_compressed_part_of_a_directory_is_read(tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for number, (ending, compress) in enumerate({"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress}.items()):
+        (parts / f"{number}.jsonl{ending}").write_bytes(compress(json.dumps({"text": TEXTS[number]}).encode()))
+    (parts / "3.jsonl.xz").write_bytes(lzma.compress(json.dumps({"text": TEXTS[3]}).encode()))
+    assert contents(DataSource(path=str(parts)), tmp_path) == TEXTS[:4]
+
+
+def test_files_of_a_directory_that_are_not_read_are_refused_or_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "parts").mkdir()
+    write_jsonl(tmp_path / "parts" / "a.jsonl", [{"text": TEXTS[0]}])
+    (tmp_path / "parts" / "LICENSE").write_text("free")
+    source = DataSource(path=str(tmp_path / "parts"))
+    assert contents(source, tmp_path) == [TEXTS[0]]
+    assert caplog.messages[-1].endswith("parts: 1 files there are not read, such as LICENSE")
+    (tmp_path / "parts" / "b.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    with pytest.raises(ValueError, match=r"parts: b\.jsonl\.zst cannot be read; make it JSONL or Parquet"):
+        contents(source, tmp_path)
+
+
+def test_maps_of_parquet_are_the_objects_of_jsonl(tmp_path: Path) -> None:
+    calls = [{"function": {"name": "book", "arguments": {"day": "Monday"}}}]
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": calls}]}
+    function = pa.struct([("name", pa.string()), ("arguments", pa.map_(pa.string(), pa.string()))])
+    called = pa.list_(pa.struct([("function", function)]))
+    message = pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", called)])
+    table = pa.Table.from_pylist([row], schema=pa.schema([("messages", pa.list_(message))]))
+    pq.write_table(table, tmp_path / "a.parquet")
+    of_jsonl = contents(write_jsonl(tmp_path / "a.jsonl", [row]), tmp_path)
+    assert contents(DataSource(path=str(tmp_path / "a.parquet")), tmp_path) == of_jsonl == [row["messages"]]
+
+
+def test_a_value_that_no_json_holds_and_a_turn_that_is_not_to_be_learned_are_refused_by_their_place(
+    tmp_path: Path,
+) -> None:
+    turn = {"role": "assistant", "content": "a"}
+    dated = {**turn, "tool_calls": [{"function": {"name": "book", "arguments": {"day": date(2024, 5, 1)}}}]}
+    pq.write_table(pa.Table.from_pylist([{"messages": [dated]}]), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet row 1 holds a value of type date, which no JSON does; make it"):
+        contents(DataSource(path=str(tmp_path / "a.parquet")), tmp_path)
+    for mark in ({"weight": 0}, {"train": False}):
+        source = write_jsonl(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "q"}, {**turn, **mark}]}])
+        with pytest.raises(ValueError, match=r"message 2 \(assistant\) is marked as not to be learned; remove"):
+            contents(source, tmp_path)
+    write_jsonl(tmp_path / "a.jsonl", [{"messages": [{**turn, "weight": 1, "train": True}]}])
+    assert len(contents(source, tmp_path)) == 1
 
 
 def test_a_row_of_jsonl_is_held_to_no_other_rows_columns_or_types(tmp_path: Path) -> None:
