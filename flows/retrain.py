@@ -42,7 +42,7 @@ def retrain(recipe: Annotated[Recipe, checked(Recipe)], max_gpu_hours: float = 0
     reason = "it was asked for" if force else to_do(recipe, settings, pipeline)
     if not reason:
         return Completed(name=UNCHANGED, message="the teacher, the data, the recipe and the code are unchanged")
-    if waits := ask_first(recipe, settings, max_gpu_hours):
+    if waits := ask_first(recipe, settings, pipeline, max_gpu_hours):
         return Completed(name=SKIPPED, message=waits)
     logger.info("%s is made: %s", recipe.family, reason)
     evaluation, _, release, verdict = elastify(recipe)

@@ -49,7 +49,8 @@ class BudgetPlan:
 class RecipePlan:
     """A recipe's plan; `least_params` are those of the smallest subnet that its axes hold.
 
-    `steps` are all steps of the pipeline in their order, the stages among them, which `stages` has on every mesh.
+    `steps` are the steps of the pipeline in their order, the stages among them, which `stages` has on every mesh; the
+    answers to `benchmarks` are left out, whose length nobody knows before.
     """
 
     family: str
@@ -63,6 +64,7 @@ class RecipePlan:
     budgets: tuple[BudgetPlan, ...]
     stages: tuple[StagePlan, ...]
     steps: tuple[StepPlan, ...]
+    benchmarks: tuple[str, ...]
 
     @property
     def around(self) -> tuple[StepPlan, ...]:
@@ -83,6 +85,11 @@ class RecipePlan:
         """Hours of one GPU that a step takes."""
         full = self.teacher_params * DTYPE_BYTES[self.dtype]
         return self.accelerator.hours(step.flops) + self.accelerator.decoding_hours(step.decoded, full)
+
+    @property
+    def all_gpu_hours(self) -> float:
+        """Of all steps."""
+        return sum(map(self.gpu_hours, self.steps))
 
     def dollars(self, step: StepPlan) -> float:
         gpu = self.accelerator
@@ -142,6 +149,7 @@ def plan_recipe(
         budgets=budgets,
         stages=planned,
         steps=tuple(_steps(Around(recipe, elastic, subnets, place), planned, router_params)),
+        benchmarks=tuple(benchmark.name for benchmark in recipe.evaluation.benchmarks),
     )
 
 

@@ -299,6 +299,8 @@ def _explanations(plan: RecipePlan) -> Iterator[str]:
         "Subnets are examples within their budgets; the router chooses. While it learns, a soft choice runs wider than "
         "its budget: at most, everything runs at full size."
     )
+    if plan.benchmarks:
+        yield f"Not in this plan: what it takes to answer {joined(plan.benchmarks)}, for each model that is judged."
     for planned in plan.stages:
         if planned.host_bytes:
             of_a_host = human_bytes(gpu.on_a_host * planned.host_bytes)

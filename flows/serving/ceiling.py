@@ -1,7 +1,9 @@
 """The ceiling of what a schedule may spend: a run that would take more, by its plan, waits for a person."""
 
 import logging
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import get_client
@@ -23,7 +25,8 @@ from elastic_core.planning.plan import plan_recipe
 from elastic_core.planning.profile import recipe_table
 from elastic_core.recipe import Recipe
 from flows.commands.plan import geometry_at, teacher_geometry
-from tasks.running.recipe_run import run_key
+from tasks.running.recipe_run import run_key, ways
+from tasks.running.steps import fingerprint
 from tasks.settings import ServiceError, Settings
 
 PATIENCE = timedelta(days=7)  # then the run fails, and the schedule asks again
@@ -34,18 +37,18 @@ AUTOMATION = "AUTOMATION"  # as Prefect calls what made a run; its cloud names p
 logger = logging.getLogger(__name__)
 
 
-def ask_first(recipe: Recipe, settings: Settings, max_gpu_hours: float) -> str:
+def ask_first(recipe: Recipe, settings: Settings, pipeline: Callable[..., Any], max_gpu_hours: float) -> str:
     """Suspend a run that no person started, if its plan is above the ceiling; return once a person has resumed it.
 
     What a person resumed, or the ceiling let pass, does not ask again when an automation runs it again after a crash;
-    the next run of the schedule does. Returns a line where another run of the deployment waits already, so that this
-    one has nothing to do, else "".
+    the next run of the schedule does, and so does one by other code, which finds nothing in the cache. Returns a line
+    where another run of the deployment waits already, so that this one has nothing to do, else "".
     """
     context = FlowRunContext.get()
     run = context.flow_run if context is not None else None
     if run is None or run.deployment_id is None:
         return ""
-    allowed = settings.home / "allowed" / run_key(recipe)
+    allowed = settings.home / "allowed" / fingerprint(run_key(recipe), ways(pipeline))[:32]
     resumed = ASKS in (run.empirical_policy.pause_keys or ())
     is_rerun = run.created_by is not None and run.created_by.type == AUTOMATION  # after a crash
     passed = resumed or (is_rerun and allowed.exists())
@@ -67,7 +70,9 @@ def over(recipe: Recipe, max_gpu_hours: float) -> str:
         plan = plan_recipe(recipe, model, H100, (1,), recipe_table(recipe))
     except (ValueError, ServiceError) as error:
         return f"what it would take is not known ({error}), and {ceiling}"
-    hours = sum(plan.gpu_hours(step) for step in plan.steps)
+    if recipe.evaluation.benchmarks and recipe.evaluation.endpoint is None:
+        return f"what its benchmarks take is in no plan, and {ceiling}"
+    hours = plan.all_gpu_hours
     dollars = sum(plan.dollars(step) for step in plan.steps)
     if hours <= max_gpu_hours:
         return ""

@@ -41,6 +41,8 @@ from tasks.running.workspace import small_files
 from tasks.settings import PREFECT_API, ServiceError, Settings, redact, remedy
 from tasks.tracking import CHECK_SECONDS, check_server
 
+MOST_WITHOUT_GPU = 1.0  # hours of an H100 that CPUs are trusted with
+
 logger = logging.getLogger(__name__)
 
 # Of a checkpoint, what is read before its weights are.
@@ -104,10 +106,21 @@ def check_cluster(recipe: Recipe) -> str:
     least = min(hosts, key=lambda host: host.gpu_memory)
     count = f"{len(hosts)} host{'s' * (len(hosts) > 1)}"
     if not least.gpus:
+        _check_without_gpu(recipe, place)
         return f"{place.name} has {count} without a GPU"
     _check_stages(recipe, least)
     each = f"{least.gpus} x {least.gpu} of {bytes_text(least.gpu_memory)}"
     return f"{place.name} has {count}, the least with {each}, on which every stage fits"
+
+
+def _check_without_gpu(recipe: Recipe, place: RayCluster) -> None:
+    """ValueError for a recipe that hosts without a GPU would take weeks for: those with one may not be there yet."""
+    hours = plan_recipe(recipe, _geometry(recipe), H100, (1,), recipe_table(recipe)).all_gpu_hours
+    if hours > MOST_WITHOUT_GPU:
+        raise ValueError(
+            f"no host of {place.name} has a GPU, and by its plan {recipe.family} takes {hours:,.0f} hours of one; "
+            "start hosts with GPUs before the run"
+        )
 
 
 def _check_stages(recipe: Recipe, host: Host) -> None:

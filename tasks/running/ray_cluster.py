@@ -80,7 +80,7 @@ class RayCluster:
         return f"the Ray cluster at {redact(self.address)}"
 
     def device(self) -> str:
-        """The kinds of GPUs that a step may be done on, as Ray calls them."""
+        """A name for all of its GPUs, of whatever kind: hosts come and go, and a stage goes on with what comes."""
         return _first_seen(self.address).device
 
     def do(self, asked: Asked) -> None:
@@ -172,9 +172,7 @@ def _nodes_for_steps(nodes: list[dict[str, Any]]) -> Nodes:
     for resource in ("GPU", "CPU"):
         if most := max((node["Resources"].get(resource, 0.0) for node in nodes), default=0.0):
             wanted = {resource: most}
-            found = {name for node in nodes if _has(node, wanted) for name in node["Resources"]}
-            kinds = sorted(name.partition(":")[2] for name in found if name.startswith("accelerator_type:"))
-            return Nodes(node=wanted, device=f"{WORKERS_OF}Ray: {', '.join(kinds) or resource}")
+            return Nodes(node=wanted, device=f"{WORKERS_OF}Ray: {resource}")
     raise ServiceError("the Ray cluster has neither GPUs nor CPUs for tasks; add hosts with `ray start --address=...`")
 
 

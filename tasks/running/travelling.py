@@ -18,7 +18,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from elastic_core.training.resume import KEPT_CHECKPOINTS, checkpoint_directory, recorded_files, written_checkpoints
+import torch
+
+from elastic_core.training.parallel import World
+from elastic_core.training.resume import (
+    KEPT_CHECKPOINTS,
+    checkpoint_directory,
+    last_whole,
+    recorded_files,
+    written_checkpoints,
+)
 from tasks.artifacts.blobs import Blobs
 from tasks.artifacts.documents import documents, read_document, remove_objects, write_document
 from tasks.artifacts.manifest import check_paths
@@ -107,8 +116,9 @@ def travelling(work: Path) -> Iterator[None]:
 
 def _bring_last(stored: Stored, work: Path) -> None:
     """Bring the last stored checkpoint that is whole, if it is further than those that are here."""
-    here = max((done for done, _ in written_checkpoints(work)), default=0)
-    for done in reversed(stored.steps()):
+    there = stored.steps()
+    here = last_whole(work, World(device=torch.device("cpu"))) if there else 0
+    for done in reversed(there):
         if done <= here:
             return
         try:

@@ -134,6 +134,13 @@ def test_every_step_of_the_pipeline_is_planned() -> None:
     assert plan["stages"][0]["meshes"][0]["between_hosts"] > 0
 
 
+def test_what_the_plan_leaves_out_is_said() -> None:
+    assert "Not in this plan" not in printed("tiny")
+    assert "what it takes to answer math-500, for each model" in printed(
+        "tiny", "evaluation.benchmarks=[{name: math-500}]"
+    )
+
+
 def test_a_step_that_is_too_large_for_a_gpu_is_named() -> None:
     text = printed(NANO, "--gpus", "64", "evaluation.batch_size=64")
     assert "evaluation: " in text and "are needed on one GPU and 75.2 GB are there" in text

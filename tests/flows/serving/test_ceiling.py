@@ -1,5 +1,6 @@
 """Laws of the ceiling: what a schedule may take by itself it takes, and for more it asks a person once."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +10,11 @@ from micro import write_micro
 from prefect.context import FlowRunContext
 from typer.testing import CliRunner
 
+from elastic_core.judging import Benchmark, Endpoint
 from elastic_core.recipe import Recipe
 from flows.cli import app
 from flows.commands.recipes import load_recipe
+from flows.elastify import pipeline
 from flows.serving import ceiling
 from tasks.settings import HOME, Settings
 
@@ -52,7 +55,7 @@ def begin(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
 
 def ask(recipe: Recipe, tmp_path: Path, max_gpu_hours: float) -> str:
     settings = Settings(tracking_uri="sqlite:///x", bucket="models", home=tmp_path / "home")
-    return ceiling.ask_first(recipe, settings, max_gpu_hours)
+    return ceiling.ask_first(recipe, settings, pipeline, max_gpu_hours)
 
 
 def test_below_the_ceiling_a_scheduled_run_goes_on(
@@ -91,6 +94,24 @@ def test_what_a_person_has_resumed_goes_on_and_does_not_ask_again_after_a_crash(
     begin(monkeypatch)
     with pytest.raises(Suspended):  # the next run of the schedule, which may be of other code
         ask(recipe, tmp_path, 0.0)
+
+
+def test_what_crashed_before_the_code_changed_asks_again(
+    recipe: Recipe, shown: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(monkeypatch, pause_keys={ceiling.ASKS})
+    assert ask(recipe, tmp_path, 0.0) == ""
+    monkeypatch.setattr(ceiling, "ways", lambda pipeline: {"distill": "of an upgrade"})
+    begin(monkeypatch, **RERUN)
+    with pytest.raises(Suspended):
+        ask(recipe, tmp_path, 0.0)
+
+
+def test_a_run_whose_benchmarks_are_in_no_plan_asks(recipe: Recipe) -> None:
+    judged = replace(recipe, evaluation=replace(recipe.evaluation, benchmarks=(Benchmark(name="math-500"),)))
+    assert "what its benchmarks take is in no plan, and the ceiling" in ceiling.over(judged, 100.0)
+    served = replace(judged.evaluation, endpoint=Endpoint(url="http://vllm:8000/v1", model="{path}"))
+    assert ceiling.over(replace(judged, evaluation=served), 100.0) == ""
 
 
 def test_while_one_waits_the_next_has_nothing_to_do(

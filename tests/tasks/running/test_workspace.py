@@ -380,8 +380,14 @@ dying: list[bool] = []
 
 
 @pytest.mark.services
-def test_a_stage_goes_on_from_the_checkpoint_of_another_host_with_the_same_weights_to_the_bit(
-    hosts: list[Host], store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("by", [1, 0], ids=["another host", "its own, whose checkpoints are damaged"])
+def test_a_stage_goes_on_from_the_stored_checkpoint_with_the_same_weights_to_the_bit(
+    hosts: list[Host],
+    store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    by: int,
 ) -> None:
     monkeypatch.setattr(travelling, "POLL_SECONDS", 0.05)
     monkeypatch.setattr("tasks.running.training.POLL_SECONDS", 0.02)
@@ -394,7 +400,12 @@ def test_a_stage_goes_on_from_the_checkpoint_of_another_host_with_the_same_weigh
     kept = [key for key in stored(store) if key.startswith("shared/checkpoints/") and key.endswith(".json")]
     assert 1 <= len(kept) <= 2
     dying.clear()
-    with hosts[1].here() as place, caplog.at_level("INFO"):
+    with hosts[0].here() as place:
+        states = [*place.rglob("step-*/*.safetensors")]
+        for state in states:
+            state.write_bytes(bytes(state.stat().st_size))
+    assert states
+    with hosts[by].here() as place, caplog.at_level("INFO"):
         trained = do(distil, family=family, tokens=str(tokens), workspace=str(place))
         assert contents(Path(trained.path)) == contents(Path(undisturbed.output))
     went_on = r"stage1-\w+ goes on at step \d+, where another host was"
