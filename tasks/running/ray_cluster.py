@@ -106,6 +106,9 @@ class RayCluster:
                 ) from None
             except ray.exceptions.TaskCancelledError:
                 raise ServiceError(f"{asked.step} was cancelled in Ray; run again to go on") from None
+            except ray.exceptions.OutOfMemoryError as error:
+                reason = str(error).partition("\n")[0]
+                raise ServiceError(f"{asked.step} took all the memory of its host, and would again: {reason}") from None
             except ray.exceptions.RayError as error:
                 reason = str(error).partition("\n")[0]
                 logger.warning("%s: its host was lost (attempt %d of %d): %s", asked.step, attempt, ATTEMPTS, reason)

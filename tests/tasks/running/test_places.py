@@ -250,6 +250,7 @@ class Ray:
         RayError = type("RayError", (Exception,), {})
         RayTaskError = type("RayTaskError", (RayError,), {})
         TaskCancelledError = type("TaskCancelledError", (RayError,), {})
+        OutOfMemoryError = type("OutOfMemoryError", (RayError,), {})
 
     def __init__(self, *ends: BaseException | None, stops: bool = True) -> None:
         self.ends, self.done, self.stops = list(ends), True, stops
@@ -324,3 +325,10 @@ def test_ctrl_c_ends_the_step_on_its_host(stops: bool, cancelled: list[bool], mo
     with pytest.raises(KeyboardInterrupt):
         on_a_cluster(ray, monkeypatch)
     assert ray.cancelled == cancelled
+
+
+def test_a_step_that_takes_all_the_memory_of_its_host_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray(Ray.exceptions.OutOfMemoryError("Task was killed: 95 % of 80 GB is used.\nlong story"), None)
+    with pytest.raises(ServiceError, match=r"^distill took all the memory of its host, .*: Task was killed: 95 % of"):
+        on_a_cluster(ray, monkeypatch)
+    assert len(ray.ends) == 1
