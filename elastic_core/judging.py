@@ -9,7 +9,8 @@ from elastic_core.sources import DataSource, TemplateArgument
 
 Format = Literal["math", "choice", "gpqa", "livecodebench", "exact"]
 PROBLEM = "{problem}"
-SIZE, PATH = "{size}", "{path}"
+SIZE, DIGEST, PATH = "{size}", "{digest}", "{path}"
+DIGEST_LENGTH = 12  # characters that stand for {digest}
 TEACHER = "teacher"  # the name of its row beside the sizes
 
 
@@ -143,8 +144,10 @@ class Endpoint(Strict):
     url: str = field(metadata=UNKEYED)
     """Where the server's paths begin. Example: `http://127.0.0.1:8000/v1`."""
     model: str
-    """The model's name on the server, with `{size}` where a budget's name, `teacher` or a reference's name stands, or
-    `{path}` where the model's directory does. What is served by that name is taken on trust. Example: `nano-{size}`."""
+    """The model's name on the server, with `{size}` where a budget's name, `teacher` or a reference's name stands,
+    `{digest}` where the first 12 digits of its files' digest do, or `{path}` where its directory does. Without
+    `{digest}` or `{path}` the server may still have an earlier run's weights by that name: log and report warn of it,
+    and `promotion.benchmarks` is refused. Example: `nano-{size}-{digest}`."""
     concurrency: int = field(default=64, metadata=UNKEYED)
     """Requests that are under way at once. Example: `256`."""
     seconds: float = field(default=7200.0, metadata=UNKEYED)
@@ -157,9 +160,17 @@ class Endpoint(Strict):
         if "@" in self.url.split("/")[2]:
             raise ValueError("url holds a user's name or password; leave it out, and set OPENAI_API_KEY")
 
-    def model_of(self, size: str, path: str) -> str:
-        """The name on the server of the model of a size, whose files are at a path."""
-        return self.model.replace(SIZE, size).replace(PATH, path)
+    @property
+    def doubt(self) -> str:
+        """Why a score may be of other weights than the run's; empty where other weights have another name."""
+        if DIGEST in self.model or PATH in self.model:
+            return ""
+        remedy = f"put {DIGEST} or {PATH} in evaluation.endpoint.model"
+        return f"the server may still have an earlier run's weights as {self.model!r}; {remedy}"
+
+    def model_of(self, size: str, path: str, digest: str) -> str:
+        """The name on the server of the model of a size, whose files are at a path and have a digest."""
+        return self.model.replace(SIZE, size).replace(DIGEST, digest[:DIGEST_LENGTH]).replace(PATH, path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -388,7 +388,7 @@ class Recipe(Strict):
         self._check_judging(names)
 
     def _check_judging(self, budgets: list[str]) -> None:
-        """ValueError for a reference with a taken name, and for scores of benchmarks that nobody is judged on."""
+        """ValueError for a taken name, a benchmark that nobody is judged on, and a gate on unknown weights' scores."""
         benchmarks = [benchmark.name for benchmark in self.evaluation.benchmarks]
         known = f"one of {', '.join(benchmarks)}" if benchmarks else "in evaluation.benchmarks, which is empty"
         taken = [TEACHER, *budgets]
@@ -402,3 +402,6 @@ class Recipe(Strict):
         for name in self.promotion.benchmarks:
             if name not in benchmarks:
                 raise ValueError(f"promotion.benchmarks: {name!r} is not {known}")
+        endpoint = self.evaluation.endpoint
+        if self.promotion.benchmarks and endpoint is not None and endpoint.doubt:
+            raise ValueError(f"promotion.benchmarks: {endpoint.doubt}")

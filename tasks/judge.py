@@ -187,6 +187,8 @@ def judge_at(
     model: Artifact, problems: Artifact, benchmark: Benchmark, endpoint: Endpoint, size: str, unsafe_code: bool
 ) -> Score:
     """The score of a stock checkpoint that a server answers with."""
+    if endpoint.doubt:
+        logger.warning("%s on %s: %s", size, benchmark.name, endpoint.doubt)
     engine = Served(endpoint, size, model.path, model.digest)
     return _judged(model, problems, benchmark, engine, unsafe_code)
 

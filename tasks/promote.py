@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from elastic_core.budget import Dtype
 from elastic_core.files import checkpoint
-from elastic_core.judging import PATH, Evaluation, Promotion
+from elastic_core.judging import Evaluation, Promotion
 from elastic_core.training.tokens import IGNORED, TokenBatch
 from tasks import artifacts, tracking
 from tasks.artifacts.staging import scratch
@@ -105,12 +105,11 @@ def judged_anew(
 ) -> dict[str, BenchmarkScore]:
     """A champion's scores on the benchmarks that the gate asks for, and that it is not registered with alike.
 
-    None where it cannot be asked: what an endpoint serves by a size's name is the new version.
+    An endpoint is asked by the digest or the directory of the champion's own files: the gate takes no other.
     """
     scores = evaluation.measured_scores(budget.budget)
     wanted = [name for name in gate.benchmarks if not is_judged_alike(champion, scores[name])]
-    can_be_asked = settings.endpoint is None or PATH in settings.endpoint.model
-    if not wanted or not can_be_asked or tracking.MANIFEST not in champion.tags:
+    if not wanted or tracking.MANIFEST not in champion.tags:
         return {}
     manifest, part = champion.tags[tracking.MANIFEST], champion.tags[tracking.BUDGET]
     model = run(fetch_part, manifest=manifest, part=part, workspace=workspace)
@@ -261,8 +260,8 @@ def why_lower(
             theirs = metrics[f"{name}.accuracy"], metrics.get(f"{name}.standard_error", 0.0)
         else:
             yield (
-                f"its champion, version {champion.version}, has no score on {name} that was measured alike; run again, "
-                f"with an endpoint whose model has {PATH} in it, or move the alias by hand"
+                f"its champion, version {champion.version}, has no score on {name} that was measured alike; run "
+                "again, or move the alias by hand"
             )
             continue
         allowed = margin * math.hypot(own[1], theirs[1])

@@ -29,14 +29,15 @@ class Served:
 
     def __init__(self, endpoint: Endpoint, size: str, path: str, digest: str) -> None:
         self.identity = f"{digest} at {endpoint.model}"
-        self._endpoint = replace(endpoint, model=endpoint.model_of(size, path))
+        self._endpoint = replace(endpoint, model=endpoint.model_of(size, path, digest))
+        self._path = path
         self._listed = PATH not in endpoint.model  # a server that loads what it is asked for does not list it
 
     def fill(self, samples: SampleFile, wanted: Sequence[Wanted], report: Report) -> None:
         """Have the server make the samples that are missing. ValueError where it does not have the model."""
         client = Client(self._endpoint)
         if self._listed:
-            client.check()
+            client.check(self._path)
         fill(samples, wanted, client.complete, self._endpoint.concurrency, report)
 
 
@@ -56,14 +57,14 @@ class Client:
         listed = self._answered("GET", "models", None)
         return [str(each.get("id")) for each in listed.get("data", []) if isinstance(each, dict)]
 
-    def check(self) -> None:
-        """ValueError where the server does not have the model."""
+    def check(self, path: str) -> None:
+        """ValueError, which says where the model's files are, where the server does not have it."""
         names = self._patiently(self.models)
         if self._endpoint.model not in names:
             shown = ", ".join(names) or "none"
             raise ValueError(
-                f"{self._shown} has no model {self._endpoint.model!r}, but {shown}; serve it by that name, or correct "
-                "model"
+                f"{self._shown} has no model {self._endpoint.model!r}, but {shown}; serve {path} by that name, or "
+                "correct model"
             )
 
     def complete(self, request: Request) -> Completion:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from elastic_core.judging import Endpoint
 from tasks.judging.contamination import DIFFERENT, N
 from tasks.records import BenchmarkScore, EvaluationRecord
 from tasks.reporting.numbers import fixed, percent
@@ -63,9 +64,11 @@ def contamination_table(evaluation: EvaluationRecord) -> list[dict[str, str]]:
     ]
 
 
-def sources(evaluation: EvaluationRecord) -> dict[str, str]:
-    """Where the scores that were published stand, by the model's name."""
-    return {score.model: score.source for score in evaluation.scores if score.source}
+def notes(evaluation: EvaluationRecord, endpoint: Endpoint | None = None) -> list[str]:
+    """Where the scores that were published stand, and whether those that an endpoint answered are of these weights."""
+    sources = {score.model: score.source for score in evaluation.scores if score.source}
+    doubts = [f"Warning: {endpoint.doubt}."] if endpoint is not None and endpoint.doubt else []
+    return [f"{model}: published, {source}." for model, source in sources.items()] + doubts
 
 
 def benchmark_metrics(scores: Mapping[str, BenchmarkScore]) -> dict[str, float]:

@@ -25,7 +25,7 @@ from tasks.reporting.benchmarks import (
     answers_table,
     benchmark_table,
     contamination_table,
-    sources,
+    notes,
 )
 from tasks.reporting.drawing import THEME, Run
 from tasks.reporting.history import read_stages
@@ -136,7 +136,7 @@ def _markdown(run: Run) -> str:
     if run.evaluation.scores:
         parts.append(PASS_AT_1)
         parts.append(markdown_table(benchmark_table(run.evaluation)).rstrip())
-        parts += [f"{model}: published, {source}." for model, source in sources(run.evaluation).items()]
+        parts += notes(run.evaluation, run.recipe.evaluation.endpoint)
         if answers := answers_table(run.evaluation):
             parts.append(markdown_table(answers).rstrip())
     if run.evaluation.contamination:
@@ -229,7 +229,7 @@ def _html(run: Run, links: Mapping[str, str], plots: Sequence[tuple["Plot", Mark
         smallest_loss=fixed(smallest_loss(evaluation.heldout_tokens), 4),
         benchmarks=benchmark_table(evaluation),
         pass_at_1=PASS_AT_1,
-        sources=sources(evaluation),
+        notes=notes(evaluation, run.recipe.evaluation.endpoint),
         answers=answers_table(evaluation),
         contaminated=contamination_table(evaluation),
         contamination=CONTAMINATION,
@@ -344,8 +344,8 @@ tell from noise.</p>
 <h2>Benchmarks</h2>
 {{ table(benchmarks) }}
 <p class="note">{{ pass_at_1 }}
-{% for model, source in sources.items() %}
-{{ model }}: published, {{ source }}.
+{% for note in notes %}
+{{ note }}
 {% endfor %}
 </p>
 {% if answers %}

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 
 from elastic_core.budget import WHOLE
 from tasks.records import BudgetEvaluation, EvaluationRecord
-from tasks.reporting.benchmarks import PASS_AT_1, benchmark_table, sources
+from tasks.reporting.benchmarks import PASS_AT_1, benchmark_table, notes
 from tasks.reporting.numbers import fixed, percent
 from tasks.reporting.summary import markdown_table, summary_table
 
@@ -50,8 +50,7 @@ def _benchmarks(evaluation: EvaluationRecord, part: str) -> str:
     shown = replace(evaluation, scores=tuple(scores))
     if not scores:
         return ""
-    published = [f"{model}: published, {source}." for model, source in sources(shown).items()]
-    return "\n" + "\n".join([markdown_table(benchmark_table(shown)), "\n".join([PASS_AT_1, *published])]) + "\n"
+    return "\n" + "\n".join([markdown_table(benchmark_table(shown)), "\n".join([PASS_AT_1, *notes(shown)])]) + "\n"
 
 
 def differ_in_scores_alone(card: str, other: str) -> bool:

@@ -1,5 +1,6 @@
 """Laws of how a recipe says what a family is judged by: what is built in, what may be left out, what is refused."""
 
+import re
 from typing import Any
 
 import pytest
@@ -43,9 +44,32 @@ def test_ones_own_benchmark_is_three_settings() -> None:
     assert (asked.source.path, asked.form, asked.runs, asked.sampling.temperature) == ("sums.jsonl", "exact", 8, 0.6)
 
 
-def test_the_model_of_a_size_is_named_by_its_size_or_its_directory() -> None:
-    for model, named in (("nano-{size}", "nano-6b"), ("{path}", "/slices/x"), ("one", "one")):
-        assert Endpoint(url="http://h/v1", model=model).model_of("6b", "/slices/x") == named
+@pytest.mark.parametrize(
+    ("model", "named", "in_doubt"),
+    [
+        ("nano-{size}", "nano-6b", True),
+        ("nano-{size}-{digest}", "nano-6b-3f2a00112233", False),
+        ("{path}", "/slices/x", False),
+        ("one", "one", True),
+    ],
+)
+def test_a_name_with_the_digest_or_the_directory_tells_weights_and_a_gate_takes_no_other(
+    model: str, named: str, in_doubt: bool
+) -> None:
+    served = {"url": "http://h/v1", "model": model}
+    endpoint = Endpoint(**served)
+    assert endpoint.model_of("6b", "/slices/x", "3f2a00112233445566") == named
+    judged = {"benchmarks": [SUMS], "endpoint": served}
+    assert recipe(evaluation=judged).evaluation.endpoint == endpoint  # with no gate on it
+    assert bool(endpoint.doubt) == in_doubt
+    if in_doubt:
+        said = (
+            f"promotion.benchmarks: the server may still have an earlier run's weights as '{model}'; put {{digest}} or"
+        )
+        with pytest.raises(ValueError, match=re.escape(said)):
+            recipe(evaluation=judged, promotion={"benchmarks": {"sums": 2}})
+    else:
+        recipe(evaluation=judged, promotion={"benchmarks": {"sums": 2}})
 
 
 PUBLISHED = {"name": "other", "published": {"sums": 50}, "source": "a paper"}

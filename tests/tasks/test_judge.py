@@ -159,6 +159,21 @@ def test_an_answer_is_found_whether_or_not_the_template_opens_a_thought(told: bo
         assert without_thought(as_asked(text, prompt, sampling), thinking=told) == answer
 
 
+def test_a_score_of_weights_that_no_name_tells_is_warned_of(
+    model: Artifact, asked: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(judge, "_judged", lambda *given: None)
+    problems = brought(asked, tmp_path)
+    for name, warned in (("nano-{size}", True), ("nano-{size}-{digest}", False), ("{path}", False)):
+        caplog.clear()
+        endpoint = Endpoint(url="http://a:1/v1", model=name)
+        judge.judge_at.fn(
+            model=model, problems=problems, benchmark=asked, endpoint=endpoint, size="s", unsafe_code=False
+        )
+        said = f"s on sums: the server may still have an earlier run's weights as '{name}'; put {{digest}}"
+        assert (said in caplog.text) == warned
+
+
 # Keys
 
 

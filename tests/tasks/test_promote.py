@@ -36,6 +36,7 @@ from tasks.corpus.record import HELDOUT_FILE
 from tasks.corpus.tokenizer import load_tokenizer, train_tokenizer
 from tasks.evaluate import conditions, heldout_loss
 from tasks.judging.benchmarks import PROBLEMS_FILE
+from tasks.judging.endpoint import Client
 from tasks.promote import Measured, Verdict, decide, documents, loss_on, promote
 from tasks.records import BenchmarkScore, Conditions, EvaluationRecord, Release
 from tasks.reporting.benchmarks import benchmark_metrics
@@ -332,12 +333,16 @@ def test_a_champion_that_was_judged_otherwise_answers_the_problems_anew(publishe
         assert published.ask(second, sums=0).promoted
 
 
-def test_a_server_of_the_new_sizes_is_not_asked_for_a_champions_answers(published: Gate) -> None:
-    """What it serves by a size's name is the new one."""
+def test_a_server_is_asked_for_a_champions_answers_by_the_digest_of_its_own_files(
+    published: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server has the new sizes alone."""
+    monkeypatch.setattr(Client, "models", lambda client: ["nano-m-000000000000"])
     assert published.ask(published.register(2.0, 3.0, sums=sums(0.1, 0.1, protocol="otherwise"))).promoted
     second = published.register(1.9, 2.9, sums=sums(0.9, 0.9))
-    verdict = published.ask(second, endpoint=Endpoint(url="http://127.0.0.1:9/v1", model="nano-{size}"), sums=0)
-    assert not verdict.promoted and "no score on sums that was measured alike" in verdict.reason
+    asked = f"nano-m-{artifact(published.teacher).digest[:12]}"
+    with pytest.raises(ValueError, match=f"has no model '{asked}', but nano-m-0{{12}}; serve .*/fetched-m-.* by that"):
+        published.ask(second, endpoint=Endpoint(url="http://127.0.0.1:9/v1", model="nano-{size}-{digest}"), sums=0)
 
 
 # Losses that were not measured alike

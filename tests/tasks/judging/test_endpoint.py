@@ -26,12 +26,13 @@ Answer = Callable[[dict[str, Any]], tuple[int, Any]]
 
 
 class Server:
-    """Answers `/v1/chat/completions` by `answer`, and has the model `m`; `seen` is all that it was asked."""
+    """Answers `/v1/chat/completions` by `answer`, and has `models`; `seen` is all that it was asked."""
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
         self.seen: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
+        self.models = ["m", "n"]
         self.url = ""
 
     def endpoint(self, **fields: Any) -> Endpoint:
@@ -54,7 +55,7 @@ def served(answer: Answer) -> Iterator[Server]:
             self.wfile.write(data)
 
         def do_GET(self) -> None:
-            self.reply(200, {"object": "list", "data": [{"id": "m"}, {"id": "n"}]})
+            self.reply(200, {"object": "list", "data": [{"id": name} for name in server.models]})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -180,9 +181,9 @@ def test_a_fault_that_stays_is_one_line_and_not_tried_again(answer: Any, error: 
 
 def test_a_model_that_the_server_has_not_is_named_with_those_that_it_has() -> None:
     with served(lambda body: said("4")) as server:
-        Client(server.endpoint()).check()
-        with pytest.raises(ValueError, match="has no model 'x', but m, n; serve it by that name"):
-            Client(server.endpoint(model="x")).check()
+        Client(server.endpoint()).check("/slices/m")
+        with pytest.raises(ValueError, match="has no model 'x', but m, n; serve /slices/x by that name"):
+            Client(server.endpoint(model="x")).check("/slices/x")
 
 
 def test_a_size_is_asked_by_its_name_or_by_its_directory_and_only_a_name_has_to_be_listed(tmp_path: Path) -> None:
@@ -195,6 +196,18 @@ def test_a_size_is_asked_by_its_name_or_by_its_directory_and_only_a_name_has_to_
             assert server.seen.pop()["model"] == asked
         with pytest.raises(ValueError, match="has no model 'nano-m', but m, n"):
             judge(benchmark, Served(server.endpoint(model="nano-{size}"), "m", "", "digest"), tmp_path / "samples")
+
+
+def test_a_server_that_still_has_an_earlier_runs_weights_is_not_asked_for_this_ones(tmp_path: Path) -> None:
+    benchmark = Benchmark(
+        name="sums", path=str(write(tmp_path, [{"problem": "1+1", "answer": "2"}])), format="exact", runs=1
+    )
+    with served(lambda body: said("hm</think>2")) as server:
+        server.models, by_digest = ["m-" + "a" * 12], server.endpoint(model="{size}-{digest}")
+        assert judge(benchmark, Served(by_digest, "m", "/1", "a" * 64), tmp_path / "1").accuracy == 1
+        with pytest.raises(ValueError, match=r"has no model 'm-b{12}', but m-a{12}; serve /2 by that name"):
+            judge(benchmark, Served(by_digest, "m", "/2", "b" * 64), tmp_path / "2")
+    assert [body["model"] for body in server.seen] == server.models
 
 
 def test_the_key_is_sent_and_a_url_must_be_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,13 +20,14 @@ from elastic_core.budget import Budget
 from elastic_core.comparison import Cut
 from elastic_core.files.shapes import MeasuredShapes
 from elastic_core.geometry import Axes, ModelConfig
-from elastic_core.recipe import DataConfig, DataSource, Optimizer, Recipe, Stage, Teacher
+from elastic_core.judging import Endpoint
+from elastic_core.recipe import DataConfig, DataSource, Evaluation, Optimizer, Recipe, Stage, Teacher
 from elastic_core.search import Candidate
 from elastic_core.subnet import Subnet, full_subnet, keep_layers
 from elastic_core.training.train import BudgetMetrics, StepMetrics
 from tasks.records import BudgetEvaluation, Contamination, EvaluationRecord, OrderComparison
 from tasks.reporting import drawing, history, numbers, plots, report, summary
-from tasks.reporting.benchmarks import answers_table, benchmark_table
+from tasks.reporting.benchmarks import answers_table, benchmark_table, notes
 
 MODEL = ModelConfig(
     hybrid_override_pattern="M-M*-M-",
@@ -171,13 +172,14 @@ def write(
     routed: bool = True,
     stages: Sequence[str] = ("short", "long"),
     links: Mapping[str, str] = LINKS,
+    endpoint: Endpoint | None = None,
 ) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     subnets = {name: SUBNETS[name] for name in SUBNETS if name in {b.budget for b in record.budgets}}
     metrics = [write_metrics(directory / f"{name}.jsonl", routed=routed) for name in stages]
     return report.write_report(
         directory / "report",
-        recipe=recipe(subnets),
+        recipe=dataclasses.replace(recipe(subnets), evaluation=Evaluation(endpoint=endpoint)),
         evaluation=record,
         orders=orders,
         stages=metrics,
@@ -368,6 +370,16 @@ def test_the_report_has_scores_shares_without_an_answer_tokens_sources_and_conta
             assert found in text
     stored = json.loads(page.with_name("results.json").read_text())["evaluation"]["scores"]
     assert [(score["model"], score["accuracy"]) for score in stored] == [(s.model, s.accuracy) for s in SCORES]
+
+
+def test_the_report_doubts_scores_of_a_server_whose_names_tell_no_weights(tmp_path: Path) -> None:
+    endpoint = Endpoint(url="http://h/v1", model="nano-{size}")
+    page = write(tmp_path, record=evaluation(scores=SCORES), endpoint=endpoint)
+    for text in (Elements(page).text, page.with_name("results.md").read_text()):
+        assert "earlier run's weights as 'nano-{size}'" in text
+    assert notes(evaluation(scores=SCORES), dataclasses.replace(endpoint, model="{digest}")) == notes(
+        evaluation(scores=SCORES)
+    )
 
 
 def test_a_cut_that_loses_no_less_than_random_orders_is_warned_of_in_the_report(page: Path) -> None:
