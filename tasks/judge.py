@@ -1,7 +1,8 @@
 """Judge a model on a benchmark: the problems brought here, then one step for each model that answers them.
 
 What a model has answered stays in the state directory, under `samples`, a line a sample: a step that was killed goes on
-from there, and so does one whose key has changed because of more runs, other scorers or another machine.
+from there, and so does one whose key has changed because of more runs or other scorers. Where the engine is another, by
+its code, libraries or device, the model answers anew.
 """
 
 import logging
@@ -13,10 +14,7 @@ from pathlib import Path
 from elastic_core.budget import Dtype
 from elastic_core.files.directories import staged_directory
 from elastic_core.files.token_stream import TokenStream
-from elastic_core.generate import complete_together
 from elastic_core.judging import PROBLEM, Benchmark, Endpoint, Evaluation, Reference, Sampling
-from elastic_core.training.job import load_model
-from tasks.corpus.problems import encode_prompts
 from tasks.corpus.record import TRAIN_FILE
 from tasks.corpus.sources import fetch_data, source_identity, teacher_identity
 from tasks.corpus.tokenizer import load_tokenizer
@@ -27,7 +25,7 @@ from tasks.judging.endpoint import Served
 from tasks.judging.judge import Engine, judge
 from tasks.judging.scores import score
 from tasks.records import Artifact, BenchmarkScore, Contamination, Score
-from tasks.running.code import code_of
+from tasks.running.code import code_of, runs
 from tasks.running.digests import artifact
 from tasks.running.limits import cores
 from tasks.running.patience import patiently
@@ -71,12 +69,12 @@ def judge_model(
     """The score of one model on one benchmark, by whichever engine the recipe has answer."""
     asked = replace(benchmark, path=PROBLEMS_FILE, format=benchmark.form)
     if settings.endpoint is None:
-        engine = f"decoded in {dtype} on {device()} by {decoder_code()}"
+        engine = decoded(dtype)
         measured = run(
             judge_here, model=model, problems=problems, benchmark=asked, dtype=dtype, unsafe_code=settings.unsafe_code
         )
     else:
-        engine = f"served as {settings.endpoint.model}"
+        engine = served_as(settings.endpoint)
         measured = run(
             judge_at,
             model=model,
@@ -94,6 +92,19 @@ def judge_model(
         score=measured,
         protocol=fingerprint(*alike),
     )
+
+
+def decoded(dtype: Dtype) -> str:
+    """What our own decoder's answers depend on beside the model and what it is asked."""
+    return f"decoded in {dtype} on {device()} by {fingerprint(runs(Decoder))[:16]}"
+
+
+def served_as(endpoint: Endpoint) -> str:
+    """What a server's answers depend on beside the model and what it is asked, as far as it can be told from here.
+
+    The libraries that carry an answer do not make it: they are left out.
+    """
+    return f"served as {endpoint.model} to {fingerprint(code_of(Served).modules)[:16]}"
 
 
 def bring_references(references: tuple[Reference, ...], workspace: str) -> dict[str, Artifact]:
@@ -117,11 +128,6 @@ def published_scores(references: tuple[Reference, ...]) -> tuple[BenchmarkScore,
         for reference in references
         for name, percent in reference.published.items()
     )
-
-
-def decoder_code() -> str:
-    """What changes with the code that our own decoder answers by."""
-    return fingerprint([code_of(function).modules for function in (load_model, encode_prompts, complete_together)])[:16]
 
 
 @step("bring {benchmark.name}")
@@ -178,7 +184,7 @@ def find_contamination(
 @step("judge {model.name} on {benchmark.name}", on_gpu=True)
 def judge_here(model: Artifact, problems: Artifact, benchmark: Benchmark, dtype: Dtype, unsafe_code: bool) -> Score:
     """The score of a stock checkpoint that our own decoder answers with."""
-    engine = Decoder(Path(model.path), dtype, f"{model.digest} decoded in {dtype} by {decoder_code()}")
+    engine = Decoder(Path(model.path), dtype, f"{model.digest} {decoded(dtype)}")
     return _judged(model, problems, benchmark, engine, unsafe_code)
 
 
@@ -189,7 +195,7 @@ def judge_at(
     """The score of a stock checkpoint that a server answers with."""
     if endpoint.doubt:
         logger.warning("%s on %s: %s", size, benchmark.name, endpoint.doubt)
-    engine = Served(endpoint, size, model.path, model.digest)
+    engine = Served(endpoint, size, model.path, model.digest, f"{model.digest} {served_as(endpoint)}")
     return _judged(model, problems, benchmark, engine, unsafe_code)
 
 

@@ -9,7 +9,8 @@ from tempfile import TemporaryDirectory
 from elastic_core.judging import PROBLEM, Benchmark
 from tasks.corpus.chats import Row
 from tasks.corpus.documents import Fetch, iter_rows, parse_row
-from tasks.judging.formats import FORMATS, Problem
+from tasks.judging.formats import FORMATS
+from tasks.judging.problems import Problem
 from tasks.records import Artifact
 
 PROBLEMS_FILE = "problems.jsonl"

@@ -15,7 +15,7 @@ from tasks.corpus.chats import Chat, Row
 from tasks.corpus.problems import Prompt, encode_prompts
 from tasks.corpus.tokenizer import load_tokenizer
 from tasks.corpus.turns import CLOSE, OPEN
-from tasks.judging.formats import Problem
+from tasks.judging.problems import Problem
 from tasks.judging.samples import Completion, SampleFile, Wanted, keep, missing_from
 from tasks.running.bars import Report
 from tasks.running.devices import devices, shared
@@ -27,7 +27,7 @@ Batch = tuple[list[list[int]], Sampling, list[int]]
 class Decoder:
     """The engine that decodes a stock checkpoint on every device of this machine.
 
-    `identity` tells the model, and by what code and how precisely it is decoded.
+    `identity` tells the model, and all else that an answer depends on.
     """
 
     def __init__(self, directory: Path, dtype: Dtype, identity: str) -> None:

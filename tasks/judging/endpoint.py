@@ -25,10 +25,13 @@ PUZZLE, PUZZLE_TOKENS = "How many prime numbers lie between 100 and 200? Check e
 
 
 class Served:
-    """The engine that is a server: it answers as the model of a size, whose files are at a path and have a digest."""
+    """The engine that is a server: it answers as the model of a size, whose files are at a path and have a digest.
 
-    def __init__(self, endpoint: Endpoint, size: str, path: str, digest: str) -> None:
-        self.identity = f"{digest} at {endpoint.model}"
+    `identity` tells the model, and all else that an answer depends on, as far as it can be told.
+    """
+
+    def __init__(self, endpoint: Endpoint, size: str, path: str, digest: str, identity: str) -> None:
+        self.identity = identity
         self._endpoint = replace(endpoint, model=endpoint.model_of(size, path, digest))
         self._path = path
         self._listed = PATH not in endpoint.model  # a server that loads what it is asked for does not list it

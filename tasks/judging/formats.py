@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tasks.corpus.chats import Row, Unusable
-from tasks.judging.programs import Case, Cases
-from tasks.judging.scorers import Choice, Expression, Key, Text
+from tasks.judging.problems import Case, Cases, Choice, Expression, Key, Text
 
 TESTS_BYTES = 1 << 30  # of one problem, unpacked; LiveCodeBench's largest are under a tenth
 
@@ -23,16 +22,6 @@ CHOICE = (
 CODE = "Write a Python program for this problem. Give it whole, in one block that begins with ```python.\n\n{problem}"
 READS = "Read the input from standard input, and print the output."
 STARTS = "Complete this code, and keep its names:"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """What a model is asked, the answer that counts, and the row that it comes from."""
-
-    id: str
-    prompt: str
-    key: Key
-    where: str
 
 
 @dataclass(frozen=True, slots=True)

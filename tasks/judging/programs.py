@@ -4,30 +4,10 @@ What is expected never enters the sandbox: the output comes out and is compared 
 """
 
 import json
-from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
+from tasks.judging.problems import Cases
 from tasks.judging.sandbox import Sandbox
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """Standard input and the output that is expected; for a function its arguments, a line of JSON each, and result."""
-
-    given: str
-    expected: str
-
-
-@dataclass(frozen=True, slots=True)
-class Cases:
-    """Every test must pass. `function`: the name of the function, or method of class Solution, that they call."""
-
-    all: tuple[Case, ...]
-    function: str | None = None
-
-    def __post_init__(self) -> None:
-        if not self.all:
-            raise ValueError("a program without tests cannot be judged")
 
 
 def passes(program: str, cases: Cases, sandbox: Sandbox) -> bool:

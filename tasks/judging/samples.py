@@ -17,7 +17,7 @@ from typing import Literal
 from elastic_core.files.locks import held
 from elastic_core.judging import Sampling
 from elastic_core.schema import build
-from tasks.judging.formats import Problem
+from tasks.judging.problems import Problem
 from tasks.running.bars import Report
 
 logger = logging.getLogger(__name__)

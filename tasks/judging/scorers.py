@@ -4,38 +4,9 @@ from dataclasses import dataclass
 
 from tasks.judging.answers import boxed, code_block, letter
 from tasks.judging.mathematics import Mathematician
-from tasks.judging.programs import Cases, passes
+from tasks.judging.problems import Cases, Choice, Expression, Key, Text
+from tasks.judging.programs import passes
 from tasks.judging.sandbox import Sandbox
-
-
-@dataclass(frozen=True, slots=True)
-class Expression:
-    """A boxed answer that equals this one mathematically is right."""
-
-    value: str
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The boxed letter of one of so many options is right."""
-
-    letter: str
-    options: int
-
-    def __post_init__(self) -> None:
-        letters = [chr(ord("A") + i) for i in range(self.options)]
-        if self.letter not in letters:
-            raise ValueError(f"{self.letter!r} is the letter of none of {self.options} options")
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """The whole answer, less the white space around it, is this text."""
-
-    value: str
-
-
-Key = Expression | Choice | Text | Cases
 
 
 @dataclass(frozen=True, slots=True)

@@ -280,7 +280,7 @@ def test_a_benchmark_asked_of_an_engines_server_has_our_own_decoders_answers(
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
     greedy = Sampling(temperature=0, top_p=1, max_new_tokens=NEW_TOKENS, system="Answer in one word.", thinking=False)
     benchmark = Benchmark(name="sums", path=str(problems), format="exact", runs=2, sampling=greedy)
-    score = judge(benchmark, Served(endpoint, "s", "", "digest"), tmp_path / "samples.jsonl")
+    score = judge(benchmark, Served(endpoint, "s", "", "digest", "digest"), tmp_path / "samples.jsonl")
     assert (score.problems, score.runs, score.accuracy, score.unanswered) == (20, 2, 1.0, 0.0)
     assert 0 < score.tokens <= NEW_TOKENS
 

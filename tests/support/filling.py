@@ -4,9 +4,8 @@ import time
 from pathlib import Path
 
 from elastic_core.judging import Sampling
-from tasks.judging.formats import Problem
+from tasks.judging.problems import Problem, Text
 from tasks.judging.samples import Completion, Request, Wanted, fill, open_samples, requests
-from tasks.judging.scorers import Text
 
 PROBLEMS = [Problem(id=str(i), prompt=f"{i}?", key=Text(str(i)), where="") for i in range(60)]
 

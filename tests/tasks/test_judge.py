@@ -1,13 +1,14 @@
 """Laws of judging by our own decoder: what a key counts, what is never answered twice, and what is answered."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from records import judged
 from safetensors.torch import save_file
 
 from elastic_core.files.checkpoint import write_weights
@@ -29,6 +30,7 @@ from tasks.judging.benchmarks import read_benchmark
 from tasks.judging.decoder import Decoder, as_asked
 from tasks.judging.samples import open_samples, requests, unseen
 from tasks.records import Artifact, BenchmarkScore, Contamination, Score
+from tasks.running import code
 from tasks.running.digests import artifact
 from tasks.running.steps import MAKINGS
 from tasks.settings import HOME
@@ -128,6 +130,97 @@ def test_more_runs_and_another_form_of_judging_keep_the_answers_and_another_temp
     ):
         assert here(model, benchmark, problems).runs == benchmark.runs
         assert len(lines(tmp_path)) == there
+
+
+# A module, what stands in its source, and what is to stand there.
+Edit = tuple[str, str, str]
+BEGINS: Edit = ("tasks.judging.decoder", 'return f"{OPEN}{text}" if', 'return f"{OPEN} {text}" if')
+TAKES_APART: Edit = ("tasks.judging.endpoint", 'text = f"{OPEN}{thought}{CLOSE}{text}" if', 'text = f"{text}" if')
+SCORES: Edit = ("tasks.judging.scorers", "answer == value.strip()", "answer == value")
+
+
+@pytest.fixture
+def mend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Edit], None]]:
+    """Changes the source of a module as the identity of an engine reads it."""
+
+    def forget() -> None:
+        for known in (code._parsed, code.code_of, code.libraries, code.runs):
+            known.cache_clear()
+
+    def change(edit: Edit) -> None:
+        module, before, after = edit
+        read = code._source
+        assert before in read(module)
+        monkeypatch.setattr(
+            code, "_source", lambda name: read(name).replace(before, after) if name == module else read(name)
+        )
+        forget()
+
+    forget()
+    yield change
+    forget()
+
+
+@pytest.mark.parametrize("change", ["decoder", "torch", "device"])
+def test_another_decoder_torch_or_device_answers_anew_and_another_scorer_does_not(
+    change: str,
+    model: Artifact,
+    asked: Benchmark,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mend: Callable[[Edit], None],
+) -> None:
+    problems, version = brought(asked, tmp_path), code._version
+    here(model, asked, problems)
+    mend(SCORES)
+    here(model, asked, problems)
+    assert len(lines(tmp_path)) == 20
+    if change == "decoder":
+        mend(BEGINS)
+    elif change == "torch":
+        monkeypatch.setattr(code, "_version", lambda name: "9.9.9" if name == "torch" else version(name))
+        code.libraries.cache_clear()
+        code.runs.cache_clear()
+    else:
+        monkeypatch.setattr(judge, "device", lambda: "another")
+    here(model, asked, problems)
+    assert len(lines(tmp_path)) == 2 * 20
+
+
+def test_two_scores_are_of_one_protocol_only_where_one_engine_answered(
+    model: Artifact, asked: Benchmark, monkeypatch: pytest.MonkeyPatch, mend: Callable[[Edit], None]
+) -> None:
+    monkeypatch.setattr(judge, "run", lambda step, **inputs: judged("s", 0.5).score)
+    served = Endpoint(url="http://a:1/v1", model="nano-{size}")
+
+    def protocols() -> tuple[str, str]:
+        decodes, asks = (
+            judge.judge_model("s", model, model, asked, Evaluation(endpoint=endpoint), "float32").protocol
+            for endpoint in (None, served)
+        )
+        return decodes, asks
+
+    before = protocols()
+    mend(BEGINS)
+    assert protocols()[0] != before[0] and protocols()[1] == before[1]
+    before = protocols()
+    mend(TAKES_APART)
+    assert protocols()[0] == before[0] and protocols()[1] != before[1]
+
+
+def test_a_mended_client_asks_anew(
+    model: Artifact, asked: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mend: Callable[[Edit], None]
+) -> None:
+    identities: list[str] = []
+    monkeypatch.setattr(judge, "_judged", lambda *given: identities.append(given[3].identity))
+    problems, endpoint = brought(asked, tmp_path), Endpoint(url="http://a:1/v1", model="nano-{size}-{digest}")
+    for edit in (None, SCORES, TAKES_APART):
+        if edit is not None:
+            mend(edit)
+        judge.judge_at.fn(
+            model=model, problems=problems, benchmark=asked, endpoint=endpoint, size="s", unsafe_code=False
+        )
+    assert identities[0] == identities[1] != identities[2]
 
 
 def test_answers_are_those_of_one_prompt_at_a_time_and_each_counts_the_token_that_ends_it(

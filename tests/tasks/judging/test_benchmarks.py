@@ -13,9 +13,7 @@ import pytest
 from elastic_core.judging import Benchmark
 from elastic_core.schema import build
 from tasks.judging.benchmarks import read_benchmark
-from tasks.judging.formats import Problem
-from tasks.judging.programs import Case, Cases
-from tasks.judging.scorers import Choice, Expression, Text
+from tasks.judging.problems import Case, Cases, Choice, Expression, Problem, Text
 
 TESTS = [{"input": "1 2", "output": "3", "testtype": "stdin"}, {"input": "2 2", "output": "4", "testtype": "stdin"}]
 HIDDEN = [{"input": "5 5", "output": "10", "testtype": "stdin"}]

@@ -39,7 +39,7 @@ class Server:
         return Endpoint(**{"url": self.url, "model": "m", "concurrency": 4, **fields})
 
     def engine(self) -> Served:
-        return Served(self.endpoint(), "s", "/slices/s", "digest")
+        return Served(self.endpoint(), "s", "/slices/s", "digest", "digest")
 
 
 @contextmanager
@@ -191,11 +191,15 @@ def test_a_size_is_asked_by_its_name_or_by_its_directory_and_only_a_name_has_to_
     benchmark = Benchmark(name="sums", path=str(write(tmp_path, rows)), format="exact", runs=1)
     with served(lambda body: said("hm</think>2")) as server:
         for model, asked in (("{size}", "m"), ("{path}", "/slices/m"), ("m", "m")):
-            engine = Served(server.endpoint(model=model), "m", "/slices/m", "digest")
+            engine = Served(server.endpoint(model=model), "m", "/slices/m", "digest", f"digest as {model}")
             assert judge(benchmark, engine, tmp_path / "samples").accuracy == 1
             assert server.seen.pop()["model"] == asked
         with pytest.raises(ValueError, match="has no model 'nano-m', but m, n"):
-            judge(benchmark, Served(server.endpoint(model="nano-{size}"), "m", "", "digest"), tmp_path / "samples")
+            judge(
+                benchmark,
+                Served(server.endpoint(model="nano-{size}"), "m", "", "digest", "digest"),
+                tmp_path / "samples",
+            )
 
 
 def test_a_server_that_still_has_an_earlier_runs_weights_is_not_asked_for_this_ones(tmp_path: Path) -> None:
@@ -204,9 +208,9 @@ def test_a_server_that_still_has_an_earlier_runs_weights_is_not_asked_for_this_o
     )
     with served(lambda body: said("hm</think>2")) as server:
         server.models, by_digest = ["m-" + "a" * 12], server.endpoint(model="{size}-{digest}")
-        assert judge(benchmark, Served(by_digest, "m", "/1", "a" * 64), tmp_path / "1").accuracy == 1
+        assert judge(benchmark, Served(by_digest, "m", "/1", "a" * 64, "a"), tmp_path / "1").accuracy == 1
         with pytest.raises(ValueError, match=r"has no model 'm-b{12}', but m-a{12}; serve /2 by that name"):
-            judge(benchmark, Served(by_digest, "m", "/2", "b" * 64), tmp_path / "2")
+            judge(benchmark, Served(by_digest, "m", "/2", "b" * 64, "b"), tmp_path / "2")
     assert [body["model"] for body in server.seen] == server.models
 
 

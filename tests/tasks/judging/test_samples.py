@@ -15,12 +15,10 @@ from filling import PROBLEMS, fill_slowly, wanted
 
 from elastic_core.files.locks import IsHeld
 from elastic_core.judging import Sampling
-from tasks.judging.formats import Problem
 from tasks.judging.mathematics import Mathematician
-from tasks.judging.programs import Case, Cases
+from tasks.judging.problems import Case, Cases, Choice, Expression, Problem, Text
 from tasks.judging.samples import Completion, Request, Sample, Wanted, fill, open_samples, requests
 from tasks.judging.sandbox import Sandbox, why_not_isolated
-from tasks.judging.scorers import Choice, Expression, Text
 from tasks.judging.scores import pass_at_1, score
 
 

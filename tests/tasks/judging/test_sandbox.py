@@ -17,7 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tasks.judging.programs import Case, Cases, passes, same_text, same_value
+from tasks.judging.problems import Case, Cases
+from tasks.judging.programs import passes, same_text, same_value
 from tasks.judging.sandbox import FIRST_USER, Limits, Sandbox, require_isolation, why_not_isolated
 from tasks.judging.seccomp import seccomp_filter
 

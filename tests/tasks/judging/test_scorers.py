@@ -6,8 +6,9 @@ import pytest
 
 from tasks.judging.answers import boxed, code_block, letter, without_thought
 from tasks.judging.mathematics import Mathematician
+from tasks.judging.problems import Choice, Expression, Key, Text
 from tasks.judging.sandbox import Sandbox
-from tasks.judging.scorers import Choice, Expression, Key, Text, Verdict, judged
+from tasks.judging.scorers import Verdict, judged
 
 pytest.importorskip("math_verify", reason="math-verify comes with the extra `eval`")
 
