@@ -102,7 +102,8 @@ class Score:
     `standard_error`: of that mean, were other problems of the kind drawn, s / sqrt(problems), where s is the standard
     deviation of the problems' shares; None for one problem. `run_error`: were the same problems answered again,
     sqrt(sum of p(1 - p) / (runs - 1)) / problems, where p is a problem's share; None for one run. `unanswered`: the
-    share of completions without an answer; `cut`: of those that came to the limit of tokens; `tokens`: their mean.
+    share of completions without an answer; `cut`: of those that came to the limit of tokens; `slow`: of those whose
+    program was stopped because of its time; `tokens`: their mean.
     """
 
     problems: int
@@ -112,6 +113,7 @@ class Score:
     run_error: float | None
     unanswered: float
     cut: float
+    slow: float
     tokens: float
 
 

@@ -5,19 +5,24 @@ What is expected never enters the sandbox: the output comes out and is compared 
 
 import json
 from decimal import Decimal, InvalidOperation
+from typing import Literal
 
 from tasks.judging.problems import Cases
 from tasks.judging.sandbox import Sandbox
 
+Fault = Literal["failed", "slow", "large", "wrong"]
 
-def passes(program: str, cases: Cases, sandbox: Sandbox) -> bool:
-    """Whether a program passes every test; the first that fails ends it."""
+
+def fault(program: str, cases: Cases, sandbox: Sandbox) -> Fault | None:
+    """How a program fails the first test that it does not pass; None where it passes every one."""
     compare = same_text if cases.function is None else same_value
     for case in cases.all:
         outcome = sandbox.run(program, case.given, function=cases.function)
-        if outcome.ending != "ended" or not compare(outcome.output, case.expected):
-            return False
-    return True
+        if outcome.ending != "ended":
+            return outcome.ending
+        if not compare(outcome.output, case.expected):
+            return "wrong"
+    return None
 
 
 def same_text(output: str, expected: str) -> bool:

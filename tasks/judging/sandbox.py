@@ -25,7 +25,7 @@ import psutil
 
 from tasks.judging.seccomp import seccomp_filter
 
-# `failed`: an exception or a signal. `slow`, `large`: stopped because of its time or its memory.
+# `failed`: an exception or a signal. `slow`, `large`: stopped because of either time, or of its memory.
 Ending = Literal["ended", "failed", "slow", "large"]
 
 WATCH_SECONDS = 0.05
@@ -38,9 +38,14 @@ ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "OMP_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a program may use. A process has `memory_bytes` at most, and so have all its processes together."""
+    """What a program may use. A process has `memory_bytes` at most, and so have all its processes together.
 
-    seconds: float = 6.0
+    `cpu_seconds` are those that all its processes compute, so that a busy machine makes no program slow;
+    `clock_seconds` bound one that sleeps or waits.
+    """
+
+    cpu_seconds: float = 6.0
+    clock_seconds: float = 60.0
     memory_bytes: int = 2 << 30
     processes: int = 8
     output_bytes: int = 16 << 20
@@ -122,7 +127,7 @@ class Sandbox:
         return {
             "processes": self.limits.processes,
             "memory_bytes": self.limits.memory_bytes,
-            "cpu_seconds": math.ceil(self.limits.seconds) + 1,
+            "cpu_seconds": math.ceil(self.limits.cpu_seconds) + 1,
             "file_bytes": self.limits.output_bytes,
             "open_files": self.limits.open_files,
             "user": user,
@@ -163,7 +168,7 @@ def why_not_isolated() -> str | None:
     """Why bubblewrap does not isolate programs here; None where it does, which is tried, not believed."""
     if shutil.which("bwrap") is None:
         return "there is no bwrap"
-    alone = Sandbox(limits=Limits(processes=1, seconds=60.0))  # a busy machine is no reason
+    alone = Sandbox(limits=Limits(processes=1))
     try:
         outcome = alone.run(_PROBE, "")
     except (OSError, RuntimeError, ValueError) as error:
@@ -207,31 +212,37 @@ def _ended(process: "subprocess.Popen[bytes]") -> Iterator[None]:
 
 
 def _watched(process: "subprocess.Popen[bytes]", limits: Limits) -> Ending:
-    """Wait for the end; kill the process where it, with its descendants, takes too long or too much memory."""
-    deadline = time.monotonic() + limits.seconds
+    """Wait for the end; kill the process where it, with its descendants, takes too much time or memory."""
+    deadline = time.monotonic() + limits.clock_seconds
     while True:
         try:
             return "failed" if process.wait(min(WATCH_SECONDS, max(0.0, deadline - time.monotonic()))) else "ended"
         except subprocess.TimeoutExpired:
             ending: Ending = "slow"
-            if time.monotonic() < deadline:
-                if _resident_bytes(process.pid) <= limits.memory_bytes:
-                    continue
+            cpu_seconds, memory_bytes = _used(process.pid)
+            if memory_bytes > limits.memory_bytes:
                 ending = "large"
+            elif cpu_seconds <= limits.cpu_seconds and time.monotonic() < deadline:
+                continue
             process.kill()
             process.wait()
             return ending
 
 
-def _resident_bytes(pid: int) -> int:
-    """The memory of a process and all its descendants. Pages that they share count for each."""
-    total = 0
+def _used(pid: int) -> tuple[float, int]:
+    """The CPU seconds and the memory of a process and all its descendants. Pages that they share count for each.
+
+    The seconds of a process that has ended are among its parent's. Where that ignores SIGCHLD Linux drops them, and the
+    clock alone bounds the program.
+    """
+    seconds, resident = 0.0, 0
     with suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)
         for process in [root, *root.children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):
-                total += process.memory_info().rss
-    return total
+                seconds += sum(process.cpu_times()[:4])  # user, system, and those of children that were waited for
+                resident += process.memory_info().rss
+    return seconds, resident
 
 
 def _last_line(file: IO[bytes]) -> str:

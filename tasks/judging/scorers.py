@@ -5,16 +5,20 @@ from dataclasses import dataclass
 from tasks.judging.answers import boxed, code_block, letter
 from tasks.judging.mathematics import Mathematician
 from tasks.judging.problems import Cases, Choice, Expression, Key, Text
-from tasks.judging.programs import passes
+from tasks.judging.programs import fault
 from tasks.judging.sandbox import Sandbox
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The answer that was found in a completion, None without one, and whether it is right."""
+    """The answer that was found in a completion, None without one, and whether it is right.
+
+    `slow`: it is a program that was stopped because of its time.
+    """
 
     answer: str | None
     right: bool
+    slow: bool = False
 
 
 def judged(answer: str | None, key: Key, mathematician: Mathematician, sandbox: Sandbox) -> Verdict:
@@ -35,4 +39,7 @@ def judged(answer: str | None, key: Key, mathematician: Mathematician, sandbox: 
             return Verdict(answer or None, answer == value.strip())
         case Cases():
             found = code_block(answer)
-            return Verdict(found, found is not None and passes(found, key, sandbox))
+            if found is None:
+                return Verdict(None, False)
+            fails = fault(found, key, sandbox)
+            return Verdict(found, fails is None, slow=fails == "slow")

@@ -45,6 +45,7 @@ def score(
         run_error=run_error,
         unanswered=statistics.fmean(each.answer is None for each in verdicts),
         cut=statistics.fmean(cut),
+        slow=statistics.fmean(each.slow for each in verdicts),
         tokens=statistics.fmean(tokens),
     )
 

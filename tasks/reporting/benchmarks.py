@@ -41,6 +41,7 @@ def answers_table(evaluation: EvaluationRecord) -> list[dict[str, str]]:
             "error of the runs": percent(score.score.run_error, 1),
             "without an answer": percent(score.score.unanswered, 1),
             "cut off": percent(score.score.cut, 1),
+            "too slow": percent(score.score.slow, 1),
             "tokens a solution": fixed(score.score.tokens, 0),
             "problems": f"{score.score.problems:,}",
             "runs": f"{score.score.runs}",

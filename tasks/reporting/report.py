@@ -353,7 +353,8 @@ tell from noise.</p>
 {{ table(answers) }}
 <p class="note">The error of the runs is that of pass@1, were the same problems answered again. Without an answer is the
 share of completions that give none, an endless thought among them; cut off is the share that came to the limit of
-tokens. Tokens a solution are those of a completion, its thought included.</p>
+tokens, and too slow the share whose program was stopped because of its time. Tokens a solution are those of a
+completion, its thought included.</p>
 {% endif %}
 {% if contaminated %}
 <h3>Contamination</h3>

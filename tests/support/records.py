@@ -42,6 +42,7 @@ def judged(model: str, accuracy: float, *, benchmark: str = "sums", **changes: A
         run_error=0.01,
         unanswered=0.125,
         cut=0.0625,
+        slow=0.03125,
         tokens=4096.0,
     )
     found = BenchmarkScore(model=model, benchmark=benchmark, accuracy=accuracy, score=score, protocol="alike")

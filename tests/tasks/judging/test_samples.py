@@ -18,7 +18,7 @@ from elastic_core.judging import Sampling
 from tasks.judging.mathematics import Mathematician
 from tasks.judging.problems import Case, Cases, Choice, Expression, Problem, Text
 from tasks.judging.samples import Completion, Request, Sample, Wanted, fill, open_samples, requests
-from tasks.judging.sandbox import Sandbox, why_not_isolated
+from tasks.judging.sandbox import Limits, Sandbox, why_not_isolated
 from tasks.judging.scores import pass_at_1, score
 
 
@@ -240,8 +240,8 @@ def test_programs_are_scored_by_their_tests(tmp_path: Path, mathematician: Mathe
         pytest.skip(f"programs cannot be isolated here: {fault}")
     key = Cases((Case("2", "4"), Case("3", "6")))
     problem = Problem(id="double", prompt="Double it.", key=key, where="")
-    asked: list[Wanted] = requests([problem], 3, "m", Sampling(thinking=False))
-    programs = ["print(2 * int(input()))", "print(4)", "while True print()"]
+    asked: list[Wanted] = requests([problem], 4, "m", Sampling(thinking=False))
+    programs = ["print(2 * int(input()))", "print(4)", "while True print()", "while True: pass"]
     seeds = {request.seed: program for (_, _, request), program in zip(asked, programs, strict=True)}
 
     def complete(request: Request) -> Completion:
@@ -249,4 +249,5 @@ def test_programs_are_scored_by_their_tests(tmp_path: Path, mathematician: Mathe
 
     with open_samples(tmp_path / "s") as samples:
         fill(samples, asked, complete, 3)
-        assert score(asked, samples, mathematician, Sandbox(), 2).accuracy == pytest.approx(1 / 3)
+        found = score(asked, samples, mathematician, Sandbox(limits=Limits(cpu_seconds=2)), 2)
+    assert (found.accuracy, found.slow) == (0.25, 0.25)

@@ -18,12 +18,12 @@ import psutil
 import pytest
 
 from tasks.judging.problems import Case, Cases
-from tasks.judging.programs import passes, same_text, same_value
+from tasks.judging.programs import fault, same_text, same_value
 from tasks.judging.sandbox import FIRST_USER, Limits, Sandbox, require_isolation, why_not_isolated
 from tasks.judging.seccomp import seccomp_filter
 
-PATIENT = Limits(seconds=60)  # for programs that end by themselves, on a busy machine
-SHORT = Limits(seconds=1.5)
+PATIENT = Limits(cpu_seconds=60, clock_seconds=600)  # for programs that end by themselves, on a busy machine
+SHORT = Limits(cpu_seconds=1.5, clock_seconds=3)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -107,19 +107,19 @@ class Solution:
         return a + sum(b)
 """
     sandbox = Sandbox(limits=PATIENT)
-    assert passes(method, Cases((Case("1\n[2, 3]", "6"), Case("0\n[]", "0")), "add"), sandbox)
-    assert not passes(method, Cases((Case("1\n[2, 3]", "7"),), "add"), sandbox)
-    assert passes("def pair(a):\n    return a, None", Cases((Case('"x"', '["x", null]'),), "pair"), sandbox)
+    assert not fault(method, Cases((Case("1\n[2, 3]", "6"), Case("0\n[]", "0")), "add"), sandbox)
+    assert fault(method, Cases((Case("1\n[2, 3]", "7"),), "add"), sandbox)
+    assert not fault("def pair(a):\n    return a, None", Cases((Case('"x"', '["x", null]'),), "pair"), sandbox)
     numpy = "import numpy\ndef pair(a):\n    return [numpy.int64(a), numpy.arange(a)]"
-    assert passes(numpy, Cases((Case("2", "[2, [0, 1]]"),), "pair"), sandbox)
-    assert not passes("def other(a):\n    return a", Cases((Case('"x"', '"x"'),), "pair"), sandbox)
+    assert not fault(numpy, Cases((Case("2", "[2, [0, 1]]"),), "pair"), sandbox)
+    assert fault("def other(a):\n    return a", Cases((Case('"x"', '"x"'),), "pair"), sandbox)
 
 
 def test_every_test_must_pass() -> None:
     tests = Cases((Case("1", "2"), Case("2", "4"), Case("3", "6")))
     sandbox = Sandbox(limits=PATIENT)
-    assert passes("print(2 * int(input()))", tests, sandbox)
-    assert not passes("print(min(4, 2 * int(input())))", tests, sandbox)
+    assert not fault("print(2 * int(input()))", tests, sandbox)
+    assert fault("print(min(4, 2 * int(input())))", tests, sandbox)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +178,27 @@ def test_a_program_without_end_is_ended(program: str) -> None:
     assert ending(program, SHORT) == "slow"
 
 
+def test_a_program_that_does_not_compute_is_no_slower_on_a_busy_machine() -> None:
+    """What waits for a processor takes as little of its time as what sleeps."""
+    limits = Limits(cpu_seconds=1.5, clock_seconds=600)
+    assert ending("import time\ntime.sleep(2)\nprint(1)", limits) == "ended"
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["one after another", "at once"])
+def test_the_time_of_all_its_processes_counts(waits: bool) -> None:
+    """None of the six computes for as long as the limit, and together they do."""
+    program = f"""
+import os, time
+for _ in range(5):
+    if os.fork() == 0:
+        while time.process_time() < 1: pass
+        os._exit(0)
+    if {waits}: os.wait()
+if not {waits}: time.sleep(1000)
+"""
+    assert ending(program, Limits(cpu_seconds=3, clock_seconds=600)) == "slow"
+
+
 def test_a_fork_bomb_has_a_bounded_number_of_processes() -> None:
     program = """
 import os, time
@@ -189,7 +210,7 @@ while True:
     except OSError:
         time.sleep(0.05)
 """
-    limits = Limits(seconds=4)
+    limits = Limits(clock_seconds=4)
     outcome = Sandbox(limits=limits).run(program, "")
     assert outcome.ending == "slow"
     assert 2 <= outcome.output.count("alive") <= limits.processes
@@ -217,7 +238,7 @@ for _ in range(4):
 x = bytearray(b"x") * (150 << 20)
 time.sleep(1000)
 """
-    assert ending(together, Limits(seconds=60, memory_bytes=300 << 20)) == "large"
+    assert ending(together, Limits(memory_bytes=300 << 20)) == "large"
 
 
 def test_files_and_output_are_bounded() -> None:
