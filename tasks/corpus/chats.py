@@ -60,7 +60,7 @@ def read_chat(row: Row, source: DataSource, where: str, *, columns: bool) -> Cha
         raise Unusable(f"{where}: {source.messages_field!r} is not a list of messages with roles; mend or remove it")
     clean = without_none if columns else _without_none_here
     if columns:
-        _check_plain({name: value for name, value in row.items() if name in _read(source)}, where)
+        _check_plain([row.get(name) for name in (source.messages_field, source.tools_field, TEMPLATE_ARGUMENTS)], where)
     return Chat(
         messages=[_message(clean(m), f"{where}: message {i}") for i, m in enumerate(messages, 1)],
         tools=_tools(row.get(source.tools_field), source, where, columns),
@@ -88,11 +88,6 @@ def strings(value: Any) -> list[str]:
         elif isinstance(inner, dict | list):
             found += strings(inner)
     return found
-
-
-def _read(source: DataSource) -> set[str]:
-    """The names of what a chat is read from."""
-    return {source.messages_field, source.tools_field, TEMPLATE_ARGUMENTS}
 
 
 def _check_plain(value: Any, where: str) -> None:
