@@ -15,6 +15,7 @@ from flows.serving.failures import explain_failure
 from flows.serving.guard import guard_run
 from flows.serving.naming import called, name_after, tag_run
 from flows.serving.page import headline
+from flows.serving.turn import only_one
 from tasks.running.recipe_run import to_do
 from tasks.settings import Settings
 
@@ -38,6 +39,13 @@ def retrain(recipe: Annotated[Recipe, checked(Recipe)], max_gpu_hours: float = 0
     """
     guard_run()
     tag_run(recipe.family)
+    with only_one(f"retrain {recipe.family}") as mine:
+        if not mine:
+            return Completed(name=SKIPPED, message=f"another retraining of {recipe.family} is under way")
+        return _retrain(recipe, max_gpu_hours, force)
+
+
+def _retrain(recipe: Recipe, max_gpu_hours: float, force: bool) -> State:
     settings = Settings.from_environment()
     reason = "it was asked for" if force else to_do(recipe, settings, pipeline)
     if not reason:

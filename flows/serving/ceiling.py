@@ -49,12 +49,12 @@ def ask_first(recipe: Recipe, settings: Settings, pipeline: Callable[..., Any], 
     if run is None or run.deployment_id is None:
         return ""
     allowed = settings.home / "allowed" / fingerprint(run_key(recipe), ways(pipeline))[:32]
-    resumed = ASKS in (run.empirical_policy.pause_keys or ())
+    resumed = has_asked(run)
     is_rerun = run.created_by is not None and run.created_by.type == AUTOMATION  # after a crash
     passed = resumed or (is_rerun and allowed.exists())
     if (run.auto_scheduled or is_rerun) and not passed and (cost := over(recipe, max_gpu_hours)):
         if waiting := _waiting(run):
-            return f"{waiting.name} waits for a person already: resume or cancel that run"
+            return f"{waiting.name} has asked already: resume or cancel that run"
         _ask(run, recipe, cost)
     allowed.parent.mkdir(parents=True, exist_ok=True)
     allowed.touch()
@@ -102,13 +102,17 @@ def _ask(run: FlowRun, recipe: Recipe, cost: str) -> None:
 
 
 def _waiting(run: FlowRun) -> FlowRun | None:
-    """Another run of the same deployment that is suspended."""
+    """Another run of the same deployment that has asked: it is suspended, or resumed and about to go on."""
     assert run.deployment_id is not None, "asked only of a deployment's runs"
+    begun = [StateType.PAUSED, StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING]
     with get_client(sync_client=True) as client:
-        suspended = client.read_flow_runs(
+        others = client.read_flow_runs(
             deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[run.deployment_id])),
-            flow_run_filter=FlowRunFilter(
-                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PAUSED]))
-            ),
+            flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=begun))),
         )
-    return next((other for other in suspended if other.id != run.id), None)
+    return next((other for other in others if other.id != run.id and has_asked(other)), None)
+
+
+def has_asked(run: FlowRun) -> bool:
+    """Whether the run was suspended here, whatever it does now."""
+    return ASKS in (run.empirical_policy.pause_keys or ())

@@ -22,7 +22,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, StateType
+from prefect.client.schemas.objects import StateType
 from prefect.deployments.runner import RunnerDeployment
 from prefect.events import DeploymentEventTrigger
 from prefect.events.actions import ChangeFlowRunState
@@ -59,8 +59,8 @@ PENDING, CANCELLING, ANYTHING = "prefect.flow-run.Pending", "prefect.flow-run.Ca
 class Deployment:
     """A flow, by its module path, that a pool's workers run, on a `schedule` (cron) if there is one.
 
-    Of a `single` one a second run that is started meanwhile is cancelled. Where there is no schedule here, one that was
-    set on the server stays. A parameter of `choices` is one of those in the form.
+    Where there is no schedule here, one that was set on the server stays. A parameter of `choices` is one of those in
+    the form.
     """
 
     entrypoint: str
@@ -69,19 +69,16 @@ class Deployment:
     parameters: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     schedule: str | None = None
-    single: bool = False
     rerun: bool = True
     choices: dict[str, list[str]] = field(default_factory=dict)
 
     def apply(self) -> None:
         """Create it on the server, or bring it up to date."""
         flow: Flow[..., Any] = load_flow_from_entrypoint(self.entrypoint, use_placeholder_flow=False)
-        one_at_a_time = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
         applied = RunnerDeployment.from_flow(
             flow,
             name=self.name,
             cron=self.schedule,
-            concurrency_limit=one_at_a_time if self.single else None,
             parameters=self.parameters,
             triggers=[self.rerun_crashed(flow.name, list(inspect.signature(flow.fn).parameters))] if self.rerun else [],
             description=inspect.getdoc(flow.fn),
@@ -140,7 +137,6 @@ def deployments(recipe: Recipe, schedule: str | None = None, max_gpu_hours: floa
             parameters={**given, "max_gpu_hours": max_gpu_hours, "force": False},
             environment=on_gpu_pool,
             schedule=schedule,
-            single=True,
         ),
         Deployment(
             entrypoint="flows.export.export",

@@ -120,7 +120,7 @@ def test_while_one_waits_the_next_has_nothing_to_do(
     begin(monkeypatch)
     monkeypatch.setattr(ceiling, "_waiting", lambda run: SimpleNamespace(name="nano 2026-11-30 03:00"))
     said = ask(recipe, tmp_path, 0.0)
-    assert said == "nano 2026-11-30 03:00 waits for a person already: resume or cancel that run" and not shown
+    assert said == "nano 2026-11-30 03:00 has asked already: resume or cancel that run" and not shown
 
 
 def test_a_plan_that_cannot_be_made_asks(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
