@@ -19,7 +19,9 @@ from flows.endpoint.engines import SERVE_KEY, Program
 from flows.endpoint.front import endpoint
 from flows.endpoint.residents import POLL_SECONDS, Residents, Size
 from flows.serving.services import registry_services, terminates_gracefully
-from tasks import tracking
+from tasks import artifacts, tracking
+from tasks.artifacts.manifest import Manifest, directory_digest
+from tasks.corpus.tokenizer import TOKENIZER_FILES
 from tasks.running.limits import memory as memory_left
 from tasks.running.processes import ChildProcess
 from tasks.settings import ServiceError, Settings, make_home
@@ -70,9 +72,18 @@ def registered_sizes(models: Sequence[str]) -> tuple[dict[str, Size], list[str]]
         for version in versions:
             for other in tracking.registered_with(settings.registry, version):
                 found.setdefault(other.name, other)
+        store = artifacts.open_store(settings)
+        manifests = {
+            uri: artifacts.read_manifest(store, uri)
+            for uri in {version.tags[tracking.MANIFEST] for version in found.values()}
+        }
         for version in versions:
             pull_version(settings, version, _place(home, version))
-    return {name: _size(home, version, is_here=name in named) for name, version in found.items()}, named
+    sizes = {
+        name: _size(home, version, manifests[version.tags[tracking.MANIFEST]], is_here=name in named)
+        for name, version in found.items()
+    }
+    return sizes, named
 
 
 def memory_here() -> int:
@@ -88,11 +99,14 @@ def _place(home: Path, version: tracking.ModelVersion) -> Path:
     return home / SERVED / f"{version.name}-{version.version}"
 
 
-def _size(home: Path, version: tracking.ModelVersion, *, is_here: bool) -> Size:
+def _size(home: Path, version: tracking.ModelVersion, manifest: Manifest, *, is_here: bool) -> Size:
+    budget = version.tags[tracking.BUDGET]
+    files = {file.path: file.sha256 for file in manifest.part(budget)}
     return Size(
         name=version.name,
         family=version.tags[tracking.FAMILY],
-        budget=version.tags[tracking.BUDGET],
+        budget=budget,
+        tokenizer=directory_digest((name, files[name]) for name in TOKENIZER_FILES if name in files),
         directory=_place(home, version),
         created=version.created,
         bring=Pull(label(version), _place(home, version), home / LOGS / f"pull-{version.name}.log", is_here=is_here),

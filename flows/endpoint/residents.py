@@ -26,12 +26,14 @@ _log = logging.getLogger(__name__)
 class Size:
     """A model that may be served: its name, the family and budget that it is, and where its checkpoint is to be.
 
-    `bring` has the checkpoint there, verified, when it returns. `created` is in seconds since 1970.
+    `bring` has the checkpoint there, verified, when it returns. `created` is in seconds since 1970; `tokenizer` is the
+    SHA-256 of the tokenizer's files.
     """
 
     name: str
     family: str
     budget: str
+    tokenizer: str
     directory: Path
     created: float
     bring: Callable[[], Awaitable[None]]

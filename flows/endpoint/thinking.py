@@ -56,11 +56,11 @@ def read_pair(model: str, sizes: Mapping[str, Size]) -> Pair:
     if unknown := sorted(set(asked.values()) - by_budget.keys()):
         known = ", ".join(by_budget) or "no budget"
         raise Refused(404, f"family {family!r} has {known} here, not {unknown[0]!r}", "model_not_found")
-    return Pair(
-        thinks=by_budget[asked["think"]],
-        answers=by_budget[asked["answer"]],
-        thought_tokens=None if limit is None else int(limit),
-    )
+    thinks, answers = by_budget[asked["think"]], by_budget[asked["answer"]]
+    if sizes[thinks].tokenizer != sizes[answers].tokenizer:  # one would read other tokens than the other wrote
+        fault = f"{thinks} and {answers} have different tokenizers; serve versions of them that were made together"
+        raise Refused(400, fault, "invalid_model")
+    return Pair(thinks=thinks, answers=answers, thought_tokens=None if limit is None else int(limit))
 
 
 class Composition:

@@ -117,7 +117,15 @@ class Stage:
         place.parent.mkdir(exist_ok=True)
         place.unlink(missing_ok=True)
         place.symlink_to(self.checkpoint)
-        return Size(name=name, family="tiny", budget=budget, directory=place, created=1e9, bring=nothing)
+        return Size(
+            name=name,
+            family="tiny",
+            budget=budget,
+            tokenizer="the same",
+            directory=place,
+            created=1e9,
+            bring=nothing,
+        )
 
 
 async def nothing() -> None:
