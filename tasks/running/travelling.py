@@ -20,9 +20,11 @@ from pathlib import Path
 
 import torch
 
+from elastic_core.training.job import METRICS
 from elastic_core.training.parallel import World
 from elastic_core.training.resume import (
     KEPT_CHECKPOINTS,
+    ROWS_FILE,
     checkpoint_directory,
     last_whole,
     recorded_files,
@@ -115,7 +117,10 @@ def travelling(work: Path) -> Iterator[None]:
 
 
 def _bring_last(stored: Stored, work: Path) -> None:
-    """Bring the last stored checkpoint that is whole, if it is further than those that are here."""
+    """Bring the last stored checkpoint that is whole, if it is further than those that are here.
+
+    The stage's file of metrics comes with it: the one that is here knows nothing of the steps of another host.
+    """
     there = stored.steps()
     here = last_whole(work, World(device=torch.device("cpu"))) if there else 0
     for done in reversed(there):
@@ -128,6 +133,9 @@ def _bring_last(stored: Stored, work: Path) -> None:
                 raise
             logger.warning("%s; the checkpoint before it is taken", error)
         else:
+            part = work / f".{ROWS_FILE}.part"
+            shutil.copyfile(checkpoint_directory(work, done) / ROWS_FILE, part)
+            part.replace(work / METRICS)
             logger.info("%s goes on at step %d, where another host was", work.name, done)
             return
 
