@@ -76,8 +76,8 @@ def gc(
     delete: Annotated[bool, typer.Option("--delete", help="Remove what is found, instead of only listing it.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Remove published versions without asking.")] = False,
 ) -> None:
-    """List or remove what is of no use: versions that nothing in the registry points to, what was interrupted, and
-    what later runs have superseded in the workspace.
+    """List or remove what is of no use: versions that nothing in the registry points to, what was interrupted, what
+    later runs have superseded in the workspace, and what was pulled to be served.
     """
     from elastic_core.budget import parse_bytes
     from flows.commands.garbage import collect

@@ -52,11 +52,12 @@ def collect(
             *_in_bucket(store, settings, before),
             *(
                 _left_over(path, before)
-                for directory in (settings.home, settings.home / "workspace", settings.home / cache.CACHE)
-                for path in left_overs(directory, before)
+                for name in (".", "workspace", cache.CACHE, cache.SERVED)
+                for path in left_overs(settings.home / name, before)
             ),
             *_in_workspace(settings, before, max_bytes),
-            *_in_cache(before),
+            *_brought("superseded", cache.CACHE, before),
+            *_brought("served", cache.SERVED, before),
             *_in_shared_workspace(settings, before),
         ]
         if not delete:
@@ -128,17 +129,17 @@ def _in_workspace(settings: Settings, before: datetime, max_bytes: int | None) -
     return rows
 
 
-def _in_cache(before: datetime) -> list[Found]:
-    """What other hosts made and was brought here."""
+def _brought(kind: str, holder: str, before: datetime) -> list[Found]:
+    """What was brought here, to be brought again where it is needed."""
     return [
         Found(
-            kind="superseded",
+            kind=kind,
             what=str(path),
             files=sum(1 for file in path.rglob("*") if file.is_file()),
             size=size_of(path),
             remove=partial(cache.remove, path),
         )
-        for path in cache.unused(before.timestamp())
+        for path in cache.unused(holder, before.timestamp())
     ]
 
 

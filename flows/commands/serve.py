@@ -6,7 +6,8 @@ import ipaddress
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -22,11 +23,12 @@ from flows.serving.services import registry_services, terminates_gracefully
 from tasks import artifacts, tracking
 from tasks.artifacts.manifest import Manifest, directory_digest
 from tasks.corpus.tokenizer import TOKENIZER_FILES
+from tasks.running.cache import SERVED, in_use
 from tasks.running.limits import memory as memory_left
 from tasks.running.processes import ChildProcess
 from tasks.settings import ServiceError, Settings, make_home
 
-SERVED, LOGS = "served", "logs"  # directories in the state directory
+LOGS = "logs"  # a directory in the state directory
 GPU_SHARE = 0.9  # of a GPU's memory; the engines' kernels and graphs have the rest
 LAST_ANSWERS_SECONDS = 5
 
@@ -41,8 +43,7 @@ def serve_models(
     key = os.environ.get(SERVE_KEY) or None
     if key is None and not _is_loopback(host):
         raise ValueError(f"--host {host} lets others in: set {SERVE_KEY} in the environment to the key that they need")
-    with _listening(host, port) as listening:
-        sizes, named = registered_sizes(models)
+    with _listening(host, port) as listening, registered_sizes(models) as (sizes, named):
         typer.echo(f"engine     {program.kind}, {program.path}")
         residents = partial(
             Residents,
@@ -56,34 +57,38 @@ def serve_models(
             asyncio.run(_serve(residents, named, listening, key))
 
 
-def registered_sizes(models: Sequence[str]) -> tuple[dict[str, Size], list[str]]:
+@contextmanager
+def registered_sizes(models: Sequence[str]) -> Iterator[tuple[dict[str, Size], list[str]]]:
     """The sizes that may be served, by name: those named, which are pulled, and those registered with them.
 
-    Also the names of the former. ValueError where one is named twice.
+    Also the names of the former. For the duration `elastic gc` leaves all of them. ValueError where one is named twice.
     """
     home = make_home()
-    with registry_services(home):
-        settings = Settings.from_environment(need_bucket=False)
-        versions = [tracking.resolve(settings.registry, model) for model in models]
-        named = [version.name for version in versions]
-        if twice := next((name for name in named if named.count(name) > 1), None):
-            raise ValueError(f"{twice} is named twice; one version of it can be served")
-        found = {version.name: version for version in versions}
-        for version in versions:
-            for other in tracking.registered_with(settings.registry, version):
-                found.setdefault(other.name, other)
-        store = artifacts.open_store(settings)
-        manifests = {
-            uri: artifacts.read_manifest(store, uri)
-            for uri in {version.tags[tracking.MANIFEST] for version in found.values()}
+    with ExitStack() as kept:
+        with registry_services(home):
+            settings = Settings.from_environment(need_bucket=False)
+            versions = [tracking.resolve(settings.registry, model) for model in models]
+            named = [version.name for version in versions]
+            if twice := next((name for name in named if named.count(name) > 1), None):
+                raise ValueError(f"{twice} is named twice; one version of it can be served")
+            found = {version.name: version for version in versions}
+            for version in versions:
+                for other in tracking.registered_with(settings.registry, version):
+                    found.setdefault(other.name, other)
+            store = artifacts.open_store(settings)
+            manifests = {
+                uri: artifacts.read_manifest(store, uri)
+                for uri in {version.tags[tracking.MANIFEST] for version in found.values()}
+            }
+            for version in found.values():
+                kept.enter_context(in_use(_place(home, version)))
+            for version in versions:
+                pull_version(settings, version, _place(home, version))
+        sizes = {
+            name: _size(home, version, manifests[version.tags[tracking.MANIFEST]], is_here=name in named)
+            for name, version in found.items()
         }
-        for version in versions:
-            pull_version(settings, version, _place(home, version))
-    sizes = {
-        name: _size(home, version, manifests[version.tags[tracking.MANIFEST]], is_here=name in named)
-        for name, version in found.items()
-    }
-    return sizes, named
+        yield sizes, named
 
 
 def memory_here() -> int:

@@ -1,7 +1,7 @@
-"""What other hosts made, brought here: a directory for each artifact by its digest, all of them within a bound.
+"""What was brought here and can be brought again: what other hosts made, and the checkpoints of `elastic serve`.
 
-What was used longest ago goes first, and what a running step uses never: who uses a directory holds a lock of its own
-for as long.
+What other hosts made is a directory for each artifact by its digest, all of them within a bound: what was used longest
+ago goes first. What is in use never goes: who uses a directory holds a lock of its own for as long.
 """
 
 import logging
@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from elastic_core.budget import bytes_text
@@ -17,7 +17,7 @@ from elastic_core.files.locks import held, is_held
 from tasks.artifacts.staging import size_of
 from tasks.settings import CACHE_SIZE, home_directory
 
-CACHE, USES = "cache", ".uses"
+CACHE, SERVED, USES = "cache", "served", ".uses"
 SIDE = "-side"  # ends the name of what has an artifact's small files alone
 
 logger = logging.getLogger(__name__)
@@ -30,15 +30,20 @@ def place_of(digest: str) -> Path:
 
 @contextmanager
 def in_use(directory: Path) -> Iterator[None]:
-    """Keep a directory of the cache from going, whether it is there already or is about to be filled."""
+    """Keep a directory from going, whether it is there already or is about to be filled."""
     mark = directory.parent / USES / f"{directory.name}-{secrets.token_hex(4)}"
     with ExitStack() as use:
         with _one_at_a_time(directory.parent):
             use.callback(mark.unlink, missing_ok=True)
             use.enter_context(held(mark))
-        if directory.is_dir():
-            os.utime(directory)
+        _note_use(directory)
+        use.callback(_note_use, directory)  # a use may take weeks, and its age counts from its end
         yield
+
+
+def _note_use(directory: Path) -> None:
+    with suppress(FileNotFoundError):
+        os.utime(directory)
 
 
 @contextmanager
@@ -77,14 +82,14 @@ def make_room(need: int, bound: int) -> None:
         )
 
 
-def unused(before: float) -> list[Path]:
-    """What of the cache nobody uses, and nobody has used since a time, in seconds since 1970."""
-    found = (path for path in (home_directory() / CACHE).glob("[!.]*") if path.stat().st_mtime < before)
+def unused(holder: str, before: float) -> list[Path]:
+    """What of CACHE or SERVED nobody uses, and nobody has used since a time, in seconds since 1970."""
+    found = (path for path in (home_directory() / holder).glob("[!.]*") if path.stat().st_mtime < before)
     return sorted(path for path in found if not _is_used(path))
 
 
 def remove(directory: Path) -> bool:
-    """Remove a directory of the cache, unless it is used; whether it went."""
+    """Remove a directory that was brought here, unless it is used; whether it went."""
     with _one_at_a_time(directory.parent):
         if _is_used(directory) or not directory.exists():
             return False

@@ -45,7 +45,7 @@ def test_what_is_used_stays_beyond_the_bound_and_that_is_said(caplog: pytest.Log
     with cache.in_use(used):
         cache.make_room(KIB, KIB)
         assert used.exists() and not free.exists()
-        assert not cache.remove(used) and cache.unused(before=1e18) == []
+        assert not cache.remove(used) and cache.unused(cache.CACHE, before=1e18) == []
     assert "more than ELASTIC_CACHE_SIZE=1 KiB" in caplog.text
     assert cache.remove(used) and not used.exists()
 
