@@ -17,7 +17,7 @@ from elastic_core.comparison import reorder_model
 from elastic_core.cost import active_params, subnet_params
 from elastic_core.files import checkpoint, reorder
 from elastic_core.generate import complete, decode, prompt_batches, stop_tokens
-from elastic_core.geometry import MOE
+from elastic_core.geometry import MOE, ModelConfig
 from elastic_core.model import Cache, ElasticNemotronH
 from elastic_core.recipe import Evaluation
 from elastic_core.subnet import Subnet, full_subnet, keep_layers
@@ -114,43 +114,32 @@ def evaluate(
     was killed goes on at the first that is missing.
     """
     text, asked = of_the_text(settings), replace(settings, heldout_tokens=1, sequence_length=1, batch_size=1)
+    config = checkpoint.read_config(Path(teacher.path))
 
     def answered(model: Artifact) -> Answers | None:
         if not settings.problems:
             return None
         return run(measure_answers, model=model, settings=asked, problems_digest=problems_digest, dtype=dtype)
 
-    def cut(subnet: Subnet, random_seed: int | None) -> float:
-        return run(
-            measure_cut,
-            reordered=reordered,
-            subnet=subnet,
-            corpus=corpus,
-            settings=text,
-            dtype=dtype,
-            random_seed=random_seed,
-        )
-
-    config = checkpoint.read_config(Path(teacher.path))
-
-    def active(subnet: Subnet) -> int | None:
-        return active_params(config, subnet) if config.layers_of(MOE) else None
-
     def measured(budget: checkpoint.ResolvedBudget) -> BudgetEvaluation:
-        model = slices[budget.name]
+        model, at = slices[budget.name], budget.subnet
         loss = run(measure_loss, model=model, teacher=teacher, corpus=corpus, settings=text, dtype=dtype)
         answers = answered(model)
         decoding = run(measure_decoding, model=model, corpus=corpus, settings=text, dtype=dtype)
+        in_order, at_random = (
+            run(measure_cut, reordered=reordered, subnet=at, corpus=corpus, settings=text, dtype=dtype, random_seed=by)
+            for by in (None, seed)
+        )
         return BudgetEvaluation(
             budget=budget.name,
             params=decoding.params,
-            active_params=active(budget.subnet),
+            active_params=active(config, at),
             weight_bytes=decoding.weight_bytes,
             memory_bytes=decoding.memory_bytes,
             cross_entropy=loss.cross_entropy,
             kl=loss.kl,
-            cut_cross_entropy=cut(budget.subnet, None),
-            random_cut_cross_entropy=cut(budget.subnet, seed),
+            cut_cross_entropy=in_order,
+            random_cut_cross_entropy=at_random,
             tokens_per_second=decoding.tokens_per_second,
             accuracy=answers.accuracy if answers else None,
             accuracy_by_task=answers.by_task if answers else {},
@@ -161,13 +150,18 @@ def evaluate(
     return EvaluationRecord(
         conditions=whole.conditions,
         teacher_params=subnet_params(config, full),
-        teacher_active_params=active(full),
+        teacher_active_params=active(config, full),
         teacher_cross_entropy=whole.cross_entropy,
         teacher_accuracy=answers.accuracy if answers else None,
         heldout_tokens=whole.tokens,
         problems=answers.problems if answers else 0,
         budgets=tuple(measured(budget) for budget in checkpoint.read_family(Path(family.path)).budgets),
     )
+
+
+def active(config: ModelConfig, subnet: Subnet) -> int | None:
+    """The parameters that a token uses, where experts make them fewer than all; else None."""
+    return active_params(config, subnet) if config.layers_of(MOE) else None
 
 
 def of_the_text(settings: Evaluation) -> Evaluation:

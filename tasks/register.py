@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -73,22 +73,9 @@ def register(
     version = fingerprint(parts, recipe.storage, registry)[:12]
     registration = fingerprint(version, evaluation)[:12]
     report_directory = Path(workspace) / f"report-{registration}"  # the same at each attempt
-    report.write_report(
-        report_directory,
-        recipe=recipe,
-        evaluation=evaluation,
-        orders=orders,
-        stages=[(stage.name, Path(record.metrics)) for stage, record in zip(recipe.stages, stages, strict=True)],
-        subnets={budget.name: budget.subnet for budget in described.budgets},
-        layer_ranking=described.layer_ranking,
-        model=checkpoint.read_config(Path(family.path)),
-        shapes=shapes.read_shapes(Path(family.path)),
-        links={
-            "objects": artifacts.version_uri(settings.bucket, recipe.family, version),
-            "MLflow run": run_id,
-            CODE: str(described.lineage[CODE]),
-        },
-    )
+    uri = artifacts.version_uri(settings.bucket, recipe.family, version)
+    links = {"objects": uri, "MLflow run": run_id, CODE: str(described.lineage[CODE])}
+    page = write_report(report_directory, recipe, Path(family.path), stages, evaluation, orders, links)
     manifest = artifacts.published(store, recipe.family, version)
     if manifest is None:
         metadata = {"lineage": described.lineage, **marked_for(registry, settings)}
@@ -113,10 +100,35 @@ def register(
         family=recipe.family,
         version=version,
         registration=registration,
-        uri=artifacts.version_uri(settings.bucket, recipe.family, version),
+        uri=uri,
         models={budget: f"{model.name}:{model.version}" for budget, model in models.items()},
         run_id=run_id,
-        report=str(report_directory / "index.html"),
+        report=str(page),
+    )
+
+
+def write_report(
+    directory: Path,
+    recipe: Recipe,
+    family: Path,
+    stages: Sequence[StageRecord],
+    evaluation: EvaluationRecord,
+    orders: OrderComparison,
+    links: Mapping[str, str],
+) -> Path:
+    """Write the report of a family, whose files say what its subnets are and of what they were chosen; its page."""
+    described = checkpoint.read_family(family)
+    return report.write_report(
+        directory,
+        recipe=recipe,
+        evaluation=evaluation,
+        orders=orders,
+        stages=[(stage.name, Path(record.metrics)) for stage, record in zip(recipe.stages, stages, strict=True)],
+        subnets={budget.name: budget.subnet for budget in described.budgets},
+        layer_ranking=described.layer_ranking,
+        model=checkpoint.read_config(family),
+        shapes=shapes.read_shapes(family),
+        links=links,
     )
 
 

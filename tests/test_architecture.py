@@ -1,5 +1,6 @@
 """What holds for the tree as a whole: importing does nothing, optional packages are optional, words match files."""
 
+import ast
 import json
 import re
 import subprocess
@@ -19,6 +20,8 @@ MODULES = sorted(
     for path in (ROOT / package).rglob("*.py")
     if path.stem not in ("__init__", "prefect_server")  # uvicorn's: imports Prefect's server, which runs a command
 )
+LONGEST_FUNCTION = 60  # lines
+TABLE_OF_CONTENTS = ("flows/elastify.py", "pipeline")  # reads as the plan of a run, one call after the other
 CORE = [module for module in MODULES if module.startswith("elastic_core")]
 
 IMPORT_WITHOUT = """
@@ -69,6 +72,19 @@ def test_importing_any_module_starts_nothing():
     )
     done = run(code)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_function_is_read_on_one_screen() -> None:
+    long = [
+        f"{path}:{node.lineno} {node.name} has {lines} lines, and may have {LONGEST_FUNCTION}: make it simpler"
+        for folder in ("elastic_core", "tasks", "flows", "infra", "tests")
+        for path in sorted(file.relative_to(ROOT) for file in (ROOT / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse((ROOT / path).read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (lines := (node.end_lineno or node.lineno) - node.lineno + 1) > LONGEST_FUNCTION
+        and (str(path), node.name) != TABLE_OF_CONTENTS
+    ]
+    assert not long, "\n".join(long)
 
 
 SMALL = ["diff", "garbage", "init", "ls", "plan", "profile", "promote", "pull", "rollback", "show", "slice"]

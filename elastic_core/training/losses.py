@@ -83,9 +83,8 @@ def distillation_loss(
     else:
         total, kl, cross_entropy = _sum_chunks(student_hidden_TD, student_head_VD, task, None, None)
 
-    tokens = len(targets_T)
-    count = (tokens if denominator is None else denominator) or 1
-    return LossParts(total=total / count, kl=kl / count, cross_entropy=cross_entropy / count, tokens=tokens)
+    count = (len(targets_T) if denominator is None else denominator) or 1
+    return LossParts(total=total / count, kl=kl / count, cross_entropy=cross_entropy / count, tokens=len(targets_T))
 
 
 def _teacher_for(

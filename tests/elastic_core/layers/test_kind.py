@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from trainee import ALONE
+from trainee import ALONE, STAGE, train_job
 
 from elastic_core import cost, geometry
 from elastic_core.budget import Budget, Serving
@@ -26,7 +26,6 @@ from elastic_core.layers.kinds import KINDS
 from elastic_core.layout import Layout, grid
 from elastic_core.model import ElasticNemotronH
 from elastic_core.planning.flops import forward_flops
-from elastic_core.recipe import Distillation, Optimizer, Stage
 from elastic_core.resolve import resolve_budgets
 from elastic_core.router import ElasticModel, Router, expected_params, soft_subnet
 from elastic_core.schema import build, to_dict
@@ -224,31 +223,8 @@ def test_a_family_with_it_is_ranked_routed_trained_and_sliced(model, config, tmp
         checkpoint.write_family(staging, job.resolved_family(described, router, BUDGETS))
 
     reorder_checkpoint(teacher, order, tmp_path / "family", beside=beside)
-    stage = Stage(
-        name="stage1",
-        sequence_length=12,
-        batch_size=6,
-        micro_batch_size=2,
-        steps=6,
-        budgets={"l": 1, "m": 1, "s": 1},
-        optimizer=Optimizer(learning_rate=3e-3, warmup_steps=2),
-        recompute=True,
-    )
-    work = tmp_path / "work"
-    work.mkdir()
-    settings = job.TrainJob(
-        stage=stage,
-        distillation=Distillation(),
-        student=str(tmp_path / "family"),
-        teacher=str(tmp_path / "family"),
-        tokens=str(tokens),
-        work=str(work),
-        output=str(work / "family"),
-        dtype="float32",
-        seed=0,
-        lineage={},
-    )
-    job.run_job(settings, ALONE)
+    work, stage = tmp_path / "work", dataclasses.replace(STAGE, steps=6, recompute=True)
+    job.run_job(train_job(tmp_path / "family", tokens, work, stage=stage), ALONE)
     family = checkpoint.read_family(work / "family")
     before, after = (
         checkpoint.load_weights(path)["layers.1.mixer.gate_up_proj.weight"]
