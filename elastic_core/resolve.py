@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import gcd, inf, prod
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy.linalg import block_diag
-from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
 from elastic_core.budget import Budget
@@ -28,6 +27,9 @@ USED_SHARE = 0.98
 ENUMERATED = 256
 
 LogProbabilities = Mapping[str, Tensor]
+
+if TYPE_CHECKING:
+    from scipy.optimize import LinearConstraint
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +244,8 @@ def _solved(rows: Sequence[Sequence[_Option]], peak: int, least: int, most: int)
     so it is given small numbers: costs above each row's smallest, in units of their common divisor. What still slips
     over `most` is refused.
     """
+    from scipy.optimize import Bounds, LinearConstraint, milp  # half a second, for those alone who resolve budgets
+
     options = [option for row in rows for option in row]
     smallest = [min(option.cost for option in row) for row in rows]
     peak = max([peak, *(min(option.peak for option in row) for row in rows)])
@@ -271,13 +275,16 @@ def _solved(rows: Sequence[Sequence[_Option]], peak: int, least: int, most: int)
         margin = 2 * margin + over // unit + 1
 
 
-def _structure(rows: Sequence[Sequence[_Option]], levels: Sequence[int]) -> list[LinearConstraint]:
+def _structure(rows: Sequence[Sequence[_Option]], levels: Sequence[int]) -> "list[LinearConstraint]":
     """What variables mean: a binary one of each option that it is picked, of each row one; then one of each level.
 
     A level is 1 if an option as high is picked and 0 if none is, without being declared binary: it is at least each
     row's picked options as high, and at most the sum of them all. The steps up to the levels that are 1 thus add up to
     the largest peak.
     """
+    from scipy.linalg import block_diag
+    from scipy.optimize import LinearConstraint
+
     one_of_each = block_diag(*[np.ones((1, len(row))) for row in rows])
     none = np.zeros((len(rows), len(levels)))
     constraints = [LinearConstraint(np.hstack([one_of_each, none]), 1, 1)]

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from elastic_core.budget import Dtype
 from elastic_core.comparison import reorder_model
@@ -36,6 +35,9 @@ from tasks.running.code import code_of
 from tasks.running.devices import dealt, devices, gathered, on_devices
 from tasks.running.steps import fingerprint, run, step
 from tasks.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 DECODED_TOKENS = 64
 DECODE_REPEATS = 3
@@ -327,14 +329,14 @@ def last_hidden(reader: ElasticNemotronH, subnet: Subnet, batch: TokenBatch) -> 
 
 
 def answer(
-    submodel: ElasticNemotronH, tokenizer: PreTrainedTokenizerFast, problems: list[Problem], settings: Evaluation
+    submodel: ElasticNemotronH, tokenizer: "PreTrainedTokenizerFast", problems: list[Problem], settings: Evaluation
 ) -> Answers | None:
     """Answer every problem greedily; None without problems."""
     return tally(problems, right_answers(submodel, tokenizer, problems, settings)) if problems else None
 
 
 def right_answers(
-    submodel: ElasticNemotronH, tokenizer: PreTrainedTokenizerFast, problems: list[Problem], settings: Evaluation
+    submodel: ElasticNemotronH, tokenizer: "PreTrainedTokenizerFast", problems: list[Problem], settings: Evaluation
 ) -> list[bool]:
     """Which problems are answered exactly, greedily. What counts is what follows the last thought."""
     prompts = encode_questions(tokenizer, problems, settings.chat_template_kwargs)

@@ -8,9 +8,9 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from elastic_core.budget import Dtype
 from elastic_core.files import checkpoint
@@ -30,6 +30,9 @@ from tasks.running.steps import run, step
 from tasks.running.workspace import claimed
 from tasks.settings import Settings
 from tasks.slice import fetch_part
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 GATE = "the promotion gate"  # by whom a release became champion
 
@@ -312,7 +315,7 @@ def documents(batch: TokenBatch) -> Iterator[torch.Tensor]:
 
 
 def retokenised(
-    tokens_T: torch.Tensor, written_by: PreTrainedTokenizerFast, read_by: PreTrainedTokenizerFast
+    tokens_T: torch.Tensor, written_by: "PreTrainedTokenizerFast", read_by: "PreTrainedTokenizerFast"
 ) -> TokenBatch:
     """The text of one tokenizer's tokens in another's, as a batch of one."""
     text = written_by.decode(tokens_T, clean_up_tokenization_spaces=False)

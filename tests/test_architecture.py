@@ -158,3 +158,10 @@ assert not heavy, heavy
 """
     done = run(code)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_processes_of_a_run_do_not_load_what_only_some_steps_use() -> None:
+    late = {"datasets", "transformers", "mlflow", "matplotlib", "scipy.optimize", "torch.distributed.tensor"}
+    code = "import sys, flows.elastify, flows.serving.gpu_step, elastic_core.training.job\n"
+    done = run(f"{code}loaded = {late} & sys.modules.keys()\nassert not loaded, loaded")
+    assert done.returncode == 0, done.stderr

@@ -12,15 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from elastic_core.files.directories import staged_directory
@@ -29,6 +27,9 @@ from elastic_core.layers.moe import Mixture
 from elastic_core.model import ElasticNemotronH, keeps_type
 from elastic_core.recipe import Sharding
 from elastic_core.training.offload import InputsOnHost
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 # The longest that processes wait for one of them: it may be writing its part of a checkpoint to a slow disk. One that
 # is gone is no matter of waiting, for torchrun ends the others.
@@ -86,10 +87,10 @@ class World:
         """
         gradients = [p.grad for p in parameters if p.grad is not None]
         if self.replicas is not None:
-            for gradient in (g.to_local() for g in gradients if isinstance(g, DTensor)):
+            for gradient in (g.to_local() for g in gradients if is_divided(g)):
                 dist.all_reduce(gradient, group=self.replicas)
                 gradient.div_(self.replicas.size())
-        whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+        whole = [gradient for gradient in gradients if not is_divided(gradient)]
         if self.size == 1 or not whole:
             return
         together = torch.cat([gradient.flatten() for gradient in whole])
@@ -168,6 +169,8 @@ def shard(model: ElasticNemotronH, world: World, dtype: torch.dtype) -> None:
     """
     if world.mesh is None:
         return
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # 0.6 s, which one process does without
+
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     others = {weight for name, weight in model.named_parameters() if keeps_type(name, weight.ndim)}
     for layer in model.layers:
@@ -180,12 +183,12 @@ def shard(model: ElasticNemotronH, world: World, dtype: torch.dtype) -> None:
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     """Scale the gradients so that their common norm, over all processes, is at most `max_norm`; the norm before."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
-    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    sharded = [gradient for gradient in gradients if is_divided(gradient)]
+    whole = [gradient for gradient in gradients if not is_divided(gradient)]
     norms = [torch.nn.utils.get_total_norm(kind) for kind in (sharded, whole) if kind]
     if not norms:
         return 0.0
-    parts = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    parts = [norm.full_tensor() if is_divided(norm) else norm for norm in norms]
     norm = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts))
     scale = float((max_norm / (norm + 1e-6)).clamp(max=1.0))
     for gradient in gradients:
@@ -193,10 +196,19 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
     return float(norm)
 
 
+def is_divided(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether processes divide the rows of a tensor among them."""
+    if type(tensor) in (Tensor, nn.Parameter):  # as all are in one process, which does without the import
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
 def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
     """The rows of `tensor` that this process holds, sharing memory with it, and the number of the first."""
     tensor = tensor.detach()
-    if not isinstance(tensor, DTensor):
+    if not is_divided(tensor):
         return tensor, 0
     rows, mesh = tensor.shape[0], tensor.device_mesh
     in_each = -(-rows // mesh.size())  # as torch.chunk divides: all alike, the last ones short or empty
@@ -208,11 +220,7 @@ def own_part(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
 
     Of what every process holds whole, the first adds all.
     """
-    return {
-        name: local_rows(tensor)[0]
-        for name, tensor in tensors.items()
-        if world.rank == 0 or isinstance(tensor, DTensor)
-    }
+    return {name: local_rows(tensor)[0] for name, tensor in tensors.items() if world.rank == 0 or is_divided(tensor)}
 
 
 def read_rows(tensor: Tensor, pieces: Sequence[StoredTensor]) -> None:

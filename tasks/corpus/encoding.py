@@ -2,8 +2,7 @@
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import islice
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from elastic_core.recipe import DataSource
 from tasks.corpus.chats import Chat, Unusable
@@ -11,6 +10,9 @@ from tasks.corpus.documents import Document, Tally
 from tasks.corpus.rendering import Text, render_chat
 from tasks.corpus.template import Template
 from tasks.corpus.token_file import Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 4_000_000
 
@@ -21,7 +23,7 @@ class Encoder:
     `ends` are the tokens after which a document needs no eos, because they end a text already.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, ends: Collection[int]) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", ends: Collection[int]) -> None:
         self.template = Template(tokenizer)
         self._tokenizer = tokenizer
         self._eos = int(tokenizer.eos_token_id)

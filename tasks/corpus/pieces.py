@@ -12,15 +12,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pyarrow.parquet as pq
-from datasets import IterableDataset, load_dataset
 
 from elastic_core.recipe import DataSource
 from tasks.corpus.chats import Row
 from tasks.corpus.hub import commit_of, parse_dataset
 from tasks.settings import is_transient
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 SUFFIXES = {
     "text": (".txt", ".text", ".md", ".rst", ".py"),
@@ -225,7 +227,9 @@ def _hub_rows(piece: Piece, split: str, cache_dir: str) -> Iterator[tuple[str, R
         yield f"{piece.name}{of_file} row {number}", row
 
 
-def _stream(path: str, name: str, split: str, cache_dir: str) -> IterableDataset:
+def _stream(path: str, name: str, split: str, cache_dir: str) -> "IterableDataset":
+    from datasets import load_dataset  # half a second, for data sets of the Hub alone
+
     hub = parse_dataset(path)
     try:
         return load_dataset(
@@ -237,7 +241,7 @@ def _stream(path: str, name: str, split: str, cache_dir: str) -> IterableDataset
         raise ValueError(f"{name}: {first_line(error)}; correct it in data.sources") from error
 
 
-def _listed(path: str, name: str, split: str, cache_dir: str) -> IterableDataset:
+def _listed(path: str, name: str, split: str, cache_dir: str) -> "IterableDataset":
     """A data set at a commit, asked for once a process: the Hub takes seconds to list a large one.
 
     Each shard has a `cache_dir` of its own, of which `datasets` uses nothing any more once it has listed the files.
@@ -247,4 +251,4 @@ def _listed(path: str, name: str, split: str, cache_dir: str) -> IterableDataset
     return _known[path, split]
 
 
-_known: dict[tuple[str, str], IterableDataset] = {}
+_known: "dict[tuple[str, str], IterableDataset]" = {}

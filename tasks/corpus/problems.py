@@ -5,9 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any
 
 from elastic_core.recipe import DataSource
 from tasks.corpus.chats import Chat, Row, Unusable, read_chat
@@ -15,6 +13,9 @@ from tasks.corpus.documents import iter_rows, parse_row
 from tasks.corpus.encoding import Encoder
 from tasks.corpus.rendering import render_prompt
 from tasks.corpus.turns import OPEN, last_answer, opens_thought
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,14 +60,14 @@ def problems_source(path: Path) -> DataSource:
 
 
 def encode_questions(
-    tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], arguments: Mapping[str, Any]
+    tokenizer: "PreTrainedTokenizerFast", problems: Sequence[Problem], arguments: Mapping[str, Any]
 ) -> list[Prompt]:
     """The prompt of each problem, under these template arguments and the row's own."""
     return encode_prompts(tokenizer, [(problem.question, problem.where) for problem in problems], arguments)
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerFast, questions: Sequence[tuple[Chat, str]], arguments: Mapping[str, Any]
+    tokenizer: "PreTrainedTokenizerFast", questions: Sequence[tuple[Chat, str]], arguments: Mapping[str, Any]
 ) -> list[Prompt]:
     """The generation prompt of each chat; ValueError, with its place, where the chat template refuses or loses one."""
     encoder = Encoder(tokenizer, ())

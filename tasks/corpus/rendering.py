@@ -25,7 +25,7 @@ from tasks.corpus.chats import (
     functions,
     strings,
 )
-from tasks.corpus.template import NO_THINK, PRIVATE, TAKEN, Template
+from tasks.corpus.template import NO_THINK, PRIVATE, Template, taken
 from tasks.corpus.turns import (
     CLOSE,
     OPEN,
@@ -99,8 +99,8 @@ class _Rendering:
             raise Unusable(f"{where} holds messages but the tokenizer has no chat template; add one to it")
         self._template, self._where = template, where
         self._arguments = {**arguments, **chat.arguments}
-        if taken := TAKEN & self._arguments.keys():
-            raise Unusable(f"{where}: {TEMPLATE_ARGUMENTS} gives {min(taken)!r}, which is no template's own; remove it")
+        if given := taken() & self._arguments.keys():
+            raise Unusable(f"{where}: {TEMPLATE_ARGUMENTS} gives {min(given)!r}, which is no template's own; remove it")
         self._marker = ""
         self._added = self._unthought = 0
         self._messages, self._tools = chat.messages, chat.tools

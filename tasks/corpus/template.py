@@ -5,25 +5,34 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from inspect import signature
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from tasks.corpus.chats import ASSISTANT, Row
 from tasks.corpus.turns import opens_thought
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 NO_THINK = "/no_think"
 # Characters for private use, of which some that a chat does not hold mark places in it.
 PRIVATE = range(0xE000, 0xF8FF)
-# Arguments of apply_chat_template, and of the template, that are not for a row or a recipe to give.
-TAKEN = {"messages", *signature(PreTrainedTokenizerBase.apply_chat_template).parameters} - {"documents", "kwargs"}
 LONGEST = 256  # characters of a special token
+
+
+@cache
+def taken() -> frozenset[str]:
+    """The arguments of apply_chat_template, and of the template, that are not for a row or a recipe to give."""
+    from transformers import PreTrainedTokenizerBase  # a second, for those alone who render chats
+
+    return frozenset(
+        {"messages", *signature(PreTrainedTokenizerBase.apply_chat_template).parameters} - {"documents", "kwargs"}
+    )
 
 
 class Template:
     """A tokenizer's chat template, and what has to be known of it."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
         template = tokenizer.chat_template
         self.exists = template is not None

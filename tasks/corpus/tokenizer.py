@@ -7,11 +7,14 @@ it gives every text back exactly.
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from elastic_core.files.pointers import pointer_fault
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 ROLES = ("system", "user", "assistant")
@@ -44,8 +47,10 @@ CHAT_TEMPLATE = """\
 """
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
     """The fast tokenizer of a checkpoint directory, from its files alone. ValueError if it has no eos token."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # a second, for those alone who load one
+
     for file in tokenizer_files(directory):
         if fault := pointer_fault(file):
             raise ValueError(fault)
@@ -85,7 +90,7 @@ def train_tokenizer(
     vocab_size: int,
     max_length: int | None = None,
     max_bytes: int = 2_000_000,
-) -> PreTrainedTokenizerFast:
+) -> "PreTrainedTokenizerFast":
     """Train on the first `max_bytes` (UTF-8) of `texts`, save to `output_dir`, and return the tokenizer.
 
     The same texts give the same files, byte for byte. Digits are tokens of their own, so that a small model can learn

@@ -540,7 +540,7 @@ def test_hub_datasets_are_streamed(
         assert options == {"split": "validation", "streaming": True, "cache_dir": str(tmp_path / "work" / "cache")}
         return text_rows(["x", "y"])
 
-    monkeypatch.setattr(pieces, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     source = DataSource(path=path, split="validation")
     assert read(source, tmp_path) == [Document("x", f"{path} row 1"), Document("y", f"{path} row 2")]
 

@@ -98,7 +98,7 @@ def test_a_data_set_on_the_hub_is_read_file_by_file_at_one_commit_that_is_listed
         asked.append((name, subset, revision, split))
         return load_dataset("json", data_files={split: [str(file) for file in files]}, split=split, **options)
 
-    monkeypatch.setattr(pieces, "load_dataset", list_and_stream)
+    monkeypatch.setattr("datasets.load_dataset", list_and_stream)
     monkeypatch.setattr(pieces, "commit_of", lambda hub: f"commit of {hub.revision}")
     source = DataSource(path="hf://org/three-files/config@v1.0", split="math")
     found = hub_pieces(source, str(tmp_path / "cache"))

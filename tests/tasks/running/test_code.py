@@ -135,6 +135,16 @@ def test_what_is_imported_for_type_checkers_alone_is_not_run(edit: Callable[[str
     assert "tasks.promote" in code.code_of(STEPS["distill"]).modules
 
 
+def test_what_a_function_imports_when_it_is_called_is_run(edit: Callable[[str, str, str], None]) -> None:
+    edit(TRAIN, FINITE, f"{FINITE}    import tasks.promote\n    from math_verify import parse\n")
+    found = code.code_of(STEPS["distill"])
+    assert "tasks.promote" in found.modules and "math_verify" in found.packages
+    edit("tasks.distill", "    work = ", "    import tasks.race\n    work = ")
+    assert "tasks.race" in code.code_of(STEPS["distill"]).modules
+    for name, package in (("prepare_data", "datasets"), ("measure_answers", "transformers"), ("distill", "scipy")):
+        assert package in code.libraries(code.code_of(STEPS[name]).packages)
+
+
 def test_differences_are_one_line() -> None:
     before = {"torch": "2.13.0", "elastic_core.model": "a" * 64, "numpy": "1", "scipy": "1", "tasks.rank": "x"}
     now = {"torch": "2.14.0", "elastic_core.model": "b" * 64, "numpy": "2", "tasks.rank": "x", "datasets": "5"}
