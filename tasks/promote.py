@@ -24,6 +24,7 @@ from tasks.corpus.record import HELDOUT_FILE, read_record
 from tasks.corpus.tokenizer import load_tokenizer, tokenizer_files
 from tasks.evaluate import Reader, conditions, shared_loss
 from tasks.judge import judge_model
+from tasks.judging.endpoint import NotServed
 from tasks.records import Artifact, BenchmarkScore, BudgetEvaluation, Conditions, EvaluationRecord, Release
 from tasks.running.patience import patiently
 from tasks.running.steps import run, step
@@ -51,6 +52,14 @@ class Measured:
 
     cross_entropy: float
     conditions: Conditions | None
+    impossible: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """A champion's scores that were measured anew, by benchmark; `impossible` says why there are not all of them."""
+
+    scores: dict[str, BenchmarkScore]
     impossible: str = ""
 
 
@@ -89,9 +98,10 @@ def decide(
         if tracking.MANIFEST in champion.tags and not is_comparable(champion, evaluation.conditions)
     }
     judged = {
-        f"{champion.name}:{champion.version}": scores
+        f"{champion.name}:{champion.version}": judged_anew(
+            budget, champion, evaluation, settings, dtype, gate, problems or {}, workspace
+        )
         for budget, champion in present
-        if (scores := judged_anew(budget, champion, evaluation, settings, dtype, gate, problems or {}, workspace))
     }
     return run(promote, release=release, evaluation=evaluation, measured=measured, judged=judged, gate=gate)
 
@@ -105,7 +115,7 @@ def judged_anew(
     gate: Promotion,
     problems: Mapping[str, Artifact],
     workspace: str,
-) -> dict[str, BenchmarkScore]:
+) -> Judged:
     """A champion's scores on the benchmarks that the gate asks for, and that it is not registered with alike.
 
     An endpoint is asked by the digest or the directory of the champion's own files: the gate takes no other.
@@ -113,13 +123,17 @@ def judged_anew(
     scores = evaluation.measured_scores(budget.budget)
     wanted = [name for name in gate.benchmarks if not is_judged_alike(champion, scores[name])]
     if not wanted or tracking.MANIFEST not in champion.tags:
-        return {}
+        return Judged(scores={})
     manifest, part = champion.tags[tracking.MANIFEST], champion.tags[tracking.BUDGET]
     model = run(fetch_part, manifest=manifest, part=part, workspace=workspace)
     benchmarks = {benchmark.name: benchmark for benchmark in settings.benchmarks}
-    return {
-        name: judge_model(budget.budget, model, problems[name], benchmarks[name], settings, dtype) for name in wanted
-    }
+    anew: dict[str, BenchmarkScore] = {}
+    try:
+        for name in wanted:
+            anew[name] = judge_model(budget.budget, model, problems[name], benchmarks[name], settings, dtype)
+    except NotServed as error:  # the release is registered by now: it waits as a candidate
+        return Judged(scores=anew, impossible=str(error))
+    return Judged(scores=anew)
 
 
 @step("held-out loss of champion {part}", on_gpu=True)
@@ -142,7 +156,7 @@ def promote(
     release: Release,
     evaluation: EvaluationRecord,
     measured: dict[str, Measured],
-    judged: dict[str, dict[str, BenchmarkScore]],
+    judged: dict[str, Judged],
     gate: Promotion,
 ) -> Verdict:
     """Move `champion` of all budgets to this release, or of none.
@@ -161,7 +175,7 @@ def _promoted(
     release: Release,
     evaluation: EvaluationRecord,
     measured: Mapping[str, Measured],
-    judged: Mapping[str, Mapping[str, BenchmarkScore]],
+    judged: Mapping[str, Judged],
     gate: Promotion,
 ) -> Verdict:
     versions = {name: int(version) for name, version in (m.rsplit(":", 1) for m in release.models.values())}
@@ -245,7 +259,7 @@ def why_worse(
 def why_lower(
     scores: Mapping[str, BenchmarkScore],
     champion: tracking.ModelVersion,
-    judged: Mapping[str, Mapping[str, BenchmarkScore]],
+    judged: Mapping[str, Judged],
     margins: Mapping[str, float],
 ) -> Iterator[str]:
     """Why a budget may not take the champion's place, for each benchmark that the gate asks for.
@@ -253,17 +267,18 @@ def why_lower(
     The standard error of the difference is that of two scores on problems drawn apart, sqrt(a^2 + b^2). Both answer the
     same problems, so that it is rather less: the gate errs on the new one's side.
     """
-    anew = judged.get(f"{champion.name}:{champion.version}", {})
+    anew = judged.get(f"{champion.name}:{champion.version}", Judged(scores={}))
     for name, margin in margins.items():
         own = measured_of(scores[name])
-        if name in anew:
-            theirs = measured_of(anew[name])
+        if name in anew.scores:
+            theirs = measured_of(anew.scores[name])
         elif is_judged_alike(champion, scores[name]):
             metrics = champion.metrics
             theirs = metrics[f"{name}.accuracy"], metrics.get(f"{name}.standard_error", 0.0)
         else:
+            why = f": {anew.impossible}" if anew.impossible else ""
             yield (
-                f"its champion, version {champion.version}, has no score on {name} that was measured alike; run "
+                f"its champion, version {champion.version}, has no score on {name} that was measured alike{why}; run "
                 "again, or move the alias by hand"
             )
             continue

@@ -24,6 +24,10 @@ FINISHES = ("stop", "length")
 PUZZLE, PUZZLE_TOKENS = "How many prime numbers lie between 100 and 200? Check each number by itself.", 512
 
 
+class NotServed(ValueError):
+    """A server does not have the model that is to answer."""
+
+
 class Served:
     """The engine that is a server: it answers as the model of a size, whose files are at a path and have a digest.
 
@@ -37,7 +41,7 @@ class Served:
         self._listed = PATH not in endpoint.model  # a server that loads what it is asked for does not list it
 
     def fill(self, samples: SampleFile, wanted: Sequence[Wanted], report: Report) -> None:
-        """Have the server make the samples that are missing. ValueError where it does not have the model."""
+        """Have the server make the samples that are missing. NotServed where it does not have the model."""
         client = Client(self._endpoint)
         if self._listed:
             client.check(self._path)
@@ -61,11 +65,11 @@ class Client:
         return [str(each.get("id")) for each in listed.get("data", []) if isinstance(each, dict)]
 
     def check(self, path: str) -> None:
-        """ValueError, which says where the model's files are, where the server does not have it."""
+        """NotServed, which says where the model's files are, where the server does not have it."""
         names = self._patiently(self.models)
         if self._endpoint.model not in names:
             shown = ", ".join(names) or "none"
-            raise ValueError(
+            raise NotServed(
                 f"{self._shown} has no model {self._endpoint.model!r}, but {shown}; serve {path} by that name, or "
                 "correct model"
             )

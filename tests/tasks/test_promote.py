@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 import time
 import uuid
 import weakref
@@ -37,6 +38,7 @@ from tasks.corpus.tokenizer import load_tokenizer, train_tokenizer
 from tasks.evaluate import conditions, heldout_loss
 from tasks.judging.benchmarks import PROBLEMS_FILE
 from tasks.judging.endpoint import Client
+from tasks.judging.samples import Completion
 from tasks.promote import Measured, Verdict, decide, documents, loss_on, promote
 from tasks.records import BenchmarkScore, Conditions, EvaluationRecord, Release
 from tasks.reporting.benchmarks import benchmark_metrics
@@ -333,16 +335,25 @@ def test_a_champion_that_was_judged_otherwise_answers_the_problems_anew(publishe
         assert published.ask(second, sums=0).promoted
 
 
-def test_a_server_is_asked_for_a_champions_answers_by_the_digest_of_its_own_files(
+def test_a_release_stays_candidate_while_the_server_has_not_the_champion_by_the_digest_of_its_files(
     published: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server has the new sizes alone."""
-    monkeypatch.setattr(Client, "models", lambda client: ["nano-m-000000000000"])
-    assert published.ask(published.register(2.0, 3.0, sums=sums(0.1, 0.1, protocol="otherwise"))).promoted
+    """The server has the new sizes alone, until somebody serves the champion."""
+    asked, there = f"nano-m-{artifact(published.teacher).digest[:12]}", ["nano-m-000000000000"]
+    monkeypatch.setattr(Client, "models", lambda client: there)
+    monkeypatch.setattr(Client, "complete", lambda client, request: Completion(text="dog", tokens=1, finish="stop"))
+    assert published.ask(first := published.register(2.0, 3.0, sums=sums(0.1, 0.1, protocol="otherwise"))).promoted
     second = published.register(1.9, 2.9, sums=sums(0.9, 0.9))
-    asked = f"nano-m-{artifact(published.teacher).digest[:12]}"
-    with pytest.raises(ValueError, match=f"has no model '{asked}', but nano-m-0{{12}}; serve .*/fetched-m-.* by that"):
-        published.ask(second, endpoint=Endpoint(url="http://127.0.0.1:9/v1", model="nano-{size}-{digest}"), sums=0)
+    served = Endpoint(url="http://127.0.0.1:9/v1", model="nano-{size}-{digest}")
+    verdict = published.ask(second, endpoint=served, sums=0)
+    assert not verdict.promoted and published.champions() == {first.registration}
+    said = (
+        rf"stays candidate; .*-m: its champion, version 1, has no score on sums .* alike: .* has no model '{asked}', "
+    )
+    said += r"but nano-m-0{12}; serve .*/fetched-m-.* by that name, or correct model; run again, or move the alias .*"
+    assert re.fullmatch(said, verdict.reason)
+    there += [asked, asked.replace("-m-", "-s-")]
+    assert published.ask(second, endpoint=served, sums=0).promoted
 
 
 # Losses that were not measured alike
