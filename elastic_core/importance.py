@@ -19,7 +19,7 @@ from elastic_core.layers.kind import descending
 from elastic_core.layers.kinds import KINDS
 from elastic_core.layout import WHOLE
 from elastic_core.model import ElasticNemotronH, Layer
-from elastic_core.recipe import MambaScores
+from elastic_core.recipe import Scores
 from elastic_core.training.tokens import TokenBatch
 
 
@@ -38,10 +38,8 @@ class WidthScores:
 
 
 @torch.no_grad()
-def width_scores(
-    model: ElasticNemotronH, batches: Iterable[TokenBatch], channel_scores: MambaScores = "absolute"
-) -> WidthScores:
-    """Activation-based importance of hidden channels and of each layer's components.
+def width_scores(model: ElasticNemotronH, batches: Iterable[TokenBatch], by: Scores = "added") -> WidthScores:
+    """Importance of hidden channels and of each layer's components.
 
     `batches` yields calibration tokens; only their inputs are read. With X the input of a layer, summed over tokens:
     hidden channel i: |RMSNorm(X)|_i over all layers. The kinds say how they score their components.
@@ -62,7 +60,10 @@ def width_scores(
                 .square()
                 .sum((0, 1))
             )
-            sums = layer.kind.scores(layer.mixer, normed_BTD, signed=channel_scores == "signed").double()
+            if by == "added":
+                sums = layer.kind.added(layer.mixer, normed_BTD, backend, batch.packing)
+            else:
+                sums = layer.kind.activations(layer.mixer, normed_BTD, signed=by == "signed").double()
             layers[index] = layers[index] + sums if index in layers else sums
             x_BTD = x_BTD + layer.mixer(normed_BTD, WHOLE, None, None, backend, batch.packing)
     return WidthScores(hidden_D=hidden_D, energy_D=energy_D / energy_D.mean(), layers=tuple(layers.values()))

@@ -21,7 +21,7 @@ from elastic_core.sources import TemplateArgument as TemplateArgument
 Storage = Literal["materialised", "nested"]
 Sharding = Literal["full", "hybrid"]
 
-MambaScores = Literal["absolute", "signed"]
+Scores = Literal["added", "activations", "signed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,9 +264,10 @@ class Importance(Strict):
     """What of the residual stream is ranked: its `principal` components, to which it is rotated first without changing
     the teacher's function, and of which a cut loses far less; or, as in arXiv 2511.16664, the teacher's own `channels`.
     Example: `channels`."""
-    mamba_scores: MambaScores = "absolute"
-    """How a Mamba channel's inputs s are summed over the tokens: `absolute`, |s|; `signed`, s, which is the letter of
-    arXiv 2511.16664 and lets the two signs cancel. Example: `signed`."""
+    scores: Scores = "added"
+    """What heads, channels and neurons are ranked by: `added`, the norm of what they add to the residual stream;
+    `activations`, the absolute activations of arXiv 2511.16664, of which a cut loses more; `signed`, its letter, which
+    sums a Mamba channel's inputs with their signs. Example: `activations`."""
     comparison_tokens: int = 32_768
     """Held-out tokens on which cutting in the order of importance is compared with cutting in random orders.
     Example: `4096`."""

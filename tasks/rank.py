@@ -94,7 +94,7 @@ def _width_scores(
 ) -> importance.WidthScores:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = job.load_model(Path(teacher.path), device, job.DTYPES[dtype])
-    return importance.width_scores(loaded, batches, settings.mamba_scores)
+    return importance.width_scores(loaded, batches, settings.scores)
 
 
 def _layer_ranking(

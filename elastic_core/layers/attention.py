@@ -33,6 +33,8 @@ def query_grid(model: ModelConfig) -> Run:
 class Attention(Mixer):
     """Grouped-query attention at any subnet."""
 
+    residual = "o_proj.weight"
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
         self.queries = query_grid(config)
@@ -53,17 +55,16 @@ class Attention(Mixer):
             "o_proj.weight": Layout(hidden, query),
         }
 
-    def forward(
+    def components(
         self,
         x_BTD: Tensor,
+        weights: Mapping[str, Tensor],
         kept: Kept,
         soft: Mapping[str, Tensor] | None,
         cache: Cache | None,
         backend: Backend,
-        packing: Packing | None = None,
+        packing: Packing | None,
     ) -> Tensor:
-        weights = self.weights(kept, cache)
-
         def project(name: str) -> Tensor:
             heads: Tensor = F.linear(x_BTD, weights[name]).unflatten(-1, (-1, self.config.head_dim))
             return heads.transpose(1, 2)
@@ -85,7 +86,7 @@ class Attention(Mixer):
         y = y_BQTE.transpose(1, 2).flatten(-2)
         if soft is not None:
             y = y * mask(self.queries, kept, soft).to(y.dtype)
-        return F.linear(y, weights["o_proj.weight"])
+        return y
 
 
 def _sees(tokens: int, seen: int, padding: Padding | None, device: torch.device) -> Tensor | None:
@@ -121,12 +122,12 @@ def _attend_in_documents(q_BQTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, packing
 class AttentionKind(Kind):
     """What an attention layer answers."""
 
-    letter, mixer, residual = ATTENTION, Attention, "o_proj.weight"
+    letter, mixer = ATTENTION, Attention
 
     def width(self, model: ModelConfig) -> tuple[str, object]:
         return "attention heads", model.num_attention_heads
 
-    def scores(self, mixer: Mixer, normed_BTD: Tensor, *, signed: bool) -> Tensor:
+    def activations(self, mixer: Mixer, normed_BTD: Tensor, *, signed: bool) -> Tensor:
         """Query head: the norm of its query."""
         assert isinstance(mixer, Attention)
         queries = F.linear(normed_BTD, mixer.q_proj.weight).unflatten(-1, (-1, mixer.config.head_dim))
@@ -134,7 +135,9 @@ class AttentionKind(Kind):
         return norms_Q
 
     def order(self, model: ModelConfig, scores: Tensor, kept: Mapping[str, int]) -> dict[str, Tensor]:
-        return {"attention_heads": descending(scores, model.num_key_value_heads)}
+        """Heads inside their group, by the norm of their channels' scores."""
+        heads_Q = scores.view(model.num_attention_heads, -1).norm(dim=1)
+        return {"attention_heads": descending(heads_Q, model.num_key_value_heads)}
 
     def cache_bytes(self, model: ModelConfig, shape: Shape, serving: ServingStep) -> int:
         """Keys and values."""

@@ -18,6 +18,8 @@ from elastic_core.layout import Kept, Layout, grid
 class FeedForward(Mixer):
     """Two projections at any subnet."""
 
+    residual = "down_proj.weight"
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
         width = config.ffn_sizes[config.ordinal(layer)]
@@ -29,20 +31,20 @@ class FeedForward(Mixer):
         hidden, neurons = (grid(hidden=model.hidden_size),), (grid(ffn=model.ffn_sizes[model.ordinal(layer)]),)
         return {"up_proj.weight": Layout(neurons, hidden), "down_proj.weight": Layout(hidden, neurons)}
 
-    def forward(
+    def components(
         self,
         x_BTD: Tensor,
+        weights: Mapping[str, Tensor],
         kept: Kept,
         soft: Mapping[str, Tensor] | None,
         cache: Cache | None,
         backend: Backend,
-        packing: Packing | None = None,
+        packing: Packing | None,
     ) -> Tensor:
-        weights = self.weights(kept, cache)
         h_BTF = squared_relu_(F.linear(x_BTD, weights["up_proj.weight"]))
         if soft is not None:
             h_BTF = h_BTF * soft["ffn"].to(h_BTF.dtype)
-        return F.linear(h_BTF, weights["down_proj.weight"])
+        return h_BTF
 
 
 class _SquaredReLU(torch.autograd.Function):
@@ -73,12 +75,12 @@ def squared_relu_(x: Tensor) -> Tensor:
 class FeedForwardKind(Kind):
     """What an FFN layer answers."""
 
-    letter, mixer, residual = FFN, FeedForward, "down_proj.weight"
+    letter, mixer = FFN, FeedForward
 
     def width(self, model: ModelConfig) -> tuple[str, object]:
         return "FFN width", model.intermediate_size
 
-    def scores(self, mixer: Mixer, normed_BTD: Tensor, *, signed: bool) -> Tensor:
+    def activations(self, mixer: Mixer, normed_BTD: Tensor, *, signed: bool) -> Tensor:
         """Neuron i: |RMSNorm(X) W1|_i, before the activation."""
         assert isinstance(mixer, FeedForward)
         return F.linear(normed_BTD, mixer.up_proj.weight).abs().sum((0, 1))

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_core.geometry import LAYER_AXES, ModelConfig
 from elastic_core.layers.kernels import Backend
 from elastic_core.layers.packing import Packing
 from elastic_core.layers.weights import take
-from elastic_core.layout import Kept, Layout
+from elastic_core.layout import WHOLE, Kept, Layout
 from elastic_core.schema import OPTIONAL
 
 FLOAT32_BYTES = 4
@@ -73,7 +74,12 @@ class Padding:
 
 
 class Mixer(nn.Module):
-    """What a layer adds to the residual stream, computed of its normalised input with the weights that are kept."""
+    """What a layer adds to the residual stream, computed of its normalised input with the weights that are kept.
+
+    `residual` names the projection back to the residual stream, which fresh weights make smaller in a deeper model.
+    """
+
+    residual: str
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -94,6 +100,21 @@ class Mixer(nn.Module):
         packing: Packing | None = None,
     ) -> Tensor:
         """`kept` and `soft` have the sizes and the masks of the sides that the layouts name."""
+        weights = self.weights(kept, cache)
+        parts_BTC = self.components(x_BTD, weights, kept, soft, cache, backend, packing)
+        return F.linear(parts_BTC, weights[self.residual])
+
+    def components(
+        self,
+        x_BTD: Tensor,
+        weights: Mapping[str, Tensor],
+        kept: Kept,
+        soft: Mapping[str, Tensor] | None,
+        cache: Cache | None,
+        backend: Backend,
+        packing: Packing | None,
+    ) -> Tensor:
+        """What the residual projection takes: the outputs of the layer's components, of these kept weights."""
         raise NotImplementedError
 
     def weights(self, kept: Kept, cache: Cache | None) -> dict[str, Tensor]:
@@ -187,8 +208,6 @@ class Kind(ABC):
 
     letter: str
     mixer: type[Mixer]
-    # The tensor whose output is added to the residual stream, which fresh weights make smaller in a deeper model.
-    residual: str
 
     @abstractmethod
     def width(self, model: ModelConfig) -> tuple[str, object]:
@@ -196,14 +215,25 @@ class Kind(ABC):
 
     def initialise(self, name: str, weight: Tensor, model: ModelConfig, generator: torch.Generator) -> None:
         """Fresh values for a tensor of the mixer: normal, of a residual projection over sqrt(layers)."""
-        std = model.initializer_range / (math.sqrt(model.num_layers) if name == self.residual else 1.0)
+        std = model.initializer_range / (math.sqrt(model.num_layers) if name == self.mixer.residual else 1.0)
         weight.normal_(0.0, std, generator=generator)
 
     # Importance
 
+    def added(self, mixer: Mixer, normed_BTD: Tensor, backend: Backend, packing: Packing | None = None) -> Tensor:
+        """What each component adds to the residual stream for these inputs, summed over them, in float64.
+
+        Component c of the outputs y counts sum_t |y_tc| ||W_:,c||_2, with W the residual projection: the score of Wanda
+        (arXiv 2306.11695), of whole columns.
+        """
+        weights = mixer.weights(WHOLE, None)
+        parts_BTC = mixer.components(normed_BTD, weights, WHOLE, None, None, backend, packing)
+        norms_C: Tensor = weights[mixer.residual].double().norm(dim=0)
+        return parts_BTC.abs().sum((0, 1), dtype=torch.float64) * norms_C
+
     @abstractmethod
-    def scores(self, mixer: Mixer, normed_BTD: Tensor, *, signed: bool) -> Tensor:
-        """How much each component matters for these inputs, summed over them; `signed` sums keep their sign."""
+    def activations(self, mixer: Mixer, normed_BTD: Tensor, *, signed: bool) -> Tensor:
+        """The sums of arXiv 2511.16664 over these inputs; `signed` sums keep their sign."""
 
     @abstractmethod
     def order(self, model: ModelConfig, scores: Tensor, kept: Mapping[str, int]) -> dict[str, Tensor]:

@@ -40,6 +40,8 @@ def channel_grid(model: ModelConfig) -> Run:
 class MambaMixer(Mixer):
     """Mamba-2 at any subnet."""
 
+    residual = "out_proj.weight"
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
         self.channels = channel_grid(config)
@@ -73,16 +75,17 @@ class MambaMixer(Mixer):
             del found["conv1d.bias"]
         return found
 
-    def forward(
+    def components(
         self,
         x_BTD: Tensor,
+        weights: Mapping[str, Tensor],
         kept: Kept,
         soft: Mapping[str, Tensor] | None,
         cache: Cache | None,
         backend: Backend,
-        packing: Packing | None = None,
+        packing: Packing | None,
     ) -> Tensor:
-        config, weights = self.config, self.weights(kept, cache)
+        config = self.config
         heads, channels, groups = len(weights["D"]), len(weights["norm.weight"]), config.n_groups
 
         projected = F.linear(x_BTD, weights["in_proj.weight"])
@@ -125,14 +128,13 @@ class MambaMixer(Mixer):
 
         mask_I = mask(self.channels, kept, soft) if soft is not None else None
         norm_I, eps = weights["norm.weight"], config.layer_norm_epsilon
-        y = backend.gated_norm(y_BTHP.flatten(-2), z, norm_I, groups, eps, mask_I)
-        return F.linear(y, weights["out_proj.weight"])
+        return backend.gated_norm(y_BTHP.flatten(-2), z, norm_I, groups, eps, mask_I)
 
 
 class MambaKind(Kind):
     """What a Mamba layer answers."""
 
-    letter, mixer, residual = MAMBA, MambaMixer, "out_proj.weight"
+    letter, mixer = MAMBA, MambaMixer
 
     def width(self, model: ModelConfig) -> tuple[str, object]:
         return "Mamba heads", f"{model.mamba_num_heads} of {model.mamba_head_dim}"
@@ -156,27 +158,27 @@ class MambaKind(Kind):
 
     # Importance
 
-    def scores(self, mixer: Mixer, normed_BTD: Tensor, *, signed: bool) -> Tensor:
-        """(head, channel): |RMSNorm(X) W_x|, or signed RMSNorm(X) W_x, (H, P).
+    def activations(self, mixer: Mixer, normed_BTD: Tensor, *, signed: bool) -> Tensor:
+        """Channel of a head: |RMSNorm(X) W_x|, or signed RMSNorm(X) W_x.
 
         A signed sum is small for a channel that is often large in both directions.
         """
         assert isinstance(mixer, MambaMixer)
-        size, head_dim = mixer.config.mamba_size, mixer.config.mamba_head_dim
+        size = mixer.config.mamba_size
         x_rows = mixer.in_proj.weight[size : 2 * size]
         summed = normed_BTD.sum((0, 1))
-        sums_I = F.linear(summed, x_rows) if signed else F.linear(normed_BTD, x_rows).abs().sum((0, 1))
-        return sums_I.view(-1, head_dim)
+        return F.linear(summed, x_rows) if signed else F.linear(normed_BTD, x_rows).abs().sum((0, 1))
 
     def order(self, model: ModelConfig, scores: Tensor, kept: Mapping[str, int]) -> dict[str, Tensor]:
         """Channels first, one order for all heads, by s_d = ||S_{:,d}||_2; then heads inside their group.
 
         Heads go by f_h = ||S_{h,top}||_2 over the best channels, those that every subnet keeps.
         """
-        channels = descending(scores.norm(dim=0))
+        scores_HP = scores.view(model.mamba_num_heads, -1)
+        channels = descending(scores_HP.norm(dim=0))
         top = channels[: kept["mamba_head_dim"]].to(scores.device)
         return {
-            "mamba_heads": descending(scores[:, top].norm(dim=1), model.n_groups),
+            "mamba_heads": descending(scores_HP[:, top].norm(dim=1), model.n_groups),
             "mamba_head_dim": channels,
         }
 

@@ -68,6 +68,8 @@ class Mixture(Mixer):
     `see` is told of every choice: the layer, its experts, which of them are kept, the chosen (N, S), the scores (N, X).
     """
 
+    residual = "down_proj.weight"
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
         self.runs_idle = False
@@ -198,10 +200,22 @@ class Mixture(Mixer):
         return of_layer[name]
 
 
+def _added(expert: _Expert, rows_RW: Tensor, gates_R1: Tensor) -> Tensor:
+    """What each neuron of an expert adds for these rows: g |y| ||W2_:,y||, summed, (F,)."""
+    neurons_RF = squared_relu_(F.linear(rows_RW, expert.up_proj.weight)) * gates_R1
+    norms_F: Tensor = expert.down_proj.weight.double().norm(dim=0)
+    return neurons_RF.sum(0, dtype=torch.float64) * norms_F
+
+
+def _before_activation(expert: _Expert, rows_RW: Tensor, gates_R1: Tensor) -> Tensor:
+    """|x W1| of each neuron, summed over the rows, (F,)."""
+    return F.linear(rows_RW, expert.up_proj.weight).abs().sum(0)
+
+
 class MixtureKind(Kind):
     """What a layer of experts answers."""
 
-    letter, mixer, residual = MOE, Mixture, "down_proj.weight"
+    letter, mixer = MOE, Mixture
 
     def width(self, model: ModelConfig) -> tuple[str, object]:
         return (
@@ -215,35 +229,43 @@ class MixtureKind(Kind):
             weight.zero_()
             return
         is_residual = name.endswith(("down_proj.weight", "fc2_latent_proj.weight"))
-        super().initialise(self.residual if is_residual else name, weight, model, generator)
+        super().initialise(self.mixer.residual if is_residual else name, weight, model, generator)
 
     # Importance
 
-    def scores(self, mixer: Mixer, normed_BTD: Tensor, *, signed: bool) -> Tensor:
+    def added(self, mixer: Mixer, normed_BTD: Tensor, backend: Backend, packing: Packing | None = None) -> Tensor:
+        return self._sums(mixer, normed_BTD, _added)
+
+    def activations(self, mixer: Mixer, normed_BTD: Tensor, *, signed: bool) -> Tensor:
+        return self._sums(mixer, normed_BTD, _before_activation)
+
+    def _sums(
+        self, mixer: Mixer, normed_BTD: Tensor, of_neurons: Callable[[_Expert, Tensor, Tensor], Tensor]
+    ) -> Tensor:
         """Sums over tokens, joined: of every expert g(x) ||f(x)||, then of its neurons; those of the shared neurons.
 
         g is the gate, 0 where a token did not choose the expert. REAP (arXiv 2510.13999) takes the mean over the tokens
-        that chose it: an expert that few tokens need would rank with one that most do. A neuron counts |x W1| before
-        the activation, of the tokens that chose its expert.
+        that chose it: an expert that few tokens need would rank with one that most do. The neurons of an expert count
+        for the tokens that chose it.
         """
         assert isinstance(mixer, Mixture)
-        x_ND, experts = normed_BTD.flatten(0, 1), mixer.config.n_routed_experts
+        x_ND, has_latent = normed_BTD.flatten(0, 1), mixer.config.moe_latent_size is not None
         chosen_NS, scores_NS = mixer.route(x_ND, WHOLE)
+        gates_NS = mixer.gates(scores_NS)
         outputs = mixer.run_experts(x_ND, chosen_NS, WHOLE)
-        if mixer.config.moe_latent_size is not None:
+        if has_latent:
             outputs = F.linear(outputs, mixer.fc2_latent_proj.weight)
-            x_latent = F.linear(x_ND, mixer.fc1_latent_proj.weight)
-        else:
-            x_latent = x_ND
-        contributions = (outputs.norm(dim=-1).double() * mixer.gates(scores_NS).double()).flatten()
-        added_X = contributions.new_zeros(experts).index_add_(0, chosen_NS.flatten(), contributions)
-        neurons = []
+        added_NS = outputs.norm(dim=-1).double() * gates_NS.double()
+        added_X = added_NS.new_zeros(len(mixer.experts)).index_add_(0, chosen_NS.flatten(), added_NS.flatten())
+
+        x_latent = F.linear(x_ND, mixer.fc1_latent_proj.weight) if has_latent else x_ND
+        sums, shared = [added_X], mixer.shared_experts
         for index, expert in enumerate(mixer.experts):
             assert isinstance(expert, _Expert)
-            rows = x_latent[(chosen_NS == index).any(-1)]
-            neurons.append(F.linear(rows, expert.up_proj.weight).abs().sum(0))
-        shared_F = F.linear(x_ND, mixer.shared_experts.up_proj.weight).abs().sum(0)
-        return torch.cat([part.double() for part in (added_X, *neurons, shared_F)])
+            is_its_NS = chosen_NS == index
+            sums.append(of_neurons(expert, x_latent[is_its_NS.any(-1)], gates_NS[is_its_NS].unsqueeze(1)))
+        sums.append(of_neurons(shared, x_ND, gates_NS.new_ones(len(x_ND), 1)))
+        return torch.cat([part.double() for part in sums])
 
     def order(self, model: ModelConfig, scores: Tensor, kept: Mapping[str, int]) -> dict[str, Tensor]:
         """Experts by what they add to all tokens together, inside their group."""

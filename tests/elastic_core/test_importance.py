@@ -13,7 +13,7 @@ from elastic_core.geometry import Axes, ModelConfig
 from elastic_core.importance import WidthScores, importance_order, width_scores
 from elastic_core.layers.packing import pack
 from elastic_core.model import ElasticNemotronH
-from elastic_core.recipe import MambaScores
+from elastic_core.recipe import Scores
 from elastic_core.training.tokens import TokenBatch
 
 StockModel = Callable[..., NemotronHForCausalLM]
@@ -58,52 +58,75 @@ def unpacked(batches: Sequence[Tensor]) -> list[TokenBatch]:
     return [TokenBatch(inputs_BT=tokens, targets_BT=tokens, packing=None, learned=tokens.numel()) for tokens in batches]
 
 
+def last_projection(block: nn.Module) -> nn.Linear:
+    names = ("out_proj", "o_proj", "down_proj")
+    return next(getattr(block.mixer, name) for name in names if hasattr(block.mixer, name))
+
+
 def record_activations(
     stock: NemotronHForCausalLM, config: ModelConfig, batches: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """What comes out of each layer's norm and of its first projection, in float64, one row a token."""
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """What each layer's norm gives, its first projection gives and its last one takes, in float64, one row a token."""
     normed: list[list[Tensor]] = [[] for _ in stock.model.layers]
     projected: list[list[Tensor]] = [[] for _ in stock.model.layers]
+    parts: list[list[Tensor]] = [[] for _ in stock.model.layers]
 
     def keep_in(rows: list[Tensor]) -> Callable[[nn.Module, object, Tensor], None]:
         return lambda _module, _inputs, output: rows.append(output.double().flatten(0, -2))
+
+    def keep_input(rows: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor]], None]:
+        return lambda _module, inputs: rows.append(inputs[0].double().flatten(0, -2))
 
     hooks = []
     for layer, block in enumerate(stock.model.layers):
         first = {"M": "in_proj", "*": "q_proj", "-": "up_proj"}[config.hybrid_override_pattern[layer]]
         hooks.append(block.norm.register_forward_hook(keep_in(normed[layer])))
         hooks.append(getattr(block.mixer, first).register_forward_hook(keep_in(projected[layer])))
+        hooks.append(last_projection(block).register_forward_pre_hook(keep_input(parts[layer])))
     with torch.no_grad():
         for tokens in batches:
             stock(tokens)
     for hook in hooks:
         hook.remove()
-    return [torch.cat(rows) for rows in normed], [torch.cat(rows) for rows in projected]
+    return (
+        [torch.cat(rows) for rows in normed],
+        [torch.cat(rows) for rows in projected],
+        [torch.cat(rows) for rows in parts],
+    )
+
+
+def slow_added(parts: Tensor, projection: nn.Linear) -> Tensor:
+    """The norm of what each input of the projection adds to its output, summed over the rows of `parts`."""
+    columns = projection.weight.detach().double().T
+    sums = torch.zeros(len(columns), dtype=torch.float64)
+    for row in parts:
+        for component, column in enumerate(columns):
+            sums[component] += float((row[component] * column).norm())
+    return sums
 
 
 def slow_width_scores(
-    stock: NemotronHForCausalLM, config: ModelConfig, batches: Sequence[Tensor], mamba: MambaScores
+    stock: NemotronHForCausalLM, config: ModelConfig, batches: Sequence[Tensor], by: Scores
 ) -> WidthScores:
-    """The sums of arXiv 2511.16664 over the stock model's activations, token after token and head after head."""
-    normed, projected = record_activations(stock, config, batches)
-    hidden = torch.zeros(config.hidden_size, dtype=torch.float64)
+    """The sums over the stock model's activations, token after token and component after component."""
+    normed, projected, parts = record_activations(stock, config, batches)
+    hidden = torch.stack([row.abs() for row in torch.cat(normed)]).sum(0)
     energy = torch.zeros(config.hidden_size, dtype=torch.float64)
     for rows, block in zip(normed, stock.model.layers, strict=True):
-        for row in rows:
-            hidden += row.abs()
-            energy += (row / block.norm.weight.detach().double()).square()
+        energy += (rows / block.norm.weight.detach().double()).square().sum(0)
 
     def ffn_scores(layer: int) -> Tensor:
-        return sum((row.abs() for row in projected[layer]), torch.zeros(config.ffn_sizes[0], dtype=torch.float64))
+        return torch.stack([row.abs() for row in projected[layer]]).sum(0)
 
     def mamba_scores(layer: int) -> Tensor:
         sums = torch.zeros(config.mamba_num_heads, config.mamba_head_dim, dtype=torch.float64)
+        sign = torch.clone if by == "signed" else torch.abs
         for row in projected[layer]:  # [z, x, B, C, dt]
             for head in range(config.mamba_num_heads):
                 start = config.mamba_size + head * config.mamba_head_dim
                 channels = row[start : start + config.mamba_head_dim]
-                sums[head] += channels if mamba == "signed" else channels.abs()
-        return sums
+                sums[head] += sign(channels)
+        return sums.flatten()
 
     def query_scores(layer: int) -> Tensor:
         norms = torch.zeros(config.num_attention_heads, dtype=torch.float64)
@@ -112,13 +135,12 @@ def slow_width_scores(
                 norms[head] += row[head * config.head_dim : (head + 1) * config.head_dim].square().sum().sqrt()
         return norms
 
-    of_kind = {"-": ffn_scores, "M": mamba_scores, "*": query_scores}
-    pattern = enumerate(config.hybrid_override_pattern)
-    return WidthScores(
-        hidden_D=hidden,
-        energy_D=energy / energy.mean(),
-        layers=tuple(of_kind[kind](layer) for layer, kind in pattern),
-    )
+    if by == "added":
+        layers = tuple(map(slow_added, parts, map(last_projection, stock.model.layers)))
+    else:
+        of_kind = {"-": ffn_scores, "M": mamba_scores, "*": query_scores}
+        layers = tuple(of_kind[kind](layer) for layer, kind in enumerate(config.hybrid_override_pattern))
+    return WidthScores(hidden_D=hidden, energy_D=energy / energy.mean(), layers=layers)
 
 
 def of_kind(scores: WidthScores, config: ModelConfig, kind: str) -> list[Tensor]:
@@ -136,13 +158,13 @@ def assert_close(found: WidthScores, expected: WidthScores, tolerance: float) ->
         assert float((a - b).abs().max()) < tolerance * float(b.abs().max())
 
 
-@pytest.mark.parametrize("mamba", typing.get_args(MambaScores))
-def test_width_scores_are_sums_over_the_stock_models_activations_signed_as_in_the_paper_or_absolute(
-    elastic: ElasticNemotronH, stock: NemotronHForCausalLM, tiny_config: ModelConfig, mamba: MambaScores
+@pytest.mark.parametrize("by", typing.get_args(Scores))
+def test_width_scores_are_sums_over_the_stock_models_activations(
+    elastic: ElasticNemotronH, stock: NemotronHForCausalLM, tiny_config: ModelConfig, by: Scores
 ) -> None:
     batches = token_batches(tiny_config)
-    expected = slow_width_scores(stock, tiny_config, batches, mamba)
-    assert_close(width_scores(elastic, unpacked(batches), mamba), expected, FLOAT32_SUM)
+    expected = slow_width_scores(stock, tiny_config, batches, by)
+    assert_close(width_scores(elastic, unpacked(batches), by), expected, FLOAT32_SUM)
 
 
 def test_a_channel_that_is_large_in_both_directions_counts_unless_scores_are_signed(
@@ -161,13 +183,11 @@ def test_a_channel_that_is_large_in_both_directions_counts_unless_scores_are_sig
             rows[config.mamba_size] = 10 * norm.weight * elastic.embeddings.weight[0]
     batch = torch.tensor([[0, 1, 0, 1]])
     absolute, signed = (
-        of_kind(width_scores(elastic, unpacked([batch]), mamba), config, "M") for mamba in ("absolute", "signed")
+        of_kind(width_scores(elastic, unpacked([batch]), by), config, "M") for by in ("activations", "signed")
     )
     for first, second in zip(absolute, signed, strict=True):
-        assert first[0, 0] > 2 * first.flatten()[1:].max()
+        assert first[0] > 2 * first[1:].max()
         assert second.abs().max() < FLOAT32_SUM * first.max()
-    unasked = width_scores(elastic, unpacked([batch]))
-    assert of_kind(unasked, config, "M")[0].equal(absolute[0]), "absolute unless asked otherwise"
 
 
 def test_packed_documents_are_ranked_by_as_each_of_them_alone(
@@ -181,14 +201,14 @@ def test_packed_documents_are_ranked_by_as_each_of_them_alone(
     assert_close(width_scores(elastic, together), width_scores(elastic, alone), FLOAT32_BATCHING)
 
 
-@pytest.mark.parametrize("mamba", typing.get_args(MambaScores))
+@pytest.mark.parametrize("by", typing.get_args(Scores))
 def test_width_scores_do_not_depend_on_how_samples_are_batched(
-    elastic: ElasticNemotronH, tiny_config: ModelConfig, mamba: MambaScores
+    elastic: ElasticNemotronH, tiny_config: ModelConfig, by: Scores
 ) -> None:
     batches = token_batches(tiny_config)
-    whole = width_scores(elastic, unpacked([torch.cat(batches)]), mamba)
-    assert_close(width_scores(elastic, unpacked(batches), mamba), whole, FLOAT32_BATCHING)
-    assert_close(width_scores(elastic, unpacked(torch.cat(batches).split(1)), mamba), whole, FLOAT32_BATCHING)
+    whole = width_scores(elastic, unpacked([torch.cat(batches)]), by)
+    assert_close(width_scores(elastic, unpacked(batches), by), whole, FLOAT32_BATCHING)
+    assert_close(width_scores(elastic, unpacked(torch.cat(batches).split(1)), by), whole, FLOAT32_BATCHING)
 
 
 def random_scores(config: ModelConfig, seed: int) -> WidthScores:
@@ -267,11 +287,11 @@ def test_dead_components_are_ranked_last(elastic: ElasticNemotronH, tiny_config:
         for layer in elastic.layers:
             layer.norm.weight[7] = 0.0
         elastic.layers[ffn].mixer.up_proj.weight[11] = 0.0
-        elastic.layers[attention].mixer.q_proj.weight[4 * config.head_dim : 5 * config.head_dim] = 0.0
-        x_rows = elastic.layers[mamba].mixer.in_proj.weight[config.mamba_size : 2 * config.mamba_size]
-        x_rows_HPD = x_rows.unflatten(0, (config.mamba_num_heads, config.mamba_head_dim))
-        x_rows_HPD[8] = 0.0
-        x_rows_HPD[:, 2] = 0.0
+        elastic.layers[attention].mixer.o_proj.weight[:, 4 * config.head_dim : 5 * config.head_dim] = 0.0
+        gates = elastic.layers[mamba].mixer.in_proj.weight[: config.mamba_size]
+        gates_HPD = gates.unflatten(0, (config.mamba_num_heads, config.mamba_head_dim))
+        gates_HPD[8] = 0.0
+        gates_HPD[:, 2] = 0.0
     scores = width_scores(elastic, unpacked(token_batches(config)))
     order = importance_order(config, scores, range(config.num_layers), Axes().bind(config))
     assert order.hidden[-1] == 7

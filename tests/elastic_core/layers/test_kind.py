@@ -41,6 +41,8 @@ GATED = "G"
 class GatedMLP(Mixer):
     """down(silu(gate(x)) * up(x)); gate and up are one matrix, [gate, up]."""
 
+    residual = "down_proj.weight"
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
         width = config.ffn_sizes[config.ordinal(layer)]
@@ -55,22 +57,21 @@ class GatedMLP(Mixer):
             "down_proj.weight": Layout((hidden,), (neurons,)),
         }
 
-    def forward(self, x_BTD, kept, soft, cache, backend, packing=None) -> Tensor:
-        weights = self.weights(kept, cache)
+    def components(self, x_BTD, weights, kept, soft, cache, backend, packing) -> Tensor:
         gate, up = F.linear(x_BTD, weights["gate_up_proj.weight"]).chunk(2, dim=-1)
         h_BTF = F.silu(gate) * up
         if soft is not None:
             h_BTF = h_BTF * soft["ffn"].to(h_BTF.dtype)
-        return F.linear(h_BTF, weights["down_proj.weight"])
+        return h_BTF
 
 
 class GatedKind(Kind):
-    letter, mixer, residual = GATED, GatedMLP, "down_proj.weight"
+    letter, mixer = GATED, GatedMLP
 
     def width(self, model: ModelConfig) -> tuple[str, object]:
         return "gated width", model.intermediate_size
 
-    def scores(self, mixer: Mixer, normed_BTD: Tensor, *, signed: bool) -> Tensor:
+    def activations(self, mixer: Mixer, normed_BTD: Tensor, *, signed: bool) -> Tensor:
         gate, up = F.linear(normed_BTD, mixer.gate_up_proj.weight).chunk(2, dim=-1)
         return (F.silu(gate) * up).abs().sum((0, 1))
 

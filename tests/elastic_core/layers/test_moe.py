@@ -29,6 +29,7 @@ from elastic_core.files.shells import assemble, write_shell
 from elastic_core.files.slicing import slice_checkpoint, slice_weights, target_config
 from elastic_core.geometry import Axes, ModelConfig
 from elastic_core.importance import importance_order, width_scores
+from elastic_core.layers.kernels import TORCH
 from elastic_core.layers.kind import Cache
 from elastic_core.layers.kinds import KINDS
 from elastic_core.layers.moe import Mixture
@@ -408,7 +409,7 @@ def test_an_expert_counts_what_it_adds_to_all_tokens(saved):
     model = load(saved).requires_grad_(False)
     config, layer = model.config, model.config.layers_of("E")[0]
     mixer, x_BTD = model.layers[layer].mixer, torch.randn(2, 30, config.hidden_size, generator=generator("x")).double()
-    scores = KINDS["E"].scores(mixer, x_BTD, signed=False)
+    scores = KINDS["E"].added(mixer, x_BTD, TORCH)
     sums = torch.zeros(8).double()
     for x_D in x_BTD.flatten(0, 1):
         chosen, own_scores = mixer.route(x_D[None], {})

@@ -22,6 +22,7 @@ from elastic_core.files.reorder import identity_order, reorder_checkpoint, reord
 from elastic_core.files.slicing import slice_checkpoint
 from elastic_core.geometry import Axes
 from elastic_core.importance import importance_order, width_scores
+from elastic_core.layers.kernels import TORCH
 from elastic_core.layers.kinds import KINDS
 from elastic_core.layout import WHOLE
 from elastic_core.model import ElasticNemotronH
@@ -198,7 +199,7 @@ def test_an_expert_that_few_tokens_choose_is_dropped_before_one_of_the_same_weig
         mixer.gate.weight.normal_(0.0, 0.2, generator=generator("gate"))
         mixer.gate.e_score_correction_bias.copy_(torch.linspace(0.5, -0.5, CONFIG.n_routed_experts))
     counts_X = mixer.route(x_BTD[0], WHOLE)[0].flatten().bincount(minlength=CONFIG.n_routed_experts)
-    order = KINDS["E"].order(CONFIG, KINDS["E"].scores(mixer, x_BTD, signed=False), {})
+    order = KINDS["E"].order(CONFIG, KINDS["E"].added(mixer, x_BTD, TORCH), {})
     assert counts_X[order["experts"]].tolist() == sorted(counts_X.tolist(), reverse=True)
 
 
