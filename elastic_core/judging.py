@@ -1,5 +1,6 @@
 """How a family is judged, as a recipe spells it: loss, benchmarks and who answers them, references, and the gate."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -7,6 +8,7 @@ from typing import Literal
 from elastic_core.schema import UNKEYED, Strict, checked_name, not_negative, positive
 from elastic_core.sources import DataSource, TemplateArgument
 
+EngineKind = Literal["vllm", "transformers"]
 Format = Literal["math", "choice", "gpqa", "livecodebench", "exact"]
 PROBLEM = "{problem}"
 SIZE, DIGEST, PATH = "{size}", "{digest}", "{path}"
@@ -174,6 +176,40 @@ class Endpoint(Strict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Engine(Strict):
+    """A server of one model, which the step that judges it starts where steps for a GPU run, and ends.
+
+    It computes in the recipe's `dtype`. A score depends on its name, version and options: with others, problems are
+    answered anew.
+    """
+
+    program: EngineKind | None = field(default=None, metadata=UNKEYED)
+    """`vllm`, or `transformers` for `transformers serve`, which answers one request after another and is for small
+    models; unset, vLLM where it is installed, else transformers. Example: `vllm`."""
+    options: str = field(default="", metadata=UNKEYED)
+    """Options of the program's own, as one writes them in a shell. Example: `"--max-model-len 40960"`."""
+    gpus: int = field(default=1, metadata=UNKEYED)
+    """GPUs of a replica, over which vLLM shares out each layer. There are as many replicas as the GPUs of the machine
+    allow, and one on a CPU. Example: `2`."""
+    concurrency: int = field(default=64, metadata=UNKEYED)
+    """Requests that are under way at once in each replica; transformers has one. Example: `256`."""
+    seconds: float = field(default=7200.0, metadata=UNKEYED)
+    """How long a completion may take before it is asked for again. Example: `600`."""
+
+    def __post_init__(self) -> None:
+        positive(self, "gpus", "concurrency", "seconds")
+        try:
+            shlex.split(self.options)
+        except ValueError as error:
+            raise ValueError(f"options={self.options!r} is not what a shell can read: {error}") from None
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The options one by one."""
+        return tuple(shlex.split(self.options))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reference(Strict):
     """A model beside the family in the table of benchmarks: with scores that were published, or judged like a size."""
 
@@ -221,7 +257,11 @@ class Evaluation(Strict):
     """Benchmarks that the teacher and every size answer, each judged in a step of its own.
     Example: `[{name: math-500}, {name: sums, path: sums.jsonl, format: exact}]`."""
     endpoint: Endpoint | None = field(default=None, metadata=UNKEYED)
-    """The server that answers the benchmarks; unset, our own decoder answers them, which is for small models."""
+    """The server that answers the benchmarks. Without it and without `engine` our own decoder answers them, which is
+    for small models."""
+    engine: Engine | None = field(default=None, metadata=UNKEYED)
+    """The engine that answers the benchmarks, started for each of them and each model, and ended after it.
+    Example: `{program: vllm, options: "--max-model-len 40960"}`."""
     unsafe_code: bool = field(default=False, metadata=UNKEYED)
     """Whether programs that a model wrote may run without a sandbox, where this machine has none, as the user who runs
     the pipeline. Example: `true`."""
@@ -230,9 +270,16 @@ class Evaluation(Strict):
         positive(self, "heldout_tokens", "sequence_length", "batch_size", "max_problems", "max_new_tokens")
         if self.problems == "":
             raise ValueError("problems is empty; name a file of problems, or leave it out")
+        if self.endpoint is not None and self.engine is not None:
+            raise ValueError("endpoint and engine are both given; leave out the one that is not to answer")
         names = [benchmark.name for benchmark in self.benchmarks]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"benchmark {twice!r} is named twice; give each benchmark a name of its own")
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether our own decoder answers the benchmarks."""
+        return self.endpoint is None and self.engine is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -389,7 +389,7 @@ class Recipe(Strict):
         self._check_judging(names)
 
     def _check_judging(self, budgets: list[str]) -> None:
-        """ValueError for a taken name, a benchmark that nobody is judged on, and a gate on unknown weights' scores."""
+        """ValueError for a taken name, an unknown benchmark, a gate on unknown weights, slices that no engine loads."""
         benchmarks = [benchmark.name for benchmark in self.evaluation.benchmarks]
         known = f"one of {', '.join(benchmarks)}" if benchmarks else "in evaluation.benchmarks, which is empty"
         taken = [TEACHER, *budgets]
@@ -406,3 +406,5 @@ class Recipe(Strict):
         endpoint = self.evaluation.endpoint
         if self.promotion.benchmarks and endpoint is not None and endpoint.doubt:
             raise ValueError(f"promotion.benchmarks: {endpoint.doubt}")
+        if self.evaluation.engine is not None and self.ffn_layout == "list":
+            raise ValueError("evaluation.engine: neither vllm nor transformers loads ffn_layout list; choose padded")

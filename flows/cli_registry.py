@@ -55,7 +55,7 @@ def serve(
     """
     from elastic_core.budget import parse_bytes
     from flows.commands.serve import serve_models
-    from flows.endpoint.engines import find_program
+    from tasks.running.engines import find_program
 
     serve_models(
         models,

@@ -21,7 +21,14 @@ from tasks.corpus.sources import problems_digest
 from tasks.data import prepare_data
 from tasks.distill import distill
 from tasks.evaluate import evaluate
-from tasks.judge import bring_benchmarks, bring_references, judge_models, look_for_contamination, published_scores
+from tasks.judge import (
+    bring_benchmarks,
+    bring_references,
+    find_engine,
+    judge_models,
+    look_for_contamination,
+    published_scores,
+)
 from tasks.promote import Verdict, decide
 from tasks.rank import choose_shapes, compare_orders, rank_importance, reorder_teacher, rotate_teacher
 from tasks.records import Artifact, EvaluationRecord, OrderComparison, Release
@@ -82,6 +89,8 @@ def pipeline(recipe: Recipe) -> Outcome:
     with tracked(recipe, settings, pipeline) as run_id:
         link_curves(settings, run_id)
         check_scorers(recipe.evaluation)
+        if engine := find_engine(recipe.evaluation, recipe.dtype):
+            logger.info("benchmarks are answered by %s", engine)
         problems = bring_benchmarks(recipe.evaluation, workspace)
         references = bring_references(recipe.references, workspace)
         teacher, corpus = prepare(recipe, workspace)

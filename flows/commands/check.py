@@ -31,6 +31,7 @@ from tasks.judging.benchmarks import PROBLEMS_FILE, read_benchmark, write_proble
 from tasks.judging.decoder import encoded
 from tasks.judging.endpoint import Client
 from tasks.judging.judge import require_scorer
+from tasks.judging.started import check_gpus, program_for
 from tasks.reporting.numbers import human_count
 from tasks.running.places import elsewhere
 from tasks.running.preflight import (
@@ -91,6 +92,8 @@ def check_recipe(recipe: Recipe) -> int:
         for benchmark in recipe.evaluation.benchmarks:
             look = partial(_benchmark, benchmark, recipe.evaluation, directory, Path(work) / f"asked-{benchmark.name}")
             findings.look(f"benchmark {benchmark.name}", look)
+        if recipe.evaluation.engine is not None:
+            findings.look("evaluation.engine", partial(_engine, recipe))
         if recipe.evaluation.endpoint is not None:
             findings.look("evaluation.endpoint", partial(_endpoint, recipe.evaluation.endpoint))
         pretraining = recipe.teacher.pretrain
@@ -176,10 +179,21 @@ def _benchmark(benchmark: Benchmark, evaluation: Evaluation, tokenizer: Path, wo
     require_scorer(benchmark.form, evaluation.unsafe_code)
     work.mkdir()
     count = write_problems(benchmark, work, fetch_data)
-    if evaluation.endpoint is None:
+    if evaluation.is_decoded:
         asked = replace(benchmark, path=str(work / PROBLEMS_FILE), format=benchmark.form)
         encoded(tokenizer, read_benchmark(asked), benchmark.sampling)
     return f"{benchmark.source.path}: {count:,} problems, {benchmark.runs} runs of each", None
+
+
+def _engine(recipe: Recipe) -> tuple[str, None]:
+    """The program here. Where steps for a GPU run elsewhere, the run looks there before it spends anything."""
+    engine = recipe.evaluation.engine
+    assert engine is not None, "looked at only where there is one"
+    program, place = program_for(engine, recipe.dtype), elsewhere()
+    if place is None:
+        check_gpus(engine)
+    there = "" if place is None else f"; the run asks {place.name} for the same"
+    return f"{program.name}, {program.path}{there}", None
 
 
 def _endpoint(endpoint: Endpoint) -> tuple[str, None]:

@@ -16,7 +16,6 @@ import uvicorn
 
 from flows.commands.pull import pull_version
 from flows.commands.registry import label
-from flows.endpoint.engines import SERVE_KEY, Program
 from flows.endpoint.front import endpoint
 from flows.endpoint.residents import POLL_SECONDS, Residents, Size
 from flows.serving.services import registry_services, terminates_gracefully
@@ -24,6 +23,7 @@ from tasks import artifacts, tracking
 from tasks.artifacts.manifest import Manifest, directory_digest
 from tasks.corpus.tokenizer import TOKENIZER_FILES
 from tasks.running.cache import SERVED, in_use
+from tasks.running.engines import SERVE_KEY, Program
 from tasks.running.limits import memory as memory_left
 from tasks.running.processes import ChildProcess
 from tasks.settings import ServiceError, Settings, make_home

@@ -11,11 +11,10 @@ from pathlib import Path
 import httpx
 
 from elastic_core.budget import bytes_text
-from flows.endpoint.engines import Engine, Program
 from flows.serving.watched import Watched
+from tasks.running.engines import START_SECONDS, Engine, Program
 from tasks.settings import ServiceError
 
-START_SECONDS = 1800.0  # a large checkpoint is read from a slow disk, and graphs are captured
 POLL_SECONDS = 0.1
 PROBE_SECONDS = 5.0
 
@@ -143,7 +142,11 @@ class Residents:
 
     def _demand(self, size: Size) -> Resident:
         engine = Engine(
-            self._program, size.directory, size.name, cache=self._cache, log=self._logs / f"serve-{size.name}.log"
+            self._program,
+            size.directory,
+            size.name,
+            log=self._logs / f"serve-{size.name}.log",
+            options=self._program.cache_options(self._cache),
         )
         resident = self._residents[size.name] = Resident(size, engine)
         resident.up = asyncio.create_task(self._bring_up(resident))
@@ -192,7 +195,7 @@ class Residents:
         while not resident.runs():
             if not process.running() and (not resident.up.done() or resident.keeps_ending()):
                 fault = "keeps ending" if resident.up.done() else "did not start"
-                raise ServiceError(f"{resident.size.name} {fault}: {process.last_words()}; log: {process.log}")
+                raise ServiceError(f"{resident.size.name} {fault}: {resident.engine.last_words()}; log: {process.log}")
             if time.monotonic() > deadline:
                 raise ServiceError(f"{resident.size.name} does not answer; its log is {process.log}", transient=True)
             if process.running():

@@ -16,7 +16,7 @@ from rich.table import Column, Table
 from flows.commands.terminal import wide_console
 from flows.serving.running import Service, last_running, read_running, this_process, write_running
 from flows.serving.schedule import Schedule
-from flows.serving.servers import KEYS_FILE, MlflowServer, ObjectStore, PrefectServer, answers, choose_port
+from flows.serving.servers import KEYS_FILE, MlflowServer, ObjectStore, PrefectServer, choose_port
 from flows.serving.services import (
     FOREIGN,
     applied,
@@ -28,6 +28,7 @@ from flows.serving.services import (
     start_store,
 )
 from flows.serving.watched import Server, Watched
+from tasks.running.loopback import answers
 from tasks.running.processes import ChildProcess
 from tasks.settings import ENDPOINT, ENDPOINT_S3, HOME, PREFECT_API, TRACKING_URI, ServiceError, Settings, redact
 from tasks.tracking import check_server

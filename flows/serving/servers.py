@@ -5,15 +5,12 @@ import logging
 import os
 import secrets
 import shutil
-import socket
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 
+from tasks.running.loopback import answers, free_ports, is_free
 from tasks.running.processes import ChildProcess
 from tasks.settings import BUCKET, ENDPOINT_S3, ServiceError
 from tasks.tracking import CLIENT_ENVIRONMENT
@@ -21,10 +18,8 @@ from tasks.tracking import CLIENT_ENVIRONMENT
 EMBEDDED_BUCKET = "elastic"
 START_SECONDS = 60.0
 SLOW_START_SECONDS = 180.0  # Prefect and MLflow take 8 on an idle machine
-ANSWER_SECONDS = 20.0  # MLflow's first answer waits for the tables of its database
 START_ATTEMPTS = 3  # a port found free may be taken before the server binds it
 LAST_EVENTS_SECONDS = 60.0
-PORTS = range(10_000, 30_000)
 
 QUIET = {"DO_NOT_TRACK": "true", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", **CLIENT_ENVIRONMENT}
 # After so many seconds Prefect takes a run for cancelled that no worker ends; workers take half a minute.
@@ -250,19 +245,6 @@ def _until(true: Callable[[], bool], process: ChildProcess, seconds: float) -> b
     return False
 
 
-def answers(url: str) -> bool:
-    """Whether an HTTP server answers at `url`, with any status but its own failure."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with direct.open(url, timeout=ANSWER_SECONDS):
-            return True
-    except urllib.error.HTTPError as error:
-        error.close()
-        return error.code < 500
-    except OSError:
-        return False
-
-
 def _weed() -> str:
     beside = Path(sys.executable).with_name("weed")  # where pip puts it, whether or not the environment is on PATH
     found = str(beside) if beside.exists() else shutil.which("weed")
@@ -280,22 +262,6 @@ def choose_port(asked: int | None, name: str, *preferred: int) -> int:
             raise ServiceError(f"port {asked} is taken; stop what listens there, or give another as --{name}-port")
         return asked
     return next(filter(is_free, preferred), None) or free_ports(1)[0]
-
-
-def is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
-
-
-def free_ports(count: int) -> list[int]:
-    """Free ports below the ephemeral range: no outgoing connection takes one between choosing and binding."""
-    shuffled = secrets.SystemRandom().sample(PORTS, len(PORTS))
-    return list(islice(filter(is_free, shuffled), count))
 
 
 def write_private(path: Path, text: str) -> None:

@@ -17,8 +17,9 @@ from types import FrameType
 
 from elastic_core.files.locks import IsHeld, held
 from flows.serving.running import Running, read_running
-from flows.serving.servers import QUIET, START_SECONDS, ObjectStore, PrefectServer, answers, free_ports
+from flows.serving.servers import QUIET, START_SECONDS, ObjectStore, PrefectServer
 from tasks.artifacts import check_bucket, ensure_bucket
+from tasks.running.loopback import answers, free_ports
 from tasks.settings import (
     BUCKET,
     EMBEDDED,

@@ -49,10 +49,14 @@ class Served:
 
 
 class Client:
-    """Asks an endpoint, from any number of threads; faults that pass are waited out."""
+    """Asks an endpoint, from any number of threads; faults that pass are waited out.
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._endpoint = endpoint
+    A server that this process has started gets neither key nor proxy, and `look` is called after each fault: it raises
+    where that server has ended, so that nobody waits for it.
+    """
+
+    def __init__(self, endpoint: Endpoint, look: Callable[[], None] | None = None) -> None:
+        self._endpoint, self._look = endpoint, look
         self._url = endpoint.url.rstrip("/")
         self._shown = redact(self._url)
         self._threads = threading.local()
@@ -109,7 +113,15 @@ class Client:
         return self._patiently(lambda: _completion(self._answered("POST", "chat/completions", body), self._shown))
 
     def _patiently(self, attempt: Callable[[], R]) -> R:
-        return patiently(f"asking {self._shown}", attempt)
+        def attempted() -> R:
+            try:
+                return attempt()
+            except Exception:
+                if self._look is not None:
+                    self._look()
+                raise
+
+        return patiently(f"asking {self._shown}", attempted)
 
     def _answered(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         seconds = self._endpoint.seconds
@@ -138,7 +150,8 @@ class Client:
         """A session of this thread's own: they are not safe to share."""
         if not hasattr(self._threads, "session"):
             self._threads.session = requests.Session()
-            if key := os.environ.get(API_KEY):
+            self._threads.session.trust_env = self._look is None
+            if self._look is None and (key := os.environ.get(API_KEY)):
                 self._threads.session.headers["Authorization"] = f"Bearer {key}"
         session: requests.Session = self._threads.session
         return session

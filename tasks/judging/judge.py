@@ -16,8 +16,8 @@ from tasks.running.bars import Report
 from tasks.running.limits import cores
 
 
-class Engine(Protocol):
-    """What answers as one model. `identity` tells its answers from those of every other model and engine."""
+class Answering(Protocol):
+    """An engine that answers as one model. `identity` tells its answers from those of every other model and engine."""
 
     identity: str
 
@@ -26,7 +26,7 @@ class Engine(Protocol):
 
 
 def judge(
-    benchmark: Benchmark, engine: Engine, samples: Path, *, unsafe_code: bool = False, report: Report = unseen
+    benchmark: Benchmark, engine: Answering, samples: Path, *, unsafe_code: bool = False, report: Report = unseen
 ) -> Score:
     """The engine's score on a benchmark of local files; a killed run goes on from the file of its samples.
 

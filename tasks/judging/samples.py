@@ -168,16 +168,21 @@ def unseen(done: int, total: int, note: str = "") -> None:
     """Shows nobody how far it is."""
 
 
+def _nothing() -> None: ...
+
+
 def fill(
     samples: SampleFile,
     wanted: Sequence[Wanted],
     complete: Callable[[Request], Completion],
     concurrency: int,
     report: Report = unseen,
+    break_off: Callable[[], None] = _nothing,
 ) -> int:
     """Make the samples that are missing, so many at a time, and say how many were.
 
-    Where one fails, no further one is begun, those under way are finished and kept, and the error is raised.
+    Where one fails, no further one is begun, those under way are finished and kept, and the error is raised. Where this
+    process is told to end, `break_off` is called: those under way are waited for, and it may let them fail at once.
     """
     missing, begun = missing_from(samples, wanted), len(samples)
 
@@ -187,12 +192,17 @@ def fill(
     with ThreadPoolExecutor(concurrency, thread_name_prefix="sample") as pool:
         ahead = iter(missing)
         running = {pool.submit(make, each) for each in islice(ahead, concurrency)}
-        while running:
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                future.result()
-            running |= {pool.submit(make, each) for each in islice(ahead, len(done))}
-            report(len(wanted) - len(missing) + len(samples) - begun, len(wanted))
+        try:
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                running |= {pool.submit(make, each) for each in islice(ahead, len(done))}
+                report(len(wanted) - len(missing) + len(samples) - begun, len(wanted))
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                break_off()
+            raise
     return len(missing)
 
 

@@ -45,6 +45,7 @@ def answers_table(evaluation: EvaluationRecord) -> list[dict[str, str]]:
             "tokens a solution": fixed(score.score.tokens, 0),
             "problems": f"{score.score.problems:,}",
             "runs": f"{score.score.runs}",
+            "answered by": score.engine,
         }
         for score in sorted(evaluation.scores, key=lambda score: score.benchmark)
         if score.score is not None

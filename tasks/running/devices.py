@@ -29,6 +29,14 @@ def devices() -> int:
     return max(1, torch.cuda.device_count())
 
 
+def visible() -> list[str]:
+    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them; none on a CPU."""
+    if not torch.cuda.is_available():
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return [name.strip() for name in named.split(",")] if named else [str(i) for i in range(torch.cuda.device_count())]
+
+
 def dealt(items: Sequence[T], count: int) -> list[list[T]]:
     """The items dealt out to `count` shares in turn; no share is empty."""
     return [list(items[first::count]) for first in range(min(count, len(items)))]

@@ -21,6 +21,7 @@ import torch
 from elastic_core.files.locks import held
 from tasks.running.asked import Asked, device_of_run
 from tasks.running.code import kernels
+from tasks.running.devices import visible
 from tasks.running.gpu_pool import DEPLOYMENT_VARIABLE, GpuPool
 from tasks.running.ray_cluster import ADDRESS_VARIABLE, RayCluster
 
@@ -103,6 +104,4 @@ def give_back_memory() -> None:
 
 def _devices() -> list[str]:
     """Names of the devices, always in one order, so that two runs cannot wait for each other."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    numbers = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
-    return sorted(f"cuda-{number.strip()}" for number in numbers) if torch.cuda.is_available() else ["cpu"]
+    return sorted(f"cuda-{name}" for name in visible()) or ["cpu"]

@@ -204,7 +204,7 @@ def check_scorers(evaluation: Evaluation) -> None:
 
 def check_prompts(evaluation: Evaluation, problems: Mapping[str, Artifact], tokenizer: Path) -> None:
     """ValueError where our own decoder is to answer a problem that the model's chat template refuses or loses."""
-    if evaluation.endpoint is None:
+    if evaluation.is_decoded:
         for benchmark in evaluation.benchmarks:
             brought = problems[benchmark.name]
             asked = asked_from(replace(brought, path=str(small_files(brought))), benchmark)

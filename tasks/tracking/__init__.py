@@ -19,6 +19,7 @@ from tasks.tracking.connection import check_server as check_server
 from tasks.tracking.connection import is_server as is_server
 from tasks.tracking.curves import MetricSpool as MetricSpool
 from tasks.tracking.curves import step_curves as step_curves
+from tasks.tracking.registry import ANSWERED as ANSWERED
 from tasks.tracking.registry import BUDGET as BUDGET
 from tasks.tracking.registry import CANDIDATE as CANDIDATE
 from tasks.tracking.registry import CHAMPION as CHAMPION

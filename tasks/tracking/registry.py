@@ -21,6 +21,7 @@ FAMILY, VERSION, BUDGET, MANIFEST = "elastic.family", "elastic.version", "elasti
 REGISTRATION = "elastic.registration"
 PARAMS, SUBNET, STORAGE, STORED = "elastic.params", "elastic.subnet", "elastic.storage", "elastic.stored_bytes"
 PULL, LOADS = "elastic.pull", "elastic.loads"
+ANSWERED = "elastic.answered."  # before a benchmark's name: what answered it
 JUDGED = "elastic.judged."  # before a benchmark's name: the digest of how it was judged
 CONDITIONS, PREFECT_RUN = "elastic.measured_under", "elastic.prefect_run"
 METRIC_PREFIX = "metric."

@@ -1,12 +1,14 @@
 """Laws of how a recipe says what a family is judged by: what is built in, what may be left out, what is refused."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from trainee import AXES, BUDGETS, STAGE
 
-from elastic_core.judging import BUILT_IN, Benchmark, Endpoint
+from elastic_core.judging import BUILT_IN, Benchmark, Endpoint, Engine
 from elastic_core.recipe import Recipe
 from elastic_core.schema import build, to_dict
 
@@ -72,6 +74,22 @@ def test_a_name_with_the_digest_or_the_directory_tells_weights_and_a_gate_takes_
         recipe(evaluation=judged, promotion={"benchmarks": {"sums": 2}})
 
 
+def test_the_page_on_serving_shows_what_a_recipe_may_say() -> None:
+    page = (Path(__file__).parents[2] / "infra/serving.md").read_text()
+    (shown,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    assert recipe(**yaml.safe_load(shown)).evaluation.engine == Engine(options="--max-model-len 40960")
+
+
+def test_an_engine_is_named_with_its_options_and_a_gate_takes_its_scores() -> None:
+    engine = {"program": "vllm", "options": "--max-model-len 40960 --quantization 'fp 8'"}
+    judged = {"benchmarks": [SUMS], "engine": engine}
+    evaluation = recipe(evaluation=judged, promotion={"benchmarks": {"sums": 2}}).evaluation
+    assert evaluation.engine is not None and not evaluation.is_decoded
+    assert evaluation.engine.arguments == ("--max-model-len", "40960", "--quantization", "fp 8")
+    assert recipe(evaluation={"engine": {}}).evaluation.engine == Engine()
+    assert recipe().evaluation.is_decoded
+
+
 PUBLISHED = {"name": "other", "published": {"sums": 50}, "source": "a paper"}
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "own without path": (
@@ -90,6 +108,23 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a key in the URL": (
         {"evaluation": {"endpoint": {"url": "https://me:sesame@host/v1", "model": "m"}}},
         r"evaluation.endpoint: url holds a user's name or password; leave it out, and set OPENAI_API_KEY$",
+    ),
+    "two that answer": (
+        {"evaluation": {"endpoint": {"url": "http://h/v1", "model": "m"}, "engine": {}}},
+        "evaluation: endpoint and engine are both given; leave out the one that is not to answer",
+    ),
+    "an unknown engine": (
+        {"evaluation": {"engine": {"program": "sglang"}}},
+        "evaluation.engine.program is 'sglang'; expected one of: vllm, transformers",
+    ),
+    "options that end inside a text": (
+        {"evaluation": {"engine": {"options": "--chat-template 'a"}}},
+        "evaluation.engine: options=.* is not what a shell can read: No closing quotation",
+    ),
+    "an engine without a GPU for a replica": ({"evaluation": {"engine": {"gpus": 0}}}, "gpus=0 must be greater than 0"),
+    "slices that no engine loads": (
+        {"evaluation": {"engine": {}}, "ffn_layout": "list"},
+        "evaluation.engine: neither vllm nor transformers loads ffn_layout list; choose padded",
     ),
     "a gate to what is not judged": (
         {"promotion": {"benchmarks": {"sums": 2}}},

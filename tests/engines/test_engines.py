@@ -29,10 +29,10 @@ from elastic_core.judging import Benchmark, Endpoint, Sampling
 from elastic_core.layers.norm import Energy
 from elastic_core.model import ElasticNemotronH
 from elastic_core.subnet import Subnet, full_subnet
-from flows.serving.servers import answers, free_ports
 from tasks.corpus.tokenizer import SPECIAL_TOKENS, train_tokenizer
 from tasks.judging.endpoint import Served
 from tasks.judging.judge import judge
+from tasks.running.loopback import answers, free_ports
 from tasks.running.processes import ChildProcess
 
 pytestmark = pytest.mark.services

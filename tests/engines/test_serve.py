@@ -1,8 +1,9 @@
-"""`elastic serve` from a registry to vLLM on this CPU, asked by OpenAI's own client."""
+"""vLLM as we start it, on this CPU: by `elastic serve`, asked by OpenAI's own client, and by the step that judges."""
 
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,12 +22,15 @@ from elastic_core.files.checkpoint import write_weights
 from elastic_core.files.slicing import slice_checkpoint
 from elastic_core.generate import complete
 from elastic_core.geometry import FFN, ModelConfig
+from elastic_core.judging import Benchmark, Engine, Sampling
 from elastic_core.model import ElasticNemotronH
 from elastic_core.subnet import Subnet, full_subnet
-from flows.serving.servers import free_ports
 from flows.serving.services import embedded_services
-from tasks import artifacts, tracking
+from tasks import artifacts, judge, tracking
 from tasks.corpus.tokenizer import train_tokenizer
+from tasks.judging.started import program_for
+from tasks.running.digests import artifact
+from tasks.running.loopback import free_ports
 from tasks.settings import HOME, Settings
 
 pytestmark = pytest.mark.services
@@ -58,7 +62,7 @@ if __name__ == "__main__":
     from vllm.entrypoints.cli.main import main
     main()
 """
-OPTIONS = "--dtype float32 --enforce-eager --max-model-len 512 --max-num-seqs 4"
+OPTIONS = "--enforce-eager --max-model-len 512 --max-num-seqs 4"
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +76,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return program
 
 
-def registered_family(root: Path) -> ElasticNemotronH:
-    """A family of random weights in the registry of a state directory, its sizes champions."""
+def written_family(root: Path) -> ElasticNemotronH:
+    """A family of random weights, and its slices beside it."""
     library = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:30]
     texts = (path.read_text() for path in library)
     train_tokenizer(texts, root / "tokenizer", vocab_size=CONFIG.vocab_size, max_length=CONFIG.max_position_embeddings)
@@ -87,6 +91,12 @@ def registered_family(root: Path) -> ElasticNemotronH:
     write_weights(root / "family", CONFIG, model.state_dict(), torch.float32, source=root / "tokenizer")
     for budget, subnet in SUBNETS.items():
         slice_checkpoint(root / "family", subnet, root / budget)
+    return model.eval()
+
+
+def registered_family(root: Path) -> ElasticNemotronH:
+    """Such a family in the registry of a state directory, its sizes champions."""
+    model = written_family(root)
     with embedded_services(root / "home"):
         settings = Settings.from_environment()
         directories = {budget: root / budget for budget in SUBNETS}
@@ -102,7 +112,7 @@ def registered_family(root: Path) -> ElasticNemotronH:
             settings.registry, family="tiny", version="1", manifest_uri=uri, run_id="", members=members
         )
         tracking.set_alias(settings.registry, tracking.CHAMPION, {entry.name: entry.version for entry in made.values()})
-    return model.eval()
+    return model
 
 
 def greedy(model: ElasticNemotronH, subnet: Subnet, prompt: list[int], tokens: int) -> list[int]:
@@ -123,7 +133,16 @@ def test_a_registered_family_is_served_to_a_stock_client(engine: Path, tmp_path:
     model = registered_family(tmp_path)
     (port,) = free_ports(1)
     command = [sys.executable, "-m", "flows.cli", "serve", "tiny-s", "--port", str(port)]
-    command += ["--engine", str(engine), "--engine-options", OPTIONS, "--cache", "64MiB", "--memory", "1GiB"]
+    command += [
+        "--engine",
+        str(engine),
+        "--engine-options",
+        f"--dtype float32 {OPTIONS}",
+        "--cache",
+        "64MiB",
+        "--memory",
+        "1GiB",
+    ]
     environment = os.environ | {HOME: str(tmp_path / "home"), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     with (tmp_path / "serve.log").open("w") as log:
         serving = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -159,3 +178,37 @@ def test_a_registered_family_is_served_to_a_stock_client(engine: Path, tmp_path:
     answer = tokenizer.decode(greedy(model, SUBNETS["l"], answering, 11), skip_special_tokens=True)
     assert found["answer"] == found["answer streamed"] == answer
     assert found["tokens"] == 16
+
+
+def test_the_step_that_judges_starts_an_engine_and_gets_our_own_decoders_answers(
+    engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(HOME, str(tmp_path / "home"))
+    monkeypatch.setenv("PATH", str(engine.parent), prepend=os.pathsep)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    model, tokenizer = written_family(tmp_path), AutoTokenizer.from_pretrained(tmp_path / "s")
+    rows = []
+    for question in (f"What is {a} + {b}?" for a in range(2) for b in range(2)):
+        chat = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        answer = tokenizer.decode(greedy(model, SUBNETS["s"], prompt, 8), skip_special_tokens=True)
+        rows.append({"question": question, "answer": answer})
+    file = tmp_path / "sums.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = Sampling(temperature=0, top_p=1, max_new_tokens=8, system=None, thinking=False)
+    sums = Benchmark(name="sums", path=str(file), format="exact", runs=1, sampling=drawn)
+    asked = Engine(options=f"{OPTIONS} --kv-cache-memory-bytes {64 << 20}", seconds=SECONDS)
+    told = program_for(asked, "float32").told
+    score = judge.judge_started.fn(
+        model=artifact(tmp_path / "s"),
+        problems=judge.bring_problems.fn(benchmark=sums, identity="", workspace=str(tmp_path)),
+        benchmark=sums,
+        engine=asked,
+        told=told,
+        dtype="float32",
+        unsafe_code=False,
+    )
+    assert re.match(r"vllm [.\d]+ --mamba_ssm_cache_dtype float32 --dtype float32 ", told)
+    assert len({row["answer"] for row in rows}) > 1  # so that an engine which gives one answer to all is seen
+    assert (score.accuracy, score.problems) == (1.0, 4)
+    assert not psutil.Process().children(recursive=True)

@@ -23,9 +23,10 @@ from proxy import FAULTS, fault_proxy
 from served import Served, eventually
 from served import served as serving
 
-from flows.serving.servers import MlflowServer, ObjectStore, free_ports
+from flows.serving.servers import MlflowServer, ObjectStore
 from flows.serving.services import embedded_services
 from tasks.artifacts import Store, open_store
+from tasks.running.loopback import free_ports
 from tasks.settings import BUCKET, ENDPOINT_S3, TRACKING_URI, Settings
 
 pytestmark = pytest.mark.faults

@@ -11,8 +11,9 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.serving.servers import PrefectServer, free_ports
+from flows.serving.servers import PrefectServer
 from tasks.running.gpu_pool import AWAY, start_run
+from tasks.running.loopback import free_ports
 from tasks.settings import ServiceError
 
 

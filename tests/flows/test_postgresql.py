@@ -16,7 +16,7 @@ from micro import Command, Run, write_micro
 from served import Elastified, Served, assert_made, elastify
 from served import served as serving
 
-from flows.serving.servers import free_ports
+from tasks.running.loopback import free_ports
 
 # Debian keeps the programs of each version out of PATH.
 PLACES = os.pathsep.join([os.environ["PATH"], *map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin")))])

@@ -19,7 +19,7 @@ from prefect.utilities.templating import apply_values
 from trainee import STAGE, launch, train_job, write_family, write_tokens
 
 from elastic_core.schema import to_dict
-from flows.serving.servers import free_ports
+from tasks.running.loopback import free_ports
 
 DIRECTORY = Path(__file__).parents[2] / "infra/kubernetes"
 TEMPLATE = json.loads((DIRECTORY / "work-pool.json").read_text())

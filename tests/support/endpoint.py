@@ -3,7 +3,6 @@
 import asyncio
 import json
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,9 +16,9 @@ import psutil
 import standin
 import uvicorn
 
-from flows.endpoint.engines import Program, find_program
 from flows.endpoint.front import endpoint
 from flows.endpoint.residents import Residents, Size
+from tasks.running.engines import Program, find_program
 
 WEIGHTS, CACHE = 1000, 24  # bytes, of each size
 ONE, TWO = 1024, 2048  # memory for so many sizes
@@ -77,10 +76,7 @@ class Stage:
     checkpoint: Path
 
     def program(self, kind: str = "vllm") -> Program:
-        path = self.directory / kind
-        path.write_text(f"#!{sys.executable}\n{Path(standin.__file__).read_text()}")
-        path.chmod(0o755)
-        return find_program(str(path))
+        return find_program(str(standin.write_program(self.directory, kind)))
 
     def residents(self, memory: int, kind: str = "vllm") -> Residents:
         sizes = {f"tiny-{budget}": self._size(budget) for budget in "lms"}

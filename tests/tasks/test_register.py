@@ -131,6 +131,7 @@ def test_scores_on_benchmarks_are_in_the_registry_the_run_and_the_cards(made: Ma
     entry = tracking.resolve(made.settings.registry, release.models[name])
     assert entry.metrics["sums.accuracy"] == 0.75 and entry.metrics["sums.tokens"] == 4096
     assert entry.tags[f"{tracking.JUDGED}sums"] == "alike"
+    assert entry.tags[f"{tracking.ANSWERED}sums"] == "vllm 0.99"
     run = MlflowClient(tracking_uri=made.settings.tracking_uri).get_run(release.run_id)
     assert run.data.metrics["teacher/sums.accuracy"] == 0.9 and run.data.metrics[f"{name}/sums.unanswered"] == 0.125
     of_size, of_all = card(store, release, name), card(store, release, WHOLE)

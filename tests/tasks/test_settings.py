@@ -16,8 +16,8 @@ from answers import answering
 from huggingface_hub import HfApi, close_session
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-from flows.serving.servers import free_ports
 from tasks import artifacts
+from tasks.running.loopback import free_ports
 from tasks.settings import EMBEDDED, ServiceError, Settings, is_transient, redact, remedy
 
 ENVIRONMENT = {

@@ -27,12 +27,13 @@ from prefect.settings import (
 from elastic_core.recipe import Evaluation
 from elastic_core.schema import to_dict
 from flows.serving.gpu_step import gpu_step
-from flows.serving.servers import PrefectServer, free_ports
+from flows.serving.servers import PrefectServer
 from tasks.evaluate import Measurement
 from tasks.records import Artifact, StageRecord
 from tasks.running import code
 from tasks.running.digests import artifact, file_digest
 from tasks.running.gpu_pool import DEPLOYMENT_VARIABLE
+from tasks.running.loopback import free_ports
 from tasks.running.steps import FUNCTIONS, MAKINGS, new_directory, run, step, work_directory
 from tasks.settings import HOME, ServiceError
 

@@ -119,6 +119,11 @@ def environment(**variables: str) -> Spoil:
     return apply
 
 
+def no_engine(directory: Path, patch: pytest.MonkeyPatch) -> list[str]:
+    patch.setenv("PATH", str(directory))
+    return ["evaluation.engine={program: vllm}"]
+
+
 FAULTS: dict[str, tuple[Spoil, str]] = {
     "no teacher": (setting("teacher.path=/no/such/teacher"), r"teacher: teacher.path '/no/such/teacher' is not here"),
     "no tokenizer": (no_tokenizer, r"teacher: .*no tokenizer can be loaded"),
@@ -135,6 +140,10 @@ FAULTS: dict[str, tuple[Spoil, str]] = {
     "no endpoint": (
         setting("evaluation.endpoint={url: 'http://127.0.0.1:9/v1', model: m}"),
         r"evaluation.endpoint: it cannot be reached, or broke off; check that it is up",
+    ),
+    "no engine": (
+        no_engine,
+        r"evaluation.engine: no engine: no vllm that can serve is installed; pip install",
     ),
     "budget too small": (setting("budgets.2.params=1000"), r"budgets: .* cannot be met by these axes; `elastic plan`"),
     "no bucket": (

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+import standin
 from endpoint import CACHE, CHAT, ONE, TWO, Stage, events, eventually, runs
 from prometheus_client.parser import text_string_to_metric_families
 
 from flows.commands.serve import serve_models
-from flows.endpoint.engines import find_program
 from flows.endpoint.residents import Residents
 from tasks.settings import ServiceError
 
@@ -34,7 +34,7 @@ def test_the_sizes_are_its_models(serve: Stage) -> None:
 def test_a_request_and_its_answer_pass_as_they_are(serve: Stage) -> None:
     with serve("tiny-s") as served:
         answer = served.ask("tiny-s", temperature=0.5, anything={"else": [1, None]})
-        assert answer.json() == {"by": "tiny-s", "text": "said by s in pieces"}
+        assert answer.json() == standin.completion("tiny-s", "said by s in pieces")
         (asked,) = served.asked("tiny-s")
         sent = {"model": "tiny-s", "messages": CHAT, "temperature": 0.5, "anything": {"else": [1, None]}}
         assert asked == {"path": "/v1/chat/completions", **sent}
@@ -181,32 +181,6 @@ def test_metrics_are_those_of_all_engines_with_the_size_as_a_label(serve: Stage)
 # What ends the command
 
 
-def test_without_an_engine_the_command_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    for asked in (None, "vllm", "transformers"):
-        with pytest.raises(ValueError, match="pip install vllm"):
-            find_program(asked)
-    with pytest.raises(ValueError, match="is not vllm or transformers"):
-        find_program(str(tmp_path / "vllm"))
-
-
-def test_vllm_is_taken_before_transformers_and_told_to_keep_its_state_exact(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
-    for name in ("vllm", "transformers"):
-        (tmp_path / name).touch(mode=0o755)
-    program = find_program(None, ["--dtype", "float32"])
-    command = program.command(Path("/s"), "tiny-s", 1, CACHE)
-    assert command[:3] == [str(tmp_path / "vllm"), "serve", "/s"]
-    assert command[-2:] == ["--dtype", "float32"]
-    assert command[command.index("--mamba_ssm_cache_dtype") + 1] == "float32"
-    other = find_program("transformers").command(Path("/s"), "tiny-s", 1, CACHE)
-    assert other == [str(tmp_path / "transformers"), "serve", "/s", "--host", "127.0.0.1", "--port", "1"]
-
-
 def test_a_taken_port_and_an_open_address_without_a_key_end_the_command(serve: Stage) -> None:
     program = serve.program()
     with socket.create_server(("127.0.0.1", 0)) as other:
@@ -221,8 +195,8 @@ def test_an_engine_ends_its_children_when_the_command_is_killed(serve: Stage) ->
     code = """
 import os, sys, time
 from pathlib import Path
-from flows.endpoint.engines import Engine, find_program
-engine = Engine(find_program(sys.argv[1]), Path("."), "tiny-s", cache=1, log=Path(sys.argv[2]) / "log")
+from tasks.running.engines import Engine, find_program
+engine = Engine(find_program(sys.argv[1]), Path("."), "tiny-s", log=Path(sys.argv[2]) / "log")
 engine.start()
 time.sleep(600)
 """

@@ -15,7 +15,8 @@ from served import eventually
 
 from flows.serving.ceiling import WAITS
 from flows.serving.deployments import BEAT, end_orphans, ensure_automation, silent_runs, stillborn_runs
-from flows.serving.servers import GIVES_UP, PrefectServer, free_ports
+from flows.serving.servers import GIVES_UP, PrefectServer
+from tasks.running.loopback import free_ports
 
 ROOT = Path(__file__).parents[3]
 SOON = timedelta(seconds=10)  # the least that Prefect takes

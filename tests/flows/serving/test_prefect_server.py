@@ -11,7 +11,8 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
-from flows.serving.servers import PrefectServer, free_ports
+from flows.serving.servers import PrefectServer
+from tasks.running.loopback import free_ports
 
 
 def test_a_failed_statement_that_is_freed_late_stops_nobody(tmp_path: Path) -> None:

@@ -214,17 +214,6 @@ def test_a_reader_of_the_registry_here_shares_the_store_of_its_owner(
         assert Settings.from_environment().endpoint_url == endpoint
 
 
-def test_a_free_port_is_none_that_an_outgoing_connection_gets(monkeypatch: pytest.MonkeyPatch) -> None:
-    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-    ports = servers.free_ports(20)
-    assert len(set(ports)) == 20 and not any(low <= port <= high for port in ports)
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", ports[0]))
-        holder.listen()
-        monkeypatch.setattr(servers, "PORTS", ports)
-        assert set(servers.free_ports(20)) == set(ports[1:])
-
-
 def test_a_server_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "weed"
     broken.write_text("#!/bin/sh\necho no room; exit 1\n")

@@ -9,9 +9,9 @@ import pytest
 from hub import Hub, serving_hub
 from huggingface_hub import close_session, constants, snapshot_download
 
-from flows.serving.servers import free_ports
 from tasks.corpus.hub import HubPath, bring_config, bring_model, commit_of, parse_dataset, parse_model
 from tasks.running import patience
+from tasks.running.loopback import free_ports
 from tasks.settings import HOME
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from flows.serving.servers import PrefectServer, free_ports
+from flows.serving.servers import PrefectServer
+from tasks.running.loopback import free_ports
 
 
 @pytest.fixture(scope="session")

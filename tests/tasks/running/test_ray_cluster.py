@@ -17,9 +17,10 @@ from hosts import GATEWAY, Host, reachable, three_hosts, why_not
 from micro import ELASTIC, write_micro
 from prefect.client.orchestration import SyncPrefectClient
 
-from flows.serving.servers import MlflowServer, ObjectStore, PrefectServer, free_ports
+from flows.serving.servers import MlflowServer, ObjectStore, PrefectServer
 from tasks import distill, evaluate, rank, teacher  # noqa: F401 - each adds its steps to ON_GPU
 from tasks.artifacts import ensure_bucket
+from tasks.running.loopback import free_ports
 from tasks.running.steps import ON_GPU
 from tasks.settings import BUCKET, ENDPOINT_S3, HOME, PREFECT_API, TRACKING_URI, WORKSPACE, Settings
 
