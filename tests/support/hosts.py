@@ -60,6 +60,7 @@ def why_not() -> str:
 def three_hosts() -> Iterator[list[Host]]:
     """Hosts h1, h2 and h3, at 10.77.0.11 to 13, until the block ends and with it all that runs on them."""
     state = Path(tempfile.mkdtemp(prefix="h-", dir="/tmp"))  # short: the paths of sockets are at most 107 characters
+    _clear()
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, state)
         _ip("link", "add", BRIDGE, "type", "bridge")
@@ -91,7 +92,15 @@ def _host(number: int, state: Path) -> Iterator[Host]:
             finally:
                 host.kill()
     finally:
+        _ip("link", "delete", f"elastic-{name}")  # a namespace keeps its end for as long as a socket of it lingers
         _ip("netns", "delete", name)
+
+
+def _clear() -> None:
+    """Remove what tests that were killed have left."""
+    links = [["link", "delete", device] for device in (BRIDGE, *(f"elastic-h{number}" for number in (1, 2, 3)))]
+    for command in (*links, *(["netns", "delete", f"h{number}"] for number in (1, 2, 3))):
+        subprocess.run(["ip", *command], capture_output=True)
 
 
 def _ip(*arguments: str) -> None:
