@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from elastic_core.subnet import full_subnet
 from elastic_core.training import parallel
 from elastic_core.training.faults import LAUNCHER, report_fault
 from elastic_core.training.parallel import World
-from elastic_core.training.resume import last_whole, resume, save_checkpoint, stored_pieces
+from elastic_core.training.resume import last_whole, resume, save_checkpoint
 from elastic_core.training.tokens import Portion, TokenRows
 from elastic_core.training.train import StageRun, make_optimizer, train_stage
 
@@ -88,13 +89,14 @@ def run_job(job: TrainJob, world: World) -> None:
             if done % job.stage.checkpoint_every == 0 or late or done == steps:
                 save_checkpoint(work, run, done, rows)
                 saved = time.monotonic()
-    if start < steps and last_whole(work, world) < steps:
+    if start < steps and last_whole(work, run.world, own=True) < steps:
         save_checkpoint(work, run, steps, rows)
-        if last_whole(work, world) < steps:
+        if last_whole(work, run.world, own=True) < steps:
             raise checkpoint.CheckpointError(f"{work}: does not give back what is written to it; look at the disk")
     if world.rank == 0:
         mend_metrics(work / METRICS, rows)
-        export(job, run, family)
+    parallel.with_whole(run.student.state_dict(keep_vars=True), world, partial(export, job, run, family))
+    if world.is_first_here:
         shutil.rmtree(work / "checkpoints", ignore_errors=True)
     world.barrier()
 
@@ -230,14 +232,15 @@ def mend_metrics(path: Path, rows: Sequence[str]) -> None:
     part.replace(path)
 
 
-def export(job: TrainJob, run: StageRun, family: checkpoint.Family | None) -> None:
+def export(
+    job: TrainJob, run: StageRun, family: checkpoint.Family | None, whole: Callable[[str], torch.Tensor]
+) -> None:
     """Write the trained checkpoint to `job.output`; where its router trained, with the budgets resolved by it.
 
-    The weights stream from the stage's last checkpoint, whose files hold the rows of all processes. Matrices are
-    written in the job's type, all else and the routers of experts in the type that it came in.
+    `whole` gives all rows of a weight, one at a time, which may be on other hosts' disks alone. Matrices are written in
+    the job's type, all else and the routers of experts in the type that it came in.
     """
     source, config = Path(job.student), run.student.config
-    pieces = stored_pieces(Path(job.work), job.stage.steps)
     plan = {
         name: shards.TensorInfo(
             dtype=stored.dtype if keeps_type(name, len(stored.shape)) else DTYPES[job.dtype], shape=stored.shape
@@ -246,13 +249,12 @@ def export(job: TrainJob, run: StageRun, family: checkpoint.Family | None) -> No
     }
 
     def blocks(name: str) -> Iterator[torch.Tensor]:
-        dtype = plan[name].dtype
-        for piece in pieces[f"student.{name}"]:
-            for block in piece.blocks(None):
-                rows = block.to(dtype)
-                if not shards.is_finite(rows):
-                    raise ValueError(f"{name} holds NaN or infinity as {dtype}; it is not written to {job.output}")
-                yield rows
+        weight, dtype = whole(name), plan[name].dtype
+        for block in weight.split(max(1, shards.CHUNK_BYTES * len(weight) // weight.nbytes)):
+            rows = block.to("cpu", dtype)
+            if not shards.is_finite(rows):
+                raise ValueError(f"{name} holds NaN or infinity as {dtype}; it is not written to {job.output}")
+            yield rows
 
     def beside(directory: Path) -> None:
         if family is not None and run.router is not None:

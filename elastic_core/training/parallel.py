@@ -7,7 +7,7 @@ and its model stays as it is.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -55,6 +55,17 @@ class World:
     def shards(self) -> int:
         """The number of processes that divide the weights; the first so many hold all of them once."""
         return self.mesh.size() if self.mesh is not None else 1
+
+    @property
+    def here(self) -> range:
+        """The ranks of this host's processes."""
+        first = self.rank - self.rank % self.on_a_host
+        return range(first, first + self.on_a_host)
+
+    @property
+    def is_first_here(self) -> bool:
+        """Whether this process is the one of its host that makes and removes directories."""
+        return self.rank == self.here[0]
 
     def divided(self, sharding: Sharding) -> "World":
         """This world with the weights divided among all its processes, or with `hybrid` among those of each host."""
@@ -223,6 +234,22 @@ def own_part(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
     return {name: local_rows(tensor)[0] for name, tensor in tensors.items() if world.rank == 0 or is_divided(tensor)}
 
 
+def with_whole(tensors: Mapping[str, Tensor], world: World, use: Callable[[Callable[[str], Tensor]], None]) -> None:
+    """Call `use` in the first process, with what gives it all rows of a tensor by its name; the others add theirs."""
+    names = [*tensors]
+
+    def whole(index: int) -> Tensor:
+        tensor = tensors[names[index]].detach()
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    if world.rank == 0:
+        use(lambda name: whole(world.from_first(names.index(name))))
+        world.from_first(len(names))
+        return
+    while (asked := world.from_first(0)) < len(names):
+        whole(asked)
+
+
 def read_rows(tensor: Tensor, pieces: Sequence[StoredTensor]) -> None:
     """Fill this process's rows of `tensor` from `pieces`, which hold all its rows in order."""
     local, first = local_rows(tensor)
@@ -242,8 +269,11 @@ def read_rows(tensor: Tensor, pieces: Sequence[StoredTensor]) -> None:
 
 @contextmanager
 def staged_together(directory: Path, world: World) -> Iterator[Path]:
-    """A new directory that every process fills, which becomes `directory` when all of them are done, whole or never."""
-    if world.rank == 0:
+    """A new directory that a host's processes fill, one on each host; it becomes `directory` when all of them are done.
+
+    Hosts share no disk: each has what its own processes write.
+    """
+    if world.is_first_here:
         with staged_directory(directory) as staging:
             world.barrier()
             yield staging

@@ -6,6 +6,9 @@ where every host has a copy) with its rows of every tensor, in the order of the 
 along the first dimension only, so a reader takes the rows it needs of each piece. torch.distributed.checkpoint is not
 used: it pickles what is not a tensor, under a safetensors name too (C8).
 
+Hosts share no disk: each writes the files of its own processes and, of all files, `state.json`. Who starts the stage
+again on several hosts first brings the files of all to each.
+
 `metrics.jsonl` beside them has the metrics of every step done, and `state.json` the size and the SHA-256 of all these
 files. A checkpoint whose files are not what `state.json` says is never loaded: the one before it is.
 """
@@ -21,7 +24,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from elastic_core.files.directories import sync
 from elastic_core.files.shards import (
     CheckpointError,
     StoredTensor,
@@ -69,33 +71,42 @@ def save_checkpoint(work: Path, run: StageRun, done: int, rows: Sequence[str]) -
     `rows` are the metrics of these steps, a line of JSON each.
     """
     world = run.world
+    text = "".join(f"{row}\n" for row in rows).encode()  # seconds differ by process, and the first's count
     with staged_together(checkpoint_directory(work, done), world) as staging:
         size, digest = 0, bytes(hashlib.sha256().digest_size)
         if world.rank < world.shards:
             own = staging / _file_name(world.rank, world.shards)
             digest = bytes.fromhex(write_tensors(own, own_part(_tensors(run), world)))
-            sync(own)  # on a disk that hosts share, no other process can do it
             size = own.stat().st_size
-        fact = torch.tensor([size, *digest], dtype=torch.int64)
-        facts = [shared.tolist() for shared in world.gathered(fact)][: world.shards]
+        fact = [size, *digest, len(text), *hashlib.sha256(text).digest()]
+        facts = [shared.tolist() for shared in world.gathered(torch.tensor(fact, dtype=torch.int64))]
+        half = len(fact) // 2
+        files = {_file_name(rank, world.shards): _written(facts[rank][:half]) for rank in range(world.shards)}
+        files[ROWS_FILE] = _written(facts[0][half:])
         if world.rank == 0:
-            text = "".join(f"{row}\n" for row in rows).encode()
             (staging / ROWS_FILE).write_bytes(text)
-            files = {
-                _file_name(rank, world.shards): _Written(size=size, sha256=bytes(digest).hex())
-                for rank, (size, *digest) in enumerate(facts)
-            }
-            files[ROWS_FILE] = _Written(size=len(text), sha256=hashlib.sha256(text).hexdigest())
+        if world.is_first_here:
             state = _State(stage=run.stage.name, done=done, processes=world.shards, files=files)
             write_json(staging / STATE_FILE, to_dict(state))
-    if world.rank == 0:
-        _remove_older(work)
+    if world.is_first_here:
+        _remove_older(work, world)
 
 
-def _remove_older(work: Path) -> None:
-    """Remove what is older than the latest two whole checkpoints; that a file is torn or missing its size tells."""
+def _written(fact: Sequence[int]) -> _Written:
+    size, *digest = fact
+    return _Written(size=size, sha256=bytes(digest).hex())
+
+
+def _own_files(world: World) -> list[str]:
+    """The files that this host's processes write."""
+    ranks = [rank for rank in world.here if rank < world.shards]
+    return [_file_name(rank, world.shards) for rank in ranks] + [ROWS_FILE] * (0 in world.here)
+
+
+def _remove_older(work: Path, world: World) -> None:
+    """Remove what is older than the latest two checkpoints whose files of this host are whole, by their sizes."""
     present = _steps_done(work)
-    whole = [done for done in present if not _damage(work, done, 0, 1, sizes_only=True)]
+    whole = [done for done in present if not _damage(work, done, _own_files(world), sizes_only=True)]
     for old in present:
         if len(whole) >= KEPT_CHECKPOINTS and old < whole[-KEPT_CHECKPOINTS]:
             shutil.rmtree(checkpoint_directory(work, old))
@@ -119,33 +130,49 @@ def resume(work: Path, run: StageRun) -> tuple[int, list[str]]:
     return done, (checkpoint_directory(work, done) / ROWS_FILE).read_text().splitlines()
 
 
-def last_whole(work: Path, world: World) -> int:
-    """The steps done at the latest checkpoint that is as it was written; 0 without one.
+def last_whole(work: Path, world: World, *, own: bool = False) -> int:
+    """The steps done at the latest checkpoint that every host has as it was written; 0 without one.
 
-    The processes hash the files together. A damaged checkpoint is removed, with a warning that names the file.
+    With `own` each host looks at the files alone that it writes itself; then `world` is divided as when they were
+    written. The processes of a host hash together. A damaged checkpoint is removed, with a warning that names the file,
+    and so is one of later steps.
     """
     while done := world.from_first(max(_steps_done(work), default=0)):
-        damage = _damage(work, done, world.rank, world.size)
+        share = slice(world.rank - world.here[0], None, world.on_a_host)
+        damage = _damage(work, done, _own_files(world) if own else None, share)
         if world.all_agree(not damage):
             break
         if damage:
             logger.warning("%s; it is passed over for the checkpoint before it", damage)
-        if world.rank == 0:
-            shutil.rmtree(checkpoint_directory(work, done))
-        world.barrier()
+        world.barrier()  # all have looked
+        _remove_from(work, done, world)
+    _remove_from(work, done + 1, world)
     return done
 
 
-def _damage(work: Path, done: int, rank: int, processes: int, *, sizes_only: bool = False) -> str:
-    """What is wrong with a checkpoint, in one line; "" where nothing is. Each process looks at its share of the files.
+def _remove_from(work: Path, first: int, world: World) -> None:
+    """Remove this host's checkpoints of so many steps done and more."""
+    if world.is_first_here:
+        for done in _steps_done(work):
+            if done >= first:
+                shutil.rmtree(checkpoint_directory(work, done))
+    world.barrier()
+
+
+def _damage(
+    work: Path, done: int, names: Sequence[str] | None, share: slice = slice(None), *, sizes_only: bool = False
+) -> str:
+    """What is wrong with a share of a checkpoint's files, all or those `names`, in one line; "" where nothing is.
 
     Only what was read tells of damage: where reading itself fails, the error is raised.
     """
     directory = checkpoint_directory(work, done)
     try:
         state = _read_state(directory)
-        for name, written in list(state.files.items())[rank::processes]:
+        for name in list(state.files if names is None else names)[share]:
             path = regular_file(directory, name)
+            if (written := state.files.get(name)) is None:
+                return f"{path} is none of the files that {directory / STATE_FILE} names"
             if (size := path.stat().st_size) != written.size:
                 return f"{path} is torn: it has {size} bytes of {written.size}"
             if not sizes_only and (digest := _sha256(path)) != written.sha256:

@@ -127,26 +127,38 @@ def metrics_of(work: Path) -> dict[int, dict[str, Any]]:
 
 
 def launch(processes: int, *jobs: TrainJob, copy: bool = False, hosts: int = 1) -> None:
-    """Run this file with these jobs under torchrun, with so many processes on each host; the hosts are all this one."""
+    """Run this file with these jobs under torchrun, with so many processes on each host.
+
+    The hosts are all this one; each has a work directory of its own, and the first has that of the job.
+    """
     files = []
-    for each in jobs:
-        files.append(Path(each.work) / "job.json")
-        files[-1].write_text(json.dumps(to_dict(each)))
-    meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}", f"--nnodes={hosts}"]
+    for host in range(hosts):
+        here = [on_host(host, each) if host else each for each in jobs]
+        files.append([Path(each.work) / "job.json" for each in here])
+        for each, file in zip(here, files[-1], strict=True):
+            file.write_text(json.dumps(to_dict(each)))
+    meet = [f"--nnodes={hosts}", "--master-addr=localhost", f"--master-port={free_port()}"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", *meet, f"--nproc-per-node={processes}"]
     started = [
         subprocess.Popen(
-            [*torchrun, __file__, *(["--copy"] if copy else []), *map(str, files)],
+            [*torchrun, f"--node-rank={host}", __file__, *(["--copy"] if copy else []), *map(str, files[host])],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for _ in range(hosts)
+        for host in range(hosts)
     ]
     for process in started:
         _, said = process.communicate(timeout=300)
         assert process.returncode == 0, said
+
+
+def on_host(host: int, job: TrainJob) -> TrainJob:
+    """The job on another host, which shares no directory with the first."""
+    work = Path(job.work) / "hosts" / str(host)
+    work.mkdir(parents=True, exist_ok=True)
+    return dataclasses.replace(job, work=str(work), output=str(work / "family"))
 
 
 def free_port() -> int:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -77,6 +78,28 @@ def test_any_number_of_processes_reads_and_writes_the_same_state(start, tmp_path
         assert after.keys() == before.keys()
         for name, tensor in before.items():
             assert torch.equal(tensor, after[name]), name
+
+
+@pytest.mark.services
+def test_hosts_write_their_own_files_and_go_on_when_each_has_those_of_all(start, tmp_path, monkeypatch):
+    whole, source, target = (sized(start, tmp_path / name, count) for name, count in (("whole", 1), ("0", 1), ("1", 2)))
+    job.run_job(whole, ALONE)
+    stop_after(source, 5, monkeypatch)
+    step = "checkpoints/step-000000004"
+    shutil.copytree(tmp_path / "0" / step, tmp_path / "0/hosts/1" / step)
+    launch(1, source, target, copy=True, hosts=2)
+    here, there = (tmp_path / "1" / host / step for host in ("", "hosts/1"))
+    assert {path.name for path in here.iterdir()} == {"rank-00000-of-00002.safetensors", job.METRICS, "state.json"}
+    assert {path.name for path in there.iterdir()} == {"rank-00001-of-00002.safetensors", "state.json"}
+    assert (here / "state.json").read_bytes() == (there / "state.json").read_bytes()
+    for path, other in ((here, there), (there, here)):
+        for file in other.iterdir():
+            shutil.copy(file, path / file.name)
+    assert all(torch.equal(rows, state(tmp_path / "1", 4)[name]) for name, rows in state(tmp_path / "0", 4).items())
+    launch(1, target, hosts=2)
+    for number, row in metrics_of(tmp_path / "whole").items():
+        assert metrics_of(tmp_path / "1")[number]["loss"] == pytest.approx(row["loss"], abs=SUM_ORDER), number
+    assert Path(target.output).exists() and not there.parent.exists()
 
 
 @pytest.mark.services
