@@ -84,8 +84,8 @@ def pipeline(recipe: Recipe) -> Outcome:
     tag_run(recipe.family)
     settings = Settings.from_environment()
     workspace = str(settings.home / "workspace")
-    if told := check_cluster(recipe):
-        logger.info("%s", told)
+    if (cluster := check_cluster(recipe)).words:
+        logger.info("%s", cluster.words)
     with tracked(recipe, settings, pipeline) as run_id:
         link_curves(settings, run_id)
         check_scorers(recipe.evaluation)
@@ -124,6 +124,7 @@ def pipeline(recipe: Recipe) -> Outcome:
                 seed=recipe.seed,
                 workspace=workspace,
                 weights=recipe.data.weights(stage.sources),
+                least_nodes=cluster.least_nodes.get(stage.name, 1),
             )
             stages.append(trained)
             family, first_step = trained.family, first_step + stage.steps

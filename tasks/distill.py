@@ -31,8 +31,11 @@ def distill(
     run_id: str,
     workspace: str,
     weights: tuple[float, ...] | None = None,
+    least_nodes: int = 1,
 ) -> StageRecord:
     """Distil the teacher into every budget of the family for one stage, on data from each source by its weight.
+
+    On a cluster it trains on as many nodes as there are, and waits for `least_nodes`, the fewest that it fits on.
 
     Curves go to the MLflow run as they come, numbered from `first_step`; MLflow's absence stops nothing.
     """

@@ -240,7 +240,7 @@ def with_whole(tensors: Mapping[str, Tensor], world: World, use: Callable[[Calla
 
     def whole(index: int) -> Tensor:
         tensor = tensors[names[index]].detach()
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return tensor.full_tensor() if is_divided(tensor) else tensor
 
     if world.rank == 0:
         use(lambda name: whole(world.from_first(names.index(name))))

@@ -231,7 +231,7 @@ def _gpus(plan: RecipePlan) -> tuple[str, None]:
 
 
 def _cluster(recipe: Recipe) -> tuple[str, None]:
-    return check_cluster(recipe), None
+    return check_cluster(recipe).words, None
 
 
 def _disk(plan: RecipePlan, home: Path) -> tuple[str, None]:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +17,7 @@ from elastic_core.geometry import MOE, ModelConfig
 from elastic_core.planning.machine import H100
 from elastic_core.planning.plan import check_budgets, plan_recipe
 from elastic_core.planning.profile import recipe_table
-from elastic_core.recipe import Evaluation, Recipe
+from elastic_core.recipe import Evaluation, Recipe, Stage
 from tasks.artifacts import check_bucket, get_file, list_objects, open_store
 from tasks.artifacts.leases import check_workspace
 from tasks.corpus.ends import end_warnings
@@ -33,6 +33,7 @@ from tasks.judging.judge import require_scorer
 from tasks.records import Artifact
 from tasks.reporting.fit import unfit
 from tasks.running import code
+from tasks.running.nodes import nodes_for
 from tasks.running.places import elsewhere
 from tasks.running.ray_cluster import Host, RayCluster
 from tasks.running.steps import ON_GPU
@@ -88,14 +89,22 @@ def check_prefect(url: str | None) -> None:
         )
 
 
-def check_cluster(recipe: Recipe) -> str:
-    """What a Ray cluster has for a recipe, in words; "" where steps for a GPU run elsewhere.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForRecipe:
+    """What a cluster has for a recipe, in words, and the fewest nodes that each stage fits on, by its name."""
+
+    words: str
+    least_nodes: Mapping[str, int]
+
+
+def check_cluster(recipe: Recipe) -> ForRecipe:
+    """What a Ray cluster has for a recipe; nothing, with the words "", where steps for a GPU run elsewhere.
 
     A ValueError names the host that cannot do the steps that this process knows, or the stage that fits on no host.
     """
     place = elsewhere()
     if not isinstance(place, RayCluster):
-        return ""
+        return ForRecipe(words="", least_nodes={})
     named = (recipe.teacher.path, recipe.evaluation.problems, *(reference.path for reference in recipe.references))
     files = [path for path in named if path is not None and Path(path).exists()]  # of this host, else of the Hub or S3
     steps = {f"{step.fn.__module__}:{name}": code.runs(step.fn) for name, step in ON_GPU.items()}
@@ -107,10 +116,11 @@ def check_cluster(recipe: Recipe) -> str:
     count = f"{len(hosts)} host{'s' * (len(hosts) > 1)}"
     if not least.gpus:
         _check_without_gpu(recipe, place)
-        return f"{place.name} has {count} without a GPU"
-    _check_stages(recipe, least)
+        return ForRecipe(words=f"{place.name} has {count} without a GPU", least_nodes={})
+    fewest = _check_stages(recipe, least, len(hosts))
     each = f"{least.gpus} x {least.gpu} of {bytes_text(least.gpu_memory)}"
-    return f"{place.name} has {count}, the least with {each}, on which every stage fits"
+    words = f"{place.name} has {count}, the least with {each}, on which every stage fits"
+    return ForRecipe(words=words, least_nodes=fewest)
 
 
 def _check_without_gpu(recipe: Recipe, place: RayCluster) -> None:
@@ -123,19 +133,32 @@ def _check_without_gpu(recipe: Recipe, place: RayCluster) -> None:
         )
 
 
-def _check_stages(recipe: Recipe, host: Host) -> None:
-    """ValueError for a stage that does not fit on the GPUs of a host: a stage trains on one."""
+def _check_stages(recipe: Recipe, host: Host, hosts: int) -> dict[str, int]:
+    """The fewest of so many hosts like this one that each stage fits on; ValueError where it does not fit on all."""
     accelerator = replace(H100, memory=host.gpu_memory, on_a_host=host.gpus)
-    used = {stage.name: processes_for(stage, host.gpus) for stage in recipe.stages}
-    plan = plan_recipe(recipe, _geometry(recipe), accelerator, sorted({*used.values()}), recipe_table(recipe))
+    used = {stage.name: _processes_by_hosts(stage, host.gpus, hosts) for stage in recipe.stages}
+    counts = {count for by_hosts in used.values() for count in by_hosts.values()}
+    plan = plan_recipe(recipe, _geometry(recipe), accelerator, sorted(counts), recipe_table(recipe))
+    meshes = {planned.stage.name: {mesh.gpus: mesh for mesh in planned.meshes} for planned in plan.stages}
     faults = [
         unfit(accelerator, planned, mesh)
         for planned in plan.stages
-        for mesh in planned.meshes
-        if mesh.gpus == used.get(planned.stage.name) and not mesh.fits
+        if (by_hosts := used.get(planned.stage.name))
+        and not (mesh := meshes[planned.stage.name][by_hosts[max(by_hosts)]]).fits
     ]
     if faults:
-        raise ValueError(f"{' '.join(faults)} A stage trains on the GPUs of one host.")
+        each = f"{host.gpus} GPU{'s' * (host.gpus > 1)}"
+        raise ValueError(f"{' '.join(faults)} The cluster has {hosts} host{'s' * (hosts > 1)} of {each}.")
+    return {
+        name: min(count for count, processes in by_hosts.items() if meshes[name][processes].fits)
+        for name, by_hosts in used.items()
+    }
+
+
+def _processes_by_hosts(stage: Stage, gpus: int, hosts: int) -> dict[int, int]:
+    """With how many processes a stage trains on so many hosts, by the numbers of hosts that its batch divides among."""
+    counts = {count for most in range(1, hosts + 1) if (count := nodes_for(stage, most, gpus)) > 1}
+    return {1: processes_for(stage, gpus), **{count: count * gpus for count in sorted(counts)}}
 
 
 def _geometry(recipe: Recipe) -> ModelConfig:

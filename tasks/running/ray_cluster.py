@@ -1,9 +1,10 @@
 """A step done by a Ray cluster: Ray finds a whole node that is free, and the step runs there as a task of Ray's.
 
-Alone imports Ray, and only where RAY_ADDRESS is set. A host of the cluster needs what a worker of the gpu pool needs:
-this package, and the services in its own environment. None of that, and so no secret, is part of what Ray passes on and
-its dashboard shows. What hosts make they share through the workspace in the object store. A host has the step's lease
-while it works, so that a host that Ray takes for lost, and its successor, do not make a result twice.
+A stage of training has several nodes (ray_nodes.py). These two files alone import Ray, and only where RAY_ADDRESS is
+set. A host of the cluster needs what a worker of the gpu pool needs: this package, and the services in its own
+environment. None of that, and so no secret, is part of what Ray passes on and its dashboard shows. What hosts make they
+share through the workspace in the object store. A host has the step's lease while it works, so that a host that Ray
+takes for lost, and its successor, do not make a result twice.
 """
 
 import importlib
@@ -33,8 +34,11 @@ from prefect.logging.handlers import APILogWorker
 from prefect.results import get_result_store
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from elastic_core.recipe import Stage
+from elastic_core.schema import build
 from tasks.running import code
 from tasks.running.asked import WORKERS_OF, Asked, show_our_lines
+from tasks.running.nodes import NodeLost, nodes_for
 from tasks.settings import (
     EMBEDDED,
     ENDPOINT_S3,
@@ -51,7 +55,11 @@ ATTEMPTS = 5
 CONNECT_SECONDS = 10.0
 CANCEL_SECONDS = 30.0  # for a step to end its processes
 LOOK_SECONDS = 300.0
+RESERVE_SECONDS = 60.0
 LAST_LINES_SECONDS = 10.0
+
+# The input of a step that may have several nodes.
+LEAST_NODES = "least_nodes"
 
 OUR_LOGGERS = "elastic_core,tasks,flows"
 
@@ -91,16 +99,21 @@ class RayCluster:
         ray, wanted = _connected(self.address), _first_seen(self.address).node
         context = FlowRunContext.get()
         run = context.flow_run.id if context is not None and context.flow_run is not None else None
-        function = ray.remote(_do_here).options(name=asked.title, max_retries=0, **_options(**wanted))
+        given = options(**{"CPU": 0.0, **wanted})
         for attempt in range(1, ATTEMPTS + 1):
-            logger.info("%s waits for a node of %s with %s", asked.step, self.name, _in_words(wanted))
-            task = function.remote(asked, run)
             try:
-                with _cancelled_at_the_end(ray, task):
-                    ray.get(task)
+                with self._reserved(ray, asked, wanted) as there:
+                    function = ray.remote(_do_here).options(name=asked.title, max_retries=0, **given, **there)
+                    task = function.remote(asked, run)
+                    with _cancelled_at_the_end(ray, task):
+                        ray.get(task)
                 return
             except ray.exceptions.RayTaskError as error:
-                told = isinstance(getattr(error, "cause", None), ServiceError)  # by _do_here
+                cause = getattr(error, "cause", None)
+                if isinstance(cause, NodeLost):
+                    logger.warning("%s (attempt %d of %d); it goes on with what is left", cause, attempt, ATTEMPTS)
+                    continue
+                told = isinstance(cause, ServiceError)  # by _do_here
                 raise ServiceError(
                     _reason(error) if told else f"{asked.step} cannot be done on {self.name}: {_reason(error)}"
                 ) from None
@@ -114,6 +127,29 @@ class RayCluster:
                 logger.warning("%s: its host was lost (attempt %d of %d): %s", asked.step, attempt, ATTEMPTS, reason)
         raise ServiceError(f"{asked.step} lost its host {ATTEMPTS} times; look at Ray's logs and at the hosts' memory")
 
+    @contextmanager
+    def _reserved(self, ray: Any, asked: Asked, wanted: Mapping[str, float]) -> Iterator[dict[str, Any]]:
+        """The options that place a step: none where it has one node, else the first of nodes that it has all at once.
+
+        How many is decided anew whenever they are not free, for nodes come and go.
+        """
+        while True:
+            nodes = sum(_has(node, wanted) for node in _nodes(ray))
+            count = count_of_nodes(asked.inputs, nodes, int(wanted.get("GPU", 0)))
+            many = f"{count} nodes" if count > 1 else "a node"
+            logger.info("%s waits for %s of %s with %s", asked.step, many, self.name, _in_words(wanted))
+            if count == 1:
+                yield {}
+                return
+            group = ray.util.placement_group([dict(wanted)] * count, strategy="STRICT_SPREAD")
+            try:
+                if group.wait(RESERVE_SECONDS):
+                    scheduling = ray.util.scheduling_strategies
+                    yield {"scheduling_strategy": scheduling.PlacementGroupSchedulingStrategy(group, 0)}
+                    return
+            finally:
+                ray.util.remove_placement_group(group)
+
     def hosts(self, steps: Mapping[str, Mapping[str, str]], files: Sequence[str]) -> list[Host]:
         """Every host on which Ray may run a step, looked at; a ServiceError where none answers.
 
@@ -124,12 +160,22 @@ class RayCluster:
         for node in _nodes(ray):
             if _has(node, wanted):
                 there = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                function = ray.remote(_look).options(max_retries=1, **_options(CPU=0), scheduling_strategy=there)
+                function = ray.remote(_look).options(max_retries=1, **options(CPU=0), scheduling_strategy=there)
                 looks.append((node["NodeManagerHostname"], function.remote(steps, files, os.environ[WORKSPACE])))
         found = [host for name, look in looks if (host := _host(ray, name, look)) is not None]
         if not found:
             raise ServiceError(f"no host of {self.name} answers; look at it with `ray status`", transient=True)
         return [_with_its_gpus(host, int(wanted.get("GPU", 0))) for host in found]
+
+
+def count_of_nodes(inputs: Mapping[str, Any], nodes: int, gpus: int) -> int:
+    """On how many of so many nodes, with so many GPUs each, a step is done: one, but for a stage of training.
+
+    A stage waits for as many as it needs where fewer are left.
+    """
+    if LEAST_NODES not in inputs:
+        return 1
+    return max(int(inputs[LEAST_NODES]), nodes_for(build(Stage, inputs["stage"]), nodes, gpus))
 
 
 def check_shared_services() -> None:
@@ -223,7 +269,7 @@ def _check_address(address: str) -> None:
         ) from error
 
 
-def _options(**resources: float) -> dict[str, Any]:
+def options(**resources: float) -> dict[str, Any]:
     """A task's place, and what of our lines is to be on the run's page, which is no secret."""
     asked = {f"num_{name.lower()}s": count for name, count in resources.items()}
     return {**asked, "runtime_env": {"env_vars": {"PREFECT_LOGGING_EXTRA_LOGGERS": OUR_LOGGERS}}}
@@ -289,22 +335,25 @@ def _own_sigterm() -> Iterator[None]:
 
 def _do_here(asked: Asked, flow_run: UUID | None) -> None:
     """The task of Ray's: do the step, as a part of the flow run that asks, on whose page its progress and lines are."""
-    from tasks.running.steps import do_asked  # steps.py itself imports this module, by way of places.py
+    from tasks.running.ray_nodes import with_others  # steps.py itself imports this module, by way of places.py
+    from tasks.running.steps import do_asked
 
     host = socket.gethostname()
     try:
         check_shared_services()
         importlib.import_module(asked.module)
-        with _part_of(flow_run):
+        with part_of(flow_run), with_others(asked, flow_run):
             logger.info("%s is done on %s", asked.title, host)
             do_asked(asked.step, asked.inputs, asked.device, asked.runs)
+    except NodeLost:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ServiceError(f"{asked.step} failed on {host}: {reason}") from error
 
 
 @contextmanager
-def _part_of(flow_run: UUID | None) -> Iterator[None]:
+def part_of(flow_run: UUID | None) -> Iterator[None]:
     """Let steps be task runs of a flow run that goes on in another process; all that Prefect is told arrives."""
     ensure_logging_setup()
     show_our_lines()
@@ -340,11 +389,11 @@ def _look(steps: Mapping[str, Mapping[str, str]], files: Sequence[str], workspac
         gpus=count,
         gpu=torch.cuda.get_device_name(0) if count else "",
         gpu_memory=torch.cuda.get_device_properties(0).total_memory if count else 0,
-        fault=_fault(steps, files, workspace),
+        fault=fault_of_host(steps, files, workspace),
     )
 
 
-def _fault(steps: Mapping[str, Mapping[str, str]], files: Sequence[str], workspace: str) -> str:
+def fault_of_host(steps: Mapping[str, Mapping[str, str]], files: Sequence[str], workspace: str) -> str:
     from tasks.running.steps import ON_GPU  # as above
 
     try:

@@ -42,8 +42,8 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# They say where results and reports go, not what they are: no part of a key.
-UNKEYED = {"workspace", "run_id"}
+# They say where a step runs and results and reports go, not what they are: no part of a key.
+UNKEYED = {"workspace", "run_id", "least_nodes"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +74,9 @@ WAYS: dict[str, Callable[[], str]] = {}
 TITLES: dict[str, Callable[[Mapping[str, Any]], str]] = {}
 FUNCTIONS: list[Callable[..., Any]] = []
 
-# The key of the step that runs.
+# The key of the step that runs, and its inputs as they are here.
 _own_key: ContextVar[str] = ContextVar("own_key")
+_own_inputs: ContextVar[Mapping[str, Any]] = ContextVar("own_inputs")
 
 
 def step(
@@ -103,11 +104,12 @@ def step(
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
             with at_hand(signature.bind(*args, **kwargs).arguments) as inputs:
                 code.check_unchanged(function)
-                token = _own_key.set(making(inputs).key)
+                tokens = _own_key.set(making(inputs).key), _own_inputs.set(inputs)
                 try:
                     return function(**inputs)  # type: ignore[call-arg]
                 finally:
-                    _own_key.reset(token)
+                    _own_key.reset(tokens[0])
+                    _own_inputs.reset(tokens[1])
                     if on_gpu:
                         give_back_memory()
 
@@ -360,6 +362,11 @@ def _content(value: Any) -> Any:
 def own_key() -> str:
     """The key of the step that runs; "" outside of steps."""
     return _own_key.get("")
+
+
+def own_inputs() -> Mapping[str, Any]:
+    """The inputs of the step that runs, with every artifact at its place on this host."""
+    return _own_inputs.get()
 
 
 def work_directory(workspace: str, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Training runs in processes of its own, under torchrun; this module starts, follows and ends them."""
+"""Training runs in processes of its own, under torchrun; this module starts, follows and ends those of one node."""
 
 import json
 import logging
@@ -6,11 +6,10 @@ import os
 import random
 import re
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ import torch
 from elastic_core.budget import bytes_text
 from elastic_core.recipe import Stage
 from elastic_core.schema import to_dict
-from elastic_core.training.faults import Fault, forget_faults, reported_fault
+from elastic_core.training.faults import forget_faults, reported_fault
 from elastic_core.training.job import FAULT, METRICS, TrainJob
+from tasks.running.nodes import ALONE, End, Meeting, Others, of_all, other_nodes
 from tasks.running.processes import ChildProcess
 from tasks.running.travelling import travelling
 from tasks.settings import LEAST_ROOM, ServiceError, is_transient
@@ -39,92 +39,76 @@ class TrainerDied(ServiceError):
     """Training ended again and again without getting any further, or failed by a defect; its log tells more."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class End:
-    """How one start of a job ended, where that is not its end.
-
-    `exits` has the exit codes of the processes that failed, by rank; `last_step` is -1 if no step was done; `said` is
-    the log's last line.
-    """
-
-    fault: Fault | None
-    exits: dict[str, int]
-    code: int | None
-    last_step: int
-    said: str
-
-    @property
-    def signals(self) -> dict[str, str]:
-        """The names of the signals that killed processes, by rank."""
-        return {rank: _signal_name(-code) for rank, code in self.exits.items() if code < 0}
-
-    @property
-    def may_pass(self) -> bool:
-        """Whether another start may get further: a process was killed, or was short of memory or peers halfway."""
-        if self.fault is not None and self.fault.kind == "own":
-            return False
-        if self.fault is not None and not self.signals:
-            return self.last_step >= 0
-        return bool(self.signals) or (self.code is not None and self.code < 0)
-
-    def text(self) -> str:
-        """What happened, on one line."""
-        told = f": {self.fault.message}" if self.fault is not None else ""
-        if self.signals:
-            return "; ".join(f"process {rank} was killed ({name})" for rank, name in self.signals.items()) + told
-        if self.fault is not None:
-            return self.fault.message
-        if self.exits:  # with neither signal nor report: before our code could run
-            return f"cannot begin: {self.said}"
-        how = _signal_name(-self.code) if self.code is not None and self.code < 0 else f"exit code {self.code}"
-        return f"torchrun ended ({how}), and its log with: {self.said}"
-
-
 def train(job: TrainJob, *, processes: int | None = None, on_step: OnStep | None = None) -> None:
     """Run a job to its end; `on_step` is called with the metrics of each step, in order.
 
-    There is a process for every CUDA device of this machine, where the stage's batch divides among them. A job whose
-    processes were killed is started again, as long as it gets on. Raises ValueError with the job's own message for what
-    it refuses, a transient ServiceError for a full disk and the like, TrainerDied for the rest.
+    There is a process for every CUDA device of this machine, where the stage's batch divides among them, and as many on
+    each other node. A job whose processes were killed is started again, as long as it gets on. Raises ValueError with
+    the job's own message for what it refuses, a transient ServiceError for a full disk and the like, NodeLost where
+    fewer nodes have to go on, TrainerDied for the rest.
     """
     if processes is None:
         processes = processes_for(job.stage, torch.cuda.device_count())
-    work = Path(job.work)
+    work, others = Path(job.work), other_nodes.get()
     work.mkdir(parents=True, exist_ok=True)
-    (work / "job.json").write_text(json.dumps(to_dict(job), indent=2))
     tail = Tail(work / METRICS)
     furthest = max((row["step"] for row in tail.rows()), default=-1)
     idle = in_place = 0
-    with travelling(work):
-        while (end := _start(job, processes, tail, on_step)) is not None:
-            idle = idle + 1 if end.last_step < 0 else 0
-            in_place = in_place + 1 if end.last_step <= furthest else 0
-            furthest = max(furthest, end.last_step)
-            if not end.may_pass or idle == MOST_IDLE or in_place == MOST_IN_PLACE or _has_full_disk(work):
-                raise failure(job, end, idle, in_place) from None
-            logger.warning("stage %s: %s; it is started again from its last checkpoint", job.stage.name, end.text())
-            time.sleep(random.uniform(0.5, 1.5) * 2**in_place)
+    while True:
+        with travelling(work, others) as is_complete:
+            if (end := _start(job, processes, tail, on_step, others)) is None:
+                is_complete.set()
+                return
+        idle = idle + 1 if end.last_step < 0 else 0
+        in_place = in_place + 1 if end.last_step <= furthest else 0
+        furthest = max(furthest, end.last_step)
+        if not end.may_pass or idle == MOST_IDLE or in_place == MOST_IN_PLACE or _has_full_disk(work):
+            raise failure(job, end, idle, in_place) from None
+        logger.warning("stage %s: %s; it is started again from its last checkpoint", job.stage.name, end.text())
+        time.sleep(random.uniform(0.5, 1.5) * 2**in_place)
 
 
-def _start(job: TrainJob, processes: int, tail: "Tail", on_step: OnStep | None) -> End | None:
-    """Run the job's processes until they end; None where they have done all of it."""
-    work, last_step = Path(job.work), -1
-    log, exits = work / "train.log", work / "exits.json"
+def _start(job: TrainJob, processes: int, tail: "Tail", on_step: OnStep | None, others: Others | None) -> End | None:
+    """Run the job's processes on this node and the others until they end; None where they have done all of it."""
+    last_step = -1
+
+    def follow() -> bool:
+        nonlocal last_step
+        for row in tail.rows():
+            last_step = row["step"]
+            if on_step is not None:
+                on_step(row)
+        return others is None or not others.ended()
+
+    meeting = ALONE if others is None else others.start(job, processes)
+    end = run_processes(job, processes, meeting, follow)
+    if end is None:
+        return None
+    ends = [end] if others is None else [end, *others.ends()]
+    return replace(of_all(ends), last_step=last_step)
+
+
+def run_processes(job: TrainJob, processes: int, meeting: Meeting, follow: Callable[[], bool]) -> End | None:
+    """Run a node's processes of a job until they end, or until `follow`, asked twice a second, says that they are to.
+
+    None where all was done.
+    """
+    work = Path(job.work)
+    log, exits, file = work / "train.log", work / "exits.json", work / "job.json"
+    file.write_text(json.dumps(to_dict(job), indent=2))
     forget_faults(work)
     exits.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "elastic_core.training.launch", str(exits), "--standalone"]
+    command = [sys.executable, "-m", "elastic_core.training.launch", str(exits), *meeting.arguments]
     command += [f"--nproc-per-node={processes}", "--max-restarts=0", f"--monitor-interval={POLL_SECONDS}"]
-    command += ["-m", "elastic_core.training.job", str(work / "job.json")]
+    command += ["-m", "elastic_core.training.job", str(file)]
     process = ChildProcess(log)
     process.start(command, environment=trainer_environment(processes), directory=Path.cwd())
     try:
         running = True
         while running:
             running = process.running()
-            for row in tail.rows():
-                last_step = row["step"]
-                if on_step is not None:
-                    on_step(row)
+            if not follow():
+                break
             time.sleep(POLL_SECONDS if running else 0)
         code = process.exit_code()
     finally:
@@ -132,7 +116,7 @@ def _start(job: TrainJob, processes: int, tail: "Tail", on_step: OnStep | None) 
     if code == 0:
         return None
     ended = json.loads(exits.read_text()) if exits.exists() else {}
-    return End(fault=reported_fault(work), exits=ended, code=code, last_step=last_step, said=_last_words(process))
+    return End(fault=reported_fault(work), exits=ended, code=code, last_step=-1, said=_last_words(process))
 
 
 def failure(job: TrainJob, end: End, idle: int, in_place: int) -> Exception:
@@ -159,13 +143,6 @@ def failure(job: TrainJob, end: End, idle: int, in_place: int) -> Exception:
 
 def _has_full_disk(work: Path) -> bool:
     return shutil.disk_usage(work).free < LEAST_ROOM
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def _last_words(process: ChildProcess) -> str:

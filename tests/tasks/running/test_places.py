@@ -181,12 +181,12 @@ def test_a_step_waits_for_a_node_like_those_that_were_lost(monkeypatch: pytest.M
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Callable[[Host], None]:
-    """Lets the cluster of the environment have one host."""
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Lets the cluster of the environment have these hosts."""
     monkeypatch.setenv(ray_cluster.ADDRESS_VARIABLE, ADDRESS)
 
-    def has(host: Host) -> None:
-        monkeypatch.setattr(RayCluster, "hosts", lambda cluster, steps, files: [host])
+    def has(*hosts: Host) -> None:
+        monkeypatch.setattr(RayCluster, "hosts", lambda cluster, steps, files: [*hosts])
 
     return has
 
@@ -207,7 +207,7 @@ def test_a_host_that_could_not_do_the_steps_is_named_before_the_first(cluster: C
 
 def test_hosts_without_a_gpu_are_left_what_they_can_do(cluster: Callable[[Host], None]) -> None:
     cluster(host(gpus=0))
-    assert check_cluster(load_recipe(recipe_file(Path("tiny")), ())).endswith("has 1 host without a GPU")
+    assert check_cluster(load_recipe(recipe_file(Path("tiny")), ())).words.endswith("has 1 host without a GPU")
     with pytest.raises(ValueError, match=r"no host of .* has a GPU, and by its plan nano takes [\d,]{4,} hours of one"):
         check_cluster(nano())
 
@@ -222,25 +222,34 @@ def test_a_host_whose_pytorch_does_not_see_the_gpus_that_ray_has_is_at_fault() -
 def test_a_host_without_a_file_of_the_users_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, value in SHARED.items():
         monkeypatch.setenv(name, value)
-    assert ray_cluster._fault({}, [str(tmp_path)], SHARED[WORKSPACE]) == ""
-    fault = ray_cluster._fault({}, [str(tmp_path), str(tmp_path / "problems.jsonl")], SHARED[WORKSPACE])
+    assert ray_cluster.fault_of_host({}, [str(tmp_path)], SHARED[WORKSPACE]) == ""
+    fault = ray_cluster.fault_of_host({}, [str(tmp_path), str(tmp_path / "problems.jsonl")], SHARED[WORKSPACE])
     assert fault.startswith(f"it has no {tmp_path}/problems.jsonl; put it there")
-    fault = ray_cluster._fault({}, [], "s3://models/another")
+    fault = ray_cluster.fault_of_host({}, [], "s3://models/another")
     assert (
         fault == f"its {WORKSPACE} is s3://models/workspace, and that of the run is s3://models/another; set the same"
     )
 
 
-def test_a_stage_that_fits_on_no_host_is_refused_before_the_first_step_in_words_on_what_would_fit(
-    cluster: Callable[[Host], None],
+def test_a_stage_that_does_not_fit_on_the_cluster_is_refused_before_the_first_step_in_words_on_what_would_fit(
+    cluster: Callable[..., None],
 ) -> None:
     cluster(host())
-    assert "8 x H100 of 74.506 GiB, on which every stage fits" in check_cluster(nano())
+    assert "8 x H100 of 74.506 GiB, on which every stage fits" in check_cluster(nano()).words
     with pytest.raises(ValueError, match=r"on 8 GPUs: 8\d\.\d GB are needed and 75\.2 GB are there\. It fits with "):
         check_cluster(nano("stages.1.offload=false"))
     cluster(host(gpus=1))
-    with pytest.raises(ValueError, match=r"on 1 GPU: .* are needed .* A stage trains on the GPUs of one host"):
+    with pytest.raises(ValueError, match=r"on 1 GPU: .* are needed .* The cluster has 1 host of 1 GPU\."):
         check_cluster(nano())
+
+
+def test_a_stage_that_does_not_fit_on_one_host_has_as_many_as_it_needs(cluster: Callable[..., None]) -> None:
+    recipe = nano("stages.1.offload=false", "stages.1.sharding=full")
+    cluster(host(), host())
+    assert check_cluster(recipe).least_nodes == {"stage1": 1, "stage2": 2}
+    cluster(host(), host(), host(), host())
+    assert check_cluster(recipe).least_nodes == {"stage1": 1, "stage2": 2}
+    assert check_cluster(nano()).least_nodes == {"stage1": 1, "stage2": 1}
 
 
 class Ray:

@@ -1,5 +1,6 @@
 """Laws of a Ray cluster: three hosts that share nothing but servers make one family, and no host makes a step again."""
 
+import json
 import re
 import secrets
 import subprocess
@@ -20,18 +21,27 @@ from prefect.client.orchestration import SyncPrefectClient
 from flows.serving.servers import MlflowServer, ObjectStore, PrefectServer
 from tasks import distill, evaluate, rank, teacher  # noqa: F401 - each adds its steps to ON_GPU
 from tasks.artifacts import ensure_bucket
+from tasks.artifacts.documents import documents, read_document
 from tasks.running.loopback import free_ports
 from tasks.running.steps import ON_GPU
+from tasks.running.workspace import shared_workspace
 from tasks.settings import BUCKET, ENDPOINT_S3, HOME, PREFECT_API, TRACKING_URI, WORKSPACE, Settings
 
 pytestmark = pytest.mark.services
+
+# The gradient of a batch is a sum over its rows, in another order where they lie in three processes. Adam divides it by
+# its own size, so that float32's rounding, 1e-7, grows over the steps, but by far less than this.
+SUM_ORDER = 1e-5
+STEPS = 12
+NODES = r"distil stage2: node \d of 3 is (\w+)"
+IN_ONE = "stages.0.micro_batch_size=3"  # which leaves a step one micro-step of each budget, for one process
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Three hosts, of which h1 does no steps and h3 is not yet a part, and what each has in its environment."""
+    """Three hosts of one processor each, and what each has in its environment."""
 
     hosts: list[Host]
     environment: Mapping[str, str]
@@ -39,8 +49,23 @@ class Cluster:
     def elastic(self, host: Host, *arguments: str) -> subprocess.CompletedProcess[str]:
         return host.run([*ELASTIC, *arguments], self.environment)
 
-    def join(self, host: Host) -> None:
-        begin(host, self.environment, f"--address={self.environment['RAY_ADDRESS']}", "--num-cpus=1")
+    def said(self) -> list[str]:
+        """The lines of log of all runs."""
+        found: list[str] = []
+        with SyncPrefectClient(api=self.environment[PREFECT_API]) as client:
+            while page := client.read_logs(offset=len(found)):
+                found += [line.message for line in page]
+        return found
+
+    def documents(self, under: str) -> list[bytes]:
+        """What the workspace has under a name, but for files by digest."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.environment.items():
+                patch.setenv(name, value)
+            shared = shared_workspace()
+            assert shared is not None
+            keys = sorted(key for key in documents(shared.store, f"{shared.root}{under}") if "/files/" not in key)
+            return [read_document(shared.store, key) or b"" for key in keys]
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +77,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         hosts = stack.enter_context(three_hosts())
         environment = {**services(stack, tmp_path_factory.mktemp("servers")), **of_a_host(hosts[0])}
         address = f"{hosts[0].address}:6379"
-        begin(hosts[0], environment, "--head", "--port=6379", "--num-cpus=0", "--include-dashboard=false")
-        made = Cluster(hosts, {**environment, "RAY_ADDRESS": address})
-        made.join(hosts[1])
-        yield made
+        begin(hosts[0], environment, "--head", "--port=6379", "--num-cpus=1", "--include-dashboard=false")
+        for host in hosts[1:]:
+            begin(host, environment, f"--address={address}", "--num-cpus=1")
+        yield Cluster(hosts, {**environment, "RAY_ADDRESS": address})
 
 
 def services(stack: ExitStack, directory: Path) -> dict[str, str]:
@@ -111,10 +136,16 @@ def begin(host: Host, environment: Mapping[str, str], *options: str) -> None:
 
 
 def write_small(directory: Path) -> None:
-    """The micro recipe with one stage and little to measure: what it makes is of no interest."""
+    """The micro recipe with little to measure, and one stage, whose steps three processes and one can divide alike.
+
+    It learns cross-entropy too, so that every budget has a gradient far from zero.
+    """
     file = write_micro(directory)
     recipe = yaml.safe_load(file.read_text())
-    recipe["stages"] = [{**recipe["stages"][1], "steps": 4}]
+    divided = {"batch_size": 9, "micro_batch_size": 1, "budget_rows": 3, "shares": "fixed"}
+    recipe["stages"] = [{**recipe["stages"][1], **divided, "steps": STEPS, "checkpoint_every": 5}]
+    recipe["stages"][0]["optimizer"] = {"learning_rate": 3e-4, "warmup_steps": 2}
+    recipe["distillation"] = {"ce_weight": 1.0}
     recipe["teacher"]["pretrain"]["steps"] = 4
     recipe["shapes"]["measurements"] = 4
     recipe["evaluation"] |= {"heldout_tokens": 128, "max_problems": 1, "max_new_tokens": 1}
@@ -128,40 +159,53 @@ def bring_recipe(host: Host, source: Path) -> Path:
     return place / "micro.yaml"
 
 
-def made(done: subprocess.CompletedProcess[str]) -> dict[str, Counter[str]]:
+def made(code: int | None, said: str) -> dict[str, Counter[str]]:
     """How often each step for a GPU was made, and how often taken from the cache, in a run that ended well."""
-    assert done.returncode == 0, done.stderr
+    assert code == 0, said
     steps: dict[str, Counter[str]] = {}
-    for name, how in re.findall(r"^(\w+) +(cached|[\d.]+ s)$", done.stderr, flags=re.MULTILINE):
+    for name, how in re.findall(r"^(\w+) +(cached|[\d.]+ s)$", said, flags=re.MULTILINE):
         if name in ON_GPU:
             steps.setdefault(name, Counter())["cached" if how == "cached" else "made"] += 1
     return steps
 
 
-def places(cluster: Cluster) -> list[str]:
-    """The hosts on which steps were done, by the lines of log of all runs; one for each step."""
-    said: list[str] = []
-    with SyncPrefectClient(api=cluster.environment[PREFECT_API]) as client:
-        while page := client.read_logs(offset=len(said)):
-            said += [line.message for line in page]
-    return [found[1] for line in said if (found := re.fullmatch(r".+ is done on (\w+)", line))]
+def found(pattern: str, lines: list[str]) -> list[str]:
+    return [match[1] for line in lines if (match := re.fullmatch(pattern, line))]
 
 
-def test_hosts_that_share_no_disk_make_one_family_and_go_on_with_what_a_lost_host_made(
+def losses(cluster: Cluster) -> list[list[float]]:
+    """Of each stage whose result the workspace has, the loss of every step."""
+    stages = []
+    for record in cluster.documents("results/distill-"):
+        (rows,) = cluster.documents(f"blobs/{json.loads(record)['result']['metrics_sha256']}")
+        by_step = {row["step"]: row["loss"] for row in map(json.loads, rows.splitlines())}
+        stages.append([by_step[step] for step in range(STEPS)])
+    return stages
+
+
+def test_hosts_that_share_no_disk_train_together_and_any_of_them_has_what_a_lost_one_made(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     write_small(tmp_path)
-    asking, first, second = cluster.hosts
+    asking = cluster.hosts[0]
     recipe, *_ = [bring_recipe(host, tmp_path) for host in cluster.hosts]
-    steps = made(cluster.elastic(asking, "run", str(recipe)))
+    run = cluster.elastic(asking, "run", str(recipe))
+    steps = made(run.returncode, run.stderr)
     assert {"pretrain_teacher", "rank_importance", "distill", "evaluate"} <= steps.keys()
-    assert places(cluster) == [first.name] * sum(how["made"] for how in steps.values()), "each once"
+    said = cluster.said()
+    places = found(r".+ is done on (\w+)", said)
+    assert len(places) == sum(how["made"] for how in steps.values()), "each once"
+    (first,), others = found(r"distil stage2 is done on (\w+)", said), found(NODES, said)
+    assert sorted([first, *others]) == [host.name for host in cluster.hosts]
 
-    first.kill()
-    cluster.join(second)
-    later = made(cluster.elastic(asking, "run", str(recipe), "stages.0.steps=5"))
+    alone = cluster.elastic(asking, "run", str(recipe), IN_ONE)
+    later = made(alone.returncode, alone.stderr)
     assert later["rank_importance"] == Counter(cached=1) and later["distill"] == Counter(made=1)
-    assert places(cluster)[-2:] == [second.name] * 2, "the stage and the evaluation, from what the lost host made"
+    assert found(NODES, cluster.said()) == others, "one host alone"
+    together, in_one = losses(cluster)
+    assert together == pytest.approx(in_one, abs=SUM_ORDER)
 
-    again = made(cluster.elastic(second, "run", str(recipe), "stages.0.steps=5"))
-    assert all(again[name].keys() == {"cached"} for name in steps)
+    lost, left = cluster.hosts[1:]
+    lost.kill()
+    again = cluster.elastic(left, "run", str(recipe), IN_ONE)
+    assert all(how.keys() == {"cached"} for how in made(again.returncode, again.stderr).values())

@@ -20,7 +20,8 @@ from elastic_core.training.faults import Fault, describe
 from elastic_core.training.job import FAULT, METRICS
 from elastic_core.training.launch import of_their_own
 from tasks.reporting.history import read_metrics
-from tasks.running.training import End, Tail, TrainerDied, failure, processes_for, train
+from tasks.running.nodes import End
+from tasks.running.training import Tail, TrainerDied, failure, processes_for, train
 from tasks.settings import ServiceError, is_transient
 
 
