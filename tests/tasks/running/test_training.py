@@ -136,8 +136,8 @@ COUNTED = "open({!r}, 'a').write('x');"
     ("code", "says", "starts"),
     {
         "import error": (
-            "import sys; sys.modules['safetensors'] = None",
-            r"stage stage1: cannot begin: ModuleNotFoundError: .*safetensors.*; its log: ",
+            "import sys; sys.modules['numpy'] = None",
+            r"stage stage1: cannot begin: ModuleNotFoundError: .*numpy.*; its log: ",
             1,
         ),
         "killed before it does a step": (
