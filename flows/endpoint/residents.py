@@ -192,7 +192,7 @@ class Residents:
     async def _until_answering(self, resident: Resident) -> None:
         """Return when it answers; a ServiceError where its first start fails, or it keeps ending."""
         deadline, process = time.monotonic() + START_SECONDS, resident.engine.process
-        while not resident.runs():
+        while not await self._takes_requests(resident):
             if not process.running() and (not resident.up.done() or resident.keeps_ending()):
                 fault = "keeps ending" if resident.up.done() else "did not start"
                 raise ServiceError(f"{resident.size.name} {fault}: {resident.engine.last_words()}; log: {process.log}")
@@ -201,6 +201,19 @@ class Residents:
             if process.running():
                 resident.answering = await self._answers(resident.engine)
             await asyncio.sleep(0 if resident.answering else POLL_SECONDS)
+
+    async def _takes_requests(self, resident: Resident) -> bool:
+        """Whether it answers, still: that an engine has died is known some moments after nobody listens any more."""
+        if not resident.runs():
+            return False
+        where = httpx.URL(resident.engine.url)
+        try:
+            _, connection = await asyncio.open_connection(where.host, where.port)
+        except OSError:
+            resident.answering = False
+            return False
+        connection.close()
+        return True
 
     async def _answers(self, engine: Engine) -> bool:
         with suppress(httpx.TransportError):
