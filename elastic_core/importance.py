@@ -61,11 +61,12 @@ def width_scores(model: ElasticNemotronH, batches: Iterable[TokenBatch], by: Sco
                 .sum((0, 1))
             )
             if by == "added":
-                sums = layer.kind.added(layer.mixer, normed_BTD, backend, batch.packing)
+                sums, output_BTD = layer.kind.added(layer.mixer, normed_BTD, backend, batch.packing)
             else:
                 sums = layer.kind.activations(layer.mixer, normed_BTD, signed=by == "signed").double()
+                output_BTD = layer.mixer(normed_BTD, WHOLE, None, None, backend, batch.packing)
             layers[index] = layers[index] + sums if index in layers else sums
-            x_BTD = x_BTD + layer.mixer(normed_BTD, WHOLE, None, None, backend, batch.packing)
+            x_BTD = x_BTD + output_BTD
     return WidthScores(hidden_D=hidden_D, energy_D=energy_D / energy_D.mean(), layers=tuple(layers.values()))
 
 

@@ -220,8 +220,10 @@ class Kind(ABC):
 
     # Importance
 
-    def added(self, mixer: Mixer, normed_BTD: Tensor, backend: Backend, packing: Packing | None = None) -> Tensor:
-        """What each component adds to the residual stream for these inputs, summed over them, in float64.
+    def added(
+        self, mixer: Mixer, normed_BTD: Tensor, backend: Backend, packing: Packing | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What each component adds to the residual stream, summed over these inputs, in float64; the mixer's output.
 
         Component c of the outputs y counts sum_t |y_tc| ||W_:,c||_2, with W the residual projection: the score of Wanda
         (arXiv 2306.11695), of whole columns.
@@ -229,7 +231,8 @@ class Kind(ABC):
         weights = mixer.weights(WHOLE, None)
         parts_BTC = mixer.components(normed_BTD, weights, WHOLE, None, None, backend, packing)
         norms_C: Tensor = weights[mixer.residual].double().norm(dim=0)
-        return parts_BTC.abs().sum((0, 1), dtype=torch.float64) * norms_C
+        sums_C = parts_BTC.abs().sum((0, 1), dtype=torch.float64) * norms_C
+        return sums_C, F.linear(parts_BTC, weights[mixer.residual])
 
     @abstractmethod
     def activations(self, mixer: Mixer, normed_BTD: Tensor, *, signed: bool) -> Tensor:

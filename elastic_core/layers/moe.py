@@ -233,8 +233,11 @@ class MixtureKind(Kind):
 
     # Importance
 
-    def added(self, mixer: Mixer, normed_BTD: Tensor, backend: Backend, packing: Packing | None = None) -> Tensor:
-        return self._sums(mixer, normed_BTD, _added)
+    def added(
+        self, mixer: Mixer, normed_BTD: Tensor, backend: Backend, packing: Packing | None = None
+    ) -> tuple[Tensor, Tensor]:
+        sums = self._sums(mixer, normed_BTD, _added)
+        return sums, mixer(normed_BTD, WHOLE, None, None, backend, packing)
 
     def activations(self, mixer: Mixer, normed_BTD: Tensor, *, signed: bool) -> Tensor:
         return self._sums(mixer, normed_BTD, _before_activation)

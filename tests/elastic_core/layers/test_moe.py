@@ -409,7 +409,7 @@ def test_an_expert_counts_what_it_adds_to_all_tokens(saved):
     model = load(saved).requires_grad_(False)
     config, layer = model.config, model.config.layers_of("E")[0]
     mixer, x_BTD = model.layers[layer].mixer, torch.randn(2, 30, config.hidden_size, generator=generator("x")).double()
-    scores = KINDS["E"].added(mixer, x_BTD, TORCH)
+    scores, _ = KINDS["E"].added(mixer, x_BTD, TORCH)
     sums = torch.zeros(8).double()
     for x_D in x_BTD.flatten(0, 1):
         chosen, own_scores = mixer.route(x_D[None], {})

@@ -199,7 +199,7 @@ def test_an_expert_that_few_tokens_choose_is_dropped_before_one_of_the_same_weig
         mixer.gate.weight.normal_(0.0, 0.2, generator=generator("gate"))
         mixer.gate.e_score_correction_bias.copy_(torch.linspace(0.5, -0.5, CONFIG.n_routed_experts))
     counts_X = mixer.route(x_BTD[0], WHOLE)[0].flatten().bincount(minlength=CONFIG.n_routed_experts)
-    order = KINDS["E"].order(CONFIG, KINDS["E"].added(mixer, x_BTD, TORCH), {})
+    order = KINDS["E"].order(CONFIG, KINDS["E"].added(mixer, x_BTD, TORCH)[0], {})
     assert counts_X[order["experts"]].tolist() == sorted(counts_X.tolist(), reverse=True)
 
 
