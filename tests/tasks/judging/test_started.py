@@ -5,16 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import standin
 import torch
+from endpoint import eventually, runs
 
 from elastic_core.judging import Benchmark, Engine, Sampling
 from tasks.judging.judge import judge
@@ -26,14 +24,6 @@ from tasks.settings import ServiceError
 SECONDS = 60  # far beyond what it takes; a test that hangs should end
 PLAIN = Sampling(temperature=0, top_p=1, max_new_tokens=9, system=None, thinking=False)
 ONE_BY_ONE = Engine(program="vllm", concurrency=1)
-
-
-def eventually(true: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + SECONDS
-    while not (found := true()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return found
 
 
 @dataclass(frozen=True)
@@ -66,13 +56,6 @@ class Stage:
 
     def devices(self) -> list[str]:
         return sorted((self.directory / "devices").read_text().splitlines())
-
-
-def runs(process: int) -> bool:
-    try:
-        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 @pytest.fixture
