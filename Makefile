@@ -5,6 +5,7 @@
 # make test-faults: kill -9 of everything at every step, a spoilt network, a full disk.
 # make reference: the page and the schema of recipes, from their classes.
 # make race: one elastic run against each size made alone, on the tiny recipe, into infra/race.md; it resumes.
+# make ablations: what each setting of infra/ablations.yaml brings, on the tiny recipe, into infra/race.md; it resumes.
 # make bench: every benchmark that runs on a CPU, into infra/benchmarks.md.   make bench-gpu: those for one CUDA device.
 # make gpu-wheels: what make check-gpu installs. make check-gpu: every test and benchmark for one CUDA device, where there
 # is a Python with torch and Triton, and neither a network nor a compiler.
@@ -31,13 +32,16 @@ GPU_PLATFORMS := manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_
 WHEELS := build/gpu-wheels
 ON_GPU := build/gpu
 
-.PHONY: demo race test test-all test-served test-flows test-services test-faults test-kernels lint check reference bench bench-gpu gpu-wheels check-gpu clean
+.PHONY: demo race ablations test test-all test-served test-flows test-services test-faults test-kernels lint check reference bench bench-gpu gpu-wheels check-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/elastic run $(RECIPE)
 
 race: $(INSTALLED)
 	$(BIN)/python -m flows.commands.race tiny infra/race.md
+
+ablations: $(INSTALLED)
+	$(BIN)/python -m flows.commands.ablations tiny infra/ablations.yaml infra/race.md
 
 # A process for each core: half the time, and they share nothing but the machine.
 test: $(INSTALLED)

@@ -62,6 +62,16 @@ class Course:
             weights=tuple(self.recipe.data.weights(stage.sources) for stage in self.recipe.stages),
         )
 
+    def again(self, number: int) -> "Course":
+        """The same with another seed of training; 0 is the recipe's own."""
+        return replace(self, seed=self.seed + number)
+
+    def elastic(self, way: str, share: float = 1.0) -> Iterator[Entry]:
+        """What all budgets reach together on a share of the recipe's tokens."""
+        lap = self.lap(share)
+        for name, kl in lap.kl.items():
+            yield Entry(way=way, budget=name, seed=self.seed, tokens=lap.tokens, kl=kl)
+
     def explore(self, only: str) -> tuple[int, Subnet]:
         """The best of a size's candidates after a brief distillation of each, and the tokens that this took."""
         measured = read_shapes(small_files(self.family))
@@ -89,33 +99,31 @@ def shortened(stage: Stage, share: float, only: str) -> Stage:
         steps=steps,
         budgets={only: 1.0} if only else stage.budgets,
         optimizer=replace(stage.optimizer, warmup_steps=min(stage.optimizer.warmup_steps, steps // 4)),
-        router=RouterSchedule(mode="frozen"),
     )
 
 
 @flow(name="race")
 def race(recipe: Recipe, seeds: int) -> list[Entry]:
     """All laps: what each way reaches for each size, at how many tokens."""
+    frozen = tuple(replace(stage, router=RouterSchedule(mode="frozen")) for stage in recipe.stages)
     home = home_directory()
-    workspace = str(home / "workspace")
     with noting(home):
-        teacher, corpus = prepare(recipe, workspace)
-        reordered = in_order(recipe, teacher, corpus, workspace)
+        first = course(replace(recipe, stages=frozen), str(home / "workspace"))
+        return [*(entry for seed in range(seeds) for entry in entries(first.again(seed))), *from_scratch(first)]
+
+
+def course(recipe: Recipe, workspace: str) -> Course:
+    """A teacher in order, its shapes and its data; all of them are cached."""
+    teacher, corpus = prepare(recipe, workspace)
+    family = reordered = in_order(recipe, teacher, corpus, workspace)
+    if recipe.shapes.by == "measured":
         family = shaped(recipe, reordered, reordered, corpus, workspace)
-        courses = [
-            Course(
-                recipe=recipe, teacher=teacher, family=family, corpus=corpus, workspace=workspace, seed=recipe.seed + i
-            )
-            for i in range(seeds)
-        ]
-        return [*(entry for course in courses for entry in entries(course)), *from_scratch(courses[0])]
+    return Course(recipe=recipe, teacher=teacher, family=family, corpus=corpus, workspace=workspace, seed=recipe.seed)
 
 
 def entries(course: Course) -> Iterator[Entry]:
     """The laps of one seed."""
-    elastic = course.lap()
-    for name, kl in elastic.kl.items():
-        yield Entry(way="elastic", budget=name, seed=course.seed, tokens=elastic.tokens, kl=kl)
+    yield from course.elastic("elastic")
     for name in course.sizes:
         for share in ALONE:
             lap = course.lap(share, name)

@@ -1,16 +1,13 @@
 """The race as a program, on services of its own. `make race`"""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from flows.commands.recipes import load_recipe
-from flows.commands.run import PREFECT_LOGGING
-from flows.serving.services import embedded_services
-from tasks.reporting.race import write_page
-from tasks.settings import make_home
+from flows.commands.run import own_services
+from tasks.reporting.race import write_race
 
 
 def main(
@@ -21,13 +18,11 @@ def main(
 ) -> None:
     """Run the race on a recipe's teacher, data, axes and budgets, and write what came of it."""
     loaded = load_recipe(recipe, overrides or [])
-    for name, value in PREFECT_LOGGING.items():
-        os.environ.setdefault(name, value)
-    with embedded_services(make_home(), prefect=True):
-        from flows.race import race  # Prefect reads the address of its server when it is imported
+    with own_services():
+        from flows.race import race
 
         found = race(loaded, seeds)
-    write_page(page, loaded.family, found)
+    write_race(page, loaded.family, found)
     typer.echo(f"{page} has the results")
 
 

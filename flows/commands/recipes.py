@@ -38,19 +38,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Relative paths in a recipe are relative to its file. ValueError, one line, names the file and the setting at fault.
     """
     path = recipe_file(path)
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not text in UTF-8; name a recipe, such as tiny") from error
-    except OSError as error:
-        names = ", ".join(recipe_names())
-        raise ValueError(
-            f"{path}: cannot be read ({error.strerror}); name a recipe's file, or one of {names}"
-        ) from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path}{where}: is not YAML ({_problem(error)})") from error
+    data = read_yaml(path)
     if not isinstance(data, dict):
         raise ValueError(
             f"{path}: is not a recipe; expected a mapping with family, teacher, data, axes, budgets, stages"
@@ -62,6 +50,23 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         return build(Recipe, data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """Plain data from a YAML file; ValueError, one line, for one that cannot be read, or that gives a key twice."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not text in UTF-8; name a recipe, such as tiny") from error
+    except OSError as error:
+        names = ", ".join(recipe_names())
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}); name a recipe's file, or one of {names}"
+        ) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{path}{where}: is not YAML ({_problem(error)})") from error
 
 
 def recipe_file(path: Path) -> Path:

@@ -1,7 +1,8 @@
 """`elastic run`: the whole pipeline in this process, on the services that the environment names or on its own."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from flows.commands.recipes import load_recipe
@@ -15,14 +16,24 @@ PREFECT_LOGGING = {
 }
 
 
+@contextmanager
+def own_services() -> Iterator[None]:
+    """The services that the environment names, or own ones while the block runs; only then is Prefect to be imported.
+
+    Prefect reads the address of its server when it is imported.
+    """
+    for name, value in PREFECT_LOGGING.items():
+        os.environ.setdefault(name, value)
+    with embedded_services(make_home(), prefect=True):
+        yield
+
+
 def run_recipe(recipe: Path, overrides: Sequence[str]) -> None:
     """Carry out a recipe and print what came of it; a ServiceError where Prefect's server fails."""
     import httpx  # of the extra that Prefect is of: where that is not installed, no server starts
 
     loaded = load_recipe(recipe, overrides)
-    for name, value in PREFECT_LOGGING.items():
-        os.environ.setdefault(name, value)
-    with embedded_services(make_home(), prefect=True):
+    with own_services():
         from prefect.exceptions import PrefectException
 
         from flows.commands.outcome import print_outcome

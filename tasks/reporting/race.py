@@ -1,10 +1,11 @@
-"""The page of a race: what each way reaches, and the tokens that the others need for what the elastic run reaches."""
+"""The page of a race: what each way reaches, the tokens that the others need for that, and what each setting brings."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from tasks.reporting.drawing import COLUMN, MARKERS, THEME, count_tick, legend, new_figure, report_style
@@ -14,9 +15,8 @@ from tasks.reporting.summary import markdown_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# The page keeps what stands outside these lines.
-BEGIN, END = "<!-- results of make race -->", "<!-- end of results -->"
 WAYS = ("elastic", "alone", "explored", "from scratch")
+BASE = "as it is"  # the recipe that ablations change
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,15 +46,27 @@ def tokens_for(kl: float, points: Iterable[tuple[int, float]]) -> float:
     return math.exp(x0 + (x1 - x0) * (wanted - y0) / (y1 - y0)) if y1 < y0 else math.inf
 
 
-def write_page(page: Path, name: str, entries: Sequence[Entry]) -> None:
-    """Put the results into the page, whose other text stays, and their picture beside it."""
+def write_race(page: Path, name: str, entries: Sequence[Entry]) -> None:
+    """Put the results of a race into the page, and their picture beside it."""
     picture = page.with_name(f"{page.stem}-{name}.png")
     with report_style():
         _draw(entries).savefig(picture, dpi=150)
-    results = "\n\n".join((BEGIN, f"![KL against tokens]({picture.name})", reached(entries), needed(entries), END))
-    text = page.read_text() if page.exists() else f"# The race\n\n{BEGIN}\n{END}\n"
-    before, _, rest = text.partition(BEGIN)
-    page.write_text(before + results + rest.partition(END)[2])
+    _put(page, f"race of {name}", (f"![KL against tokens]({picture.name})", reached(entries), needed(entries)))
+
+
+def write_ablations(page: Path, name: str, entries: Sequence[Entry], changes: Mapping[str, Sequence[str]]) -> None:
+    """Put into the page how a recipe with each of the named changes compares with the one without."""
+    _put(page, f"ablations of {name}", (ablated(entries, changes),))
+
+
+def _put(page: Path, what: str, results: Iterable[str]) -> None:
+    """Replace what stands between two lines of the page; where these are missing, they come at its end."""
+    begin, end = f"<!-- {what} -->", f"<!-- end of {what} -->"
+    text = page.read_text() if page.exists() else "# The race\n"
+    if begin not in text:
+        text += f"\n{begin}\n{end}\n"
+    before, _, rest = text.partition(begin)
+    page.write_text(before + "\n\n".join((begin, *results, end)) + rest.partition(end)[2])
 
 
 def reached(entries: Sequence[Entry]) -> str:
@@ -104,6 +116,32 @@ def needed(entries: Sequence[Entry]) -> str:
             }
         )
     return markdown_table(rows)
+
+
+def ablated(entries: Sequence[Entry], changes: Mapping[str, Sequence[str]]) -> str:
+    """A table of the KL of each size, and its distance from the recipe without the change.
+
+    Both are means over the seeds with their standard errors; a distance is taken between trainings of one seed.
+    """
+    kl = {(e.way, e.budget, e.seed): e.kl for e in entries}
+    sizes = list(dict.fromkeys(e.budget for e in entries if e.way == BASE))
+    rows = []
+    for way, changed in changes.items():
+        row = {"change": way}
+        for size in sizes:
+            seeds = [seed for name, budget, seed in kl if (name, budget) == (way, size)]
+            found = [kl[way, size, seed] for seed in seeds]
+            ratios = [kl[way, size, seed] / kl[BASE, size, seed] - 1 for seed in seeds]
+            against = "" if way == BASE or not seeds else f", {_mean(ratios, '+.0%')}"
+            row[size] = _mean(found, ".4f") + against if seeds else "-"
+        rows.append(row | {"settings": " ".join(f"`{setting}`" for setting in changed)})
+    return markdown_table(rows)
+
+
+def _mean(values: Sequence[float], form: str) -> str:
+    """A mean and its standard error."""
+    error = f" ± {format(stdev(values) / math.sqrt(len(values)), form.lstrip('+'))}" if len(values) > 1 else ""
+    return format(fmean(values), form) + error
 
 
 def _draw(entries: Sequence[Entry]) -> "Figure":

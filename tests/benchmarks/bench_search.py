@@ -36,7 +36,6 @@ from tasks.records import Artifact
 from tasks.running.usage import noting
 from tasks.settings import make_home
 
-TINY = Path(__file__).parents[2] / "infra" / "recipes" / "tiny.yaml"
 SEEDS = (0, 1, 2)
 
 
@@ -61,7 +60,7 @@ def searched(recipe: Recipe, home: Path) -> tuple[Artifact, Artifact, Artifact]:
 @pytest.mark.benchmark
 @pytest.mark.parametrize("seed", SEEDS)
 def test_shapes(home: Path, seed: int) -> None:
-    recipe = replace(load_recipe(TINY, []), seed=seed)
+    recipe = replace(load_recipe(Path("tiny")), seed=seed)
     corpus, reordered, family = searched(recipe, home)
     source, settings = Path(reordered.path), recipe.shapes
     rows = TokenRows(

@@ -10,7 +10,8 @@ from micro import write_micro
 from trainee import train_here
 
 from elastic_core.recipe import Optimizer, Stage
-from flows.commands.recipes import load_recipe
+from flows.ablations import ablations
+from flows.commands.recipes import load_recipe, read_yaml
 from flows.race import ALONE, BRIEF, CANDIDATES, EXPLORED, SCRATCH, race, shortened
 
 STAGE = Stage(
@@ -31,7 +32,7 @@ def test_a_lap_has_its_share_of_the_tokens(share: float, only: str) -> None:
     one_step = made.batch_size * made.sequence_length
     assert abs(made.tokens - share * STAGE.tokens) <= one_step
     assert made.optimizer.warmup_steps <= made.steps // 4
-    assert made.router.mode == "frozen" and made.budgets == ({only: 1.0} if only else STAGE.budgets)
+    assert made.budgets == ({only: 1.0} if only else STAGE.budgets)
 
 
 def test_a_size_alone_has_the_rows_that_it_has_among_all() -> None:
@@ -39,15 +40,18 @@ def test_a_size_alone_has_the_rows_that_it_has_among_all() -> None:
     assert shortened(STAGE, 0.25, "").batch_size == STAGE.batch_size
 
 
-def test_every_way_is_gone_for_every_size_at_the_tokens_it_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The whole race on a micro recipe, its steps and trainings in this process."""
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps and trainings run in this process."""
     monkeypatch.setenv("ELASTIC_HOME", str(tmp_path / "home"))
     for module in ("flows.race", "flows.elastify"):
         monkeypatch.setattr(f"{module}.run", lambda step, **given: step.fn(**given))
     for module in ("tasks.race", "tasks.teacher"):
         monkeypatch.setattr(f"{module}.run_training", train_here)
+
+
+def test_every_way_is_gone_for_every_size_at_the_tokens_it_says(tmp_path: Path, here: None) -> None:
+    """The whole race on a micro recipe."""
     quick = ["stages.0.steps=16", "stages.1.steps=4", *(f"stages.{i}.checkpoint_every=100" for i in range(2))]
     recipe = load_recipe(write_micro(tmp_path), quick)
     found = race.fn(recipe, 1)
@@ -68,6 +72,26 @@ def test_every_way_is_gone_for_every_size_at_the_tokens_it_says(
             assert all(abs(lap.explored - explored) <= CANDIDATES * rounding for lap in laps)
     fresh = {e.budget: e.kl for e in found if e.way == "from scratch"}
     assert all(e.kl < fresh[e.budget] for e in found if e.way == "elastic" and e.budget in fresh)
+
+
+def test_ablations_train_every_recipe_on_its_share_with_its_own_router(tmp_path: Path, here: None) -> None:
+    quick = ["stages.0.steps=8", "stages.1.steps=4", *(f"stages.{i}.checkpoint_every=100" for i in range(2))]
+    micro = write_micro(tmp_path)
+    changed = {"base": ["stages.0.router.mode=frozen"], "soft": ["shapes.by=router"]}
+    recipes = {name: load_recipe(micro, [*quick, *changes]) for name, changes in changed.items()}
+    assert {recipe.stages[0].router.mode for recipe in recipes.values()} == {"frozen", "soft"}
+    found = ablations.fn(recipes, 0.5, 2)
+    seed = recipes["base"].seed
+    assert Counter((e.way, e.budget, e.seed) for e in found) == {
+        (way, name, each): 1 for way in recipes for name in "lms" for each in (seed, seed + 1)
+    }
+    assert {e.tokens for e in found} == {sum(stage.tokens for stage in recipes["base"].stages) // 2}
+
+
+def test_every_ablation_of_the_repository_is_a_recipe_of_as_many_tokens() -> None:
+    named = read_yaml(Path("infra/ablations.yaml"))
+    tokens = {sum(stage.tokens for stage in load_recipe(Path("tiny"), changes).stages) for changes in named.values()}
+    assert len(named) > 10 and tokens == {sum(stage.tokens for stage in load_recipe(Path("tiny")).stages)}
 
 
 def test_prefect_is_imported_when_the_races_own_server_is_there() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.reporting.race import Entry, needed, tokens_for, write_page
+from tasks.reporting.race import BASE, Entry, ablated, needed, tokens_for, write_ablations, write_race
 
 
 def power_law(tokens: float) -> float:
@@ -48,13 +48,32 @@ def test_what_the_others_need_is_counted_with_their_exploration() -> None:
     assert row["elastic / alone"] == row["elastic / explored"] == "0.67"
 
 
+def test_a_change_is_compared_with_the_recipe_as_it_is_seed_by_seed() -> None:
+    """The seeds differ by a factor of two and the change brings 10 and 30 % less: a fifth, give or take a tenth."""
+    kl = {(BASE, 0): 0.01, (BASE, 1): 0.02, ("less", 0): 0.009, ("less", 1): 0.014}
+    found = [Entry(way=way, budget="s", seed=seed, tokens=9, kl=value) for (way, seed), value in kl.items()]
+    table = ablated(found, {BASE: [], "less": ["seed=1", "dtype=float32"]})
+    assert "| as it is | 0.0150 ± 0.0050 |  |" in table
+    assert "| less | 0.0115 ± 0.0025, -20% ± 10% | `seed=1` `dtype=float32` |" in table
+
+
+def test_the_results_of_a_race_and_of_ablations_stand_beside_each_other(tmp_path: Path) -> None:
+    page = tmp_path / "race.md"
+    write_race(page, "tiny", entries())
+    raced = page.read_text()
+    found = [Entry(way=BASE, budget="s", seed=0, tokens=9, kl=0.25)]
+    write_ablations(page, "tiny", found, {BASE: []})
+    write_ablations(page, "tiny", found, {BASE: []})
+    assert page.read_text().startswith(raced) and page.read_text().count("0.2500") == 1
+
+
 def test_the_page_keeps_what_it_did_not_write_and_its_picture_lies_beside_it(tmp_path: Path) -> None:
     page = tmp_path / "race.md"
-    write_page(page, "tiny", entries())
+    write_race(page, "tiny", entries())
     first = page.read_text()
     assert (tmp_path / "race-tiny.png").read_bytes().startswith(b"\x89PNG") and "(race-tiny.png)" in first
     page.write_text(f"Before.\n\n{first}\nAfter.\n")
-    write_page(page, "tiny", entries(seeds=1))
+    write_race(page, "tiny", entries(seeds=1))
     text = page.read_text()
     assert text.startswith("Before.\n") and text.endswith("After.\n")
     assert text.count("| elastic | m |") == 1 and "one seed" in text
