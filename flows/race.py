@@ -39,11 +39,6 @@ class Course:
     workspace: str
     seed: int
 
-    @property
-    def sizes(self) -> list[str]:
-        """The budgets that are made alone too; one that is the teacher itself has nothing to learn."""
-        return [budget.name for budget in self.recipe.budgets if budget.target is not None]
-
     def lap(self, share: float = 1.0, only: str = "", subnet: Subnet | None = None, start: Start = "cut") -> Lap:
         """Train all budgets, or `only` one, at its chosen subnet or another, on a share of the recipe's tokens."""
         return run(
@@ -51,7 +46,7 @@ class Course:
             family=self.family,
             teacher=self.teacher,
             corpus=self.corpus,
-            stages=tuple(shortened(stage, share, only) for stage in self.recipe.stages),
+            stages=shortened_recipe(self.recipe, share, only).stages,
             subnets={only: subnet} if subnet else {},
             start=start,
             distillation=self.recipe.distillation,
@@ -83,6 +78,32 @@ class Course:
         return sum(lap.tokens for lap in laps), subnets[best]
 
 
+def sizes(recipe: Recipe) -> list[str]:
+    """The budgets that are made alone too; one that is the teacher itself has nothing to learn."""
+    return [budget.name for budget in recipe.budgets if budget.target is not None]
+
+
+def laps(recipe: Recipe, seeds: int) -> Iterator[tuple[str, int, Recipe]]:
+    """The laps of a race: their way, how many are alike, and the recipe with the stages that each trains."""
+    yield "elastic", seeds, recipe
+    for name in sizes(recipe):
+        for share in ALONE:
+            yield "alone", seeds, shortened_recipe(recipe, share, name)
+        yield "explored", seeds * CANDIDATES, shortened_recipe(recipe, BRIEF, name)
+        yield "explored", seeds, shortened_recipe(recipe, EXPLORED, name)
+        yield "from scratch", 1, shortened_recipe(recipe, SCRATCH, name)
+
+
+def raced(recipe: Recipe, share: float) -> Recipe:
+    """The recipe on a share of its tokens, with a router that stands, so that all ways train the same shapes."""
+    shorter = shortened_recipe(recipe, share, "")
+    return replace(shorter, stages=tuple(replace(s, router=RouterSchedule(mode="frozen")) for s in shorter.stages))
+
+
+def shortened_recipe(recipe: Recipe, share: float, only: str) -> Recipe:
+    return replace(recipe, stages=tuple(shortened(stage, share, only) for stage in recipe.stages))
+
+
 def shortened(stage: Stage, share: float, only: str) -> Stage:
     """A stage with a share of its tokens, for all budgets or `only` one.
 
@@ -103,12 +124,11 @@ def shortened(stage: Stage, share: float, only: str) -> Stage:
 
 
 @flow(name="race")
-def race(recipe: Recipe, seeds: int) -> list[Entry]:
-    """All laps: what each way reaches for each size, at how many tokens."""
-    frozen = tuple(replace(stage, router=RouterSchedule(mode="frozen")) for stage in recipe.stages)
+def race(recipe: Recipe, seeds: int, share: float = 1.0) -> list[Entry]:
+    """What each way reaches for each size, at how many tokens; the elastic run has a `share` of the recipe's."""
     home = home_directory()
     with noting(home):
-        first = course(replace(recipe, stages=frozen), str(home / "workspace"))
+        first = course(raced(recipe, share), str(home / "workspace"))
         return [*(entry for seed in range(seeds) for entry in entries(first.again(seed))), *from_scratch(first)]
 
 
@@ -124,7 +144,7 @@ def course(recipe: Recipe, workspace: str) -> Course:
 def entries(course: Course) -> Iterator[Entry]:
     """The laps of one seed."""
     yield from course.elastic("elastic")
-    for name in course.sizes:
+    for name in sizes(course.recipe):
         for share in ALONE:
             lap = course.lap(share, name)
             yield Entry(way="alone", budget=name, seed=course.seed, tokens=lap.tokens, kl=lap.kl[name])
@@ -135,6 +155,6 @@ def entries(course: Course) -> Iterator[Entry]:
 
 def from_scratch(course: Course) -> Iterator[Entry]:
     """The laps of fresh weights. One seed is enough: they end so far behind that another would not change a word."""
-    for name in course.sizes:
+    for name in sizes(course.recipe):
         lap = course.lap(SCRATCH, name, start="fresh")
         yield Entry(way="from scratch", budget=name, seed=course.seed, tokens=lap.tokens, kl=lap.kl[name])

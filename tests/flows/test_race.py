@@ -12,7 +12,7 @@ from trainee import train_here
 from elastic_core.recipe import Optimizer, Stage
 from flows.ablations import ablations
 from flows.commands.recipes import load_recipe, read_yaml
-from flows.race import ALONE, BRIEF, CANDIDATES, EXPLORED, SCRATCH, race, shortened
+from flows.race import ALONE, BRIEF, CANDIDATES, EXPLORED, SCRATCH, laps, race, shortened
 
 STAGE = Stage(
     name="stage1",
@@ -66,10 +66,16 @@ def test_every_way_is_gone_for_every_size_at_the_tokens_it_says(tmp_path: Path, 
     shares = {"elastic": [1.0], "alone": ALONE, "explored": [EXPLORED], "from scratch": [SCRATCH]}
     for way, expected in shares.items():
         for name in "ms":
-            laps = [e for e in found if (e.way, e.budget) == (way, name)]
-            assert all(abs(lap.tokens - share * total) <= rounding for lap, share in zip(laps, expected, strict=True))
+            mine = [e for e in found if (e.way, e.budget) == (way, name)]
+            assert all(abs(lap.tokens - share * total) <= rounding for lap, share in zip(mine, expected, strict=True))
             explored = CANDIDATES * BRIEF * total if way == "explored" else 0
-            assert all(abs(lap.explored - explored) <= CANDIDATES * rounding for lap in laps)
+            assert all(abs(lap.explored - explored) <= CANDIDATES * rounding for lap in mine)
+    planned, trained = Counter[str](), Counter[str]()
+    for way, alike, lap in laps(recipe, 1):
+        planned[way] += alike * sum(stage.tokens for stage in lap.stages)
+    for e in (e for e in found if (e.way, e.budget) not in {("elastic", "m"), ("elastic", "s")}):  # one lap for all
+        trained[e.way] += e.tokens + e.explored
+    assert planned == trained
     fresh = {e.budget: e.kl for e in found if e.way == "from scratch"}
     assert all(e.kl < fresh[e.budget] for e in found if e.way == "elastic" and e.budget in fresh)
 
