@@ -1,29 +1,40 @@
 """Ablations: what each setting of a recipe brings, by training its sizes with and without it. `make ablations`
 
-Every training is a lap of the race, so a cached step: ablations that were killed go on with the lap they were in.
+Every training is a lap of the race, so a cached step: ablations that were killed go on with the lap they were in. What
+was reached is kept in a file, and not run again, wherever they go on.
 """
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
 
 from prefect import flow
 
 from elastic_core.recipe import Recipe
 from flows.race import course
-from tasks.reporting.race import Entry
+from tasks.reporting.race import Entry, Rows
+from tasks.running.steps import fingerprint
 from tasks.running.usage import noting
 from tasks.settings import home_directory
 
 
 @flow(name="ablations")
-def ablations(recipes: dict[str, Recipe], share: float, seeds: int) -> list[Entry]:
+def ablations(recipes: Mapping[str, Recipe], share: float, seeds: int, rows: Path) -> list[Entry]:
     """What the sizes of each recipe reach together on a share of its tokens, from so many seeds of training.
 
-    A stage whose router learns ends at the subnets that the router chooses.
+    A stage whose router learns ends at the subnets that the router chooses. What `rows` has of a recipe is taken from
+    there, and what is found is added to it.
     """
-    home = home_directory()
+    home, found = home_directory(), list[Entry]()
     with noting(home):
-        courses = {name: course(recipe, str(home / "workspace")) for name, recipe in recipes.items()}
-        return [
-            entry
-            for seed in range(seeds)
-            for name, each in courses.items()
-            for entry in each.again(seed).elastic(name, share)
-        ]
+        for name, recipe in recipes.items():
+            kept = Rows(rows, recipe.family, fingerprint(recipe, share))
+            for number in range(seeds):
+                kept.of(name, recipe.seed + number, partial(trained, name, recipe, number, share, home / "workspace"))
+            found += [entry for entry in kept.entries if entry.way == name]
+    return found
+
+
+def trained(name: str, recipe: Recipe, number: int, share: float, workspace: Path) -> Iterator[Entry]:
+    """What one training reaches, of the recipe's own teacher, from its seed or one so many further."""
+    return course(recipe, str(workspace)).again(number).elastic(name, share)

@@ -2,11 +2,14 @@
 
 All ways start from the same teacher, order of importance and shapes, and train by the same loop with the router frozen,
 so that only the training differs. Every lap is a cached step: a race that was killed goes on with the lap it was in.
+What a seed has reached is kept in a file, and not run again, wherever the race goes on.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 from prefect import flow
 
@@ -16,8 +19,8 @@ from elastic_core.subnet import Subnet
 from flows.elastify import in_order, prepare, shaped
 from tasks.race import Lap, Start, run_lap
 from tasks.records import Artifact
-from tasks.reporting.race import Entry
-from tasks.running.steps import run
+from tasks.reporting.race import Entry, Rows
+from tasks.running.steps import fingerprint, run
 from tasks.running.usage import noting
 from tasks.running.workspace import small_files
 from tasks.settings import home_directory
@@ -124,12 +127,19 @@ def shortened(stage: Stage, share: float, only: str) -> Stage:
 
 
 @flow(name="race")
-def race(recipe: Recipe, seeds: int, share: float = 1.0) -> list[Entry]:
-    """What each way reaches for each size, at how many tokens; the elastic run has a `share` of the recipe's."""
+def race(recipe: Recipe, seeds: int, rows: Path, share: float = 1.0) -> list[Entry]:
+    """What each way reaches for each size, at how many tokens; the elastic run has a `share` of the recipe's.
+
+    What `rows` has of this recipe is taken from there, and what is found is added to it.
+    """
+    kept = Rows(rows, recipe.family, fingerprint(raced(recipe, share)))
     home = home_directory()
     with noting(home):
         first = course(raced(recipe, share), str(home / "workspace"))
-        return [*(entry for seed in range(seeds) for entry in entries(first.again(seed))), *from_scratch(first)]
+        for number in range(seeds):
+            kept.of("elastic", first.seed + number, partial(entries, first.again(number)))
+        kept.of("from scratch", first.seed, partial(from_scratch, first))
+    return kept.entries
 
 
 def course(recipe: Recipe, workspace: str) -> Course:

@@ -8,13 +8,13 @@ import typer
 from elastic_core.schema import build
 from flows.commands.recipes import load_recipe, read_yaml
 from flows.commands.run import own_services
-from tasks.reporting.race import BASE, write_ablations
+from tasks.reporting.race import BASE, ROWS, write_ablations
 
 
 def main(
     recipe: Annotated[Path, typer.Argument(help="A recipe's file, or its name, such as tiny.")],
     changes: Annotated[Path, typer.Argument(help="A YAML file: for each name the settings to change.")],
-    page: Annotated[Path, typer.Argument(help="The Markdown page to write.")],
+    page: Annotated[Path, typer.Argument(help="The Markdown page to write; its rows go beside it.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change in all of them.")] = None,
     share: Annotated[float, typer.Option(help="The share of the recipe's tokens that each training has.")] = 0.25,
     seeds: Annotated[int, typer.Option(help="Trainings of each, from different seeds.")] = 3,
@@ -25,7 +25,7 @@ def main(
     with own_services():
         from flows.ablations import ablations
 
-        found = ablations(recipes, share, seeds)
+        found = ablations(recipes, share, seeds, page.with_suffix(ROWS))
     write_ablations(page, recipes[BASE].family, found, named)
     typer.echo(f"{page} has the results")
 

@@ -15,12 +15,12 @@ from flows.commands.recipes import load_recipe
 from flows.commands.run import own_services
 from flows.commands.terminal import text_table, wide_console
 from tasks.reporting.numbers import human_count
-from tasks.reporting.race import write_race
+from tasks.reporting.race import ROWS, write_race
 
 
 def main(
     recipe: Annotated[Path, typer.Argument(help="A recipe's file, or its name, such as tiny.")],
-    page: Annotated[Path, typer.Argument(help="The Markdown page to write; its picture goes beside it.")],
+    page: Annotated[Path, typer.Argument(help="The Markdown page to write; its picture and its rows go beside it.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: stages.0.steps=100 ...")] = None,
     seeds: Annotated[int, typer.Option(help="Trainings of each way, from different seeds.")] = 3,
     share: Annotated[float, typer.Option(help="The share of the recipe's tokens that the elastic run has.")] = 1.0,
@@ -34,7 +34,7 @@ def main(
     with own_services():
         from flows.race import race
 
-        found = race(loaded, seeds, share)
+        found = race(loaded, seeds, page.with_suffix(ROWS), share)
     write_race(page, loaded.family, found)
     typer.echo(f"{page} has the results")
 

@@ -1,8 +1,10 @@
 """The page of a race: what each way reaches, the tokens that the others need for that, and what each setting brings."""
 
+import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import subprocess
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WAYS = ("elastic", "alone", "explored", "from scratch")
+ROWS = ".jsonl"  # of the page, what was found, of which its tables are made
 BASE = "as it is"  # the recipe that ablations change
 
 
@@ -32,6 +35,31 @@ class Entry:
     tokens: int
     kl: float
     explored: int = 0
+
+
+class Rows:
+    """The entries of a recipe in a file of rows: one JSON object a line, with the commit that it was found at.
+
+    `recipe` tells the recipe from others, also of the same family: what was found of another is left alone.
+    """
+
+    def __init__(self, file: Path, family: str, recipe: str) -> None:
+        self._file, self._of = file, {"family": family, "recipe": recipe[:16]}
+        lines = map(json.loads, file.read_text().splitlines()) if file.exists() else []
+        mine = [row for row in lines if row.items() >= self._of.items()]
+        names = [field.name for field in fields(Entry)]
+        self.entries = [Entry(**{name: row[name] for name in names}) for row in mine]
+
+    def of(self, way: str, seed: int, find: Callable[[], Iterable[Entry]]) -> None:
+        """Have the entries of a way and a seed, and all that are found with them: found now, where there are none."""
+        if any((entry.way, entry.seed) == (way, seed) for entry in self.entries):
+            return
+        found = list(find())
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+        about = {**self._of, "commit": commit.stdout.strip() or "uncommitted"}
+        with self._file.open("a") as file:
+            file.writelines(json.dumps({**about, **asdict(entry)}) + "\n" for entry in found)
+        self.entries += found
 
 
 def tokens_for(kl: float, points: Iterable[tuple[int, float]]) -> float:

@@ -34,11 +34,8 @@ from prefect.logging.handlers import APILogWorker
 from prefect.results import get_result_store
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from elastic_core.recipe import Stage
-from elastic_core.schema import build
 from tasks.running import code
 from tasks.running.asked import WORKERS_OF, Asked, show_our_lines
-from tasks.running.nodes import NodeLost, nodes_for
 from tasks.settings import (
     EMBEDDED,
     ENDPOINT_S3,
@@ -51,15 +48,9 @@ from tasks.settings import (
 )
 
 ADDRESS_VARIABLE = "RAY_ADDRESS"  # Ray's own
-ATTEMPTS = 5
 CONNECT_SECONDS = 10.0
-CANCEL_SECONDS = 30.0  # for a step to end its processes
 LOOK_SECONDS = 300.0
-RESERVE_SECONDS = 60.0
 LAST_LINES_SECONDS = 10.0
-
-# The input of a step that may have several nodes.
-LEAST_NODES = "least_nodes"
 
 OUR_LOGGERS = "elastic_core,tasks,flows"
 
@@ -89,76 +80,27 @@ class RayCluster:
 
     def device(self) -> str:
         """A name for all of its GPUs, of whatever kind: hosts come and go, and a stage goes on with what comes."""
-        return _first_seen(self.address).device
+        return first_seen(self.address).device
 
     def do(self, asked: Asked) -> None:
-        """Have a host do the step and leave its result in the shared workspace; a lost host's step is done by another.
+        """Have a host do the step and leave its result in the shared workspace.
 
-        A ServiceError says on which host it failed, and why. Whatever ends the wait, Ctrl-C too, ends the step.
+        A ServiceError says on which host it failed, and why. Whatever ends the wait, Ctrl-C too, ends the step; the
+        sudden end of this process does not.
         """
-        ray, wanted = _connected(self.address), _first_seen(self.address).node
-        context = FlowRunContext.get()
-        run = context.flow_run.id if context is not None and context.flow_run is not None else None
-        given = options(**{"CPU": 0.0, **wanted})
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                with self._reserved(ray, asked, wanted) as there:
-                    function = ray.remote(_do_here).options(name=asked.title, max_retries=0, **given, **there)
-                    task = function.remote(asked, run)
-                    with _cancelled_at_the_end(ray, task):
-                        ray.get(task)
-                return
-            except ray.exceptions.RayTaskError as error:
-                cause = getattr(error, "cause", None)
-                if isinstance(cause, NodeLost):
-                    logger.warning("%s (attempt %d of %d); it goes on with what is left", cause, attempt, ATTEMPTS)
-                    continue
-                told = isinstance(cause, ServiceError)  # by _do_here
-                raise ServiceError(
-                    _reason(error) if told else f"{asked.step} cannot be done on {self.name}: {_reason(error)}"
-                ) from None
-            except ray.exceptions.TaskCancelledError:
-                raise ServiceError(f"{asked.step} was cancelled in Ray; run again to go on") from None
-            except ray.exceptions.OutOfMemoryError as error:
-                reason = str(error).partition("\n")[0]
-                raise ServiceError(f"{asked.step} took all the memory of its host, and would again: {reason}") from None
-            except ray.exceptions.RayError as error:
-                reason = str(error).partition("\n")[0]
-                logger.warning("%s: its host was lost (attempt %d of %d): %s", asked.step, attempt, ATTEMPTS, reason)
-        raise ServiceError(f"{asked.step} lost its host {ATTEMPTS} times; look at Ray's logs and at the hosts' memory")
+        from tasks.running.ray_steps import have_done  # which imports this module
 
-    @contextmanager
-    def _reserved(self, ray: Any, asked: Asked, wanted: Mapping[str, float]) -> Iterator[dict[str, Any]]:
-        """The options that place a step: none where it has one node, else the first of nodes that it has all at once.
-
-        How many is decided anew whenever they are not free, for nodes come and go.
-        """
-        while True:
-            nodes = sum(_has(node, wanted) for node in _nodes(ray))
-            count = count_of_nodes(asked.inputs, nodes, int(wanted.get("GPU", 0)))
-            many = f"{count} nodes" if count > 1 else "a node"
-            logger.info("%s waits for %s of %s with %s", asked.step, many, self.name, _in_words(wanted))
-            if count == 1:
-                yield {}
-                return
-            group = ray.util.placement_group([dict(wanted)] * count, strategy="STRICT_SPREAD")
-            try:
-                if group.wait(RESERVE_SECONDS):
-                    scheduling = ray.util.scheduling_strategies
-                    yield {"scheduling_strategy": scheduling.PlacementGroupSchedulingStrategy(group, 0)}
-                    return
-            finally:
-                ray.util.remove_placement_group(group)
+        have_done(self, asked)
 
     def hosts(self, steps: Mapping[str, Mapping[str, str]], files: Sequence[str]) -> list[Host]:
         """Every host on which Ray may run a step, looked at; a ServiceError where none answers.
 
         `steps` has what each step runs here, by `module:name`; `files` are the user's own that steps read.
         """
-        ray, wanted = _connected(self.address), _first_seen(self.address).node
+        ray, wanted = connected(self.address), first_seen(self.address).node
         looks = []
-        for node in _nodes(ray):
-            if _has(node, wanted):
+        for node in living_nodes(ray):
+            if has(node, wanted):
                 there = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                 function = ray.remote(_look).options(max_retries=1, **options(CPU=0), scheduling_strategy=there)
                 looks.append((node["NodeManagerHostname"], function.remote(steps, files, os.environ[WORKSPACE])))
@@ -166,16 +108,6 @@ class RayCluster:
         if not found:
             raise ServiceError(f"no host of {self.name} answers; look at it with `ray status`", transient=True)
         return [_with_its_gpus(host, int(wanted.get("GPU", 0))) for host in found]
-
-
-def count_of_nodes(inputs: Mapping[str, Any], nodes: int, gpus: int) -> int:
-    """On how many of so many nodes, with so many GPUs each, a step is done: one, but for a stage of training.
-
-    A stage waits for as many as it needs where fewer are left.
-    """
-    if LEAST_NODES not in inputs:
-        return 1
-    return max(int(inputs[LEAST_NODES]), nodes_for(build(Stage, inputs["stage"]), nodes, gpus))
 
 
 def check_shared_services() -> None:
@@ -208,12 +140,12 @@ class Nodes:
 
 
 @cache
-def _first_seen(address: str) -> Nodes:
+def first_seen(address: str) -> Nodes:
     """The nodes of a cluster when this process first looked.
 
     When some are lost, a step waits for one like them: it is not done on less, and its key stays the same.
     """
-    return _nodes_for_steps(_nodes(_connected(address)))
+    return _nodes_for_steps(living_nodes(connected(address)))
 
 
 def _nodes_for_steps(nodes: list[dict[str, Any]]) -> Nodes:
@@ -225,15 +157,15 @@ def _nodes_for_steps(nodes: list[dict[str, Any]]) -> Nodes:
     raise ServiceError("the Ray cluster has neither GPUs nor CPUs for tasks; add hosts with `ray start --address=...`")
 
 
-def _nodes(ray: Any) -> list[dict[str, Any]]:
+def living_nodes(ray: Any) -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def _has(node: Mapping[str, Any], wanted: Mapping[str, float]) -> bool:
+def has(node: Mapping[str, Any], wanted: Mapping[str, float]) -> bool:
     return all(node["Resources"].get(name, 0.0) >= count for name, count in wanted.items())
 
 
-def _connected(address: str) -> Any:
+def connected(address: str) -> Any:
     """The module `ray`, with a connection to the cluster; a ValueError or ServiceError where there can be none."""
     check_shared_services()
     import ray
@@ -275,7 +207,7 @@ def options(**resources: float) -> dict[str, Any]:
     return {**asked, "runtime_env": {"env_vars": {"PREFECT_LOGGING_EXTRA_LOGGERS": OUR_LOGGERS}}}
 
 
-def _in_words(resources: Mapping[str, float]) -> str:
+def in_words(resources: Mapping[str, float]) -> str:
     return " and ".join(f"{count:g} {name}{'s' * (count > 1)}" for name, count in resources.items())
 
 
@@ -284,7 +216,7 @@ def _host(ray: Any, name: str, look: Any) -> Host | None:
     try:
         found: Host = ray.get(look, timeout=LOOK_SECONDS)
     except ray.exceptions.RayTaskError as error:
-        return Host(name=name, gpus=0, gpu="", gpu_memory=0, fault=_reason(error))
+        return Host(name=name, gpus=0, gpu="", gpu_memory=0, fault=reason_of(error))
     except ray.exceptions.RayError as error:
         logger.warning("%s does not answer (%s); the other hosts do the steps", name, type(error).__name__)
         return None
@@ -298,23 +230,11 @@ def _with_its_gpus(host: Host, promised: int) -> Host:
     return replace(host, fault=f"PyTorch sees {host.gpus} of its {promised} GPUs; install there a build for their CUDA")
 
 
-def _reason(error: Any) -> str:
+def reason_of(error: Any) -> str:
     """The last line of what a task raised: the exception itself."""
     cause = getattr(error, "cause", None)
     lines = str(cause if cause is not None else error).strip().splitlines()
     return redact(lines[-1]) if lines else type(cause).__name__
-
-
-@contextmanager
-def _cancelled_at_the_end(ray: Any, task: Any) -> Iterator[None]:
-    """End a task that still runs when the block ends: first as Ctrl-C does, so that it ends its own processes."""
-    try:
-        yield
-    finally:
-        if not ray.wait([task], timeout=0)[0]:
-            ray.cancel(task)
-            if not ray.wait([task], timeout=CANCEL_SECONDS)[0]:
-                ray.cancel(task, force=True)
 
 
 @contextmanager
@@ -331,25 +251,6 @@ def _own_sigterm() -> Iterator[None]:
 
 
 # On a host of the cluster
-
-
-def _do_here(asked: Asked, flow_run: UUID | None) -> None:
-    """The task of Ray's: do the step, as a part of the flow run that asks, on whose page its progress and lines are."""
-    from tasks.running.ray_nodes import with_others  # steps.py itself imports this module, by way of places.py
-    from tasks.running.steps import do_asked
-
-    host = socket.gethostname()
-    try:
-        check_shared_services()
-        importlib.import_module(asked.module)
-        with part_of(flow_run), with_others(asked, flow_run):
-            logger.info("%s is done on %s", asked.title, host)
-            do_asked(asked.step, asked.inputs, asked.device, asked.runs)
-    except NodeLost:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ServiceError(f"{asked.step} failed on {host}: {reason}") from error
 
 
 @contextmanager

@@ -50,11 +50,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"{module}.run_training", train_here)
 
 
-def test_every_way_is_gone_for_every_size_at_the_tokens_it_says(tmp_path: Path, here: None) -> None:
+def test_every_way_is_gone_for_every_size_at_the_tokens_it_says(
+    tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The whole race on a micro recipe."""
     quick = ["stages.0.steps=16", "stages.1.steps=4", *(f"stages.{i}.checkpoint_every=100" for i in range(2))]
     recipe = load_recipe(write_micro(tmp_path), quick)
-    found = race.fn(recipe, 1)
+    rows = tmp_path / "race.jsonl"
+    found = race.fn(recipe, 1, rows)
     total = sum(stage.tokens for stage in recipe.stages)
     assert Counter((e.way, e.budget) for e in found) == {
         ("elastic", "l"): 1,
@@ -78,20 +81,27 @@ def test_every_way_is_gone_for_every_size_at_the_tokens_it_says(tmp_path: Path, 
     assert planned == trained
     fresh = {e.budget: e.kl for e in found if e.way == "from scratch"}
     assert all(e.kl < fresh[e.budget] for e in found if e.way == "elastic" and e.budget in fresh)
+    monkeypatch.setattr("flows.race.run_lap", None)
+    assert race.fn(recipe, 1, rows) == found, "from the rows"
 
 
-def test_ablations_train_every_recipe_on_its_share_with_its_own_router(tmp_path: Path, here: None) -> None:
+def test_ablations_train_every_recipe_on_its_share_with_its_own_router(
+    tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     quick = ["stages.0.steps=8", "stages.1.steps=4", *(f"stages.{i}.checkpoint_every=100" for i in range(2))]
     micro = write_micro(tmp_path)
     changed = {"base": ["stages.0.router.mode=frozen"], "soft": ["shapes.by=router"]}
     recipes = {name: load_recipe(micro, [*quick, *changes]) for name, changes in changed.items()}
     assert {recipe.stages[0].router.mode for recipe in recipes.values()} == {"frozen", "soft"}
-    found = ablations.fn(recipes, 0.5, 2)
+    rows = tmp_path / "race.jsonl"
+    found = ablations.fn(recipes, 0.5, 2, rows)
     seed = recipes["base"].seed
     assert Counter((e.way, e.budget, e.seed) for e in found) == {
         (way, name, each): 1 for way in recipes for name in "lms" for each in (seed, seed + 1)
     }
     assert {e.tokens for e in found} == {sum(stage.tokens for stage in recipes["base"].stages) // 2}
+    monkeypatch.setattr("flows.race.run_lap", None)
+    assert ablations.fn(recipes, 0.5, 2, rows) == found, "from the rows"
 
 
 def test_every_ablation_of_the_repository_is_a_recipe_of_as_many_tokens() -> None:

@@ -40,9 +40,20 @@ class Host:
 
     def kill(self) -> None:
         """End everything on this host at once, as a loss of power would."""
-        listed = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True, check=True)
-        for process in map(int, listed.stdout.split()):
+        for process in self.processes():
             os.kill(process, signal.SIGKILL)
+
+    def processes(self, name: str = "") -> list[int]:
+        """The processes that run here, or those whose command line has a name in it."""
+        listed = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True, check=True)
+        return [process for process in map(int, listed.stdout.split()) if name in _command(process)]
+
+
+def _command(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def why_not() -> str:

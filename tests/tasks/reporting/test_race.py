@@ -1,11 +1,12 @@
 """Laws of the race's page: tokens are read off the curve, and the page keeps what it did not write."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tasks.reporting.race import BASE, Entry, ablated, needed, tokens_for, write_ablations, write_race
+from tasks.reporting.race import BASE, Entry, Rows, ablated, needed, tokens_for, write_ablations, write_race
 
 
 def power_law(tokens: float) -> float:
@@ -46,6 +47,17 @@ def test_what_the_others_need_is_counted_with_their_exploration() -> None:
     assert row["elastic, all sizes"] == "4K" and row["m alone"] == row["s alone"] == "3K"
     assert row["m explored"] == "3K"  # 1,500 to find the shape, which then needs half of 3,000
     assert row["elastic / alone"] == row["elastic / explored"] == "0.67"
+
+
+def test_rows_of_another_recipe_are_left_alone_and_none_is_found_twice(tmp_path: Path) -> None:
+    file, entry = tmp_path / "race.jsonl", Entry(way="elastic", budget="s", seed=0, tokens=9, kl=0.25)
+    Rows(file, "tiny", "one").of("elastic", 0, lambda: [entry])
+    other = Rows(file, "tiny", "two")
+    assert other.entries == []
+    other.of("elastic", 0, lambda: [replace(entry, kl=0.5)])
+    again = Rows(file, "tiny", "one")
+    again.of("elastic", 0, lambda: pytest.fail("it is known"))
+    assert again.entries == [entry] and len(file.read_text().splitlines()) == 2
 
 
 def test_a_change_is_compared_with_the_recipe_as_it_is_seed_by_seed() -> None:

@@ -15,8 +15,8 @@ from tasks.records import Artifact
 from tasks.running import ray_nodes, training
 from tasks.running.asked import Asked
 from tasks.running.nodes import ALONE, End, Meeting, NodeLost, nodes_for, of_all
-from tasks.running.ray_cluster import count_of_nodes
 from tasks.running.ray_nodes import RayNodes, Storing
+from tasks.running.ray_steps import count_of_nodes
 from tasks.settings import HOME, ServiceError
 
 ASKED = Asked(step="distill", module="tasks.distill", title="distil it", inputs={}, key="0" * 64, runs={}, device="")

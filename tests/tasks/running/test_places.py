@@ -297,8 +297,8 @@ ASKED = Asked(
 
 
 def on_a_cluster(ray: Ray, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_cluster, "_connected", lambda address: ray)
-    ray_cluster._first_seen.cache_clear()
+    monkeypatch.setattr(ray_cluster, "connected", lambda address: ray)
+    ray_cluster.first_seen.cache_clear()
     RayCluster(ADDRESS).do(ASKED)
 
 

@@ -3,10 +3,12 @@
 import json
 import re
 import secrets
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 import yaml
-from hosts import GATEWAY, Host, reachable, three_hosts, why_not
+from hosts import GATEWAY, RUN_SECONDS, Host, reachable, three_hosts, why_not
 from micro import ELASTIC, write_micro
 from prefect.client.orchestration import SyncPrefectClient
 
@@ -34,6 +36,7 @@ pytestmark = pytest.mark.services
 SUM_ORDER = 1e-5
 STEPS = 12
 NODES = r"distil stage2: node \d of 3 is (\w+)"
+TRAINER = "-u -m elastic_core.training.job"
 IN_ONE = "stages.0.micro_batch_size=3"  # three micro-steps a step, which two hosts cannot divide
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -48,6 +51,11 @@ class Cluster:
 
     def elastic(self, host: Host, *arguments: str) -> subprocess.CompletedProcess[str]:
         return host.run([*ELASTIC, *arguments], self.environment)
+
+    def begin(self, number: int, *arguments: str) -> subprocess.Popen[str]:
+        """The command on one of the hosts, while it runs."""
+        host = self.hosts[number]
+        return host.start([*ELASTIC, *arguments], self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
     def said(self) -> list[str]:
         """The lines of log of all runs."""
@@ -169,6 +177,15 @@ def made(code: int | None, said: str) -> dict[str, Counter[str]]:
     return steps
 
 
+def wait_until(holds: Callable[[], bool], runs: "subprocess.Popen[str] | None" = None) -> None:
+    """Wait for what comes while a process runs."""
+    end = time.monotonic() + RUN_SECONDS
+    while not holds():
+        assert time.monotonic() < end, "waited in vain"
+        assert runs is None or runs.poll() is None, runs.communicate()[1]
+        time.sleep(1)
+
+
 def found(pattern: str, lines: list[str]) -> list[str]:
     return [match[1] for line in lines if (match := re.fullmatch(pattern, line))]
 
@@ -181,6 +198,35 @@ def losses(cluster: Cluster) -> list[list[float]]:
         by_step = {row["step"]: row["loss"] for row in map(json.loads, rows.splitlines())}
         stages.append([by_step[step] for step in range(STEPS)])
     return stages
+
+
+def test_a_run_that_begins_again_elsewhere_joins_the_training_under_way_and_ctrl_c_ends_it_on_all_hosts(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    write_small(tmp_path)
+    recipes = [bring_recipe(host, tmp_path) for host in cluster.hosts]
+    endless = ["stages.0.steps=1000000", "stages.0.checkpoint_every=1000000"]
+
+    def trainers() -> set[int]:
+        return {process for host in cluster.hosts for process in host.processes(TRAINER)}
+
+    killed = cluster.begin(0, "run", str(recipes[0]), *endless)
+    wait_until(lambda: len(found(NODES, cluster.said())) == 2 and len(trainers()) == 3, killed)
+    training = trainers()
+    killed.kill()
+    killed.communicate()
+    again = cluster.begin(1, "run", str(recipes[1]), *endless)
+    assert again.stderr is not None
+    lines = iter(again.stderr.readline, "")
+    assert any("distil stage2 is under way already" in line for line in lines)
+    assert trainers() == training
+    again.send_signal(signal.SIGINT)
+    _, rest = again.communicate(timeout=RUN_SECONDS)
+    assert again.returncode != 0 and "Traceback" not in rest, rest
+    wait_until(lambda: not trainers())
+    assert len(found(r"distil stage2 is done on (\w+)", cluster.said())) == 1
+    for host in cluster.hosts:
+        assert host.run(["rm", "--recursive", f"{host.state}/recipe"], {}).returncode == 0
 
 
 def test_hosts_that_share_no_disk_train_together_and_any_of_them_has_what_a_lost_one_made(
