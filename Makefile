@@ -4,7 +4,8 @@
 # too, and the kernels.
 # make test-faults: kill -9 of everything at every step, a spoilt network, a full disk.
 # make reference: the page and the schema of recipes, from their classes.
-# make race: one elastic run against each size made alone, on the tiny recipe, into infra/race.md; it resumes.
+# make race: one elastic run against each size made alone, on the tiny recipe and on wider teachers, into infra/race.md;
+# it resumes.
 # make ablations: what each setting of infra/ablations.yaml brings, on the tiny recipe, into infra/race.md; it resumes.
 # make bench: every benchmark that runs on a CPU, into infra/benchmarks.md.   make bench-gpu: those for one CUDA device.
 # make gpu-wheels: what make check-gpu installs. make check-gpu: every test and benchmark for one CUDA device, where there
@@ -37,8 +38,21 @@ ON_GPU := build/gpu
 demo: $(INSTALLED)
 	$(BIN)/elastic run $(RECIPE)
 
+RACE := $(BIN)/python -m flows.commands.race tiny infra/race.md
+# Teachers of twice and four times the width, raced on fewer tokens.
+TINY_4X := family=tiny-4x $(addprefix teacher.pretrain.model., hidden_size=256 intermediate_size=768 \
+	num_attention_heads=8 num_key_value_heads=4 mamba_num_heads=16) $(addprefix axes., hidden=[256,224,192,160] \
+	ffn=[768,640,512,384] mamba_heads=[16,12,8] attention_heads=[8,4]) budgets.1.params=3500000 budgets.2.params=2590000
+TINY_16X := family=tiny-16x $(addprefix teacher.pretrain., steps=200 $(addprefix model., hidden_size=512 \
+	intermediate_size=1536 num_attention_heads=16 num_key_value_heads=8 mamba_num_heads=32)) $(addprefix axes., \
+	hidden=[512,448,384,320] ffn=[1536,1280,1024,768] mamba_heads=[32,24,16] attention_heads=[16,8]) \
+	budgets.1.params=13000000 budgets.2.params=9600000
+
 race: $(INSTALLED)
-	$(BIN)/python -m flows.commands.race tiny infra/race.md
+	$(RACE)
+	$(RACE) --seeds 1 --share 0.25 family=tiny-quarter
+	$(RACE) --seeds 1 --share 0.25 $(TINY_4X)
+	$(RACE) --seeds 1 --share 0.0625 $(TINY_16X)
 
 ablations: $(INSTALLED)
 	$(BIN)/python -m flows.commands.ablations tiny infra/ablations.yaml infra/race.md

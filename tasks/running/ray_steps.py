@@ -41,7 +41,7 @@ ATTEMPTS = 5
 CANCEL_SECONDS = 30.0  # for a step to end its processes
 RESERVE_SECONDS = 60.0
 LOOK_SECONDS = 2.0  # between two looks at how the step does
-GONE_SECONDS = 60.0  # after which one who has not looked waits no longer
+GONE_SECONDS = 15.0  # after which one who has not looked waits no longer
 
 # The input of a step that may have several nodes.
 LEAST_NODES = "least_nodes"
@@ -132,8 +132,10 @@ class Doing:
         return self._lines.said[shown:]
 
     def leave(self, who: str) -> bool:
-        """Wait no longer; True for the last one who does, and the step is then cancelled if it still runs."""
+        """Wait no longer; True where nobody needs this actor any more. A step that the last one leaves is cancelled."""
         self._asking.pop(who, None)
+        if self._end.done():
+            return True
         if self._is_awaited():
             return False
         self._left.set()
@@ -158,8 +160,13 @@ class Doing:
         else:
             self._end.set_result(None)
         finally:
-            if not self._is_awaited():  # whoever asked is gone, and finds the result in the cache
-                os._exit(0)
+            threading.Thread(target=self._end_when_alone, daemon=True).start()
+
+    def _end_when_alone(self) -> None:
+        """End this process: whoever asked and was killed finds the result in the cache."""
+        while self._is_awaited():
+            time.sleep(LOOK_SECONDS)
+        os._exit(0)
 
     def _is_awaited(self) -> bool:
         return any(time.monotonic() - seen < GONE_SECONDS for seen in self._asking.values())

@@ -25,6 +25,7 @@ from tasks import distill, evaluate, rank, teacher  # noqa: F401 - each adds its
 from tasks.artifacts import ensure_bucket
 from tasks.artifacts.documents import documents, read_document
 from tasks.running.loopback import free_ports
+from tasks.running.ray_steps import GONE_SECONDS
 from tasks.running.steps import ON_GPU
 from tasks.running.workspace import shared_workspace
 from tasks.settings import BUCKET, ENDPOINT_S3, HOME, PREFECT_API, TRACKING_URI, WORKSPACE, Settings
@@ -52,18 +53,18 @@ class Cluster:
     def elastic(self, host: Host, *arguments: str) -> subprocess.CompletedProcess[str]:
         return host.run([*ELASTIC, *arguments], self.environment)
 
-    def begin(self, number: int, *arguments: str) -> subprocess.Popen[str]:
-        """The command on one of the hosts, while it runs."""
-        host = self.hosts[number]
-        return host.start([*ELASTIC, *arguments], self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    def begin(self, number: int, log: Path, *arguments: str) -> subprocess.Popen[str]:
+        """The command on one of the hosts, while it runs; what it says is in a file."""
+        with log.open("w") as file:
+            return self.hosts[number].start([*ELASTIC, *arguments], self.environment, stdout=file, stderr=file)
 
-    def said(self) -> list[str]:
-        """The lines of log of all runs."""
+    def said(self, since: int = 0) -> list[str]:
+        """The lines of log of all runs, but for the first ones."""
         found: list[str] = []
         with SyncPrefectClient(api=self.environment[PREFECT_API]) as client:
             while page := client.read_logs(offset=len(found)):
                 found += [line.message for line in page]
-        return found
+        return found[since:]
 
     def documents(self, under: str) -> list[bytes]:
         """What the workspace has under a name, but for files by digest."""
@@ -177,12 +178,11 @@ def made(code: int | None, said: str) -> dict[str, Counter[str]]:
     return steps
 
 
-def wait_until(holds: Callable[[], bool], runs: "subprocess.Popen[str] | None" = None) -> None:
-    """Wait for what comes while a process runs."""
+def wait_until(holds: Callable[[], bool], runs: "subprocess.Popen[str]", log: Path) -> None:
+    """Wait for what comes while a process runs, whose lines are in a file."""
     end = time.monotonic() + RUN_SECONDS
     while not holds():
-        assert time.monotonic() < end, "waited in vain"
-        assert runs is None or runs.poll() is None, runs.communicate()[1]
+        assert runs.poll() is None and time.monotonic() < end, log.read_text()
         time.sleep(1)
 
 
@@ -210,20 +210,19 @@ def test_a_run_that_begins_again_elsewhere_joins_the_training_under_way_and_ctrl
     def trainers() -> set[int]:
         return {process for host in cluster.hosts for process in host.processes(TRAINER)}
 
-    killed = cluster.begin(0, "run", str(recipes[0]), *endless)
-    wait_until(lambda: len(found(NODES, cluster.said())) == 2 and len(trainers()) == 3, killed)
+    before, after = tmp_path / "before.log", tmp_path / "after.log"
+    killed = cluster.begin(0, before, "run", str(recipes[0]), *endless)
+    wait_until(lambda: len(found(NODES, cluster.said())) == 2 and len(trainers()) == 3, killed, before)
     training = trainers()
     killed.kill()
-    killed.communicate()
-    again = cluster.begin(1, "run", str(recipes[1]), *endless)
-    assert again.stderr is not None
-    lines = iter(again.stderr.readline, "")
-    assert any("distil stage2 is under way already" in line for line in lines)
+    killed.wait()
+    again = cluster.begin(1, after, "run", str(recipes[1]), *endless)
+    wait_until(lambda: "distil stage2 is under way already" in after.read_text(), again, after)
+    time.sleep(GONE_SECONDS)  # until then the killed one counts as waiting
     assert trainers() == training
     again.send_signal(signal.SIGINT)
-    _, rest = again.communicate(timeout=RUN_SECONDS)
-    assert again.returncode != 0 and "Traceback" not in rest, rest
-    wait_until(lambda: not trainers())
+    assert again.wait(RUN_SECONDS) != 0 and "Traceback" not in after.read_text(), after.read_text()
+    assert not trainers()
     assert len(found(r"distil stage2 is done on (\w+)", cluster.said())) == 1
     for host in cluster.hosts:
         assert host.run(["rm", "--recursive", f"{host.state}/recipe"], {}).returncode == 0
@@ -235,10 +234,11 @@ def test_hosts_that_share_no_disk_train_together_and_any_of_them_has_what_a_lost
     write_small(tmp_path)
     asking = cluster.hosts[0]
     recipe, *_ = [bring_recipe(host, tmp_path) for host in cluster.hosts]
+    before = len(cluster.said())
     run = cluster.elastic(asking, "run", str(recipe))
     steps = made(run.returncode, run.stderr)
     assert {"pretrain_teacher", "rank_importance", "distill", "evaluate"} <= steps.keys()
-    said = cluster.said()
+    said = cluster.said(before)
     places = found(r".+ is done on (\w+)", said)
     assert len(places) == sum(how["made"] for how in steps.values()), "each once"
     (first,), others = found(r"distil stage2 is done on (\w+)", said), found(NODES, said)
@@ -249,7 +249,7 @@ def test_hosts_that_share_no_disk_train_together_and_any_of_them_has_what_a_lost
     alone = cluster.elastic(asking, "run", str(recipe), IN_ONE)
     later = made(alone.returncode, alone.stderr)
     assert later["rank_importance"] == Counter(cached=1) and later["distill"] == Counter(made=1)
-    assert found(NODES, cluster.said()) == others, "one host alone"
+    assert found(NODES, cluster.said(before)) == others, "one host alone"
     together, in_one = losses(cluster)
     assert together == pytest.approx(in_one, abs=SUM_ORDER)
 
