@@ -18,9 +18,13 @@ TEACHER = "teacher"  # the name of its row beside the sizes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltIn:
-    """Where a benchmark lies on the Hub, and how its rows are read; without a path its files must be brought here."""
+    """Where a benchmark lies on the Hub, how many problems it has, and how its rows are read.
+
+    Without a path its files must be brought here.
+    """
 
     path: str | None
+    problems: int
     split: str
     format: Format
     since: str | None = None
@@ -29,13 +33,13 @@ class BuiltIn:
 
 # The six of NVIDIA's reports. LiveCodeBench is there as a program, which `datasets` no longer runs.
 BUILT_IN: Mapping[str, BuiltIn] = {
-    "math-500": BuiltIn(path="hf://HuggingFaceH4/MATH-500", split="test", format="math"),
-    "aime-2024": BuiltIn(path="hf://HuggingFaceH4/aime_2024", split="train", format="math"),
-    "aime-2025": BuiltIn(path="hf://yentinglin/aime_2025", split="train", format="math"),
-    "gpqa-diamond": BuiltIn(path="hf://Idavidrein/gpqa/gpqa_diamond", split="train", format="gpqa"),
-    "mmlu-pro": BuiltIn(path="hf://TIGER-Lab/MMLU-Pro", split="test", format="choice"),
+    "math-500": BuiltIn(path="hf://HuggingFaceH4/MATH-500", problems=500, split="test", format="math"),
+    "aime-2024": BuiltIn(path="hf://HuggingFaceH4/aime_2024", problems=30, split="train", format="math"),
+    "aime-2025": BuiltIn(path="hf://yentinglin/aime_2025", problems=30, split="train", format="math"),
+    "gpqa-diamond": BuiltIn(path="hf://Idavidrein/gpqa/gpqa_diamond", problems=198, split="train", format="gpqa"),
+    "mmlu-pro": BuiltIn(path="hf://TIGER-Lab/MMLU-Pro", problems=12_032, split="test", format="choice"),
     "livecodebench-v5": BuiltIn(
-        path=None, split="test", format="livecodebench", since="2024-07-01", until="2024-12-31"
+        path=None, problems=315, split="test", format="livecodebench", since="2024-07-01", until="2024-12-31"
     ),
 }
 

@@ -65,7 +65,14 @@ def plan(
     from elastic_core.planning.machine import Accelerator
     from elastic_core.planning.plan import plan_recipe
     from elastic_core.planning.profile import recipe_table
-    from flows.commands.plan import parse_gpus, place_of_runs, plan_json, print_plan, teacher_geometry
+    from flows.commands.plan import (
+        counted_problems,
+        parse_gpus,
+        place_of_runs,
+        plan_json,
+        print_plan,
+        teacher_geometry,
+    )
     from flows.commands.recipes import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
@@ -80,7 +87,7 @@ def plan(
     )
     table = recipe_table(loaded)
     model, place = teacher_geometry(loaded), place_of_runs(loaded)
-    planned = plan_recipe(loaded, model, accelerator, parse_gpus(gpus), table, place)
+    planned = plan_recipe(loaded, model, accelerator, parse_gpus(gpus), table, place, counted_problems(loaded))
     if as_json:
         typer.echo(json.dumps(plan_json(planned), indent=2))
     else:

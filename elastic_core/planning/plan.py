@@ -12,6 +12,7 @@ from typing import Any
 from elastic_core.budget import Budget, Dtype
 from elastic_core.cost import DTYPE_BYTES, Cost, LatencyCost, LatencyTable, active_params, budget_cost, subnet_params
 from elastic_core.geometry import GROUPS, ModelConfig
+from elastic_core.planning.judged import BenchmarkPlan, plan_benchmarks
 from elastic_core.planning.machine import ELSEWHERE, Accelerator, Place
 from elastic_core.planning.stages import StagePlan, StageWork
 from elastic_core.planning.steps import Around, StepPlan
@@ -49,8 +50,8 @@ class BudgetPlan:
 class RecipePlan:
     """A recipe's plan; `least_params` are those of the smallest subnet that its axes hold.
 
-    `steps` are the steps of the pipeline in their order, the stages among them, which `stages` has on every mesh; the
-    answers to `benchmarks` are left out, whose length nobody knows before.
+    `steps` are the steps of the pipeline in their order, the stages among them, which `stages` has on every mesh.
+    `benchmarks` are planned apart, and are in no sum: how long answers are is known only when they are there.
     """
 
     family: str
@@ -64,7 +65,7 @@ class RecipePlan:
     budgets: tuple[BudgetPlan, ...]
     stages: tuple[StagePlan, ...]
     steps: tuple[StepPlan, ...]
-    benchmarks: tuple[str, ...]
+    benchmarks: tuple[BenchmarkPlan, ...]
 
     @property
     def around(self) -> tuple[StepPlan, ...]:
@@ -85,6 +86,10 @@ class RecipePlan:
         """Hours of one GPU that a step takes."""
         full = self.teacher_params * DTYPE_BYTES[self.dtype]
         return self.accelerator.hours(step.flops) + self.accelerator.decoding_hours(step.decoded, full)
+
+    def judging_hours(self, benchmark: BenchmarkPlan) -> float:
+        """Hours of one GPU that a benchmark takes at most, where the number of its problems is known."""
+        return self.accelerator.decoding_hours(benchmark.tokens_of_a_model or 0, benchmark.weight_bytes)
 
     @property
     def all_gpu_hours(self) -> float:
@@ -113,10 +118,12 @@ def plan_recipe(
     gpus: Sequence[int],
     latency_table: LatencyTable | None = None,
     place: Place = ELSEWHERE,
+    problems: Mapping[str, int] | None = None,
 ) -> RecipePlan:
     """The plan of `recipe` for a teacher of the geometry `model`, on each number of GPUs.
 
-    `place` says what lies where the run works: a teacher there is not copied, a store there takes disk.
+    `place` says what lies where the run works: a teacher there is not copied, a store there takes disk. `problems` are
+    those of benchmarks, by name, where they have been counted.
 
     ValueError for axes or a budget that such a teacher cannot have.
     """
@@ -137,6 +144,7 @@ def plan_recipe(
         full = dict.fromkeys(stage.budgets, full_subnet(model))
         work.insert(0, StageWork(model, stage, alone, full, 0, recipe.dtype, accelerator))
     planned = tuple(stage.plan(gpus) for stage in work)
+    around = Around(recipe, elastic, subnets, place)
     return RecipePlan(
         family=recipe.family,
         dtype=recipe.dtype,
@@ -148,8 +156,8 @@ def plan_recipe(
         gpus=tuple(gpus),
         budgets=budgets,
         stages=planned,
-        steps=tuple(_steps(Around(recipe, elastic, subnets, place), planned, router_params)),
-        benchmarks=tuple(benchmark.name for benchmark in recipe.evaluation.benchmarks),
+        steps=tuple(_steps(around, planned, router_params)),
+        benchmarks=tuple(plan_benchmarks(recipe, around.teacher_bytes, around.slice_bytes, problems or {})),
     )
 
 

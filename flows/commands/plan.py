@@ -10,7 +10,7 @@ from typing import Any
 from elastic_core.cost import DTYPE_BYTES, LatencyTable, budget_cost
 from elastic_core.files.checkpoint import CheckpointError, read_config
 from elastic_core.geometry import MOE, ModelConfig
-from elastic_core.planning.machine import LEAST_MARGIN, USABLE_SHARE, Place
+from elastic_core.planning.machine import DECODED_TOGETHER, LEAST_MARGIN, USABLE_SHARE, Place
 from elastic_core.planning.memory import Memory
 from elastic_core.planning.plan import BudgetPlan, RecipePlan
 from elastic_core.planning.stages import MeshPlan, StagePlan
@@ -71,6 +71,16 @@ def place_of_runs(recipe: Recipe) -> Place:
     return Place(has_teacher=path is not None and Path(path).is_dir(), has_store=not names_a_store())
 
 
+def counted_problems(recipe: Recipe) -> dict[str, int]:
+    """The problems of each benchmark whose files lie here, by its name."""
+    here = [each for each in recipe.evaluation.benchmarks if each.path is not None and "://" not in each.path]
+    if not here:
+        return {}
+    from tasks.judging.benchmarks import read_benchmark  # the readers of corpora, which few plans need
+
+    return {each.name: len(read_benchmark(each)) for each in here}
+
+
 def parse_gpus(text: str) -> tuple[int, ...]:
     """Numbers of GPUs, such as 1,8,64."""
     parts = [part.strip() for part in text.split(",")]
@@ -85,6 +95,8 @@ def plan_json(plan: RecipePlan) -> dict[str, Any]:
     data = to_dict(plan) | {"feasible": plan.feasible, "fits_on": list(plan.fitting), "disk": kept, "most_disk": most}
     for step, step_data in zip(plan.steps, data["steps"], strict=True):
         step_data |= {"gpu_hours": plan.gpu_hours(step), "dollars": plan.dollars(step)}
+    for each, benchmark_data in zip(plan.benchmarks, data["benchmarks"], strict=True):
+        benchmark_data |= {"tokens": each.tokens, "gpu_hours": plan.judging_hours(each)}
     for stage, stage_data in zip(plan.stages, data["stages"], strict=True):
         for name in ("flops", "flops_at_most"):
             stage_data[name]["total"] = getattr(stage, name).total
@@ -104,7 +116,7 @@ def print_plan(plan: RecipePlan, table: LatencyTable | None = None) -> None:
         highlight=False,
     )
     tables = (_stage_rows(plan), _work_rows(plan), _memory_rows(plan), _step_rows(plan), _time_rows(plan))
-    for rows in (*_budget_tables(plan, table), *tables):
+    for rows in (*_budget_tables(plan, table), *tables, *([_benchmark_rows(plan)] if plan.benchmarks else [])):
         console.print(text_table(rows))
     for line in [*_explanations(plan), *_verdicts(plan, table)]:
         console.print(line, highlight=False, soft_wrap=True)
@@ -248,6 +260,28 @@ def _time_rows(plan: RecipePlan) -> list[dict[str, str]]:
     return rows
 
 
+def _benchmark_rows(plan: RecipePlan) -> list[dict[str, str]]:
+    """What benchmarks take at most; a number that is not known is a question mark."""
+
+    def known(count: int | None) -> str:
+        return "?" if count is None else human_count(count)
+
+    return [
+        {
+            "benchmark": each.name,
+            "problems": "?" if each.problems is None else f"{each.problems:,}",
+            "runs": str(each.runs),
+            "tokens each": f"{each.max_new_tokens:,}",
+            "of a model": known(each.tokens_of_a_model),
+            "models": str(each.models),
+            "tokens at most": known(each.tokens),
+            "GPU-hours": _number(hours) if (hours := plan.judging_hours(each)) else "-",
+            "cost": _dollars(plan.accelerator.dollars_per_hour * hours) if hours else "-",
+        }
+        for each in plan.benchmarks
+    ]
+
+
 def _between_hosts(meshes: Iterable[MeshPlan]) -> int:
     return sum(mesh.between_hosts for mesh in meshes)
 
@@ -299,8 +333,7 @@ def _explanations(plan: RecipePlan) -> Iterator[str]:
         "Subnets are examples within their budgets; the router chooses. While it learns, a soft choice runs wider than "
         "its budget: at most, everything runs at full size."
     )
-    if plan.benchmarks:
-        yield f"Not in this plan: what it takes to answer {joined(plan.benchmarks)}, for each model that is judged."
+    yield from _judging(plan)
     for planned in plan.stages:
         if planned.host_bytes:
             of_a_host = human_bytes(gpu.on_a_host * planned.host_bytes)
@@ -314,6 +347,21 @@ def _explanations(plan: RecipePlan) -> Iterator[str]:
         f"A sequence is never divided between GPUs. The activations of one of {longest.stage.sequence_length:,} tokens "
         f"take {human_bytes(saved)}, or with recompute {human_bytes(recomputed)} and one layer's."
     )
+
+
+def _judging(plan: RecipePlan) -> Iterator[str]:
+    """What the table of benchmarks assumes and leaves out."""
+    if not plan.benchmarks:
+        return
+    hours = sum(map(plan.judging_hours, plan.benchmarks))
+    dollars = _dollars(plan.accelerator.dollars_per_hour * hours)
+    together = f"together {_number(hours)} GPU-hours and {dollars}" if hours else "none of them on GPUs of this run"
+    yield (
+        f"Benchmarks are in no other table: at most, every completion is as long as it may be, {together}. "
+        f"{DECODED_TOGETHER} texts are decoded at once, each token of all at the cost of reading the weights."
+    )
+    if unknown := [each.name for each in plan.benchmarks if each.problems is None]:
+        yield f"How many problems {joined(unknown)} has is not known before its files are here, and is not counted."
 
 
 def _verdicts(plan: RecipePlan, table: LatencyTable | None) -> Iterator[str]:

