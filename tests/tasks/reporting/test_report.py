@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from playwright.sync_api import sync_playwright
 from records import CONDITIONS, judged
 
 from elastic_core import cost
@@ -20,7 +22,7 @@ from elastic_core.budget import Budget
 from elastic_core.comparison import Cut
 from elastic_core.files.shapes import MeasuredShapes
 from elastic_core.geometry import Axes, ModelConfig
-from elastic_core.judging import Endpoint
+from elastic_core.judging import BUILT_IN, Endpoint
 from elastic_core.recipe import DataConfig, DataSource, Evaluation, Optimizer, Recipe, Stage, Teacher
 from elastic_core.search import Candidate
 from elastic_core.subnet import Subnet, full_subnet, keep_layers
@@ -28,6 +30,9 @@ from elastic_core.training.train import BudgetMetrics, StepMetrics
 from tasks.records import BudgetEvaluation, Contamination, EvaluationRecord, OrderComparison
 from tasks.reporting import drawing, history, numbers, plots, report, summary
 from tasks.reporting.benchmarks import answers_table, benchmark_table, notes
+
+CHROMIUM = shutil.which("chromium")
+A4_WIDTH = 718  # CSS pixels between margins of a centimetre
 
 MODEL = ModelConfig(
     hybrid_override_pattern="M-M*-M-",
@@ -371,6 +376,29 @@ def test_the_report_has_scores_shares_without_an_answer_tokens_sources_and_conta
             assert found in text
     stored = json.loads(page.with_name("results.json").read_text())["evaluation"]["scores"]
     assert [(score["model"], score["accuracy"]) for score in stored] == [(s.model, s.accuracy) for s in SCORES]
+
+
+def test_no_plot_shows_the_source_of_a_formula(tmp_path: Path) -> None:
+    """Its texts are plain; an axis of less than a decade would write its ticks as TeX."""
+    assert "$" not in Elements(write(tmp_path, record=evaluation())).text
+
+
+@pytest.mark.services
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH; Debian's package is `chromium`")
+def test_on_paper_no_table_is_cut_off(tmp_path: Path) -> None:
+    """Two references and two baselines beside the family, on six benchmarks."""
+    rows = ("teacher", "l", "m", "s", "nemotron-nano-9b-v2", "m-separate", "m-from-scratch")
+    scores = [judged(row, 0.5, benchmark=name) for row in rows for name in BUILT_IN]
+    scores += [judged("qwen3-8b", 0.5, benchmark=name, score=None, source="x") for name in BUILT_IN]
+    page = write(tmp_path, record=evaluation(scores=tuple(scores)))
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        paper = browser.new_page(viewport={"width": A4_WIDTH, "height": 1000})
+        paper.emulate_media(media="print")
+        paper.goto(page.as_uri())
+        ends = paper.evaluate("[...document.querySelectorAll('td')].map(cell => cell.getBoundingClientRect().right)")
+        browser.close()
+    assert len(ends) > 8 * 6 and max(ends) <= A4_WIDTH
 
 
 def test_the_report_doubts_scores_of_a_server_whose_names_tell_no_weights(tmp_path: Path) -> None:
