@@ -1,6 +1,7 @@
 """Laws of judging by our own decoder: what a key counts, what is never answered twice, and what is answered."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -242,6 +243,26 @@ def test_answers_are_those_of_one_prompt_at_a_time_and_each_counts_the_token_tha
         assert answer.text == tokenizer.decode(ids)
         assert (answer.finish, answer.tokens) == (("length", 6) if len(ids) == 6 else ("stop", len(ids) + 1))
     assert {answer.finish for answer in found} == {"stop", "length"}
+
+
+def test_a_model_that_does_not_think_scores_as_on_the_problems_of_evaluation(
+    model: Artifact, asked: Benchmark, tmp_path: Path
+) -> None:
+    """Half of the answers that are looked for are the model's own, once no token ends its text."""
+    config = Path(shutil.copytree(model.path, tmp_path / "model")) / "generation_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": 269}))
+    model, benchmark, file = artifact(config.parent), replace(asked, runs=1, sampling=GREEDY), Path(str(asked.path))
+    here(model, benchmark, brought(benchmark, tmp_path / "first"))
+    said = {each["problem"]: each["completion"]["text"] for each in map(json.loads, lines(tmp_path))}
+    own = [said[problem.id].strip() for problem in read_benchmark(benchmark)]
+    rows = [{**row, "answer": own[i] if i % 2 and own[i] else "none"} for i, row in enumerate(ROWS)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    score = here(model, benchmark, brought(benchmark, tmp_path / "second"))
+    chats = [[{"role": "user", "content": r["question"]}, {"role": "assistant", "content": r["answer"]}] for r in rows]
+    file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    settings = Evaluation(problems=str(file), max_new_tokens=GREEDY.max_new_tokens)
+    answers = measure_answers.fn(model=model, settings=settings, problems_digest=None, dtype="float32")
+    assert 0 < score.accuracy == answers.accuracy < 1
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["told to think", "told not to"])
