@@ -66,6 +66,7 @@ def judge_all(
     """The scores of a model on benchmarks, by our own decoder or at an endpoint, as the pipeline's steps judge it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(HOME, str(home))
+        patch.setattr("tasks.running.patience.DELAYS", (0.5, 0.5))  # an engine that has ended does not come back
         scores = []
         for benchmark in asked:
             problems = judge.bring_problems.fn(benchmark=benchmark, identity="", workspace=str(home))
