@@ -24,7 +24,7 @@ from elastic_core.planning.machine import H100
 from elastic_core.planning.plan import plan_recipe
 from elastic_core.planning.profile import recipe_table
 from elastic_core.recipe import Recipe
-from flows.commands.plan import geometry_at, teacher_geometry
+from flows.commands.plan import counted_problems, geometry_at, teacher_geometry
 from tasks.running.recipe_run import run_key, ways
 from tasks.running.steps import fingerprint
 from tasks.settings import ServiceError, Settings
@@ -67,18 +67,20 @@ def over(recipe: Recipe, max_gpu_hours: float) -> str:
     try:
         path = recipe.teacher.path or ""
         model = geometry_at(path) if path.startswith("s3://") else teacher_geometry(recipe)
-        plan = plan_recipe(recipe, model, H100, (1,), recipe_table(recipe))
+        plan = plan_recipe(recipe, model, H100, (1,), recipe_table(recipe), problems=counted_problems(recipe))
     except (ValueError, ServiceError) as error:
         return f"what it would take is not known ({error}), and {ceiling}"
-    if recipe.evaluation.benchmarks and recipe.evaluation.endpoint is None:
-        return f"what its benchmarks take is in no plan, and {ceiling}"
-    hours = plan.all_gpu_hours
-    dollars = sum(plan.dollars(step) for step in plan.steps)
+    if unknown := [each.name for each in plan.benchmarks if each.problems is None and each.weight_bytes]:
+        return f"how many problems {' and '.join(unknown)} has is not known, and {ceiling}"
+    judging = sum(map(plan.judging_hours, plan.benchmarks))
+    hours = plan.all_gpu_hours + judging
+    dollars = sum(plan.dollars(step) for step in plan.steps) + H100.dollars_per_hour * judging
     if hours <= max_gpu_hours:
         return ""
+    longest = " and answers as long as they may be" if judging else ""
     return (
-        f"it would take {hours:,.3g} GPU-hours, about ${dollars:,.2f}, by its plan with no step in the cache (H100 at "
-        f"{H100.utilisation:.0%} of its peak, ${H100.dollars_per_hour:g} an hour), and {ceiling}"
+        f"it would take {hours:,.3g} GPU-hours, about ${dollars:,.2f}, by its plan with no step in the cache{longest} "
+        f"(H100 at {H100.utilisation:.0%} of its peak, ${H100.dollars_per_hour:g} an hour), and {ceiling}"
     )
 
 

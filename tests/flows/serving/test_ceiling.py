@@ -11,8 +11,11 @@ from prefect.context import FlowRunContext
 from typer.testing import CliRunner
 
 from elastic_core.judging import Benchmark, Endpoint
+from elastic_core.planning.machine import H100
+from elastic_core.planning.plan import plan_recipe
 from elastic_core.recipe import Recipe
 from flows.cli import app
+from flows.commands.plan import teacher_geometry
 from flows.commands.recipes import load_recipe
 from flows.elastify import pipeline
 from flows.serving import ceiling
@@ -107,11 +110,18 @@ def test_what_crashed_before_the_code_changed_asks_again(
         ask(recipe, tmp_path, 0.0)
 
 
-def test_a_run_whose_benchmarks_are_in_no_plan_asks(recipe: Recipe) -> None:
-    judged = replace(recipe, evaluation=replace(recipe.evaluation, benchmarks=(Benchmark(name="math-500"),)))
-    assert "what its benchmarks take is in no plan, and the ceiling" in ceiling.over(judged, 100.0)
-    served = replace(judged.evaluation, endpoint=Endpoint(url="http://vllm:8000/v1", model="{path}"))
-    assert ceiling.over(replace(judged, evaluation=served), 100.0) == ""
+def test_what_benchmarks_take_at_most_counts_and_one_of_unknown_length_asks(recipe: Recipe) -> None:
+    def over(benchmark: Benchmark, hours: float, endpoint: Endpoint | None = None) -> str:
+        judges = replace(recipe.evaluation, benchmarks=(benchmark,), endpoint=endpoint)
+        return ceiling.over(replace(recipe, evaluation=judges), hours)
+
+    alone = plan_recipe(recipe, teacher_geometry(recipe), H100, (1,)).all_gpu_hours
+    assert ceiling.over(recipe, 1.01 * alone) == ""
+    assert "answers as long as they may be" in over(Benchmark(name="math-500"), 1.01 * alone)
+    assert over(Benchmark(name="math-500"), 100.0) == ""
+    far = Benchmark(name="far", path="s3://bucket/far", format="exact")
+    assert "how many problems far has is not known, and the ceiling" in over(far, 100.0)
+    assert over(far, 1.01 * alone, Endpoint(url="http://vllm:8000/v1", model="{path}")) == ""
 
 
 def test_while_one_waits_the_next_has_nothing_to_do(
