@@ -22,7 +22,7 @@ from elastic_core.files.checkpoint import write_weights
 from elastic_core.files.slicing import slice_checkpoint
 from elastic_core.generate import complete
 from elastic_core.geometry import FFN, ModelConfig
-from elastic_core.judging import Benchmark, Engine, Sampling
+from elastic_core.judging import Benchmark, Engine, EngineKind, Sampling
 from elastic_core.model import ElasticNemotronH
 from elastic_core.subnet import Subnet, full_subnet
 from flows.serving.services import embedded_services
@@ -160,11 +160,31 @@ def test_a_registered_family_is_served_to_a_stock_client(vllm_program: Path, tmp
     assert found["tokens"] == 16
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        (
+            "vllm",
+            f"{OPTIONS} --kv-cache-memory-bytes {64 << 20}",
+            r"vllm [.\d]+ --mamba_ssm_cache_dtype float32 --dtype float32 ",
+        ),
+        ("transformers", "", r"transformers [.\d]+ --dtype float32$"),
+    ],
+    ids=["vllm", "transformers"],
+)
 def test_the_step_that_judges_starts_an_engine_and_gets_our_own_decoders_answers(
-    vllm_program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: EngineKind,
+    options: str,
+    said: str,
+    engines: Path,
+    vllm_program: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / kind).symlink_to(vllm_program if kind == "vllm" else engines / "vllm/bin/transformers")
     monkeypatch.setenv(HOME, str(tmp_path / "home"))
-    monkeypatch.setenv("PATH", str(vllm_program.parent), prepend=os.pathsep)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     model, tokenizer = written_family(tmp_path), AutoTokenizer.from_pretrained(tmp_path / "s")
     rows = []
@@ -177,7 +197,7 @@ def test_the_step_that_judges_starts_an_engine_and_gets_our_own_decoders_answers
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     drawn = Sampling(temperature=0, top_p=1, max_new_tokens=8, system=None, thinking=False)
     sums = Benchmark(name="sums", path=str(file), format="exact", runs=1, sampling=drawn)
-    asked = Engine(options=f"{OPTIONS} --kv-cache-memory-bytes {64 << 20}", seconds=SECONDS)
+    asked = Engine(program=kind, options=options, seconds=SECONDS)
     told = program_for(asked, "float32").told
     score = judge.judge_started.fn(
         model=artifact(tmp_path / "s"),
@@ -188,7 +208,7 @@ def test_the_step_that_judges_starts_an_engine_and_gets_our_own_decoders_answers
         dtype="float32",
         unsafe_code=False,
     )
-    assert re.match(r"vllm [.\d]+ --mamba_ssm_cache_dtype float32 --dtype float32 ", told)
+    assert re.match(said, told)
     assert len({row["answer"] for row in rows}) > 1  # so that an engine which gives one answer to all is seen
     assert (score.accuracy, score.problems) == (1.0, 4)
     assert not psutil.Process().children(recursive=True)
