@@ -1,10 +1,11 @@
 """A step done by a Ray cluster: Ray finds a whole node that is free, and the step runs there as a task of Ray's.
 
-A stage of training has several nodes (ray_nodes.py). These two files alone import Ray, and only where RAY_ADDRESS is
-set. A host of the cluster needs what a worker of the gpu pool needs: this package, and the services in its own
-environment. None of that, and so no secret, is part of what Ray passes on and its dashboard shows. What hosts make they
-share through the workspace in the object store. A host has the step's lease while it works, so that a host that Ray
-takes for lost, and its successor, do not make a result twice.
+An actor has it done for whoever asks (ray_steps.py), and a stage of training has several nodes (ray_nodes.py). Ray is
+imported by this file and ray_nodes.py alone, and only where RAY_ADDRESS is set. A host of the cluster needs what a
+worker of the gpu pool needs: this package, and the services in its own environment. None of that, and so no secret, is
+part of what Ray passes on and its dashboard shows. What hosts make they share through the workspace in the object
+store. A host has the step's lease while it works, so that a host that Ray takes for lost, and its successor, do not
+make a result twice.
 """
 
 import importlib

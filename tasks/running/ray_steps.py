@@ -140,9 +140,7 @@ class Doing:
             return False
         self._left.set()
         if self._task is not None:
-            import ray
-
-            ray.cancel(self._task)
+            connected(self._cluster.address).cancel(self._task)
         return True
 
     def do(self, asked: Asked) -> None:
