@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from elastic_core.files.reorder import Order, identity_order, random_order, reorder_in_place
-from elastic_core.geometry import Axes, ModelConfig
+from elastic_core.geometry import NUMBERS, Axes, ModelConfig
 from elastic_core.model import ElasticNemotronH
 from elastic_core.subnet import Subnet, full_subnet, keep_layers
 
@@ -51,11 +51,11 @@ class Cut:
 
 
 def sizes_to_compare(axes: Axes, model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The middle and the smallest choice of every (bound) axis that is elastic and that `model` has layers for."""
+    """The middle and the smallest choice of every (bound) axis that has an order, is elastic, and is in `model`."""
     full, sizes = full_subnet(model), {}
     for axis in axes.names:
         choices = axes.choices(axis)
-        if len(choices) > 1 and (axis == "depth" or getattr(full, axis)):
+        if len(choices) > 1 and axis not in NUMBERS and (axis == "depth" or getattr(full, axis)):
             sizes[axis] = tuple(sorted({choices[len(choices) // 2], choices[-1]}, reverse=True))
     return sizes
 

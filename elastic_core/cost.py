@@ -54,7 +54,7 @@ def layer_params(model: ModelConfig, shape: Shape) -> int:
 def shape_of(kind: str, hidden: int, width: int, shared: Sequence[int]) -> Shape:
     """The shape of a layer of `kind`; `shared` has a size of each axis that layers share, whatever their kind.
 
-    Where the model has no experts, `shared` has no sizes of theirs, which come last.
+    Where the model has no experts or these no latent channels, `shared` lacks their sizes, which come last.
     """
     sizes = {axis: size for axis, size in zip(Axes.SHARED, shared, strict=False) if axis in LAYER_AXES[kind]}
     return Shape(kind=kind, hidden=hidden, width=width, **sizes)
@@ -195,10 +195,7 @@ class MemoryCost(Cost):
 # Latency
 
 # The geometry that no subnet changes and that the time of a step depends on.
-TIMED_GEOMETRY = (
-    *("vocab_size", "head_dim", "num_key_value_heads", "ssm_state_size", "n_groups", "conv_kernel"),
-    *("num_experts_per_tok", "moe_latent_size"),
-)
+TIMED_GEOMETRY = (*("vocab_size", "head_dim", "num_key_value_heads", "ssm_state_size", "n_groups", "conv_kernel"),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ LAYER_AXES: dict[str, tuple[str, ...]] = {
     FFN: ("ffn",),
     MAMBA: ("mamba_heads", "mamba_head_dim"),
     ATTENTION: ("attention_heads",),
-    MOE: ("expert_ffn", "experts", "shared_ffn"),
+    MOE: ("expert_ffn", "experts", "shared_ffn", "top_k", "latent"),
 }
 
 # The fields of ModelConfig that hold the full size of an axis, and how many equal groups keep a part of it each.
@@ -30,11 +30,16 @@ FULL_SIZES = {
     "expert_ffn": "moe_intermediate_size",
     "experts": "n_routed_experts",
     "shared_ffn": "moe_shared_expert_intermediate_size",
+    "top_k": "num_experts_per_tok",
+    "latent": "moe_latent_size",
 }
 GROUPS = {"mamba_heads": "n_groups", "attention_heads": "num_key_value_heads", "experts": "n_group"}
 
 # The axes whose components belong to one member of another axis each: every expert has neurons of its own.
 MEMBERS = {"expert_ffn": "experts"}
+
+# The axes that no weight has a side for, so that there is nothing to rank: how many experts a token chooses.
+NUMBERS = ("top_k",)
 
 # transformers multiplies all experts at once, in rows of a multiple of 16 bytes.
 EXPERTS_MULTIPLE = 8
@@ -157,14 +162,15 @@ class ModelConfig(Strict):
             raise ValueError(f"topk_group={self.topk_group} is above n_group={self.n_group}")
         self.check_routing("n_routed_experts", self.n_routed_experts)
 
-    def check_routing(self, name: str, experts: int) -> None:
-        """ValueError unless tokens can be routed among so many experts: a group is scored by its two best."""
+    def check_routing(self, name: str, experts: int, top_k: int | None = None) -> None:
+        """ValueError unless tokens can be routed to `top_k` of so many experts: a group is scored by its two best."""
         multiple_of(name, experts, "n_group", self.n_group)
-        least = max(2, -(-self.num_experts_per_tok // self.topk_group)) * self.n_group
+        chosen = self.num_experts_per_tok if top_k is None else top_k
+        least = max(2, -(-chosen // self.topk_group)) * self.n_group
         if experts < least:
             raise ValueError(
-                f"{name}={experts} is below {least}, the least that {self.num_experts_per_tok} experts a token can be "
-                f"chosen from; n_group={self.n_group} and topk_group={self.topk_group}"
+                f"{name}={experts} is below {least}, the least that {chosen} experts a token can be chosen from; "
+                f"n_group={self.n_group} and topk_group={self.topk_group}"
             )
 
     @property
@@ -190,9 +196,14 @@ class ModelConfig(Strict):
         """Indices of the layers of one kind, by its letter."""
         return tuple(i for i, k in enumerate(self.hybrid_override_pattern) if k == kind)
 
+    def axes_of(self, kind: str) -> tuple[str, ...]:
+        """The axes of a kind's layers in this model, the width first: experts may have no latent channels."""
+        return tuple(axis for axis in LAYER_AXES[kind] if getattr(self, FULL_SIZES[axis]) is not None)
+
     def layers_on(self, axis: str) -> tuple[int, ...]:
         """Indices of the layers that have an axis."""
-        return tuple(i for i, kind in enumerate(self.hybrid_override_pattern) if axis in LAYER_AXES[kind])
+        having = [kind for kind in LAYER_AXES if axis in self.axes_of(kind)]
+        return tuple(i for i, kind in enumerate(self.hybrid_override_pattern) if kind in having)
 
     def full_sizes(self, axis: str) -> tuple[int, ...]:
         """The full size of an axis in each of its layers, in order."""
@@ -232,14 +243,20 @@ class Axes(Strict):
     """Routed experts of an `E` layer, multiples of `n_group`. Example: `[128, 96]`."""
     shared_ffn: tuple[int, ...] = field(default=(), metadata=OPTIONAL)
     """Neurons of the shared expert. Example: `[3712, 2560]`."""
+    top_k: tuple[int, ...] = field(default=(), metadata=OPTIONAL)
+    """Routed experts that each token chooses. Example: `[6, 4]`."""
+    latent: tuple[int, ...] = field(default=(), metadata=OPTIONAL)
+    """Channels that routed experts read and write, of a teacher with latent ones. Example: `[1024, 768]`."""
 
     # The axes of every model, and those that only a mixture of experts has.
     NAMES: ClassVar[tuple[str, ...]] = ("hidden", "ffn", "mamba_heads", "mamba_head_dim", "attention_heads", "depth")
     OF_EXPERTS: ClassVar[tuple[str, ...]] = LAYER_AXES[MOE]
     WIDTHS: ClassVar[tuple[str, ...]] = ("ffn", "mamba_heads", "attention_heads", "expert_ffn")
-    SHARED: ClassVar[tuple[str, ...]] = ("mamba_head_dim", "experts", "shared_ffn")  # by all layers that have the axis
-    IN_LAYERS: ClassVar[tuple[str, ...]] = tuple(
-        name for name in (*NAMES, *LAYER_AXES[MOE]) if name not in ("hidden", "depth")
+    # One size for all layers that have the axis. What fewer models have comes later.
+    SHARED: ClassVar[tuple[str, ...]] = ("mamba_head_dim", "experts", "shared_ffn", "top_k", "latent")
+    # The axes inside layers whose components have an order.
+    ORDERED: ClassVar[tuple[str, ...]] = tuple(
+        name for name in (*NAMES, *LAYER_AXES[MOE]) if name not in ("hidden", "depth", *NUMBERS)
     )
 
     def __post_init__(self) -> None:
@@ -272,12 +289,13 @@ class Axes(Strict):
     def bind(self, model: ModelConfig) -> "Axes":
         """These axes for `model`: empty ones hold the full size alone, and every choice is checked against it.
 
-        The axes of experts stay empty where the model has none.
+        The axes of experts stay empty where the model has none, and that of latent channels where they have none.
         """
-        names = (*self.NAMES, *(self.OF_EXPERTS if model.layers_of(MOE) else ()))
+        names = (*self.NAMES, *(name for name in self.OF_EXPERTS if model.layers_on(name)))
         for name in self.OF_EXPERTS:
             if self.choices(name) and name not in names:
-                raise ValueError(f"axes.{name} is given, but the teacher has no layers with experts")
+                lacked = "latent channels" if model.layers_of(MOE) else "experts"
+                raise ValueError(f"axes.{name} is given, but the teacher has no layers with {lacked}")
         full = {name: getattr(model, FULL_SIZES[name]) for name in names} | {"ffn": max(model.ffn_sizes, default=1)}
         sizes: dict[str, Any] = {name: self.choices(name) or (full[name],) for name in names}
         bound = dataclasses.replace(self, **sizes)
@@ -301,7 +319,7 @@ class Axes(Strict):
         for size in self.experts:
             model.check_routing("axes.experts", size)
         if model.layers_of(MOE):
-            for axis in ("expert_ffn", "hidden") if model.moe_latent_size is None else ("expert_ffn",):
+            for axis in ("expert_ffn", "hidden" if model.moe_latent_size is None else "latent"):
                 for size in self.choices(axis)[1:]:
                     multiple_of(
                         f"axes.{axis}", size, "the 16 bytes in which transformers reads experts,", EXPERTS_MULTIPLE

@@ -73,7 +73,7 @@ def width_scores(model: ElasticNemotronH, batches: Iterable[TokenBatch], by: Sco
 def importance_order(config: ModelConfig, scores: WidthScores, layer_ranking: Sequence[int], axes: Axes) -> Order:
     """The order of importance on every axis, for subnets of these (bound) axes."""
     kept = {axis: axes.choices(axis)[-1] for axis in axes.shared}
-    entries: dict[str, list[Tensor]] = {axis: [] for axis in Axes.IN_LAYERS}
+    entries: dict[str, list[Tensor]] = {axis: [] for axis in Axes.ORDERED}
     for kind, of_layer in zip(config.hybrid_override_pattern, scores.layers, strict=True):
         for axis, entry in KINDS[kind].order(config, of_layer, kept).items():
             entries[axis].append(entry)

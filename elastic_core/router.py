@@ -25,7 +25,7 @@ from elastic_core.subnet import Masks, Subnet, keep_layers
 NEGLIGIBLE = 1e-3
 
 # In sums over choices: the letters of the axes that layers share, beside h hidden, w width, r row, d depth, v level.
-_SHARED = "pqst"
+_SHARED = "pqstu"
 
 Probabilities = Mapping[str, Tensor]
 T = TypeVar("T")

@@ -36,7 +36,7 @@ class Subnet:
 
     `ffn`, `mamba_heads`, `attention_heads` and `expert_ffn` have one entry for each layer of their kind in the full
     model, whether or not the layer is kept; `layers` holds the kept layers' indices in the full model, rising. The axes
-    of experts are empty or 0 in a model without experts.
+    of experts are empty or 0 in a model without experts, and `latent` is 0 where they read and write hidden channels.
     """
 
     hidden: int
@@ -48,6 +48,8 @@ class Subnet:
     expert_ffn: tuple[int, ...] = field(default=(), metadata=OPTIONAL)
     experts: int = field(default=0, metadata=OPTIONAL)
     shared_ffn: int = field(default=0, metadata=OPTIONAL)
+    top_k: int = field(default=0, metadata=OPTIONAL)
+    latent: int = field(default=0, metadata=OPTIONAL)
 
     @property
     def depth(self) -> int:
@@ -57,7 +59,7 @@ class Subnet:
 def full_subnet(model: ModelConfig) -> Subnet:
     """The subnet that is the whole model."""
     sizes: dict[str, Any] = {axis: model.full_sizes(axis) for axis in Axes.WIDTHS}
-    sizes |= {axis: getattr(model, FULL_SIZES[axis]) for axis in ("hidden", *Axes.SHARED)}
+    sizes |= {axis: getattr(model, FULL_SIZES[axis]) or 0 for axis in ("hidden", *Axes.SHARED)}
     sizes |= {} if sizes["expert_ffn"] else _NO_EXPERT_AXES
     return Subnet(layers=tuple(range(model.num_layers)), **sizes)
 
@@ -121,7 +123,7 @@ def check_subnet(subnet: Subnet, model: ModelConfig) -> None:
             if size % model.groups(axis):
                 raise ValueError(f"subnet.{axis}={size} is not a multiple of {groups}={model.groups(axis)}")
     if subnet.experts:
-        model.check_routing("subnet.experts", subnet.experts)
+        model.check_routing("subnet.experts", subnet.experts, subnet.top_k)
 
 
 def sliced_config(model: ModelConfig, subnet: Subnet) -> ModelConfig:
@@ -133,6 +135,7 @@ def sliced_config(model: ModelConfig, subnet: Subnet) -> ModelConfig:
     check_subnet(subnet, model)
     sizes: dict[str, Any] = {FULL_SIZES[axis]: getattr(subnet, axis) for axis in ("hidden", *Axes.SHARED)}
     sizes |= {FULL_SIZES[axis]: _one_size(model, subnet, axis) for axis in _UNIFORM}
+    sizes["moe_latent_size"] = subnet.latent or None
     ffn = tuple(kept_sizes(subnet, model, "ffn", subnet.layers).values())
     sizes["intermediate_size"] = ffn if len(set(ffn)) > 1 else max(ffn, default=max(subnet.ffn, default=1))
     pattern = "".join(model.hybrid_override_pattern[i] for i in subnet.layers)
@@ -158,9 +161,10 @@ class Masks:
     """Differentiable masks over the widths of an enclosing subnet, with values in [0, 1].
 
     Each mask falls along its axis, because it is a weighted sum of prefixes. The fields are those of a subnet: `hidden`
-    (D,), `mamba_head_dim` (P,), `experts` (experts in a group,), `shared_ffn` (F,), and one entry a layer of `ffn`
-    (F,), `mamba_heads` (heads in a group,), `attention_heads` (queries in a KV group,) and `expert_ffn` (F,). `layers`
-    (L,) has one gate a layer of the full model. Masks of ones are the enclosing subnet itself.
+    (D,), `mamba_head_dim` (P,), `experts` (experts in a group,), `shared_ffn` (F,), `top_k` (chosen experts, the best
+    first,), `latent` (channels,), and one entry a layer of `ffn` (F,), `mamba_heads` (heads in a group,),
+    `attention_heads` (queries in a KV group,) and `expert_ffn` (F,). `layers` (L,) has one gate a layer of the full
+    model. Masks of ones are the enclosing subnet itself.
     """
 
     hidden: Tensor
@@ -172,21 +176,23 @@ class Masks:
     expert_ffn: tuple[Tensor, ...] = ()
     experts: Tensor | None = None
     shared_ffn: Tensor | None = None
+    top_k: Tensor | None = None
+    latent: Tensor | None = None
 
 
 def kept_at(subnet: Subnet, model: ModelConfig, layer: int) -> Kept:
-    """How much a subnet keeps of each side of a layer's tensors: of heads, so many in each group."""
+    """How much a subnet keeps on each axis of a layer: of heads, so many in each group."""
     return {"hidden": subnet.hidden} | {
         axis: size // model.groups(axis) for axis, size in _at_layer(subnet, model, layer).items()
     }
 
 
 def masks_at(masks: Masks, model: ModelConfig, layer: int) -> dict[str, Tensor]:
-    """The masks of the sides of a layer's tensors, but for the hidden side, which the residual stream carries."""
+    """The masks on the axes of a layer, but for the hidden channels, whose mask the residual stream carries."""
     return _at_layer(masks, model, layer)
 
 
 def _at_layer(sizes: Subnet | Masks, model: ModelConfig, layer: int) -> dict[str, Any]:
-    width, *shared = LAYER_AXES[model.hybrid_override_pattern[layer]]
+    width, *shared = model.axes_of(model.hybrid_override_pattern[layer])
     at_layer = {width: getattr(sizes, width)[model.ordinal(layer)]}
     return at_layer | {axis: getattr(sizes, axis) for axis in shared}

@@ -5,7 +5,7 @@ In memory a tensor is called `layers.0.norm.weight`; on disk `backbone.layers.0.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -304,8 +304,9 @@ def read_family(directory: Path) -> Family:
         )
     path = regular_file(directory, FAMILY_FILE)
     try:
-        family = build(Family, read_json(path))
-        _check_family(family, read_config(directory))
+        config = read_config(directory)
+        family = _completed(build(Family, read_json(path)), config)
+        _check_family(family, config)
     except CheckpointError:
         raise
     except ValueError as error:
@@ -324,6 +325,17 @@ def write_family(directory: Path, family: Family) -> None:
     _check_family(family, config := read_config(directory))
     write_json(directory / FAMILY_FILE, to_dict(family))
     (directory / CARD_FILE).write_text(family_card(config, family), encoding="utf-8")
+
+
+def _completed(family: Family, config: ModelConfig) -> Family:
+    """A family with experts that was written before `top_k` was an axis: its subnets keep the whole model's."""
+    budgets = tuple(
+        replace(budget, subnet=replace(budget.subnet, top_k=config.num_experts_per_tok))
+        if budget.subnet.experts and not budget.subnet.top_k
+        else budget
+        for budget in family.budgets
+    )
+    return replace(family, budgets=budgets)
 
 
 def _check_family(family: Family, config: ModelConfig) -> None:

@@ -2,7 +2,8 @@
 
 Afterwards every subnet is a prefix. Hidden channels and FFN neurons move freely; Mamba heads move inside their SSM
 group, and the channels of all heads of a layer move alike; query heads move inside their KV group; experts move inside
-their expert group, and the neurons of each of them on their own. Keys, values, B, C and the layers stay where they are.
+their expert group, and the neurons of each of them on their own; the latent channels of all experts of a layer move
+alike. Keys, values, B, C and the layers stay where they are.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from elastic_core.files.checkpoint import (
     write_checkpoint,
 )
 from elastic_core.files.shards import Index, Progress, is_finite, read_tensors, regular_file, select, write_tensors
-from elastic_core.geometry import LAYER_AXES, MEMBERS, Axes, ModelConfig
+from elastic_core.geometry import MEMBERS, NUMBERS, Axes, ModelConfig
 from elastic_core.layers.norm import Energy
 from elastic_core.layout import indices
 
@@ -35,11 +36,12 @@ _FILE_NAMES = {"mamba_head_dim": "mamba_channels", "attention_heads": "query_hea
 class Order:
     """Indices of the components of each axis, most important first; the tuples have one entry a layer of their kind.
 
-    `hidden` (D,), `ffn` (F,), `mamba_head_dim` (P,), `shared_ffn` (F,). `mamba_heads` (H,), `attention_heads` (Q,) and
-    `experts` (N,) hold every group's own in that group's place. `expert_ffn` (N, F) has the neurons of every expert, by
-    the expert's index before the reorder. `layers` ranks the layers, which are kept by rank and do not move; those that
-    every subnet keeps come first, in model order. `energy` (D,), float32, is no index: the mean square of each hidden
-    channel in the normalised stream, in the order of `hidden`, by which the norms of subnets are scaled.
+    `hidden` (D,), `ffn` (F,), `mamba_head_dim` (P,), `shared_ffn` (F,); `latent` (L,) where experts have latent
+    channels. `mamba_heads` (H,), `attention_heads` (Q,) and `experts` (N,) hold every group's own in that group's
+    place. `expert_ffn` (N, F) has the neurons of every expert, by the expert's index before the reorder. `layers` ranks
+    the layers, which are kept by rank and do not move; those that every subnet keeps come first, in model order.
+    `energy` (D,), float32, is no index: the mean square of each hidden channel in the normalised stream, in the order
+    of `hidden`, by which the norms of subnets are scaled.
     """
 
     hidden: Tensor
@@ -51,6 +53,7 @@ class Order:
     expert_ffn: tuple[Tensor, ...] = ()
     experts: tuple[Tensor, ...] = ()
     shared_ffn: tuple[Tensor, ...] = ()
+    latent: tuple[Tensor, ...] = ()
     energy: Tensor | None = None
 
 
@@ -76,7 +79,7 @@ def _order(config: ModelConfig, permutation: Callable[[int], Tensor]) -> Order:
 
     hidden = permutation(config.hidden_size)
     sizes: dict[str, Any] = {
-        axis: tuple(entry(axis, size) for size in config.full_sizes(axis)) for axis in Axes.IN_LAYERS
+        axis: tuple(entry(axis, size) for size in config.full_sizes(axis)) for axis in Axes.ORDERED
     }
     return Order(hidden=hidden, layers=tuple(permutation(config.num_layers).tolist()), **sizes)
 
@@ -87,7 +90,7 @@ def check_order(order: Order, config: ModelConfig) -> None:
     if order.energy is not None:
         _check_energy(order.energy, config.hidden_size)
     _check_permutation("order.layers", torch.tensor(order.layers), config.num_layers)
-    for axis in Axes.IN_LAYERS:
+    for axis in Axes.ORDERED:
         entries, sizes = getattr(order, axis), config.full_sizes(axis)
         if len(entries) != len(sizes):
             raise ValueError(f"order.{axis} has {len(entries)} layers; the model has {len(sizes)}")
@@ -122,7 +125,7 @@ def write_order(directory: Path, order: Order) -> None:
 
 def _named(order: Order) -> dict[str, Tensor]:
     tensors = {"hidden": order.hidden, "layers": torch.tensor(order.layers)}
-    for axis in Axes.IN_LAYERS:
+    for axis in Axes.ORDERED:
         tensors |= {f"{_FILE_NAMES.get(axis, axis)}.{i}": entry for i, entry in enumerate(getattr(order, axis))}
     return tensors if order.energy is None else tensors | {ENERGY: order.energy}
 
@@ -143,7 +146,7 @@ def read_order(directory: Path, config: ModelConfig) -> Order:
 
     entries: dict[str, Any] = {
         axis: tuple(tensors[f"{_FILE_NAMES.get(axis, axis)}.{i}"] for i in range(len(config.layers_on(axis))))
-        for axis in Axes.IN_LAYERS
+        for axis in Axes.ORDERED
     }
     order = Order(hidden=tensors["hidden"], layers=tuple(tensors["layers"].tolist()), energy=energy, **entries)
     try:
@@ -236,7 +239,9 @@ def _indices(place: Place, order: Order, config: ModelConfig) -> tuple[Index, ..
     moved = {"hidden": order.hidden}
     if place.layer is not None:
         ordinal = config.ordinal(place.layer)
-        for axis in LAYER_AXES[config.hybrid_override_pattern[place.layer]]:
+        for axis in config.axes_of(config.hybrid_override_pattern[place.layer]):
+            if axis in NUMBERS:
+                continue
             entry, groups = getattr(order, axis)[ordinal], config.groups(axis)
             if axis in MEMBERS:
                 if place.layout.member is not None:

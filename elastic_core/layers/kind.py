@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_core.geometry import LAYER_AXES, ModelConfig
+from elastic_core.geometry import ModelConfig
 from elastic_core.layers.kernels import Backend
 from elastic_core.layers.packing import Packing
 from elastic_core.layers.weights import take
@@ -141,10 +141,12 @@ class Shape:
     mamba_head_dim: int = 0
     experts: int = field(default=0, metadata=OPTIONAL)
     shared_ffn: int = field(default=0, metadata=OPTIONAL)
+    top_k: int = field(default=0, metadata=OPTIONAL)
+    latent: int = field(default=0, metadata=OPTIONAL)
 
     def kept(self, model: ModelConfig) -> Kept:
-        """The sizes of the sides that such a layer keeps."""
-        width, *others = LAYER_AXES[self.kind]
+        """What such a layer keeps on each of its axes."""
+        width, *others = model.axes_of(self.kind)
         sizes = {width: self.width} | {axis: getattr(self, axis) for axis in others}
         return {"hidden": self.hidden} | {axis: size // model.groups(axis) for axis, size in sizes.items()}
 

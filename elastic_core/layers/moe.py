@@ -6,8 +6,9 @@ Every expert is an FFN around a squared ReLU. The router is as transformers has 
     chosen = the k largest of s + b              b the selection bias; inside the groups that are chosen first
     g_j = scale s_j / (sum of s over chosen)     gates, without the bias
 
-A subnet keeps the first experts of each group and the first neurons of each expert. An expert under a mask m is chosen
-by s + b + log m and its gate is multiplied by m: -infinity where m is 0, whatever the sign of s + b.
+A subnet keeps the first experts of each group, the first neurons of each expert and the first latent channels, and may
+choose fewer experts. An expert under a mask m is chosen by s + b + log m and its score is multiplied by m: -infinity
+where m is 0, whatever the sign of s + b. Where k has a mask, the score of the i-th best is multiplied by its entry i.
 
 Shape suffixes beside those of model.py: X experts   N tokens of all texts   S chosen experts of a token   W channels
 that experts read and write.
@@ -29,16 +30,12 @@ from elastic_core.layers.weights import take
 from elastic_core.layout import WHOLE, Kept, Layout, Member, Run, grid
 
 INDEX_BYTES = 8
+NO_MASKS: Mapping[str, Tensor] = {}
 
 
 def expert_grid(model: ModelConfig) -> Run:
     """The routed experts: [group, expert in group]."""
     return grid(group=model.n_group, experts=model.n_routed_experts // model.n_group)
-
-
-def expert_channels(model: ModelConfig, hidden: int) -> int:
-    """The channels that routed experts read and write."""
-    return hidden if model.moe_latent_size is None else model.moe_latent_size
 
 
 class _Gate(nn.Module):
@@ -74,7 +71,8 @@ class Mixture(Mixer):
         super().__init__(config, layer)
         self.runs_idle = False
         self.see: Callable[[int, int, Tensor, Tensor, Tensor], None] | None = None
-        hidden, channels = config.hidden_size, expert_channels(config, config.hidden_size)
+        hidden = config.hidden_size
+        channels = hidden if config.moe_latent_size is None else config.moe_latent_size
         self.gate = _Gate(config)
         self.experts = nn.ModuleList(
             _Expert(channels, config.moe_intermediate_size) for _ in range(config.n_routed_experts)
@@ -115,47 +113,46 @@ class Mixture(Mixer):
         packing: Packing | None = None,
     ) -> Tensor:
         x_ND, masks = x_BTD.flatten(0, 1), soft or {}
-        chosen_NS, scores_NS = self.route(x_ND, kept, cache, masks.get("experts"))
+        chosen_NS, scores_NS = self.route(x_ND, kept, cache, masks)
         gates_NS = self.gates(scores_NS)
-        outputs_NSW = self.run_experts(x_ND, chosen_NS, kept, cache, masks.get("expert_ffn"))
-        routed = torch.einsum("ns,nsw->nw", gates_NS, outputs_NSW.to(gates_NS.dtype)).to(x_BTD.dtype)
+        outputs_NSW = self.run_experts(x_ND, chosen_NS, kept, cache, masks)
+        routed = self.weigh(gates_NS, outputs_NSW).to(x_BTD.dtype)
         if self.config.moe_latent_size is not None:
-            routed = F.linear(routed, self._weight("fc2_latent_proj.weight", kept, cache))
+            routed = F.linear(_masked(routed, masks.get("latent")), self._weight("fc2_latent_proj.weight", kept, cache))
         h_NF = squared_relu_(F.linear(x_ND, self._weight("shared_experts.up_proj.weight", kept, cache)))
-        if soft is not None:
-            h_NF = h_NF * soft["shared_ffn"].to(h_NF.dtype)
+        h_NF = _masked(h_NF, masks.get("shared_ffn"))
         shared = F.linear(h_NF, self._weight("shared_experts.down_proj.weight", kept, cache))
         return (routed + shared).view_as(x_BTD)
 
     def route(
-        self, x_ND: Tensor, kept: Kept, cache: Cache | None = None, mask_X: Tensor | None = None
+        self, x_ND: Tensor, kept: Kept, cache: Cache | None = None, masks: Mapping[str, Tensor] = NO_MASKS
     ) -> tuple[Tensor, Tensor]:
         """The chosen experts of each token (N, S), by their index among those kept, and their scores s (N, S).
 
-        `mask_X` weighs the kept experts of a group; scores are multiplied by it.
+        The best come first. Of `masks`, "experts" weighs the kept ones of a group, and "top_k" the chosen ones; scores
+        are multiplied by both.
         """
         config, wide = self.config, torch.promote_types(x_ND.dtype, torch.float32)
         weight_XD = self._weight("gate.weight", kept, cache).to(wide)
         bias_X = self._weight("gate.e_score_correction_bias", kept, cache).detach().to(wide)
         with torch.autocast(x_ND.device.type, enabled=False):
             scores_NX = F.linear(x_ND.to(wide), weight_XD).sigmoid()
+        weighed_NX, mask_X = scores_NX, masks.get("experts")
         if mask_X is not None:
             mask_X = mask_X.to(wide).repeat(config.n_group)
             bias_X = bias_X + mask_X.detach().log()
             weighed_NX = scores_NX * mask_X
-        else:
-            weighed_NX = scores_NX
         choice_NGX = (scores_NX.detach() + bias_X).unflatten(-1, (config.n_group, -1))
         if config.topk_group < config.n_group:
             best_NG = choice_NGX.topk(2, dim=-1).values.sum(-1)
             is_out_NG = torch.ones_like(best_NG, dtype=torch.bool)
             is_out_NG.scatter_(1, best_NG.topk(config.topk_group, dim=-1).indices, False)
             choice_NGX = choice_NGX.masked_fill(is_out_NG.unsqueeze(-1), -math.inf)
-        chosen_NS = choice_NGX.flatten(1).topk(config.num_experts_per_tok, dim=-1).indices
+        chosen_NS = choice_NGX.flatten(1).topk(kept.get("top_k", config.num_experts_per_tok), dim=-1).indices
         if self.see is not None:
             kept_X = torch.tensor(self._kept_experts(kept), device=x_ND.device)
             self.see(self.layer, config.n_routed_experts, kept_X, chosen_NS, scores_NX.detach())
-        return chosen_NS, weighed_NX.gather(1, chosen_NS)
+        return chosen_NS, _masked(weighed_NX.gather(1, chosen_NS), masks.get("top_k"))
 
     def gates(self, scores_NS: Tensor) -> Tensor:
         """What weighs the outputs of each token's chosen experts, of their scores."""
@@ -163,8 +160,17 @@ class Mixture(Mixer):
             scores_NS = scores_NS / (scores_NS.sum(-1, keepdim=True) + 1e-20)
         return scores_NS * self.config.routed_scaling_factor
 
+    def weigh(self, gates_NS: Tensor, outputs_NSW: Tensor) -> Tensor:
+        """The sum of the chosen experts' outputs, each times its gate, (N, W), in the gates' type."""
+        return torch.einsum("ns,nsw->nw", gates_NS, outputs_NSW.to(gates_NS.dtype))
+
     def run_experts(
-        self, x_ND: Tensor, chosen_NS: Tensor, kept: Kept, cache: Cache | None = None, mask_F: Tensor | None = None
+        self,
+        x_ND: Tensor,
+        chosen_NS: Tensor,
+        kept: Kept,
+        cache: Cache | None = None,
+        masks: Mapping[str, Tensor] = NO_MASKS,
     ) -> Tensor:
         """What the chosen experts make of each token, (N, S, W), before the gates weigh it.
 
@@ -172,7 +178,7 @@ class Mixture(Mixer):
         permuted and never added by index, so that the sums of a gradient have one order on every device (C6).
         """
         if self.config.moe_latent_size is not None:
-            x_ND = F.linear(x_ND, self._weight("fc1_latent_proj.weight", kept, cache))
+            x_ND = _masked(F.linear(x_ND, self._weight("fc1_latent_proj.weight", kept, cache)), masks.get("latent"))
         order = chosen_NS.flatten().argsort(stable=True)
         sorted_RW = x_ND.unsqueeze(1).expand(-1, chosen_NS.shape[1], -1).flatten(0, 1).index_select(0, order)
         experts = self._kept_experts(kept)
@@ -181,8 +187,7 @@ class Mixture(Mixer):
         for expert, rows_RW in zip(experts, sorted_RW.split(counts), strict=True):
             if len(rows_RW) or (self.runs_idle and torch.is_grad_enabled()):
                 h_RF = squared_relu_(F.linear(rows_RW, self._weight(f"experts.{expert}.up_proj.weight", kept, cache)))
-                if mask_F is not None:
-                    h_RF = h_RF * mask_F.to(h_RF.dtype)
+                h_RF = _masked(h_RF, masks.get("expert_ffn"))
                 outputs.append(F.linear(h_RF, self._weight(f"experts.{expert}.down_proj.weight", kept, cache)))
         outputs_NSW: Tensor = torch.cat(outputs).index_select(0, order.argsort()).unflatten(0, chosen_NS.shape)
         return outputs_NSW
@@ -200,6 +205,11 @@ class Mixture(Mixer):
         return of_layer[name]
 
 
+def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Values times the mask of their last dimension, where there is one."""
+    return values if mask is None else values * mask.to(values.dtype)
+
+
 def _added(expert: _Expert, rows_RW: Tensor, gates_R1: Tensor) -> Tensor:
     """What each neuron of an expert adds for these rows: g |y| ||W2_:,y||, summed, (F,)."""
     neurons_RF = squared_relu_(F.linear(rows_RW, expert.up_proj.weight)) * gates_R1
@@ -210,6 +220,11 @@ def _added(expert: _Expert, rows_RW: Tensor, gates_R1: Tensor) -> Tensor:
 def _before_activation(expert: _Expert, rows_RW: Tensor, gates_R1: Tensor) -> Tensor:
     """|x W1| of each neuron, summed over the rows, (F,)."""
     return F.linear(rows_RW, expert.up_proj.weight).abs().sum(0)
+
+
+def _channels(shape: Shape) -> int:
+    """The channels that routed experts read and write."""
+    return shape.latent or shape.hidden
 
 
 class MixtureKind(Kind):
@@ -247,6 +262,8 @@ class MixtureKind(Kind):
     ) -> Tensor:
         """Sums over tokens, joined: of every expert g(x) ||f(x)||, then of its neurons; those of the shared neurons.
 
+        Where there are latent channels, the sums of what is read of each and of what is written to it follow (`order`).
+
         g is the gate, 0 where a token did not choose the expert. REAP (arXiv 2510.13999) takes the mean over the tokens
         that chose it: an expert that few tokens need would rank with one that most do. The neurons of an expert count
         for the tokens that chose it.
@@ -256,6 +273,7 @@ class MixtureKind(Kind):
         chosen_NS, scores_NS = mixer.route(x_ND, WHOLE)
         gates_NS = mixer.gates(scores_NS)
         outputs = mixer.run_experts(x_ND, chosen_NS, WHOLE)
+        written_NW = mixer.weigh(gates_NS, outputs)
         if has_latent:
             outputs = F.linear(outputs, mixer.fc2_latent_proj.weight)
         added_NS = outputs.norm(dim=-1).double() * gates_NS.double()
@@ -263,34 +281,48 @@ class MixtureKind(Kind):
 
         x_latent = F.linear(x_ND, mixer.fc1_latent_proj.weight) if has_latent else x_ND
         sums, shared = [added_X], mixer.shared_experts
+        read_W = x_latent.new_zeros(x_latent.shape[-1], dtype=torch.float64)
         for index, expert in enumerate(mixer.experts):
             assert isinstance(expert, _Expert)
             is_its_NS = chosen_NS == index
-            sums.append(of_neurons(expert, x_latent[is_its_NS.any(-1)], gates_NS[is_its_NS].unsqueeze(1)))
+            rows_RW, gates_R1 = x_latent[is_its_NS.any(-1)], gates_NS[is_its_NS].unsqueeze(1)
+            sums.append(of_neurons(expert, rows_RW, gates_R1))
+            read_W += (rows_RW * gates_R1).abs().sum(0, dtype=torch.float64) * expert.up_proj.weight.double().norm(
+                dim=0
+            )
         sums.append(of_neurons(shared, x_ND, gates_NS.new_ones(len(x_ND), 1)))
+        if has_latent:
+            norms_W = mixer.fc2_latent_proj.weight.double().norm(dim=0)
+            sums += [read_W, written_NW.abs().sum(0, dtype=torch.float64) * norms_W]
         return torch.cat([part.double() for part in sums])
 
     def order(self, model: ModelConfig, scores: Tensor, kept: Mapping[str, int]) -> dict[str, Tensor]:
-        """Experts by what they add to all tokens together, inside their group."""
-        experts, width = model.n_routed_experts, model.moe_intermediate_size
-        sizes = [experts, experts * width, model.moe_shared_expert_intermediate_size]
-        added_X, neurons, shared_F = scores.split(sizes)
-        return {
+        """Experts by what they add to all tokens together, inside their group.
+
+        Latent channel i by its share in sum_i |z_i| ||W_:,i||, for z what experts read and W their up projections, and
+        its share for z what they write and W the projection back: a subnet that drops it loses both.
+        """
+        experts, width, channels = model.n_routed_experts, model.moe_intermediate_size, model.moe_latent_size or 0
+        sizes = [experts, experts * width, model.moe_shared_expert_intermediate_size, channels, channels]
+        added_X, neurons, shared_F, read_W, written_W = scores.split(sizes)
+        orders = {
             "experts": descending(added_X, model.n_group),
             "expert_ffn": torch.stack([descending(of_expert) for of_expert in neurons.view(experts, width)]),
             "shared_ffn": descending(shared_F),
         }
+        if channels:
+            orders["latent"] = descending(read_W / read_W.sum() + written_W / written_W.sum())
+        return orders
 
     # Cost
 
     def idle_params(self, model: ModelConfig, shape: Shape) -> int:
         """The experts that a token does not choose."""
-        expert = 2 * shape.width * expert_channels(model, shape.hidden)
-        return (shape.experts - model.num_experts_per_tok) * expert
+        return (shape.experts - shape.top_k) * 2 * shape.width * _channels(shape)
 
     def serving_bytes(self, model: ModelConfig, shape: Shape, serving: ServingStep) -> int:
         """Everything at once, from above: the router's scores, the sorted rows, an expert's neurons, all outputs."""
-        chosen, channels = model.num_experts_per_tok, expert_channels(model, shape.hidden)
+        chosen, channels = shape.top_k, _channels(shape)
         router = FLOAT32_BYTES * (shape.hidden + 4 * shape.experts) + INDEX_BYTES * 4 * chosen
         rows = chosen * channels * (5 * serving.width + FLOAT32_BYTES) + channels * (serving.width + FLOAT32_BYTES)
         neurons = (2 * shape.width + shape.shared_ffn + 3 * shape.hidden) * serving.width
@@ -298,22 +330,21 @@ class MixtureKind(Kind):
 
     def saved_bytes(self, model: ModelConfig, shape: Shape, step: Training) -> int:
         """The router's input, weights and scores; the rows and outputs of the chosen experts; all neurons."""
-        chosen, channels = model.num_experts_per_tok, expert_channels(model, shape.hidden)
+        chosen, channels = shape.top_k, _channels(shape)
         router = FLOAT32_BYTES * (shape.hidden + 2 * shape.experts + 4 * chosen) + INDEX_BYTES * 4 * chosen
-        rows = chosen * channels * (step.width + FLOAT32_BYTES) + channels * 2 * step.width
+        by_token = 4 if step.masked and shape.latent else 2
+        rows = chosen * channels * (step.width + FLOAT32_BYTES) + channels * by_token * step.width
         neurons = (3 if step.masked else 2) * step.width * (chosen * shape.width + shape.shared_ffn)
         return router + rows + neurons
 
     def gradient_bytes(self, model: ModelConfig, shape: Shape, step: Training) -> int:
         """The gradients of the outputs, rows and neurons, and of the router's scores."""
-        chosen, channels = model.num_experts_per_tok, expert_channels(model, shape.hidden)
+        chosen, channels = shape.top_k, _channels(shape)
         rows = chosen * channels * (4 * step.width + FLOAT32_BYTES)
         neurons = 2 * step.width * (chosen * shape.width + shape.shared_ffn)
         return rows + neurons + FLOAT32_BYTES * (2 * shape.experts + shape.hidden)
 
     def flops(self, model: ModelConfig, shape: Shape, tokens: int, *, last_projection: bool) -> Flops:
-        channels = expert_channels(model, shape.hidden)
-        latent = 0 if model.moe_latent_size is None else 2 * shape.hidden * channels
-        routed = model.num_experts_per_tok * 2 * shape.width * channels
+        latent, routed = 2 * shape.hidden * shape.latent, shape.top_k * 2 * shape.width * _channels(shape)
         shared = (2 if last_projection else 1) * shape.hidden * shape.shared_ffn
         return Flops(projections=2 * tokens * (shape.hidden * shape.experts + latent + routed + shared))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from elastic_core.budget import Serving
 from elastic_core.cost import LatencyTable, ParamsCost, TimedLayer, choices
 from elastic_core.files.shards import CheckpointError, Progress, read_json, write_json
-from elastic_core.geometry import FFN, FULL_SIZES, LAYER_AXES, Axes, ModelConfig
+from elastic_core.geometry import FFN, FULL_SIZES, Axes, ModelConfig
 from elastic_core.layers.kernels import select_backend
 from elastic_core.layers.kind import Shape
 from elastic_core.layers.kinds import KINDS
@@ -113,7 +113,7 @@ class _Bench:
 
     def layer(self, shape: Shape) -> Step:
         """A layer at the context's last token."""
-        width, *shared = LAYER_AXES[shape.kind]
+        width, *shared = self._model.axes_of(shape.kind)
         sizes: dict[str, Any] = {"hidden_size": shape.hidden, "intermediate_size": 1, FULL_SIZES[width]: shape.width}
         sizes |= {FULL_SIZES[axis]: getattr(shape, axis) for axis in shared}
         config = replace(self._model, hybrid_override_pattern=shape.kind, **sizes)

@@ -189,6 +189,9 @@ def load_router(directory: Path, config: ModelConfig, family: checkpoint.Family)
         raise checkpoint.CheckpointError(f"{path}: is not a router; copy the one that was written with this checkpoint")
     elastic = ElasticModel(config, family.axes.bind(config), family.layer_ranking, family.latency_table)
     router = Router(elastic, first.shape[1], first.shape[0])
+    if config.num_experts_per_tok and len(elastic.axes.top_k) == 1:  # an axis that earlier routers did not have
+        unread = {name: torch.zeros_like(w) for name, w in router.state_dict().items() if ".top_k." in name}
+        weights = unread | weights
     expected = {name: tuple(weight.shape) for name, weight in router.state_dict().items()}
     found = {name: tuple(weight.shape) for name, weight in weights.items()}
     if found != expected:

@@ -166,7 +166,12 @@ def _shape(subnet: Subnet) -> dict[str, str]:
         "heads": sizes(subnet.attention_heads),
         "layers": str(subnet.depth),
         **(
-            {"experts": f"{subnet.experts} x {sizes(subnet.expert_ffn)}", "shared expert": str(subnet.shared_ffn)}
+            {
+                "experts": f"{subnet.experts} x {sizes(subnet.expert_ffn)}",
+                "a token": str(subnet.top_k),
+                **({"latent": str(subnet.latent)} if subnet.latent else {}),
+                "shared expert": str(subnet.shared_ffn),
+            }
             if subnet.experts
             else {}
         ),

@@ -180,7 +180,8 @@ def _experts(run: Run, subnet: Subnet) -> dict[str, str]:
     if not subnet.experts:
         return {}
     return {
-        "experts": f"{subnet.experts} x {span(run, subnet, MOE, subnet.expert_ffn)}",
+        "experts": f"{subnet.experts} x {span(run, subnet, MOE, subnet.expert_ffn)}, {subnet.top_k} a token",
+        **({"latent": str(subnet.latent)} if subnet.latent else {}),
         "shared expert": str(subnet.shared_ffn),
     }
 

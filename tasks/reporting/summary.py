@@ -17,6 +17,8 @@ AXIS_TITLES = {
     "expert_ffn": "neurons in each expert",
     "experts": "experts",
     "shared_ffn": "neurons of the shared expert",
+    "top_k": "experts of a token",
+    "latent": "latent channels",
 }
 
 # The losses of two models on one token differ by about half a nat (standard deviation), so that their means over N

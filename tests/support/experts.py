@@ -20,6 +20,7 @@ CONFIG = ModelConfig(
     num_experts_per_tok=2,
     moe_intermediate_size=24,
     moe_shared_expert_intermediate_size=20,
+    moe_latent_size=16,
     routed_scaling_factor=2.5,
 )
 AXES = Axes(
@@ -30,6 +31,8 @@ AXES = Axes(
     expert_ffn=(24, 16, 8),
     experts=(6, 4),
     shared_ffn=(20, 12),
+    top_k=(2, 1),
+    latent=(16, 8),
 )
 BUDGETS = (Budget(name="l"), Budget(name="m", params=12000), Budget(name="s", params=8000))
 RANKING = (0, 2, 1, 4, 3)

@@ -132,7 +132,8 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 def random_subnet(config: ModelConfig, rng: random.Random) -> Subnet:
     """Any subnet whose slice an engine loads: transformers' cache needs an attention layer."""
-    least = max(2, -(-config.num_experts_per_tok // config.topk_group))
+    top_k = rng.randint(1, config.num_experts_per_tok)
+    least = max(2, -(-top_k // config.topk_group))
     depth = rng.choice([3, 5, config.num_layers])
     return Subnet(
         hidden=rng.randint(9, config.hidden_size),
@@ -144,6 +145,8 @@ def random_subnet(config: ModelConfig, rng: random.Random) -> Subnet:
         expert_ffn=(rng.randint(1, config.moe_intermediate_size),) * len(config.layers_of("E")),
         experts=config.n_group * rng.randint(least, config.n_routed_experts // config.n_group),
         shared_ffn=rng.randint(1, config.moe_shared_expert_intermediate_size),
+        top_k=top_k,
+        latent=rng.randint(1, config.moe_latent_size) if config.moe_latent_size else 0,
     )
 
 
@@ -172,6 +175,8 @@ def one_hot_masks(config: ModelConfig, subnet: Subnet) -> Masks:
         expert_ffn=tuple(map(prefix, subnet.expert_ffn, full.expert_ffn)),
         experts=in_groups(subnet.experts, full.experts, config.n_group),
         shared_ffn=prefix(subnet.shared_ffn, full.shared_ffn),
+        top_k=prefix(subnet.top_k, full.top_k),
+        latent=prefix(subnet.latent, full.latent) if full.latent else None,
     )
 
 
@@ -304,18 +309,34 @@ def test_a_dropped_expert_is_never_chosen_over_a_kept_one_of_negative_score():
     torch.nn.init.normal_(mixture.gate.weight)
     with torch.no_grad():
         mixture.gate.e_score_correction_bias.fill_(-3.0)
-    mask = torch.tensor([1.0, 1.0, 0.0, 0.0]).double()
-    chosen, _ = mixture.route(torch.randn(20, 6, generator=generator("x")).double(), {}, None, mask)
+    masks = {"experts": torch.tensor([1.0, 1.0, 0.0, 0.0]).double()}
+    chosen, _ = mixture.route(torch.randn(20, 6, generator=generator("x")).double(), {}, None, masks)
     assert set(chosen.flatten().tolist()) == {0, 1}
 
 
 def test_a_mask_between_zero_and_one_reaches_the_router_by_the_gates(grouped):
     model = load(grouped)
     config = model.config
-    experts = torch.tensor([1.0, 0.95, 0.9, 0.85]).double().requires_grad_()
-    masks = dataclasses.replace(one_hot_masks(config, full_subnet(config)), experts=experts)
+    weighed = {
+        "experts": torch.tensor([1.0, 0.95, 0.9, 0.85]).double().requires_grad_(),
+        "top_k": torch.tensor([1.0, 0.6]).double().requires_grad_(),
+        "latent": torch.linspace(1.0, 0.5, 16).double().requires_grad_(),
+    }
+    masks = dataclasses.replace(one_hot_masks(config, full_subnet(config)), **weighed)
     model.logits(model(tokens(config), full_subnet(config), masks)).square().sum().backward()
-    assert experts.grad is not None and bool((experts.grad != 0).all())
+    for axis, mask in weighed.items():
+        assert mask.grad is not None and bool((mask.grad != 0).all()), axis
+
+
+def test_a_subnet_of_fewer_experts_a_token_chooses_the_best_of_those_that_the_model_chooses(saved):
+    model = load(saved)
+    x_ND = torch.randn(30, model.config.hidden_size, generator=generator("x")).double()
+    for layer in model.config.layers_of("E"):
+        mixer, whole = model.layers[layer].mixer, model.config.num_experts_per_tok
+        chosen_NS, scores_NS = mixer.route(x_ND, {})
+        for top_k in range(1, whole + 1):
+            fewer_NS, own_NS = mixer.route(x_ND, {"top_k": top_k})
+            assert torch.equal(fewer_NS, chosen_NS[:, :top_k]) and torch.equal(own_NS, scores_NS[:, :top_k])
 
 
 # Cost
@@ -393,6 +414,10 @@ def test_experts_are_ranked_by_what_they_add_and_neurons_inside_each_of_them(gro
             mixer.experts[2].up_proj.weight[3] = 0.0
             mixer.experts[5].up_proj.weight[7] = 0.0
             mixer.shared_experts.up_proj.weight[11] = 0.0
+            mixer.fc1_latent_proj.weight[9] *= 10
+            mixer.fc2_latent_proj.weight[:, 9] *= 10
+            mixer.fc1_latent_proj.weight[4] = 0.0
+            mixer.fc2_latent_proj.weight[:, 4] = 0.0
             mixer.gate.e_score_correction_bias.zero_()
     inputs = torch.randint(config.vocab_size, (3, 200), generator=generator("calibration"))
     batches = [TokenBatch(inputs_BT=row[None], targets_BT=row[None], packing=None, learned=200) for row in inputs]
@@ -403,6 +428,7 @@ def test_experts_are_ranked_by_what_they_add_and_neurons_inside_each_of_them(gro
         assert int(entry[3]) == 1 and int(entry[4]) == 6, "the last of the first group, the first of the second"
         assert int(order.expert_ffn[layer][2][-1]) == 3 and int(order.expert_ffn[layer][5][-1]) == 7
         assert int(order.shared_ffn[layer][-1]) == 11
+        assert int(order.latent[layer][0]) == 9 and int(order.latent[layer][-1]) == 4
 
 
 def test_an_expert_counts_what_it_adds_to_all_tokens(saved):
@@ -465,12 +491,26 @@ def test_subnets_that_cannot_route_or_that_no_engine_loads_are_refused(grouped, 
         Axes(experts=(8, 2)).bind(config)
     with pytest.raises(ValueError, match=r"axes\.experts is given, but the teacher has no layers with experts"):
         Axes(experts=(8, 4)).bind(tiny_config)
+    with pytest.raises(ValueError, match=r"axes\.latent is given, but the teacher has no layers with latent channels"):
+        Axes(latent=(16, 8)).bind(dataclasses.replace(config, moe_latent_size=None))
+    with pytest.raises(ValueError, match=r"axes\.latent=12 is not a multiple of .*=8; nearest valid: 8 or 16"):
+        Axes(latent=(16, 12)).bind(config)
+    with pytest.raises(ValueError, match=r"axes\.top_k begins with 1; it must begin with the teacher's 2"):
+        Axes(top_k=(1,)).bind(config)
+    three = dataclasses.replace(config, num_experts_per_tok=3)
+    with pytest.raises(ValueError, match=r"subnet\.experts=4 is below 6, the least that 3 experts a token"):
+        check_subnet(dataclasses.replace(full_subnet(three), experts=4), three)
+    check_subnet(dataclasses.replace(full_subnet(three), experts=4, top_k=2), three)
     assert is_nested(dataclasses.replace(full, experts=4), full)
     assert not is_nested(full, dataclasses.replace(full, experts=4))
 
 
 def test_the_axes_of_experts_are_those_of_a_model_that_has_them(grouped, tiny_config):
     assert Axes().bind(tiny_config).names == Axes.NAMES
-    assert Axes().bind(checkpoint.read_config(grouped)).names == (*Axes.NAMES, "expert_ffn", "experts", "shared_ffn")
+    latent, of_experts = checkpoint.read_config(grouped), ("expert_ffn", "experts", "shared_ffn", "top_k", "latent")
+    assert Axes().bind(latent).names == (*Axes.NAMES, *of_experts)
+    hidden = dataclasses.replace(latent, moe_latent_size=None)
+    assert Axes().bind(hidden).names == (*Axes.NAMES, *of_experts[:-1])
+    assert (full_subnet(hidden).latent, full_subnet(tiny_config).top_k) == (0, 0)
     assert to_dict(Axes().bind(tiny_config)).keys() == {*Axes.NAMES, "per_layer"}
     assert NemotronHConfig().n_routed_experts > 0

@@ -163,8 +163,9 @@ def test_a_budget_of_active_parameters_is_met_and_a_routers_expectation_is_its_m
         resolve_target(router, [large], Budget(name="any", active_params=min(sizes) - 1))
 
 
-def test_dropping_experts_by_importance_loses_less_than_dropping_them_at_random():
-    """Experts of every size, chosen by few tokens and by most, in no order."""
+@pytest.mark.parametrize("axis", ["experts", "latent"])
+def test_dropping_by_importance_loses_less_than_at_random(axis: str):
+    """Experts of every size, chosen by few tokens and by most, and latent channels of every size, in no order."""
     model = ElasticNemotronH(CONFIG, "torch").double()
     model.initialise(generator("uneven"))
     draw = generator("sizes")
@@ -175,9 +176,13 @@ def test_dropping_experts_by_importance_loses_less_than_dropping_them_at_random(
                 weight.mul_(3 * torch.rand((), generator=draw) ** 2)
             if name.endswith("e_score_correction_bias"):
                 weight.normal_(0.0, 0.5, generator=draw)
-    axes = Axes(experts=(6, 4)).bind(CONFIG)
+            if "latent_proj" in name:
+                by_channel = 2 * torch.rand(16, generator=draw) ** 2
+                weight.mul_(by_channel[:, None] if "fc1" in name else by_channel)
+    axes = Axes(**{axis: AXES.choices(axis)}).bind(CONFIG)
     order = importance_order(CONFIG, width_scores(model, batches()), RANKING, axes)
-    reorder_in_place(model.state_dict(), dataclasses.replace(identity_order(CONFIG), experts=order.experts), CONFIG)
+    of_axis = dataclasses.replace(identity_order(CONFIG), **{axis: getattr(order, axis)})
+    reorder_in_place(model.state_dict(), of_axis, CONFIG)
     inputs = batches()[0].inputs_BT
     whole = model.logits(model(inputs, full_subnet(CONFIG))).log_softmax(-1)
 
@@ -186,7 +191,7 @@ def test_dropping_experts_by_importance_loses_less_than_dropping_them_at_random(
         return float(F.kl_div(cut, whole, log_target=True, reduction="none").sum(-1).mean())
 
     (cut,) = compare_orders(model, axes, RANKING, distance, random_orders=8, generator=generator("orders"))
-    assert (cut.axis, cut.size) == ("experts", 4)
+    assert (cut.axis, cut.size) == (axis, AXES.choices(axis)[-1])
     assert cut.beats_random, cut
 
 
