@@ -1,7 +1,8 @@
 """Run by vLLM's own Python: loads one checkpoint after another and prints, as JSON by name, what vLLM makes of it.
 
 stdin has `models` (directories by name), `prompts` (token ids), `chats` and `new_tokens`. Of each model, `scores` are
-log-probabilities (prompt, position, token), each row of the token after that position; `answers` are token ids.
+log-probabilities (prompt, position, token), each row of the token after that position; `answers` are token ids. With
+`lends_experts` the models have experts that this vLLM does not run on a CPU: vllm_experts.py does.
 """
 
 import contextlib
@@ -10,12 +11,15 @@ import sys
 
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm_experts import lend_experts
 
 
 def main() -> None:
     asked = json.load(sys.stdin)
     with contextlib.redirect_stdout(sys.stderr):  # vLLM's log
+        refusals = lend_experts() if asked["lends_experts"] else None
         found = {name: ask(model, asked) for name, model in asked["models"].items()}
+        assert refusals != [], "this vLLM runs such experts by itself: lend it none"
     json.dump(found, sys.stdout)
 
 

@@ -86,6 +86,19 @@ SUBNETS = {
     "per layer": cut(hidden=112, ffn=(320, 256, 192, 384, 256), mamba_heads=(6,) * 5),
 }
 
+# In vLLM alone. A token chooses among all experts, or among those of one group of two.
+OF_EXPERTS = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "moe_shared_expert_intermediate_size": 96,
+    "routed_scaling_factor": 2.5,
+}
+EXPERTS = dataclasses.replace(CONFIG, hybrid_override_pattern="MEM*EME", **OF_EXPERTS)
+LATENT = dataclasses.replace(EXPERTS, moe_latent_size=48, n_group=2, topk_group=1)
+WITH_EXPERTS = {"experts": EXPERTS, "latent": LATENT}
+FEWER = {"hidden": 96, "experts": 6, "expert_ffn": (40,) * 3, "shared_ffn": 64, "top_k": 2}
+
 TEXTS = ["def f(x):\n    return 12", "naïve café, 中文", "</s><|user|> spelled", " two  spaces "]
 CHATS = [
     [{"role": "user", "content": "What is 3 + 4?"}],
@@ -101,9 +114,10 @@ NEW_TOKENS = 16
 
 @dataclass(frozen=True)
 class Family:
-    """An elastic model with its slices by name."""
+    """An elastic model with its subnets and their slices by name."""
 
     model: ElasticNemotronH
+    subnets: dict[str, Subnet]
     slices: dict[str, Path]
     tokenizer: PreTrainedTokenizerFast
 
@@ -115,13 +129,21 @@ class Family:
     def scores(self, name: str) -> list[torch.Tensor]:
         """Log-probabilities after each position of each prompt."""
         with torch.no_grad():
-            hidden = [self.model(torch.tensor([ids]), SUBNETS[name]) for ids in self.prompts()]
+            hidden = [self.model(torch.tensor([ids]), self.subnets[name]) for ids in self.prompts()]
             return [self.model.logits(states)[0].double().log_softmax(-1) for states in hidden]
 
     def answers(self, name: str) -> list[list[int]]:
         asked = [self.tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in CHATS]
         stop = {self.tokenizer.eos_token_id}
-        return complete(self.model, asked, SUBNETS[name], max_new_tokens=NEW_TOKENS, stop_tokens=stop)
+        return complete(self.model, asked, self.subnets[name], max_new_tokens=NEW_TOKENS, stop_tokens=stop)
+
+    def assert_gave(self, name: str, found: dict[str, Any]) -> None:
+        """An engine's scores and answers are those of the elastic model at the subnet."""
+        for ours, theirs in zip(self.scores(name), found["scores"], strict=True):
+            rows = torch.tensor(theirs, dtype=torch.float64)
+            assert rows.shape[0] and (rows - ours[-len(rows) :]).abs().max() < LOG_PROBABILITY
+        stop = self.tokenizer.eos_token_id
+        assert [[token for token in answer if token != stop] for answer in found["answers"]] == self.answers(name)
 
 
 def unwritten(tokenizer: PreTrainedTokenizerFast) -> list[int]:
@@ -132,8 +154,11 @@ def unwritten(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return made(tmp_path_factory.mktemp("engines"), CONFIG, SUBNETS)
+
+
+def made(root: Path, config: ModelConfig, subnets: dict[str, Subnet]) -> Family:
     """Random weights with decided answers, time steps far below transformers' old least one, 0.001; norms scaled."""
-    root = tmp_path_factory.mktemp("engines")
     library = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:30]
     tokenizer = train_tokenizer(
         (path.read_text() for path in library),
@@ -142,7 +167,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
         max_length=CONFIG.max_position_embeddings,
     )
     generator = torch.Generator().manual_seed(1)
-    model = ElasticNemotronH(CONFIG)
+    model = ElasticNemotronH(config)
     model.initialise(generator)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -150,22 +175,24 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
                 weight.normal_(std=1.5 / math.sqrt(weight.shape[1]), generator=generator)
             if name.endswith("dt_bias"):
                 weight.uniform_(-12.0, -2.0, generator=generator)  # softplus: from 6e-6 to 0.1
+            if name.endswith("e_score_correction_bias"):
+                weight.normal_(std=0.5, generator=generator)  # overrules scores
         model.lm_head.weight[unwritten(tokenizer)] = 0.0  # never the likeliest: llama.cpp shows no scores beside them
-    energy_D = torch.linspace(2.0, 0.1, CONFIG.hidden_size)
-    order = dataclasses.replace(identity_order(CONFIG), energy=energy_D)
+    energy_D = torch.linspace(2.0, 0.1, config.hidden_size)
+    order = dataclasses.replace(identity_order(config), energy=energy_D)
     write_weights(
         root / "family",
-        CONFIG,
+        config,
         model.state_dict(),
         torch.float32,
         source=root / "tokenizer",
         beside=lambda staging: write_order(staging, order),
     )
     model.scale_norms(Energy(energy_D))
-    for name, subnet in SUBNETS.items():
-        slice_checkpoint(root / "family", subnet, root / name.replace(" ", "-"))
-    slices = {name: root / name.replace(" ", "-") for name in SUBNETS}
-    return Family(model=model.eval(), slices=slices, tokenizer=tokenizer)
+    slices = {name: root / name.replace(" ", "-") for name in subnets}
+    for name, subnet in subnets.items():
+        slice_checkpoint(root / "family", subnet, slices[name])
+    return Family(model=model.eval(), subnets=subnets, slices=slices, tokenizer=tokenizer)
 
 
 def ask(python: Path, program: str, question: dict[str, Any], **environment: str) -> Any:
@@ -186,17 +213,18 @@ def ask(python: Path, program: str, question: dict[str, Any], **environment: str
 @pytest.fixture(scope="module")
 def vllm(engines: Path, family: Family) -> dict[str, Any]:
     """All slices in vLLM, in one process, for importing it takes longer than they do."""
-    return ask(
-        engines / "vllm/bin/python",
-        "ask_vllm.py",
-        {
-            "models": {name: str(path) for name, path in family.slices.items()},
-            "prompts": family.prompts(),
-            "chats": CHATS,
-            "new_tokens": NEW_TOKENS,
-        },
-        **ON_A_CPU,
-    )
+    return in_vllm(engines, family, family.slices, lends_experts=False)
+
+
+def in_vllm(engines: Path, family: Family, models: dict[str, Path], *, lends_experts: bool) -> Any:
+    question = {
+        "models": {name: str(path) for name, path in models.items()},
+        "prompts": family.prompts(),
+        "chats": CHATS,
+        "new_tokens": NEW_TOKENS,
+        "lends_experts": lends_experts,
+    }
+    return ask(engines / "vllm/bin/python", "ask_vllm.py", question, **ON_A_CPU)
 
 
 @pytest.fixture(scope="module")
@@ -246,12 +274,22 @@ def llamacpp(engines: Path, family: Family, tmp_path_factory: pytest.TempPathFac
 def test_a_slice_in_an_engine_gives_the_elastic_models_logits_and_answers(
     name: str, engine: str, family: Family, request: pytest.FixtureRequest
 ) -> None:
-    found = request.getfixturevalue(engine)[name]
-    for ours, theirs in zip(family.scores(name), found["scores"], strict=True):
-        rows = torch.tensor(theirs, dtype=torch.float64)
-        assert rows.shape[0] and (rows - ours[-len(rows) :]).abs().max() < LOG_PROBABILITY
-    stop = family.tokenizer.eos_token_id
-    assert [[token for token in answer if token != stop] for answer in found["answers"]] == family.answers(name)
+    family.assert_gave(name, request.getfixturevalue(engine)[name])
+
+
+def test_a_slice_with_experts_in_vllm_gives_the_elastic_models_logits_and_answers(
+    engines: Path, tmp_path: Path
+) -> None:
+    """vLLM reads and routes; on a CPU it does not run experts that are not gated, which vllm_experts.py computes."""
+    families = dict[str, Family]()
+    for name, config in WITH_EXPERTS.items():
+        full = full_subnet(config)
+        fewer = dataclasses.replace(full, **FEWER, latent=full.latent * 2 // 3)
+        families[name] = made(tmp_path / name, config, {name: fewer})
+    slices = {name: family.slices[name] for name, family in families.items()}
+    found = in_vllm(engines, families["experts"], slices, lends_experts=True)
+    for name, family in families.items():
+        family.assert_gave(name, found[name])
 
 
 def test_a_benchmark_asked_of_an_engines_server_has_our_own_decoders_answers(

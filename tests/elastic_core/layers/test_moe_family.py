@@ -135,6 +135,33 @@ def test_a_family_with_experts_is_ranked_routed_trained_and_sliced(model, tmp_pa
         assert torch.equal(logits(tmp_path / budget.name), logits(work / "family", budget.subnet))
 
 
+def test_a_family_from_before_the_experts_a_token_were_an_axis_is_read_as_one_that_keeps_them_all(tmp_path: Path):
+    config = dataclasses.replace(CONFIG, moe_latent_size=None)
+    axes = dataclasses.replace(AXES, top_k=(), latent=())
+    model, order = ElasticNemotronH(config, "torch"), identity_order(config)
+    router = Router(ElasticModel(config, axes.bind(config), RANKING), len(BUDGETS), 8)
+    router.initialise(generator("router"))
+    order = dataclasses.replace(order, layers=RANKING)
+    unresolved = checkpoint.Family(axes=axes, budgets=(), layer_ranking=RANKING, lineage={})
+    written = job.resolved_family(unresolved, router, BUDGETS)
+
+    def beside(staging: Path) -> None:
+        write_order(staging, order)
+        weights = {name: weight for name, weight in router.state_dict().items() if "top_k" not in name}
+        shards.write_tensors(staging / checkpoint.ROUTER_FILE, weights)
+        checkpoint.write_family(staging, written)
+
+    checkpoint.write_weights(tmp_path / "family", config, model.state_dict(), torch.float32, beside=beside)
+    path = tmp_path / "family" / checkpoint.FAMILY_FILE
+    stated = shards.read_json(path)
+    assert [budget["subnet"].pop("top_k") for budget in stated["budgets"]] == [2, 2, 2]
+    shards.write_json(path, stated)
+    family = checkpoint.read_family(tmp_path / "family")
+    assert family == written
+    read = job.load_router(tmp_path / "family", config, family)
+    assert resolve_budgets(read, BUDGETS) == tuple(budget.subnet for budget in family.budgets)
+
+
 def test_a_budget_of_active_parameters_is_met_and_a_routers_expectation_is_its_mean():
     elastic = ElasticModel(CONFIG, AXES.bind(CONFIG), RANKING)
     axes = elastic.axes
