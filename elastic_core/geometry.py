@@ -11,6 +11,20 @@ MAMBA, ATTENTION, FFN, MOE = "M", "*", "-", "E"
 
 KIND_NAMES = {MAMBA: "Mamba-2", ATTENTION: "attention", FFN: "FFN", MOE: "mixture of experts"}
 
+AXIS_NAMES = {
+    "hidden": "hidden channels",
+    "ffn": "FFN neurons",
+    "mamba_heads": "Mamba heads",
+    "mamba_head_dim": "Mamba head channels",
+    "attention_heads": "attention heads",
+    "depth": "layers",
+    "expert_ffn": "neurons in each expert",
+    "experts": "experts",
+    "shared_ffn": "neurons of the shared expert",
+    "top_k": "experts of a token",
+    "latent": "latent channels",
+}
+
 # The axes of each kind of layer: first its width, which may differ by layer, then those that all layers share.
 LAYER_AXES: dict[str, tuple[str, ...]] = {
     FFN: ("ffn",),

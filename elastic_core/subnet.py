@@ -180,10 +180,15 @@ class Masks:
     latent: Tensor | None = None
 
 
+def sizes_at(subnet: Subnet, model: ModelConfig, layer: int) -> dict[str, int]:
+    """The size of a subnet on each axis of a layer."""
+    return _at_layer(subnet, model, layer)
+
+
 def kept_at(subnet: Subnet, model: ModelConfig, layer: int) -> Kept:
     """How much a subnet keeps on each axis of a layer: of heads, so many in each group."""
     return {"hidden": subnet.hidden} | {
-        axis: size // model.groups(axis) for axis, size in _at_layer(subnet, model, layer).items()
+        axis: size // model.groups(axis) for axis, size in sizes_at(subnet, model, layer).items()
     }
 
 

@@ -20,8 +20,11 @@ MODULES = sorted(
     for path in (ROOT / package).rglob("*.py")
     if path.stem not in ("__init__", "prefect_server")  # uvicorn's: imports Prefect's server, which runs a command
 )
-LONGEST_FUNCTION = 60  # lines
+LONGEST_FUNCTION, LONGEST_FILE = 60, 450  # lines; tests may be longer files
+OF_A_KIND = re.compile(r"\bMAMBA\b|mamba_(?!ssm)|attention_heads")  # mamba_ssm is a package
+ROOMS_OF_KINDS = re.compile(r"elastic_core/(layers/.*|geometry\.py|files/stock_config\.py)")
 TABLE_OF_CONTENTS = ("flows/elastify.py", "pipeline")  # reads as the plan of a run, one call after the other
+SOURCES = [path for folder in ("elastic_core", "tasks", "flows", "infra") for path in (ROOT / folder).rglob("*.py")]
 CORE = [module for module in MODULES if module.startswith("elastic_core")]
 
 IMPORT_WITHOUT = """
@@ -85,6 +88,19 @@ def test_a_function_is_read_on_one_screen() -> None:
         and (str(path), node.name) != TABLE_OF_CONTENTS
     ]
     assert not long, "\n".join(long)
+
+
+def test_no_file_is_too_long_to_be_read_at_once() -> None:
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in SOURCES}
+    long = {path: lines for path, lines in lengths.items() if lines > LONGEST_FILE}
+    assert not long, f"a file may have {LONGEST_FILE} lines: {long}"
+
+
+def test_what_is_known_of_a_layer_kind_stands_in_its_own_room() -> None:
+    """Outside: the fields of subnets and masks, those of orders, and what a checkpoint and its recipe must agree on."""
+    naming = {str(path.relative_to(ROOT)) for path in SOURCES if OF_A_KIND.search(path.read_text())}
+    outside = {path for path in naming if not ROOMS_OF_KINDS.fullmatch(path)}
+    assert outside == {"elastic_core/subnet.py", "elastic_core/files/reorder.py", "tasks/running/preflight.py"}
 
 
 SMALL = ["diff", "garbage", "init", "ls", "plan", "profile", "promote", "pull", "rollback", "show", "slice"]

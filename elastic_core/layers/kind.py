@@ -144,11 +144,14 @@ class Shape:
     top_k: int = field(default=0, metadata=OPTIONAL)
     latent: int = field(default=0, metadata=OPTIONAL)
 
-    def kept(self, model: ModelConfig) -> Kept:
-        """What such a layer keeps on each of its axes."""
+    def sizes(self, model: ModelConfig) -> dict[str, int]:
+        """The size of such a layer on each of its axes."""
         width, *others = model.axes_of(self.kind)
-        sizes = {width: self.width} | {axis: getattr(self, axis) for axis in others}
-        return {"hidden": self.hidden} | {axis: size // model.groups(axis) for axis, size in sizes.items()}
+        return {width: self.width} | {axis: getattr(self, axis) for axis in others}
+
+    def kept(self, model: ModelConfig) -> Kept:
+        """What such a layer keeps on each of its axes: of heads, so many in each group."""
+        return {"hidden": self.hidden} | {axis: n // model.groups(axis) for axis, n in self.sizes(model).items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,6 +217,10 @@ class Kind(ABC):
     @abstractmethod
     def width(self, model: ModelConfig) -> tuple[str, object]:
         """What people call its width, and how wide the model's layers are."""
+
+    def text(self, sizes: Mapping[str, object]) -> str:
+        """The sizes of such a layer on its axes, as people write them, such as heads x channels."""
+        return " x ".join(map(str, sizes.values()))
 
     def initialise(self, name: str, weight: Tensor, model: ModelConfig, generator: torch.Generator) -> None:
         """Fresh values for a tensor of the mixer: normal, of a residual projection over sqrt(layers)."""

@@ -238,6 +238,11 @@ class MixtureKind(Kind):
             f"{model.n_routed_experts} of {model.moe_intermediate_size}, {model.num_experts_per_tok} a token",
         )
 
+    def text(self, sizes: Mapping[str, object]) -> str:
+        latent = f", latent {sizes['latent']}" if "latent" in sizes else ""
+        of_each = f"{sizes['experts']} x {sizes['expert_ffn']}, {sizes['top_k']} a token"
+        return f"{of_each}, shared {sizes['shared_ffn']}{latent}"
+
     def initialise(self, name: str, weight: Tensor, model: ModelConfig, generator: torch.Generator) -> None:
         """The selection bias is zero; every projection back to the residual stream is residual."""
         if name == "gate.e_score_correction_bias":

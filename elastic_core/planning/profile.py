@@ -113,9 +113,8 @@ class _Bench:
 
     def layer(self, shape: Shape) -> Step:
         """A layer at the context's last token."""
-        width, *shared = self._model.axes_of(shape.kind)
-        sizes: dict[str, Any] = {"hidden_size": shape.hidden, "intermediate_size": 1, FULL_SIZES[width]: shape.width}
-        sizes |= {FULL_SIZES[axis]: getattr(shape, axis) for axis in shared}
+        sizes: dict[str, Any] = {"hidden_size": shape.hidden, "intermediate_size": 1}
+        sizes |= {FULL_SIZES[axis]: size for axis, size in shape.sizes(self._model).items()}
         config = replace(self._model, hybrid_override_pattern=shape.kind, **sizes)
         with torch.device("meta"):
             part = Layer(config, 0)

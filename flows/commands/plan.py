@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from elastic_core.cost import DTYPE_BYTES, LatencyTable, budget_cost
 from elastic_core.files.checkpoint import CheckpointError, read_config
 from elastic_core.geometry import MOE, ModelConfig
+from elastic_core.layers.kinds import sizes_text
 from elastic_core.planning.machine import DECODED_TOGETHER, LEAST_MARGIN, USABLE_SHARE, Place
 from elastic_core.planning.memory import Memory
 from elastic_core.planning.plan import BudgetPlan, RecipePlan
@@ -128,7 +129,7 @@ def print_plan(plan: RecipePlan, table: LatencyTable | None = None) -> None:
 def _budget_tables(plan: RecipePlan, table: LatencyTable | None) -> Iterator[list[dict[str, str]]]:
     """The budgets' sizes and shapes: one table, or with experts two, for then it would be too wide."""
     sizes = [_budget_row(plan, budget, table) for budget in plan.budgets]
-    shapes = [_shape(budget.subnet) for budget in plan.budgets]
+    shapes = [_shape(plan.model, budget.subnet) for budget in plan.budgets]
     if plan.model.layers_of(MOE):
         yield sizes
         yield [{"budget": b.budget.name} | shape for b, shape in zip(plan.budgets, shapes, strict=True)]
@@ -155,27 +156,8 @@ def _target(plan: RecipePlan, budget: BudgetPlan, table: LatencyTable | None) ->
     return counted.text(budget.target).removesuffix(" parameters")
 
 
-def _shape(subnet: Subnet) -> dict[str, str]:
-    def sizes(values: Sequence[int]) -> str:
-        return "-".join(str(value) for value in sorted({min(values), max(values)})) if values else "-"
-
-    return {
-        "hidden": str(subnet.hidden),
-        **({"ffn": sizes(subnet.ffn)} if subnet.ffn else {}),
-        "mamba": f"{sizes(subnet.mamba_heads)} x {subnet.mamba_head_dim}",
-        "heads": sizes(subnet.attention_heads),
-        "layers": str(subnet.depth),
-        **(
-            {
-                "experts": f"{subnet.experts} x {sizes(subnet.expert_ffn)}",
-                "a token": str(subnet.top_k),
-                **({"latent": str(subnet.latent)} if subnet.latent else {}),
-                "shared expert": str(subnet.shared_ffn),
-            }
-            if subnet.experts
-            else {}
-        ),
-    }
+def _shape(model: ModelConfig, subnet: Subnet) -> dict[str, str]:
+    return {"hidden": str(subnet.hidden), **sizes_text(model, subnet), "layers": str(subnet.depth)}
 
 
 def _stage_rows(plan: RecipePlan) -> list[dict[str, str]]:

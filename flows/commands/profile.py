@@ -7,20 +7,14 @@ import torch
 from elastic_core.budget import Dtype, Serving
 from elastic_core.cost import LatencyCost, LatencyTable, TimedLayer
 from elastic_core.files.checkpoint import read_config, read_family
-from elastic_core.geometry import ATTENTION, FFN, MAMBA, MOE, Axes, ModelConfig
+from elastic_core.geometry import Axes, ModelConfig
+from elastic_core.layers.kinds import KINDS, kind_names
 from elastic_core.planning.profile import measure, write_table
 from elastic_core.subnet import full_subnet, smallest_subnet
 from flows.commands.plan import teacher_geometry
 from flows.commands.recipes import load_recipe
 from flows.commands.terminal import text_table, wide_console
 from tasks.running.bars import bar
-
-PARTS = {
-    MAMBA: ("Mamba-2", "heads"),
-    ATTENTION: ("attention", "heads"),
-    FFN: ("FFN", "neurons"),
-    MOE: ("mixture of experts", "neurons an expert"),
-}
 
 
 def profile_source(source: Path, output: Path, *, context: int, batch: int, dtype: Dtype) -> None:
@@ -49,12 +43,12 @@ def profiled(source: Path) -> tuple[ModelConfig, Axes]:
 def print_table(table: LatencyTable, axes: Axes) -> None:
     """Print what each part takes at its largest and at its smallest, and a whole step."""
     rows = []
-    for kind, (name, widths) in PARTS.items():
-        timed = [layer for layer in table.layers if layer.kind == kind]
-        if timed:  # every axis falls from its largest choice
-            rows.append(_row(name, *(f"{_size(t, widths)}: {_time(t.nanoseconds)}" for t in (timed[0], timed[-1]))))
-    ends = (axes.hidden[0], axes.hidden[-1])
-    rows.append(_row("embedding, head", *(f"{hidden}: {_time(table.fixed[hidden])}" for hidden in ends)))
+    for kind, name in kind_names(table.model).items():
+        timed = [layer for layer in table.layers if layer.kind == kind]  # every axis falls from its largest choice
+        ends = (f"{_size(table.model, t)}: {_time(t.nanoseconds)}" for t in (timed[0], timed[-1]))
+        rows.append(_row(name, *ends))
+    outside = (axes.hidden[0], axes.hidden[-1])
+    rows.append(_row("embedding, head", *(f"{hidden}: {_time(table.fixed[hidden])}" for hidden in outside)))
     counted = LatencyCost(model=table.model, fixed_times=table.fixed, times=table.times)
     smallest = smallest_subnet(table.model, axes, range(table.model.num_layers))
     steps = (counted.of(subnet) for subnet in (full_subnet(table.model), smallest))
@@ -66,9 +60,8 @@ def _row(part: str, largest: str, smallest: str) -> dict[str, str]:
     return {"part": part, "largest": largest, "smallest": smallest}
 
 
-def _size(layer: TimedLayer, widths: str) -> str:
-    head_dim = f" x {layer.mamba_head_dim}" if layer.kind == MAMBA else ""
-    return f"{layer.hidden}, {layer.width} {widths}{head_dim}"
+def _size(model: ModelConfig, layer: TimedLayer) -> str:
+    return f"{layer.hidden}, {KINDS[layer.kind].text(layer.sizes(model))}"
 
 
 def _time(nanoseconds: int) -> str:

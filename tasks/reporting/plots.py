@@ -1,7 +1,7 @@
 """The plots of a run's report, from its quality against size to the anatomy of its members."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -11,8 +11,9 @@ import numpy as np
 from markupsafe import Markup
 
 from elastic_core.cost import subnet_params
-from elastic_core.geometry import ATTENTION, FFN, MAMBA, MOE, ModelConfig
-from elastic_core.subnet import Subnet, full_subnet
+from elastic_core.geometry import AXIS_NAMES, ModelConfig
+from elastic_core.layers.kinds import kind_names, sizes_text
+from elastic_core.subnet import Subnet, full_subnet, sizes_at
 from tasks.reporting.drawing import (
     COLUMN,
     DASHES,
@@ -34,12 +35,10 @@ from tasks.reporting.drawing import (
 )
 from tasks.reporting.history import Pick, StageHistory
 from tasks.reporting.numbers import human_bytes, percent
-from tasks.reporting.summary import AXIS_TITLES, above_teacher, cut_title
+from tasks.reporting.summary import above_teacher, cut_title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-KIND_TITLES = {MAMBA: "Mamba-2", FFN: "FFN", ATTENTION: "attention"}  # of every model; not of experts
 
 
 def _draw_quality(run: Run) -> "Figure":
@@ -152,7 +151,7 @@ def _draw_router(run: Run) -> "Figure | None":
         for name in run.colours:
             panel.plot(stages[-1].end - 0.5, run.size(name, axis) / full, label=name, **run.style(name) | DOT)
         draw_curves(panel, run, stages, _share_chosen(axis, full))
-        panel.set_title(AXIS_TITLES[axis], pad=16)
+        panel.set_title(AXIS_NAMES[axis], pad=16)
         ticks = [c for i, c in enumerate(choices) if i == 0 or (choices[i - 1] - c) / full > 0.08 * span]
         panel.set_yticks([c / full for c in ticks], [f"{c} ({percent(c / full)})" for c in ticks], fontsize=8)
         panel.set_ylim(1 - 1.1 * span, 1 + 0.1 * span)
@@ -253,42 +252,20 @@ def _draw_anatomy(run: Run) -> "Figure":
     panel.set_xlim(-0.6, len(pattern) - 0.4)
     panel.grid(visible=False)
     panel.spines[:].set_visible(False)
-    panel.set_xlabel(", ".join(f"{kind} {title}" for kind, title in titles(run.model).items()))
+    panel.set_xlabel(", ".join(f"{kind} {title}" for kind, title in kind_names(run.model).items()))
     return figure
 
 
-def titles(model: ModelConfig) -> dict[str, str]:
-    """What the kinds of layers are called, with that of experts where the model has any."""
-    return {**KIND_TITLES, MOE: "mixture of experts"} if model.layers_of(MOE) else KIND_TITLES
-
-
-def span(run: Run, subnet: Subnet, kind: str, sizes: Sequence[int]) -> str:
-    """The sizes of the kept layers of a kind: one number, or the smallest and the largest."""
-    kept = {sizes[run.model.ordinal(i)] for i in subnet.layers if run.model.hybrid_override_pattern[i] == kind}
-    return "-".join(str(size) for size in sorted({min(kept), max(kept)})) if kept else "-"
-
-
 def _width_share(model: ModelConfig, subnet: Subnet, layer: int) -> float:
-    """A kept layer's width as a share of the full model's."""
-    kind, ordinal, full = model.hybrid_override_pattern[layer], model.ordinal(layer), full_subnet(model)
-    if kind == FFN:
-        return subnet.ffn[ordinal] / full.ffn[ordinal]
-    if kind == ATTENTION:
-        return subnet.attention_heads[ordinal] / full.attention_heads[ordinal]
-    if kind == MOE:
-        return subnet.experts * subnet.expert_ffn[ordinal] / (full.experts * full.expert_ffn[ordinal])
-    return subnet.mamba_heads[ordinal] * subnet.mamba_head_dim / model.mamba_size
+    """A kept layer's width as a share of the full model's: of heads and their channels, experts and their neurons."""
+    kept, full = sizes_at(subnet, model, layer), sizes_at(full_subnet(model), model, layer)
+    return math.prod(kept[axis] / full[axis] for axis in model.axes_of(model.hybrid_override_pattern[layer])[:2])
 
 
 def _widths(run: Run, subnet: Subnet) -> str:
-    """A subnet's shape in a line and a half, for a label."""
-    heads = span(run, subnet, MAMBA, subnet.mamba_heads)
-    experts = f", {subnet.experts} experts x {span(run, subnet, MOE, subnet.expert_ffn)}" if subnet.experts else ""
-    return (
-        f"{subnet.depth} layers, hidden {subnet.hidden}, FFN {span(run, subnet, FFN, subnet.ffn)}\n"
-        f"Mamba {heads} x {subnet.mamba_head_dim}, attention {span(run, subnet, ATTENTION, subnet.attention_heads)}"
-        f"{experts}"
-    )
+    """A subnet's shape in two lines, for a label."""
+    of_kinds = [f"{name} {sizes}" for name, sizes in sizes_text(run.model, subnet).items()]
+    return f"{subnet.depth} layers, hidden {subnet.hidden}, {of_kinds[0]}\n{', '.join(of_kinds[1:])}"
 
 
 def _draw_orders(run: Run) -> "Figure | None":

@@ -14,7 +14,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from elastic_core.files.shapes import MeasuredShapes
-from elastic_core.geometry import ATTENTION, FFN, MAMBA, MOE, ModelConfig
+from elastic_core.geometry import ModelConfig
+from elastic_core.layers.kinds import kind_names, sizes_text
 from elastic_core.recipe import Recipe
 from elastic_core.schema import to_dict
 from elastic_core.subnet import Subnet
@@ -30,7 +31,7 @@ from tasks.reporting.benchmarks import (
 from tasks.reporting.drawing import THEME, Run
 from tasks.reporting.history import read_stages
 from tasks.reporting.numbers import fixed, human_bytes, human_count, human_seconds, percent
-from tasks.reporting.plots import Plot, draw_all, span, titles
+from tasks.reporting.plots import Plot, draw_all
 from tasks.reporting.summary import (
     ORDERS,
     active_column,
@@ -151,11 +152,11 @@ def _markdown(run: Run) -> str:
 def _shape_rows(run: Run) -> list[dict[str, str]]:
     """The shape and the bytes of every budget, as rows of text by column title."""
     targets = {budget.name: str(budget) for budget in run.recipe.budgets}
-    rows, named = [], titles(run.model)
+    rows, named = [], kind_names(run.model)
     for budget in run.budgets:
         subnet = run.subnets[budget.budget]
         kinds = [run.model.hybrid_override_pattern[layer] for layer in subnet.layers]
-        heads = span(run, subnet, MAMBA, subnet.mamba_heads)
+        counts = " / ".join(str(kinds.count(kind)) for kind in named)
         rows.append(
             {
                 "budget": budget.budget,
@@ -164,26 +165,13 @@ def _shape_rows(run: Run) -> list[dict[str, str]]:
                 **active_column(budget.active_params),
                 "share": percent(budget.params / run.evaluation.teacher_params),
                 "hidden": str(subnet.hidden),
-                f"layers {' / '.join(named)}": f"{len(kinds)}: " + " / ".join(str(kinds.count(kind)) for kind in named),
-                "FFN": span(run, subnet, FFN, subnet.ffn),
-                "Mamba heads": f"{heads} x {subnet.mamba_head_dim}" if heads != "-" else "-",
-                "attention heads": span(run, subnet, ATTENTION, subnet.attention_heads),
-                **_experts(run, subnet),
+                f"layers {' / '.join(named.values())}": f"{len(kinds)}: {counts}",
+                **sizes_text(run.model, subnet),
                 "weights": human_bytes(budget.weight_bytes),
                 "memory": human_bytes(budget.memory_bytes),
             }
         )
     return rows
-
-
-def _experts(run: Run, subnet: Subnet) -> dict[str, str]:
-    if not subnet.experts:
-        return {}
-    return {
-        "experts": f"{subnet.experts} x {span(run, subnet, MOE, subnet.expert_ffn)}, {subnet.top_k} a token",
-        **({"latent": str(subnet.latent)} if subnet.latent else {}),
-        "shared expert": str(subnet.shared_ffn),
-    }
 
 
 def _stage_rows(run: Run) -> list[dict[str, str]]:
@@ -395,8 +383,8 @@ Importance loses less where it is below that mean by more than the mean's standa
 
 <h2>Shapes</h2>
 {{ table(shapes) }}
-<p class="note">M is Mamba-2, - is FFN, * is attention. Mamba heads are heads x channels. Memory is the weights and
-the caches of the decoded batch.</p>
+<p class="note">Mamba-2 is heads x channels, attention heads, FFN neurons. Memory is the weights and the caches of the
+decoded batch.</p>
 
 <h2>Run</h2>
 {% if stages %}

@@ -4,22 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 from elastic_core.comparison import Cut
+from elastic_core.geometry import AXIS_NAMES
 from tasks.records import BudgetEvaluation, EvaluationRecord, OrderComparison
 from tasks.reporting.numbers import fixed, human_bytes, percent
-
-AXIS_TITLES = {
-    "hidden": "hidden channels",
-    "ffn": "FFN neurons",
-    "mamba_heads": "Mamba heads",
-    "mamba_head_dim": "Mamba head channels",
-    "attention_heads": "attention heads",
-    "depth": "layers",
-    "expert_ffn": "neurons in each expert",
-    "experts": "experts",
-    "shared_ffn": "neurons of the shared expert",
-    "top_k": "experts of a token",
-    "latent": "latent channels",
-}
 
 # The losses of two models on one token differ by about half a nat (standard deviation), so that their means over N
 # tokens differ by chance by 0.5 / sqrt(N). A share of a difference below ten times that would be a share of noise.
@@ -111,7 +98,7 @@ ORDERS = "KL to the teacher, in nats a token, where one axis of it is cut with n
 
 def cut_title(cut: Cut) -> str:
     """A cut in words: FFN neurons 384 to 192."""
-    return f"{AXIS_TITLES[cut.axis]} {cut.full:,} to {cut.size:,}"
+    return f"{AXIS_NAMES[cut.axis]} {cut.full:,} to {cut.size:,}"
 
 
 def order_table(orders: OrderComparison) -> list[dict[str, str]]:
