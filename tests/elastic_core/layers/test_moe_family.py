@@ -15,7 +15,7 @@ from torch import Tensor
 from trainee import ALONE
 
 from elastic_core import cost
-from elastic_core.budget import Budget
+from elastic_core.budget import Budget, MemoryTarget, Serving
 from elastic_core.comparison import compare_orders
 from elastic_core.files import checkpoint, shards
 from elastic_core.files.reorder import identity_order, reorder_checkpoint, reorder_in_place, write_order
@@ -63,18 +63,21 @@ def test_the_routers_costs_are_means_over_all_choices_and_its_choices_run_as_the
         axis: torch.rand(1, len(axes.choices(axis)), generator=generator(axis), dtype=torch.float64).softmax(-1)
         for axis in axes.names
     }
-    total = 0.0
+    memory = elastic.cost_of(Budget(name="s", memory=MemoryTarget(bytes=10**9, serving=Serving(context=64))))
+    params = bytes_ = 0.0
     for number, picked in enumerate(product(*(range(len(axes.choices(axis))) for axis in axes.names))):
         choice = dict(zip(axes.names, picked, strict=True))
         one_hot = {axis: F.one_hot(torch.tensor([i]), len(axes.choices(axis))).double() for axis, i in choice.items()}
         subnet, masks = soft_subnet(elastic, one_hot)
         likely = float(torch.stack([probabilities[axis][0, i] for axis, i in choice.items()]).prod())
-        total += likely * cost.subnet_params(CONFIG, subnet)
+        params += likely * cost.subnet_params(CONFIG, subnet)
+        bytes_ += likely * memory.of(subnet)
         if number % 30 == 0:
             with torch.no_grad():
                 masked, prefix = (model(batches()[0].inputs_BT, subnet, m) for m in (masks, None))
             assert float((masked - prefix).abs().max()) <= FLOAT64 * float(prefix.abs().max())
-    assert float(expected_params(elastic, probabilities)) == pytest.approx(total, rel=FLOAT64)
+    assert float(expected_params(elastic, probabilities)) == pytest.approx(params, rel=FLOAT64)
+    assert float(expected_cost(elastic, probabilities, memory)) == pytest.approx(bytes_, rel=FLOAT64)
 
 
 def test_a_family_with_experts_is_ranked_routed_trained_and_sliced(model, tmp_path: Path):
