@@ -18,7 +18,6 @@ from elastic_core.planning.stages import MeshPlan, StagePlan
 from elastic_core.planning.steps import TOKENS_PER_CORE_SECOND, StepPlan
 from elastic_core.recipe import Recipe
 from elastic_core.schema import to_dict
-from elastic_core.subnet import Subnet
 from flows.commands.terminal import text_table, wide_console
 from flows.serving.services import names_a_store, tracking_environment
 from tasks import artifacts
@@ -116,25 +115,16 @@ def print_plan(plan: RecipePlan, table: LatencyTable | None = None) -> None:
         f"its axes reach down to {plan.least_params:,} ({share})",
         highlight=False,
     )
+    budgets = [_budget_row(plan, budget, table) for budget in plan.budgets]
     tables = (_stage_rows(plan), _work_rows(plan), _memory_rows(plan), _step_rows(plan), _time_rows(plan))
-    for rows in (*_budget_tables(plan, table), *tables, *([_benchmark_rows(plan)] if plan.benchmarks else [])):
+    benchmarks = [_benchmark_rows(plan)] if plan.benchmarks else []
+    for rows in (budgets, _shape_rows(plan), *tables, *benchmarks):
         console.print(text_table(rows))
     for line in [*_explanations(plan), *_verdicts(plan, table)]:
         console.print(line, highlight=False, soft_wrap=True)
 
 
 # Tables
-
-
-def _budget_tables(plan: RecipePlan, table: LatencyTable | None) -> Iterator[list[dict[str, str]]]:
-    """The budgets' sizes and shapes: one table, or with experts two, for then it would be too wide."""
-    sizes = [_budget_row(plan, budget, table) for budget in plan.budgets]
-    shapes = [_shape(plan.model, budget.subnet) for budget in plan.budgets]
-    if plan.model.layers_of(MOE):
-        yield sizes
-        yield [{"budget": b.budget.name} | shape for b, shape in zip(plan.budgets, shapes, strict=True)]
-    else:
-        yield [size | shape for size, shape in zip(sizes, shapes, strict=True)]
 
 
 def _budget_row(plan: RecipePlan, budget: BudgetPlan, table: LatencyTable | None) -> dict[str, str]:
@@ -156,8 +146,16 @@ def _target(plan: RecipePlan, budget: BudgetPlan, table: LatencyTable | None) ->
     return counted.text(budget.target).removesuffix(" parameters")
 
 
-def _shape(model: ModelConfig, subnet: Subnet) -> dict[str, str]:
-    return {"hidden": str(subnet.hidden), **sizes_text(model, subnet), "layers": str(subnet.depth)}
+def _shape_rows(plan: RecipePlan) -> list[dict[str, str]]:
+    return [
+        {
+            "budget": planned.budget.name,
+            "layers": str(planned.subnet.depth),
+            "hidden": str(planned.subnet.hidden),
+            **sizes_text(plan.model, planned.subnet),
+        }
+        for planned in plan.budgets
+    ]
 
 
 def _stage_rows(plan: RecipePlan) -> list[dict[str, str]]:

@@ -119,8 +119,8 @@ def of_weights(weights: Mapping[str, Tensor], config: ModelConfig) -> Tensor:
     return logits(model)
 
 
-def of_stock(directory: Path, config: ModelConfig) -> Tensor:
-    model = NemotronHForCausalLM.from_pretrained(directory, dtype=torch.float32, experts_implementation="eager").eval()
+def of_stock(directory: Path, config: ModelConfig, dtype: torch.dtype = torch.float32) -> Tensor:
+    model = NemotronHForCausalLM.from_pretrained(directory, dtype=dtype, experts_implementation="eager").eval()
     with torch.no_grad():
         found: Tensor = model(tokens(config)).logits
     return found
@@ -297,7 +297,8 @@ def test_random_subnets_are_their_masks_their_slices_and_what_transformers_makes
             weight.numel() for weight in slice_weights(weights, subnet, config, ffn_layout="list").values()
         )
         slice_checkpoint(saved, subnet, tmp_path / f"{number}")
-        assert difference(of_stock(tmp_path / f"{number}", config), prefix) < FLOAT32_AGAINST_STOCK, subnet
+        found = of_stock(tmp_path / f"{number}", config, torch.float64)
+        assert difference(found, prefix) < FLOAT32_AGAINST_STOCK, subnet
 
 
 def test_a_dropped_expert_is_never_chosen_over_a_kept_one_of_negative_score():

@@ -58,7 +58,8 @@ def row(text: str, *cells: str) -> str:
 
 def test_the_papers_recipe_is_planned_with_the_papers_numbers() -> None:
     text = printed(NANO)
-    assert "12,310,001,152" in row(text, "12b")
+    assert row(text, "12b", "full", "12,310,001,152")
+    assert row(text, "12b", "62", "5120", "20480", "128 x 80", "40")  # layers, hidden, FFN, Mamba-2, attention
     assert "5,166" in row(text, "stage1", "5,166")
     assert "1,788" in row(text, "stage2", "1,788")
     for stage in ("stage1", "stage2"):
@@ -204,7 +205,7 @@ def test_a_budget_that_cannot_be_met_is_named_with_what_would_help() -> None:
 
 def test_memory_budgets_are_shown_in_bytes() -> None:
     text = printed(NANO, "budgets.2={name: 6b, memory: '14GiB@ctx=32768'}")
-    assert "14 GiB" in row(text, "6b")
+    assert row(text, "6b", "14 GiB")
 
 
 def test_a_local_teacher_is_read_from_its_config(tmp_path: Path) -> None:
