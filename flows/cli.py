@@ -347,6 +347,8 @@ def main() -> None:
     for package in ("elastic_core", "tasks", "flows"):
         logging.getLogger(package).setLevel(logging.INFO)
         logging.getLogger(package).addHandler(terminal)
+    # The Hub's client prints each of its retries twice; what comes of them is said by us, in one line.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     try:
         status = app(standalone_mode=False)
     except typer.TyperException as error:

@@ -24,7 +24,7 @@ from flows.serving.services import embedded_services
 from tasks.artifacts import check_bucket, check_keys
 from tasks.artifacts.leases import check_workspace
 from tasks.corpus.ends import end_warnings
-from tasks.corpus.sample import sample
+from tasks.corpus.sample import Sample, sample
 from tasks.corpus.sources import fetch_data
 from tasks.corpus.tokenizer import SMALLEST_VOCABULARY, check_tokenizer, train_tokenizer
 from tasks.judging.benchmarks import PROBLEMS_FILE, read_benchmark, write_problems
@@ -50,6 +50,7 @@ from tasks.tracking import check_server
 
 DOCUMENTS = 64  # of each source, to read and render
 SHOWN = 600  # characters of a rendered document
+EPOCHS = 4  # data that are seen more often are worth less and less (arXiv 2305.16264)
 
 T = TypeVar("T")
 
@@ -83,10 +84,7 @@ def check_recipe(recipe: Recipe) -> int:
             return findings.faults
         for warning in end_warnings(directory) if recipe.teacher.pretrain is None else ():
             typer.echo(f"note   teacher: {warning}")
-        for i, source in enumerate(recipe.data.sources):
-            rendered = findings.look(f"data.sources[{i}]", partial(_source, source, directory, Path(work) / str(i)))
-            if rendered:
-                typer.echo("".join(f"         | {line}\n" for line in rendered.splitlines()), nl=False)
+        _look_at_data(findings, recipe, directory, Path(work))
         if recipe.evaluation.problems is not None:
             findings.look("evaluation.problems", partial(_problems, recipe, directory))
         for benchmark in recipe.evaluation.benchmarks:
@@ -159,14 +157,34 @@ def _teacher(recipe: Recipe, work: Path) -> tuple[str, Path]:
     return f"{path}: {model.num_layers} layers, hidden size {model.hidden_size}, and a tokenizer{left}", directory
 
 
-def _source(source: DataSource, tokenizer: Path, work: Path) -> tuple[str, str]:
-    """Read and encode the first documents as a run would; the first of them as what is trained on."""
-    texts, tokens, learned = sample(source, tokenizer, DOCUMENTS, work)
-    if not texts:
+def _look_at_data(findings: Findings, recipe: Recipe, tokenizer: Path, work: Path) -> None:
+    """A line and the first text of each source, and a note where the stages would read all of them many times."""
+    held: list[int | None] = []
+    for i, source in enumerate(recipe.data.sources):
+        found = findings.look(f"data.sources[{i}]", partial(_source, source, tokenizer, work / str(i)))
+        if found is not None:
+            first = found.texts[0] if len(found.texts[0]) <= SHOWN else f"{found.texts[0][:SHOWN]} ..."
+            typer.echo("".join(f"         | {line}\n" for line in first.splitlines()), nl=False)
+        held.append(found.held if found is not None else None)
+    known = [tokens for tokens in held if tokens is not None]
+    trained = sum(stage.steps * stage.batch_size * stage.sequence_length for stage in recipe.stages)
+    if len(known) == len(held) and trained > EPOCHS * sum(known) > 0:
+        typer.echo(
+            f"note   data: the sources hold at most about {human_count(sum(known))} tokens, and the stages train on "
+            f"{human_count(trained)}, {trained / sum(known):,.0f} times as many; bring more documents, or take fewer "
+            "steps (`elastic init --tokens` counts them)"
+        )
+
+
+def _source(source: DataSource, tokenizer: Path, work: Path) -> tuple[str, Sample]:
+    """Read and encode the first documents as a run would."""
+    found = sample(source, tokenizer, DOCUMENTS, work)
+    if not found.texts:
         raise ValueError(f"{source.path}: the dataset is empty; add documents or take it out of data.sources")
-    first = texts[0] if len(texts[0]) <= SHOWN else f"{texts[0][:SHOWN]} ..."
-    counted = f"{tokens:,} tokens" + ("" if learned == tokens else f", {learned:,} of them learned")
-    return f"{source.path}: the first {len(texts)} texts are {counted}; the first of all:", first
+    counted = f"{found.tokens:,} tokens" + (
+        "" if found.learned == found.tokens else f", {found.learned:,} of them learned"
+    )
+    return f"{source.path}: the first {len(found.texts)} texts are {counted}; the first of all:", found
 
 
 def _problems(recipe: Recipe, tokenizer: Path) -> tuple[str, None]:

@@ -94,11 +94,14 @@ def documents_in(rows: Iterable[tuple[str, Row | str]], source: DataSource, tall
 
 def iter_rows(source: DataSource, *, fetch: Fetch, directory: Path) -> Iterator[tuple[str, Row | str]]:
     """Where each row of a source stands, and the row, or the line of JSON that it is. A text file is one row."""
+    return piece_rows(whole_pieces(source, fetch=fetch, directory=directory), source, str(directory / "cache"))
+
+
+def whole_pieces(source: DataSource, *, fetch: Fetch, directory: Path) -> list[Piece]:
+    """The source uncut: its files, or all that it is on the Hub."""
     if source.path.startswith(HUB):
-        pieces = [whole_hub(source)]
-    else:
-        pieces = file_pieces(source, source_files(source, fetch=fetch, directory=directory))
-    return piece_rows(pieces, source, str(directory / "cache"))
+        return [whole_hub(source)]
+    return file_pieces(source, source_files(source, fetch=fetch, directory=directory))
 
 
 def source_pieces(source: DataSource, *, fetch: Fetch, directory: Path, piece_bytes: int) -> list[Piece]:

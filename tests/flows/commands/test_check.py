@@ -72,6 +72,20 @@ def test_the_first_chat_is_shown_as_the_template_renders_it(tmp_path: Path) -> N
     assert "the first 1 texts are 15 tokens, 2 of them learned" in output
 
 
+def test_stages_that_read_the_data_many_times_are_noted(tmp_path: Path) -> None:
+    recipe = initiated(tmp_path)
+    output, fault = checked(recipe)
+    (note,) = [line for line in output.splitlines() if line.startswith("note   data: ")]
+    assert re.search(r"the stages train on (399|400|401)M, [\d,]{5,} times as many", note) and not fault
+    (tokens,) = re.findall(r"the first 40 texts are (\d+) tokens", output)  # which are all
+    assert f"hold at most about {tokens} tokens" in note
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in 10 * ROWS))
+    (held,) = re.findall(r"hold at most about ([\d.]+)K tokens", checked(recipe)[0])
+    assert 10 * int(tokens) <= 1000 * float(held) <= 40 * int(tokens)  # three quarters of these bytes are JSON's
+    few = [f"stages.{stage}.{setting}=1" for stage in (0, 1) for setting in ("steps", "batch_size", "micro_batch_size")]
+    assert "note   data" not in checked(recipe, *few, "stages.0.sequence_length=8", "stages.1.sequence_length=8")[0]
+
+
 def test_a_benchmark_is_read_and_counted(tmp_path: Path) -> None:
     file = tmp_path / "sums.jsonl"
     file.write_text("".join(json.dumps({"question": f"{i}+1?", "answer": f"{i + 1}"}) + "\n" for i in range(7)))
