@@ -25,17 +25,17 @@ logger = logging.getLogger(__name__)
 
 
 @flow(name="retrain", flow_run_name=called(lambda given: given["recipe"].family), on_failure=[explain_failure])
-def retrain(recipe: Annotated[Recipe, checked(Recipe)], max_gpu_hours: float = 0.0, force: bool = False) -> State:
+def retrain(*, max_gpu_hours: float = 0.0, force: bool = False, recipe: Annotated[Recipe, checked(Recipe)]) -> State:
     """Look for a new teacher, new data or new code; make and register a family where there is any.
 
     Nothing is done when this recipe was carried out before, by the same code, on the same teacher and data. A new
     family becomes champion where no budget is worse than the present champion; otherwise it stays a candidate.
 
     Args:
-        recipe: The whole run, as in a recipe file.
         max_gpu_hours: The GPU-hours that a run of a schedule may take by its plan. Above them it is suspended, before
             its first step, until a person resumes it. A run that a person starts does not ask.
         force: Go through the steps even if nothing changed.
+        recipe: The whole run, as in a recipe file.
     """
     guard_run()
     tag_run(recipe.family)

@@ -43,6 +43,7 @@ from tasks.running.gpu_pool import DEPLOYMENT_VARIABLE
 # So many runs of a pool at once: a run on the gpu pool has all devices of its worker's machine to itself.
 POOLS = {"cpu": None, "gpu": 1}
 GPU_STEP = "gpu-step/gpu"
+BY_RUNS = "started by runs alone"  # beside the deployment in the list from which people choose
 SILENCE = timedelta(seconds=90)  # three heartbeats
 BEGINNING = timedelta(minutes=15)  # on Kubernetes a node may have to come, and then the image
 
@@ -60,7 +61,7 @@ class Deployment:
     """A flow, by its module path, that a pool's workers run, on a `schedule` (cron) if there is one.
 
     Where there is no schedule here, one that was set on the server stays. A parameter of `choices` is one of those in
-    the form.
+    the form. The form of a whole recipe has a box for the share of each budget of `budgets`, by its name.
     """
 
     entrypoint: str
@@ -71,6 +72,8 @@ class Deployment:
     schedule: str | None = None
     rerun: bool = True
     choices: dict[str, list[str]] = field(default_factory=dict)
+    budgets: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
 
     def apply(self) -> None:
         """Create it on the server, or bring it up to date."""
@@ -85,10 +88,17 @@ class Deployment:
             work_pool_name=self.pool,
             job_variables={"env": {**HEARTBEAT, **self.environment}},
             entrypoint_type=EntrypointType.MODULE_PATH,
+            tags=list(self.tags),
         )
         applied.model_fields_set.discard("paused")  # what is sent replaces what the server has, and people pause there
         for parameter, choices in self.choices.items():
             applied._parameter_openapi_schema.properties[parameter]["enum"] = choices
+        if self.budgets:  # else the form has one box, for JSON; a share of any other name is still taken
+            shares = applied._parameter_openapi_schema.definitions["Stage"]["properties"]["budgets"]
+            shares["properties"] = {
+                name: {"title": name, "type": "number", "position": position, "description": f"The share of {name}."}
+                for position, name in enumerate(self.budgets)
+            }
         if self.schedule is None:
             applied.model_fields_set.discard("schedules")
         applied.apply()
@@ -114,6 +124,7 @@ def deployments(recipe: Recipe, schedule: str | None = None, max_gpu_hours: floa
     on_gpu_pool = {DEPLOYMENT_VARIABLE: GPU_STEP}
     here = {DEPLOYMENT_VARIABLE: ""}  # whatever the worker's environment says: a run must not wait for its own place
     given = {"recipe": told(recipe)}
+    budgets = tuple(budget.name for budget in recipe.budgets)
     return (
         Deployment(
             entrypoint="flows.elastify.elastify_by_name",
@@ -129,6 +140,7 @@ def deployments(recipe: Recipe, schedule: str | None = None, max_gpu_hours: floa
             pool="cpu",
             parameters=given,
             environment=on_gpu_pool,
+            budgets=budgets,
         ),
         Deployment(
             entrypoint="flows.retrain.retrain",
@@ -137,6 +149,7 @@ def deployments(recipe: Recipe, schedule: str | None = None, max_gpu_hours: floa
             parameters={**given, "max_gpu_hours": max_gpu_hours, "force": False},
             environment=on_gpu_pool,
             schedule=schedule,
+            budgets=budgets,
         ),
         Deployment(
             entrypoint="flows.export.export",
@@ -158,6 +171,7 @@ def deployments(recipe: Recipe, schedule: str | None = None, max_gpu_hours: floa
             pool="gpu",
             environment=here,
             rerun=False,
+            tags=(BY_RUNS,),
         ),
     )
 

@@ -63,7 +63,7 @@ class GpuPool:
             "inputs": asked.inputs,
             "device": asked.device,
             "runs": dict(asked.runs),
-            "show_on": str(caller) if caller else None,
+            "show_on": str(caller) if caller else "",
         }
         stage = asked.inputs.get("stage")
         tags = [*(own.tags if own else ()), *([stage["name"]] if stage is not None else ())]

@@ -78,6 +78,19 @@ def submitted(served: Served, elastified: Elastified, page: Page, screens: Path)
     return urljoin(page.url, run)
 
 
+def test_the_form_of_a_whole_recipe_has_the_shares_of_budgets_in_boxes(
+    served: Served, elastified: Elastified, page: Page, screens: Path
+):
+    with served.prefect() as client:
+        deployment = client.read_deployment_by_name("elastify/micro-whole-recipe").id
+    page.goto(f"{served.services()['Prefect'].where}/deployments/deployment/{deployment}/run")
+    share = page.get_by_text("The share of m.").nth(1)  # in the second stage
+    expect(share.locator(INPUT)).to_have_value("0.3")
+    expect(page.get_by_text('type "None"')).to_have_count(0)
+    share.scroll_into_view_if_needed()
+    page.screenshot(path=screens / "shares.png")
+
+
 def browsed(served: Served) -> Family:
     """The family that the submitted run made: the last."""
     families = (served.home / "workspace").glob("stage2-*/family")

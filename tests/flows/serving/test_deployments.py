@@ -44,6 +44,7 @@ def stored(client: SyncPrefectClient) -> dict[str, Any]:
         "global_concurrency_limit",
         "concurrency_options",
         "pull_steps",
+        "tags",
     }
     found = {}
     for deployment in client.read_deployments():
@@ -52,7 +53,11 @@ def stored(client: SyncPrefectClient) -> dict[str, Any]:
         schedules = [schedule.schedule.cron for schedule in deployment.schedules]
         held |= {"limit": limit["limit"] if limit else None, "schedules": schedules}
         held["pull_steps"] = held["pull_steps"] or []
-        held["parameter_openapi_schema"]["properties"].get("recipe", {}).pop("enum", None)  # `elastic up` knows them
+        form = held["parameter_openapi_schema"]  # `elastic up` knows the recipes at hand and the budgets of its own
+        form["properties"].get("recipe", {}).pop("enum", None)
+        form.get("definitions", {}).get("Stage", {"properties": {"budgets": {}}})["properties"]["budgets"].pop(
+            "properties", None
+        )
         found[f"{flows[deployment.flow_id]}/{deployment.name}"] = held
     for automation in client.read_automations():
         held = json.loads(automation.model_dump_json(include={"trigger", "actions"}))
@@ -121,7 +126,14 @@ def full_name(held: dict[str, Any], entrypoint: str) -> str:
 
 @pytest.mark.parametrize(
     "name",
-    ["elastify/micro", "elastify/micro-whole-recipe", "retrain/micro", "export/any-family", "evaluate/any-model"],
+    [
+        "elastify/micro",
+        "elastify/micro-whole-recipe",
+        "retrain/micro",
+        "export/any-family",
+        "evaluate/any-model",
+        "gpu-step/gpu",
+    ],
 )
 def test_a_form_says_what_each_parameter_is_and_has_settings_by_the_names_and_in_the_order_of_recipes(
     served: Served, name: str
@@ -137,6 +149,16 @@ def test_a_form_says_what_each_parameter_is_and_has_settings_by_the_names_and_in
     for definition in definitions.values():
         for position, (key, shown) in enumerate(definition["properties"].items()):
             assert (shown["title"], shown["position"]) == (key, position)
+
+
+@pytest.mark.parametrize("name", ["elastify/micro-whole-recipe", "retrain/micro"])
+def test_a_form_has_a_box_for_the_share_of_each_budget_and_takes_others(served: Served, name: str):
+    with served.prefect() as client:
+        schema = client.read_deployment_by_name(name).parameter_openapi_schema
+    shares = schema["definitions"]["Stage"]["properties"]["budgets"]
+    boxes = sorted(shares["properties"].values(), key=lambda box: box["position"])
+    assert [(box["title"], box["type"]) for box in boxes] == [("l", "number"), ("m", "number"), ("s", "number")]
+    assert shares["additionalProperties"] == {"type": "number"}
 
 
 def test_the_first_form_offers_the_recipes_at_hand_and_asks_for_changes(served: Served):
