@@ -78,9 +78,7 @@ def submitted(served: Served, elastified: Elastified, page: Page, screens: Path)
     return urljoin(page.url, run)
 
 
-def test_the_form_of_a_whole_recipe_has_the_shares_of_budgets_in_boxes(
-    served: Served, elastified: Elastified, page: Page, screens: Path
-):
+def test_the_form_of_a_whole_recipe_has_the_shares_of_budgets_in_boxes(served: Served, page: Page, screens: Path):
     with served.prefect() as client:
         deployment = client.read_deployment_by_name("elastify/micro-whole-recipe").id
     page.goto(f"{served.services()['Prefect'].where}/deployments/deployment/{deployment}/run")
