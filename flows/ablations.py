@@ -4,7 +4,7 @@ Every training is a lap of the race, so a cached step: ablations that were kille
 was reached is kept in a file, and not run again, wherever they go on.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,6 @@ from prefect import flow
 from elastic_core.recipe import Recipe
 from flows.race import course
 from tasks.reporting.race import Entry, Rows
-from tasks.running.steps import fingerprint
 from tasks.running.usage import noting
 from tasks.settings import home_directory
 
@@ -28,13 +27,9 @@ def ablations(recipes: Mapping[str, Recipe], share: float, seeds: int, rows: Pat
     home, found = home_directory(), list[Entry]()
     with noting(home):
         for name, recipe in recipes.items():
-            kept = Rows(rows, recipe.family, fingerprint(recipe, share))
+            first = course(recipe, str(home / "workspace"))
+            kept = Rows(rows, recipe.family, first.key(share))
             for number in range(seeds):
-                kept.of(name, recipe.seed + number, partial(trained, name, recipe, number, share, home / "workspace"))
+                kept.of(name, recipe.seed + number, partial(first.again(number).elastic, name, share))
             found += [entry for entry in kept.entries if entry.way == name]
     return found
-
-
-def trained(name: str, recipe: Recipe, number: int, share: float, workspace: Path) -> Iterator[Entry]:
-    """What one training reaches, of the recipe's own teacher, from its seed or one so many further."""
-    return course(recipe, str(workspace)).again(number).elastic(name, share)

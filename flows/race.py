@@ -60,6 +60,12 @@ class Course:
             weights=tuple(self.recipe.data.weights(stage.sources) for stage in self.recipe.stages),
         )
 
+    def key(self, share: float = 1.0) -> str:
+        """What the laps of all seeds depend on, by content, wherever it was made; of a share of the recipe's tokens."""
+        recipe = shortened_recipe(self.recipe, share, "")
+        measured = recipe.evaluation.heldout_tokens, recipe.evaluation.sequence_length
+        return fingerprint(self.family, self.teacher, self.corpus, recipe.stages, recipe.distillation, measured)
+
     def again(self, number: int) -> "Course":
         """The same with another seed of training; 0 is the recipe's own."""
         return replace(self, seed=self.seed + number)
@@ -132,10 +138,10 @@ def race(recipe: Recipe, seeds: int, rows: Path, share: float = 1.0) -> list[Ent
 
     What `rows` has of this recipe is taken from there, and what is found is added to it.
     """
-    kept = Rows(rows, recipe.family, fingerprint(raced(recipe, share)))
     home = home_directory()
     with noting(home):
         first = course(raced(recipe, share), str(home / "workspace"))
+        kept = Rows(rows, recipe.family, first.key())
         for number in range(seeds):
             kept.of("elastic", first.seed + number, partial(entries, first.again(number)))
         kept.of("from scratch", first.seed, partial(from_scratch, first))

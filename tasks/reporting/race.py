@@ -38,13 +38,13 @@ class Entry:
 
 
 class Rows:
-    """The entries of a recipe in a file of rows: one JSON object a line, with the commit that it was found at.
+    """The entries of one race in a file of rows: one JSON object a line, with the commit that it was found at.
 
-    `recipe` tells the recipe from others, also of the same family: what was found of another is left alone.
+    `key` tells what the laps start from, and how they train: what was found otherwise is left alone.
     """
 
-    def __init__(self, file: Path, family: str, recipe: str) -> None:
-        self._file, self._of = file, {"family": family, "recipe": recipe[:16]}
+    def __init__(self, file: Path, family: str, key: str) -> None:
+        self._file, self._of = file, {"family": family, "key": key[:16]}
         lines = map(json.loads, file.read_text().splitlines()) if file.exists() else []
         mine = [row for row in lines if row.items() >= self._of.items()]
         names = [field.name for field in fields(Entry)]
@@ -186,11 +186,13 @@ def _draw(entries: Sequence[Entry]) -> "Figure":
                 tokens = sorted({x for x, _ in points})
                 means = [sum(y for x, y in points if x == t) / sum(x == t for x, _ in points) for t in tokens]
                 panel.plot(tokens, means, color=style["color"], linewidth=1.2)
-        panel.set_xscale("log")
-        panel.set_yscale("log")
+        panel.set_xscale("log", subs=[2, 5])
+        panel.set_yscale("log", subs=[2, 5])
+        for axis, ticks in ((panel.xaxis, count_tick), (panel.yaxis, "{x:g}")):
+            axis.set_major_formatter(ticks)
+            axis.set_minor_formatter(ticks)
         panel.set_title(f"{size}: held-out KL to the teacher")
         panel.set_xlabel("tokens of training, exploration included")
-        panel.xaxis.set_major_formatter(count_tick)
     panels[0].set_ylabel("nats a token")
     legend(figure, panels[0])
     return figure
