@@ -114,9 +114,8 @@ class Doing:
         self._task: Any = None
         self._left = threading.Event()
         self._lines = _Lines()
-        said = logging.getLogger(__package__)
-        said.setLevel(logging.INFO)
-        said.addHandler(self._lines)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(self._lines)
 
     def ask(self, who: str, run: UUID | None) -> UUID | None:
         """Begin to wait; on the page of which flow run the step's progress is."""

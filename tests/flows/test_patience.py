@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def retrained() -> Any:
-    return retrain.fn(load_recipe(ROOT / "flows/recipes/tiny.yaml"))
+    return retrain.fn(recipe=load_recipe(ROOT / "flows/recipes/tiny.yaml"))
 
 
 def exported() -> Any:

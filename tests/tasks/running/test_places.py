@@ -4,17 +4,19 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
 from elastic_core.files.locks import is_held
 from elastic_core.recipe import Recipe
 from flows.commands.recipes import load_recipe, recipe_file
-from tasks.running import gpu_pool, places, ray_cluster, steps
+from tasks.running import gpu_pool, places, ray_cluster, ray_steps, steps
 from tasks.running.asked import Asked, device_of_run
 from tasks.running.gpu_pool import GpuPool
 from tasks.running.preflight import check_cluster
 from tasks.running.ray_cluster import Host, RayCluster
+from tasks.running.ray_steps import Doing
 from tasks.settings import BUCKET, EMBEDDED, HOME, PREFECT_API, TRACKING_URI, WORKSPACE, ServiceError
 
 ADDRESS = "10.77.0.11:6379"
@@ -173,11 +175,12 @@ def test_a_step_has_a_node_of_the_largest_kind_to_itself(
 
 
 def test_a_step_waits_for_a_node_like_those_that_were_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    ray = Ray(None, None)
-    on_a_cluster(ray, monkeypatch)
+    ray = Ray()
+    monkeypatch.setattr(ray_cluster, "connected", lambda address: ray)
+    ray_cluster.first_seen.cache_clear()
+    assert ray_cluster.first_seen(ADDRESS).node == {"CPU": 4.0}
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 1.0}}])
-    RayCluster(ADDRESS).do(ASKED)
-    assert [asked["num_cpus"] for asked in ray.asked] == [4.0, 4.0]
+    assert ray_cluster.first_seen(ADDRESS).node == {"CPU": 4.0}
 
 
 @pytest.fixture
@@ -261,10 +264,10 @@ class Ray:
         TaskCancelledError = type("TaskCancelledError", (RayError,), {})
         OutOfMemoryError = type("OutOfMemoryError", (RayError,), {})
 
-    def __init__(self, *ends: BaseException | None, stops: bool = True) -> None:
-        self.ends, self.done, self.stops = list(ends), True, stops
+    def __init__(self, *ends: BaseException | None) -> None:
+        self.ends = list(ends)
         self.asked: list[Any] = []
-        self.cancelled: list[bool] = []
+        self.cancelled: list[str] = []
 
     def nodes(self) -> list[dict[str, Any]]:
         return [{"Alive": True, "Resources": {"CPU": 4.0}}]
@@ -278,17 +281,11 @@ class Ray:
         return "task"
 
     def get(self, task: str) -> None:
-        end = self.ends.pop(0)
-        self.done = end is None or isinstance(end, Exception)
-        if end is not None:
+        if (end := self.ends.pop(0)) is not None:
             raise end
 
-    def wait(self, tasks: list[str], timeout: float) -> tuple[list[str], list[str]]:
-        return (tasks, []) if self.done else ([], tasks)
-
-    def cancel(self, task: str, force: bool = False) -> None:
-        self.cancelled.append(force)
-        self.done = self.stops
+    def cancel(self, task: str) -> None:
+        self.cancelled.append(task)
 
 
 ASKED = Asked(
@@ -296,10 +293,12 @@ ASKED = Asked(
 )
 
 
-def on_a_cluster(ray: Ray, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_cluster, "connected", lambda address: ray)
-    ray_cluster.first_seen.cache_clear()
-    RayCluster(ADDRESS).do(ASKED)
+def on_a_cluster(ray: Ray, monkeypatch: pytest.MonkeyPatch) -> Doing:
+    """The actor that has the step done, once it did."""
+    monkeypatch.setattr(ray_steps, "connected", lambda address: ray)
+    doing = Doing(ADDRESS, {"CPU": 4.0})
+    doing._have_done(ASKED)
+    return doing
 
 
 def test_the_step_of_a_lost_host_is_asked_for_again_and_said_each_time(
@@ -308,7 +307,7 @@ def test_the_step_of_a_lost_host_is_asked_for_again_and_said_each_time(
     lost = Ray.exceptions.RayError("The node died.\nlong story")
     ray = Ray(lost, lost, None)
     on_a_cluster(ray, monkeypatch)
-    assert not ray.ends and not ray.cancelled
+    assert not ray.ends
     assert ray.asked[0]["name"] == "distil stage1" and ray.asked[0]["num_cpus"] == 4.0
     told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert told == [f"distill: its host was lost (attempt {n} of 5): The node died." for n in (1, 2)]
@@ -326,14 +325,28 @@ def test_a_step_that_fails_is_not_asked_for_again_and_says_why_in_one_line(monke
         on_a_cluster(Ray(failed), monkeypatch)
 
 
-@pytest.mark.parametrize(
-    ("stops", "cancelled"), [(True, [False]), (False, [False, True])], ids=["ends", "does not end"]
-)
-def test_ctrl_c_ends_the_step_on_its_host(stops: bool, cancelled: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    ray = Ray(KeyboardInterrupt(), stops=stops)
-    with pytest.raises(KeyboardInterrupt):
-        on_a_cluster(ray, monkeypatch)
-    assert ray.cancelled == cancelled
+def test_the_last_one_who_leaves_a_step_cancels_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray(None)
+    doing, first, second = on_a_cluster(ray, monkeypatch), uuid4(), uuid4()
+    assert doing.ask("a run", first) == doing.ask("another", second) == first, "whose page has the progress"
+    assert not doing.leave("a run") and not ray.cancelled
+    assert doing.leave("another") and ray.cancelled == ["task"]
+
+
+def test_one_who_was_killed_does_not_keep_a_step_going(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray(None)
+    doing = on_a_cluster(ray, monkeypatch)
+    doing.ask("killed", None)
+    monkeypatch.setattr(ray_steps, "GONE_SECONDS", 0.0)
+    doing.ask("another", None)
+    assert doing.leave("another") and ray.cancelled == ["task"]
+
+
+def test_who_joins_a_step_sees_all_that_was_said_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    doing = on_a_cluster(Ray(Ray.exceptions.RayError("The node died."), None), monkeypatch)
+    lines = [line for _, line in doing.look("late", 0)]
+    assert lines[0].startswith("distill waits for a node") and lines[1].startswith("distill: its host was lost")
+    assert doing.look("late", len(lines)) == []
 
 
 def test_a_step_that_takes_all_the_memory_of_its_host_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
