@@ -116,9 +116,9 @@ class Fleet:
     def watch(self) -> None:
         """Start again what ends, for ever."""
         while True:
-            self._record()
-            while not any([watched.revive() for watched in self._watched]):
-                time.sleep(WATCH_SECONDS)
+            if any([watched.revive() for watched in self._watched]):
+                self.record()
+            time.sleep(WATCH_SECONDS)
 
     def end(self) -> None:
         """Stop it all: first the workers, who tell Prefect how their runs end, then the servers; each kind at once."""
@@ -133,7 +133,8 @@ class Fleet:
     def services(self) -> tuple[Service, ...]:
         return (*self._named, *(watched.service() for watched in self._watched))
 
-    def _record(self) -> None:
+    def record(self) -> None:
+        """Write down what runs, for those who ask."""
         write_running(self.home, this_process(self.environment, self.services()))
 
     def _start_store(self, ports: Ports) -> None:
@@ -198,6 +199,7 @@ def up(home: Path, recipe: Path, schedule: Schedule, ports: Ports) -> None:
         for pool in POOLS:
             fleet.begin(f"{pool} worker", Worker(pool, home))
         stack.callback(fleet.end)
+        fleet.record()  # before its lines are read, and acted upon
         print_services(fleet.services(), home)
         wide_console().print(f"state and logs are in {home}; Ctrl-C or `elastic down` stops it", soft_wrap=True)
         fleet.watch()
