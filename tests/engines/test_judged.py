@@ -20,17 +20,16 @@ import sixfold
 import yaml
 from endpoint import eventually
 
-from elastic_core.judging import Benchmark, Endpoint
+from elastic_core.judging import Endpoint
 from tasks import judge
 from tasks.judging.benchmarks import read_benchmark
 from tasks.judging.mathematics import Mathematician
 from tasks.judging.problems import Choice, Expression
-from tasks.judging.sandbox import Sandbox, why_not_isolated
+from tasks.judging.sandbox import Sandbox
 from tasks.judging.scorers import Verdict, judged
 from tasks.records import Score
 from tasks.running.digests import artifact
 from tasks.running.engines import ENVIRONMENT, Engine, Program
-from tasks.settings import HOME
 
 pytestmark = pytest.mark.services
 
@@ -41,8 +40,6 @@ OPTIONS = {
     "vllm": ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "8"),
     "transformers": ("--dtype", "float32"),
 }
-# The programs that this family writes are ours, or nearly: they may run where nothing isolates them.
-UNSAFE = why_not_isolated() is not None
 BOXED = r"\\boxed\{([^{}]*)\}"
 
 # The text of each problem's completion, by the benchmark and the problem.
@@ -60,29 +57,6 @@ def answers(home: Path, model: Path) -> Answers:
     return found
 
 
-def judge_all(
-    home: Path, name: str, model: Path, asked: tuple[Benchmark, ...], endpoint: Endpoint | None
-) -> list[Score]:
-    """The scores of a model on benchmarks, by our own decoder or at an endpoint, as the pipeline's steps judge it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(HOME, str(home))
-        patch.setattr("tasks.running.patience.DELAYS", (0.5, 0.5))  # an engine that has ended does not come back
-        scores = []
-        for benchmark in asked:
-            problems = judge.bring_problems.fn(benchmark=benchmark, identity="", workspace=str(home))
-            given: dict[str, Any] = {
-                "model": artifact(model),
-                "problems": problems,
-                "benchmark": benchmark,
-                "unsafe_code": UNSAFE,
-            }
-            if endpoint is None:
-                scores.append(judge.judge_here.fn(**given, dtype="float32"))
-            else:
-                scores.append(judge.judge_at.fn(**given, endpoint=endpoint, size=name))
-        return scores
-
-
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> sixfold.Taught:
     return sixfold.teach(tmp_path_factory.mktemp("taught"))
@@ -93,7 +67,7 @@ def ours(taught: sixfold.Taught, tmp_path_factory: pytest.TempPathFactory) -> di
     """By the model: its scores and answers by our own decoder."""
     home = tmp_path_factory.mktemp("ours")
     return {
-        name: (judge_all(home, name, model, taught.benchmarks, None), answers(home, model))
+        name: (sixfold.judge_all(home, name, model, taught.benchmarks, None), answers(home, model))
         for name, model in taught.models.items()
     }
 
@@ -150,7 +124,7 @@ def test_six_benchmarks_at_an_engine_have_our_own_decoders_answers_and_scores(
     tmp_path: Path,
 ) -> None:
     for name, model in taught.models.items():
-        scores = judge_all(tmp_path, name, model, taught.benchmarks, served[name])
+        scores = sixfold.judge_all(tmp_path, name, model, taught.benchmarks, served[name])
         assert answers(tmp_path, model) == ours[name][1]
         assert scores == ours[name][0]
 
@@ -168,7 +142,7 @@ def test_judging_at_an_engine_that_is_killed_ten_times_loses_no_sample_and_makes
     context.set_forkserver_preload(["tasks.judge"])
     before: list[str] = []
     for kill in range(KILLS + 1):
-        process = context.Process(target=judge_all, args=(tmp_path, "s", model, asked, served["s"]))
+        process = context.Process(target=sixfold.judge_all, args=(tmp_path, "s", model, asked, served["s"]))
         process.start()
         if kill < KILLS:
             eventually(partial(went_on, process, tmp_path, len(before)))
@@ -237,7 +211,8 @@ def lm_eval(python: Path, model: Path, rows: list[dict[str, str]], directory: Pa
 
 
 def went_on(process: BaseProcess, home: Path, samples: int) -> bool:
-    """Whether a process has made another sample, or has ended."""
+    """Whether a process has made another sample, or all of them."""
+    assert process.is_alive() or process.exitcode == 0
     return not process.is_alive() or len(lines(home)) > samples
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
@@ -20,13 +21,20 @@ from transformers import PreTrainedTokenizerFast
 from elastic_core.files.checkpoint import write_weights
 from elastic_core.files.slicing import slice_checkpoint
 from elastic_core.geometry import FFN, ModelConfig
-from elastic_core.judging import BUILT_IN, Benchmark, Sampling
+from elastic_core.judging import BUILT_IN, Benchmark, Endpoint, Sampling
 from elastic_core.model import ElasticNemotronH
 from elastic_core.subnet import full_subnet
+from tasks import judge
 from tasks.corpus.tokenizer import train_tokenizer
 from tasks.judging.benchmarks import read_benchmark
 from tasks.judging.problems import Cases, Choice, Expression, Problem
+from tasks.judging.sandbox import why_not_isolated
+from tasks.records import Score
+from tasks.running.digests import artifact
+from tasks.settings import HOME
 
+# The programs that this family writes are ours, or nearly: they may run where nothing isolates them.
+UNSAFE = why_not_isolated() is not None
 EACH = 30  # problems of a benchmark
 GREEDY = Sampling(temperature=0, top_p=1, max_new_tokens=48, system=None, thinking=False)
 CONFIG = ModelConfig(
@@ -217,3 +225,26 @@ def _padded(lessons: Sequence[tuple[list[int], int]]) -> tuple[torch.Tensor, tor
         tokens[row, : len(ids)] = torch.tensor(ids)
         labels[row, begins : len(ids)] = torch.tensor(ids[begins:])
     return tokens, labels
+
+
+def judge_all(
+    home: Path, name: str, model: Path, asked: tuple[Benchmark, ...], endpoint: Endpoint | None
+) -> list[Score]:
+    """The scores of a model on benchmarks, by our own decoder or at an endpoint, as the pipeline's steps judge it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(HOME, str(home))
+        patch.setattr("tasks.running.patience.DELAYS", (0.5, 0.5))  # an engine that has ended does not come back
+        scores = []
+        for benchmark in asked:
+            problems = judge.bring_problems.fn(benchmark=benchmark, identity="", workspace=str(home))
+            given: dict[str, Any] = {
+                "model": artifact(model),
+                "problems": problems,
+                "benchmark": benchmark,
+                "unsafe_code": UNSAFE,
+            }
+            if endpoint is None:
+                scores.append(judge.judge_here.fn(**given, dtype="float32"))
+            else:
+                scores.append(judge.judge_at.fn(**given, endpoint=endpoint, size=name))
+        return scores
