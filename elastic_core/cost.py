@@ -195,7 +195,7 @@ class MemoryCost(Cost):
 # Latency
 
 # The geometry that no subnet changes and that the time of a step depends on.
-TIMED_GEOMETRY = (*("vocab_size", "head_dim", "num_key_value_heads", "ssm_state_size", "n_groups", "conv_kernel"),)
+TIMED_GEOMETRY = ("vocab_size", "head_dim", "num_key_value_heads", "ssm_state_size", "n_groups", "conv_kernel")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

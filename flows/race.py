@@ -57,14 +57,20 @@ class Course:
             dtype=self.recipe.dtype,
             seed=self.seed,
             workspace=self.workspace,
-            weights=tuple(self.recipe.data.weights(stage.sources) for stage in self.recipe.stages),
+            weights=self.weights,
         )
+
+    @property
+    def weights(self) -> tuple[tuple[float, ...] | None, ...]:
+        """Those of the sources of data, for each stage."""
+        return tuple(self.recipe.data.weights(stage.sources) for stage in self.recipe.stages)
 
     def key(self, share: float = 1.0) -> str:
         """What the laps of all seeds depend on, by content, wherever it was made; of a share of the recipe's tokens."""
         recipe = shortened_recipe(self.recipe, share, "")
         measured = recipe.evaluation.heldout_tokens, recipe.evaluation.sequence_length
-        return fingerprint(self.family, self.teacher, self.corpus, recipe.stages, recipe.distillation, measured)
+        trained = recipe.stages, recipe.distillation, recipe.dtype, self.weights
+        return fingerprint(self.family, self.teacher, self.corpus, trained, measured)
 
     def again(self, number: int) -> "Course":
         """The same with another seed of training; 0 is the recipe's own."""

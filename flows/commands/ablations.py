@@ -20,8 +20,11 @@ def main(
     seeds: Annotated[int, typer.Option(help="Trainings of each, from different seeds.")] = 3,
 ) -> None:
     """Train a recipe's sizes as it stands and with each of the changes, and write how they compare."""
-    named = {BASE: (), **build(dict[str, tuple[str, ...]], read_yaml(changes), str(changes))}
-    recipes = {name: load_recipe(recipe, (*(overrides or ()), *changed)) for name, changed in named.items()}
+    changed = build(dict[str, tuple[str, ...]], read_yaml(changes), str(changes))
+    if BASE in changed:
+        raise typer.BadParameter(f"{changes}: {BASE!r} is the recipe without a change; call the change otherwise")
+    named = {BASE: (), **changed}
+    recipes = {name: load_recipe(recipe, (*(overrides or ()), *settings)) for name, settings in named.items()}
     with own_services():
         from flows.ablations import ablations
 

@@ -1,10 +1,11 @@
 """The page of a race: what each way reaches, the tokens that the others need for that, and what each setting brings."""
 
 import json
+import logging
 import math
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
@@ -17,6 +18,8 @@ from tasks.reporting.summary import markdown_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_log = logging.getLogger(__name__)
+
 WAYS = ("elastic", "alone", "explored", "from scratch")
 ROWS = ".jsonl"  # of the page, what was found, of which its tables are made
 BASE = "as it is"  # the recipe that ablations change
@@ -26,7 +29,7 @@ BASE = "as it is"  # the recipe that ablations change
 class Entry:
     """Held-out KL, nats a token, that one way reached for one budget with these tokens of training.
 
-    `explored` are the tokens that were spent on finding its shape before.
+    `explored` are the tokens that were spent on finding its shape before; `commit` is that of the code that found it.
     """
 
     way: str
@@ -35,12 +38,14 @@ class Entry:
     tokens: int
     kl: float
     explored: int = 0
+    commit: str = ""
 
 
 class Rows:
-    """The entries of one race in a file of rows: one JSON object a line, with the commit that it was found at.
+    """The entries of one race in a file of rows, one JSON object a line.
 
-    `key` tells what the laps start from, and how they train: what was found otherwise is left alone.
+    `key` tells what the laps start from, and how they train: what was found otherwise is left alone. The code of the
+    laps is no part of it; the commit of what is taken from the file is said here and on the page.
     """
 
     def __init__(self, file: Path, family: str, key: str) -> None:
@@ -52,14 +57,21 @@ class Rows:
 
     def of(self, way: str, seed: int, find: Callable[[], Iterable[Entry]]) -> None:
         """Have the entries of a way and a seed, and all that are found with them: found now, where there are none."""
-        if any((entry.way, entry.seed) == (way, seed) for entry in self.entries):
+        known = [entry for entry in self.entries if (entry.way, entry.seed) == (way, seed)]
+        if known:
+            _log.info("%s, seed %d: taken from %s, found at %s", way, seed, self._file, known[0].commit)
             return
-        found = list(find())
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-        about = {**self._of, "commit": commit.stdout.strip() or "uncommitted"}
+        found = [replace(entry, commit=_commit()) for entry in find()]
         with self._file.open("a") as file:
-            file.writelines(json.dumps({**about, **asdict(entry)}) + "\n" for entry in found)
+            file.writelines(json.dumps({**self._of, **asdict(entry)}) + "\n" for entry in found)
         self.entries += found
+
+
+def _commit() -> str:
+    """The commit of this code, where it is in a clone."""
+    here = Path(__file__).parent
+    told = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    return told.stdout.strip() or "no commit"
 
 
 def tokens_for(kl: float, points: Iterable[tuple[int, float]]) -> float:
@@ -79,12 +91,20 @@ def write_race(page: Path, name: str, entries: Sequence[Entry]) -> None:
     picture = page.with_name(f"{page.stem}-{name}.png")
     with report_style():
         _draw(entries).savefig(picture, dpi=150)
-    _put(page, f"race of {name}", (f"![KL against tokens]({picture.name})", reached(entries), needed(entries)))
+    _put(
+        page,
+        f"race of {name}",
+        (f"![KL against tokens]({picture.name})", reached(entries), needed(entries), _found_at(entries)),
+    )
 
 
 def write_ablations(page: Path, name: str, entries: Sequence[Entry], changes: Mapping[str, Sequence[str]]) -> None:
     """Put into the page how a recipe with each of the named changes compares with the one without."""
-    _put(page, f"ablations of {name}", (ablated(entries, changes),))
+    _put(page, f"ablations of {name}", (ablated(entries, changes), _found_at(entries)))
+
+
+def _found_at(entries: Sequence[Entry]) -> str:
+    return f"Found at {', '.join(sorted({entry.commit for entry in entries}))}."
 
 
 def _put(page: Path, what: str, results: Iterable[str]) -> None:
@@ -94,6 +114,8 @@ def _put(page: Path, what: str, results: Iterable[str]) -> None:
     if begin not in text:
         text += f"\n{begin}\n{end}\n"
     before, _, rest = text.partition(begin)
+    if end not in rest:
+        raise ValueError(f"{page}: {begin} has no {end} after it; put it where the results are to end")
     page.write_text(before + "\n\n".join((begin, *results, end)) + rest.partition(end)[2])
 
 

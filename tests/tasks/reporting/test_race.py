@@ -57,7 +57,31 @@ def test_rows_of_another_recipe_are_left_alone_and_none_is_found_twice(tmp_path:
     other.of("elastic", 0, lambda: [replace(entry, kl=0.5)])
     again = Rows(file, "tiny", "one")
     again.of("elastic", 0, lambda: pytest.fail("it is known"))
-    assert again.entries == [entry] and len(file.read_text().splitlines()) == 2
+    assert (
+        [replace(each, commit="") for each in again.entries] == [entry]
+        and again.entries[0].commit
+        and len(file.read_text().splitlines()) == 2
+    )
+
+
+def test_what_is_taken_from_rows_says_what_code_found_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file, entry = tmp_path / "race.jsonl", Entry(way="elastic", budget="s", seed=0, tokens=9, kl=0.25)
+    Rows(file, "tiny", "one").of("elastic", 0, lambda: [entry])
+    kept = Rows(file, "tiny", "one")
+    with caplog.at_level("INFO"):
+        kept.of("elastic", 0, lambda: pytest.fail("it is known"))
+    assert f"found at {kept.entries[0].commit}" in caplog.text
+    page = tmp_path / "race.md"
+    write_ablations(page, "tiny", [replace(kept.entries[0], way=BASE)], {BASE: []})
+    assert f"Found at {kept.entries[0].commit}." in page.read_text()
+
+
+def test_a_page_whose_results_have_no_end_keeps_its_text(tmp_path: Path) -> None:
+    page = tmp_path / "race.md"
+    page.write_text("<!-- ablations of tiny -->\nOurs.\n")
+    with pytest.raises(ValueError, match="has no <!-- end of ablations of tiny --> after it"):
+        write_ablations(page, "tiny", [Entry(way=BASE, budget="s", seed=0, tokens=9, kl=0.25)], {BASE: []})
+    assert "Ours." in page.read_text()
 
 
 def test_a_change_is_compared_with_the_recipe_as_it_is_seed_by_seed() -> None:
