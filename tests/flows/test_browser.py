@@ -10,7 +10,7 @@ from uuid import UUID
 
 import pytest
 from playwright.sync_api import Page, TimeoutError, expect, sync_playwright
-from served import RUN_SECONDS, Elastified, Served, eventually
+from served import Elastified, Served, eventually
 
 from elastic_core.files.checkpoint import Family, read_family
 
@@ -109,7 +109,7 @@ def open_artifact(page: Page, run: str, artifact: str) -> None:
 
 def test_a_run_started_from_its_form_moves_and_completes(served: Served, page: Page, submitted: str, screens: Path):
     page.goto("about:blank")  # drawing the page of a run takes much of a CPU
-    eventually(lambda: served.step("distil stage2"), RUN_SECONDS, "distillation does not begin")
+    eventually(lambda: served.step("distil stage2"), "distillation does not begin")
     progress = page.get_by_text(re.compile(rf"stage2: {STEPS} steps: \d+ of {STEPS}"))
     seen: list[str] = []
 
@@ -122,7 +122,7 @@ def test_a_run_started_from_its_form_moves_and_completes(served: Served, page: P
                 page.screenshot(path=screens / f"progress-{len(seen)}.png")
         return len(seen) > 1
 
-    eventually(moved, RUN_SECONDS, "progress does not move")
+    eventually(moved, "progress does not move")
     page.goto("about:blank")
     served.ended(UUID(submitted.rpartition("/")[2]))
     page.goto(submitted)

@@ -159,11 +159,11 @@ def test_a_run_around_which_all_dies_at_every_step_ends_the_same(
 
     with watching(place):
         for step, sign in SIGNS.items():
-            eventually(lambda sign=sign: reached(sign), 600, f"{step} never began")
+            eventually(lambda sign=sign: reached(sign), f"{step} never began")
             for victim in VICTIMS[victims]:
                 strike(up, victim)
-        eventually(ended, 600, "no run completed")
-    eventually(lambda: up.command("status").returncode == 0, 120)
+        eventually(ended, "no run completed")
+    eventually(lambda: up.command("status").returncode == 0)
     outcome = place.outcome(victims)
     assert (outcome.weights, outcome.curves) == (clean.weights, clean.curves)
     assert_gc_leaves_nothing(up.command, place)
@@ -216,12 +216,12 @@ def test_a_disk_that_fills_up_stops_a_run_which_goes_on_when_it_has_room(
     cramped = replace(command, home=small_disk / "home")
     process = cramped.start("run", str(command.recipe))
     begun = cramped.home / "workspace"
-    eventually(lambda: process.poll() is not None or list(begun.glob("stage1-*/checkpoints/step-*")), 300)
+    eventually(lambda: process.poll() is not None or list(begun.glob("stage1-*/checkpoints/step-*")))
     assert process.poll() is None, process.stderr.read()
     filler = fill(small_disk / "filler")
     (first,) = cramped.processes("elastic_core.training.job")
     eventually(
-        lambda: set(cramped.processes("elastic_core.training.job")) - {first}, 120, "training went on without room"
+        lambda: set(cramped.processes("elastic_core.training.job")) - {first}, "training went on without room"
     )
     process.kill()
     process.communicate(timeout=60)

@@ -8,11 +8,11 @@ import pytest
 from prefect.client.schemas.actions import DeploymentScheduleUpdate, DeploymentUpdate
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import CronSchedule
-from served import RUN_SECONDS, SCHEDULE, Elastified, Served, eventually
+from served import SCHEDULE, Elastified, Served, eventually
 
 pytestmark = pytest.mark.services
 
-OFTEN = CronSchedule(cron="* * * * * */15")
+OFTEN = CronSchedule(cron="* * * * * */30")
 
 
 def change(served: Served, **changes: Any) -> None:
@@ -38,13 +38,13 @@ def suspended(served: Served) -> list[FlowRun]:
 
 def next_retrained(served: Served) -> FlowRun:
     before = len(retrained(served))
-    eventually(lambda: len(retrained(served)) > before, RUN_SECONDS, "the schedule does not retrain", served.story)
+    eventually(lambda: len(retrained(served)) > before, "the schedule does not retrain", served.story)
     return retrained(served)[before]
 
 
 @pytest.fixture(scope="module")
 def made(served: Served, elastified: Elastified) -> Iterator[Served]:
-    """The family is there, made from the data as they are, and the schedule ticks four times a minute."""
+    """The family is there, made from the data as they are, and the schedule ticks twice a minute."""
     with served.prefect() as client:
         deployment = client.read_deployment_by_name("retrain/micro")
         assert [held.schedule.cron for held in deployment.schedules] == [SCHEDULE]
@@ -55,7 +55,7 @@ def made(served: Served, elastified: Elastified) -> Iterator[Served]:
 
 def test_the_schedule_fires_and_does_nothing_where_nothing_changed(made: Served):
     before = made.aliases("micro-s")
-    (run, *_) = eventually(lambda: ticks(made), what="the schedule does not fire")
+    (run, *_) = eventually(lambda: ticks(made), "the schedule does not fire")
     assert run.state.name == "Unchanged", run.state.message
     assert made.aliases("micro-s") == before
 
@@ -64,7 +64,7 @@ def test_new_data_are_retrained_on_once_and_promoted_by_the_schedule(made: Serve
     new = made.aliases("micro-s")["candidate"] + 1
     with made.command.recipe.with_name("stories.jsonl").open("a") as file:
         file.write(json.dumps({"text": "the red cat saw the blue bird and then it ran under the mat"}) + "\n")
-    eventually(made.trainers, RUN_SECONDS, "the schedule does not retrain", made.story)
+    eventually(made.trainers, "the schedule does not retrain", made.story)
     by_hand = made.start("retrain/micro")
     run = next_retrained(made)
     assert run.state.is_completed(), run.state.message
@@ -72,7 +72,7 @@ def test_new_data_are_retrained_on_once_and_promoted_by_the_schedule(made: Serve
     assert "another retraining of micro is under way" in {tick.state.message for tick in ticks(made)}
     after = {"candidate": new, "champion": new}
     assert made.aliases("micro-s") == after, run.state.message
-    eventually(lambda: ticks(made)[-1].state.name == "Unchanged", what="the schedule does not go on")
+    eventually(lambda: ticks(made)[-1].state.name == "Unchanged", "the schedule does not go on")
     assert made.aliases("micro-s") == after
 
 
@@ -82,9 +82,9 @@ def test_above_the_ceiling_a_run_waits_for_a_person_and_a_worse_candidate_is_not
     champion = made.aliases("micro-s")["champion"]
     worse = made.recipe("stages.1.optimizer.learning_rate=0.05", "stages.1.steps=6")
     change(made, parameters={"recipe": worse, "max_gpu_hours": 0.0, "force": False})
-    (waiting,) = eventually(lambda: suspended(made), what="no run is suspended", story=made.story)
+    (waiting,) = eventually(lambda: suspended(made), "no run is suspended", made.story)
     left = f"{waiting.name} has asked already: resume or cancel that run"
-    eventually(lambda: ticks(made)[-1].state.message == left, what="the next run does not leave it to that one")
+    eventually(lambda: ticks(made)[-1].state.message == left, "the next run does not leave it to that one")
     assert "GPU-hours, about $" in made.artifacts(waiting.id)["waits-for-a-person"].data
     assert made.aliases("micro-s")["candidate"] == champion and not made.trainers()
     with made.prefect() as client:  # while the schedule goes on

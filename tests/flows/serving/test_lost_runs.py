@@ -57,7 +57,7 @@ def watching(client: SyncPrefectClient) -> None:
         runs.append(begun(client, "elastify"))
         return any(client.read_flow_run(run).state.is_crashed() for run in runs)
 
-    eventually(seen, 120, "no lost run is seen")
+    eventually(seen, "no lost run is seen")
 
 
 def begun(client: SyncPrefectClient, flow: str) -> UUID:
@@ -91,7 +91,7 @@ def test_a_run_is_crashed_whose_process_died_before_it_began_or_after(client: Sy
     client.set_flow_run_state(asking, Suspended(timeout_seconds=3600), force=True)  # it has no deployment
     beat(client, asking, flow, WAITS)
     for run, message in ((lost, "never began"), (silent, "no sign of life")):
-        eventually(lambda run=run: client.read_flow_run(run).state.is_crashed(), 60, f"the {message} run goes on")
+        eventually(lambda run=run: client.read_flow_run(run).state.is_crashed(), f"the {message} run goes on")
         assert message in client.read_flow_run(run).state.message
     assert client.read_flow_run(going).state.is_running()
     assert client.read_flow_run(asking).state.is_paused(), "it waits for a person"
@@ -108,7 +108,7 @@ def test_a_run_that_was_to_be_cancelled_when_its_process_was_lost_ends_cancelled
         beat(client, run, "elastify")
     client.set_flow_run_state(cancelled, Cancelling())
     for run in (silent, cancelled):
-        eventually(lambda run=run: client.read_flow_run(run).state.is_final(), 120, "the run goes on")
+        eventually(lambda run=run: client.read_flow_run(run).state.is_final(), "the run goes on")
     assert client.read_flow_run(silent).state.is_crashed()
     assert [state.type.value for state in client.read_flow_run_states(cancelled)][-2:] == ["CANCELLING", "CANCELLED"]
 

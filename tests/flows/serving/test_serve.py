@@ -108,7 +108,7 @@ def test_what_is_killed_comes_back_where_it_was(served: Served, name: str):
     kill(before.pid)
     after = eventually(lambda: served.services()[name] if served.services()[name].pid != before.pid else None)
     assert (after.where, after.log) == (before.where, before.log)
-    eventually(lambda: served.command("status").returncode == 0, 120)
+    eventually(lambda: served.command("status").returncode == 0)
 
 
 def test_down_ends_all_of_it_and_up_goes_on_where_it_was(tmp_path: Path):
