@@ -56,6 +56,8 @@ def plan(
     mfu: Annotated[float, typer.Option(help="The share of --tflops that training reaches.")] = H100.utilisation,
     price: Annotated[float, typer.Option(help="Dollars for a GPU-hour.")] = H100.dollars_per_hour,
     bandwidth: Annotated[str, typer.Option(help="What a GPU reads of its memory in a second.")] = "3.35TB",
+    link: Annotated[str, typer.Option(help="What a GPU sends to others of its host in a second.")] = "450GB",
+    network: Annotated[str, typer.Option(help="What a host sends to others in a second.")] = "400GB",
     on_a_host: Annotated[int, typer.Option(help="GPUs that share a host.")] = 8,
     core_price: Annotated[float, typer.Option(help="Dollars for a core-hour.")] = 0.04,
     as_json: AsJson = False,
@@ -82,6 +84,8 @@ def plan(
         utilisation=mfu,
         dollars_per_hour=price,
         bandwidth=parse_bytes(bandwidth, "--bandwidth"),
+        link=parse_bytes(link, "--link"),
+        network=parse_bytes(network, "--network"),
         on_a_host=on_a_host,
         dollars_per_core_hour=core_price,
     )

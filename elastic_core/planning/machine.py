@@ -17,7 +17,8 @@ DECODED_TOGETHER = 32
 class Accelerator:
     """A GPU: bytes of memory, FLOP/s at its peak, the share of them that training reaches, dollars an hour.
 
-    `bandwidth` is the bytes of its memory that it reads in a second. `on_a_host` GPUs share a host.
+    In a second it reads `bandwidth` bytes of its memory, and sends `link` bytes to others of its host. `on_a_host` GPUs
+    share a host, which sends `network` bytes a second to others.
     """
 
     memory: int
@@ -25,11 +26,13 @@ class Accelerator:
     utilisation: float
     dollars_per_hour: float
     bandwidth: float = 3.35e12
+    link: float = 4.5e11
+    network: float = 4e11
     on_a_host: int = 8
     dollars_per_core_hour: float = 0.04
 
     def __post_init__(self) -> None:
-        for name in ("memory", "flops_per_second", "bandwidth", "on_a_host"):
+        for name in ("memory", "flops_per_second", "bandwidth", "link", "network", "on_a_host"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name}={getattr(self, name)} must be greater than 0")
         if not 0 < self.utilisation <= 1:
@@ -47,6 +50,10 @@ class Accelerator:
         """Hours of one GPU."""
         return flops / (self.flops_per_second * self.utilisation) / 3600
 
+    def sending_hours(self, by_gpu: float, by_host: float) -> float:
+        """Hours in which each GPU sends so many bytes, and each host so many to others."""
+        return max(by_gpu / self.link, by_host / self.network) / 3600
+
     def decoding_hours(self, tokens: int, weight_bytes: int) -> float:
         """Hours of one GPU that generates so many tokens, `DECODED_TOGETHER` texts at once."""
         return tokens / DECODED_TOGETHER * weight_bytes / self.bandwidth / 3600
@@ -56,7 +63,7 @@ class Accelerator:
         return 1 - needed / self.usable
 
 
-# What a plan assumes where nobody says on what: an H100, rented.
+# What a plan assumes where nobody says on what: an H100, rented, with NVLink and a port of 400 Gb/s for each.
 H100 = Accelerator(memory=80 * 10**9, flops_per_second=989e12, utilisation=0.4, dollars_per_hour=2.5)
 
 

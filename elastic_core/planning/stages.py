@@ -11,7 +11,7 @@ from elastic_core.geometry import ModelConfig
 from elastic_core.planning.flops import backward_flops, forward_flops, recomputed_flops
 from elastic_core.planning.machine import LEAST_MARGIN, Accelerator
 from elastic_core.planning.memory import Memory, MicroStep, activation_bytes, host_bytes, training_memory
-from elastic_core.planning.traffic import averaging_traffic, micro_step_traffic
+from elastic_core.planning.traffic import averaging_traffic, expert_parallel_traffic, micro_step_traffic
 from elastic_core.recipe import Distillation, Sharding, Stage
 from elastic_core.subnet import Subnet, full_subnet
 from elastic_core.training.curriculum import Need
@@ -53,8 +53,10 @@ class MeshPlan:
 
     `margin` is the share of the usable memory that stays free; a fit is `tight` below `LEAST_MARGIN`. `sent` is what
     one GPU sends in the whole stage, `between_hosts` what leaves all hosts together, in bytes; `between_copies` is what
-    would leave them with a copy of the weights on every host, None where there is one or it does not fit. `rare` are
-    the budgets that not every step trains, for their share of it is less than the rows that share a budget.
+    would leave them with a copy of the weights on every host, None where there is one or it does not fit, and
+    `between_experts` with every expert whole on one GPU, None without experts. `hours` are the longer of `computing`
+    and `sending`, which overlap; `larger` is the smallest micro-batch that fits with which sending is not the longer.
+    `rare` are the budgets that not every step trains, for their share of it is less than the rows that share a budget.
     """
 
     gpus: int
@@ -65,11 +67,20 @@ class MeshPlan:
     sent: int
     between_hosts: int
     between_copies: int | None
-    gpu_hours: float
-    hours: float
-    dollars: float
+    between_experts: int | None
+    computing: float
+    sending: float
+    larger: Change | None
     changes: tuple[Change, ...]
     rare: tuple[str, ...]
+
+    @property
+    def hours(self) -> float:
+        return max(self.computing, self.sending)
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.gpus * self.hours
 
     @property
     def tight(self) -> bool:
@@ -190,7 +201,8 @@ class StageWork:
         divides = self.divides(self.stage, gpus)
         memory = self.memory(self.stage, gpus)
         fits = divides and memory.total <= self.accelerator.usable
-        hours, (sent, between) = self.accelerator.hours(flops), self.sent(self.stage, gpus)
+        computing, (sent, between) = self.accelerator.hours(flops) / gpus, self.sent(self.stage, gpus)
+        sending = self.sending(self.stage, gpus)
         return MeshPlan(
             gpus=gpus,
             micro_steps=self.stage.micro_steps(gpus) if divides else None,
@@ -200,9 +212,10 @@ class StageWork:
             sent=sent,
             between_hosts=between,
             between_copies=self.between_copies(gpus) if between else None,
-            gpu_hours=hours,
-            hours=hours / gpus,
-            dollars=hours * self.accelerator.dollars_per_hour,
+            between_experts=self.between_experts(gpus) if between else None,
+            computing=computing,
+            sending=sending,
+            larger=self.larger(gpus, computing) if divides and sending > computing else None,
             changes=() if fits else tuple(self.changes(gpus)),
             rare=tuple(self.rare(gpus)) if divides else (),
         )
@@ -213,7 +226,7 @@ class StageWork:
         While a router learns, no layer is sure to be left out.
         """
         full, within, layers = full_subnet(self.model), Fraction(0), set[int]()
-        shards, hosts = self.shards(stage, gpus), -(-gpus // self.accelerator.on_a_host)
+        shards, hosts = self.shards(stage, gpus), self.hosts(gpus)
         for name, share in self.shares().items():
             subnet = full if self.masked(self.subnets[name]) else self.subnets[name]
             step = dataclasses.replace(self.largest(stage), subnet=subnet)
@@ -224,6 +237,30 @@ class StageWork:
             return round(within * stage.steps), round(hosts * within * stage.steps) if hosts > 1 else 0
         averaging = averaging_traffic(self.model, layers, shards, hosts)
         return round((within + averaging) * stage.steps), averaging * gpus * stage.steps
+
+    def hosts(self, gpus: int) -> int:
+        return -(-gpus // self.accelerator.on_a_host)
+
+    def sending(self, stage: Stage, gpus: int) -> float:
+        """Hours that it takes to send all that a stage sends."""
+        sent, between = self.sent(stage, gpus)
+        return self.accelerator.sending_hours(sent, between / self.hosts(gpus))
+
+    def larger(self, gpus: int, hours: float) -> Change | None:
+        """The smallest larger micro-batch that fits and sends in so many hours."""
+        most = self.stage.batch_size // gpus
+        sizes = (size for size in range(self.stage.micro_batch_size + 1, most + 1) if most % size == 0)
+        stages = (dataclasses.replace(self.stage, micro_batch_size=size) for size in sizes)
+        return self.first(gpus, (stage for stage in stages if self.sending(stage, gpus) <= hours))
+
+    def between_experts(self, gpus: int) -> int | None:
+        """Bytes of tokens that would leave all hosts in the stage if every expert lay whole on one GPU."""
+        by_sequence = Fraction(0)
+        for name, share in self.shares().items():
+            step = dataclasses.replace(self.largest(self.stage), subnet=self.subnets[name], sequences=1)
+            by_sequence += share * expert_parallel_traffic(self.model, step)
+        elsewhere = 1 - Fraction(self.accelerator.on_a_host, gpus)
+        return round(by_sequence * elsewhere * self.stage.steps * self.stage.batch_size) or None
 
     def between_copies(self, gpus: int) -> int | None:
         hybrid = dataclasses.replace(self.stage, sharding="hybrid")

@@ -3,13 +3,15 @@
 A layer that is run is gathered and reduced whole, whatever subnet runs of it; a layer that a subnet leaves out is not.
 Collectives are planned as rings: every GPU sends all but its own share of a tensor to the next, so that as much leaves
 every host. Where every host has a copy of the weights, all of that stays inside a host, and hosts average gradients.
+
+Beside it stands what expert parallelism would send, which is not built.
 """
 
 from collections.abc import Collection
 from dataclasses import dataclass
 from fractions import Fraction
 
-from elastic_core.geometry import ModelConfig
+from elastic_core.geometry import MOE, ModelConfig
 from elastic_core.layers.kind import FLOAT32_BYTES
 from elastic_core.planning.memory import MicroStep, matrix_params, root_matrices
 from elastic_core.subnet import Subnet, full_subnet
@@ -49,6 +51,22 @@ def averaging_traffic(model: ModelConfig, layers: Collection[int], shards: int, 
     """
     params = root_matrices(model) + sum(matrix_params(model, layer) for layer in layers)
     return round(2 * FLOAT32_BYTES * Fraction(params, shards) * Fraction(hosts - 1, hosts))
+
+
+def expert_parallel_traffic(model: ModelConfig, step: MicroStep) -> int:
+    """Bytes that one GPU would give and take in a micro-step if every expert lay whole on one GPU.
+
+    Each token goes to all experts that it chose, and what they make of it comes back: when the student runs, when
+    recomputation runs it again, when its gradients run back, and when a frozen teacher runs.
+    """
+
+    def moved(subnet: Subnet) -> int:
+        return 2 * subnet.top_k * (subnet.latent or subnet.hidden) * len({*subnet.layers} & {*model.layers_of(MOE)})
+
+    elements = (2 + step.recompute) * moved(step.subnet)
+    if step.distillation.kl_weight > 0:
+        elements += moved(full_subnet(model))
+    return step.width * step.tokens * elements
 
 
 def layer_matrices(model: ModelConfig, subnet: Subnet) -> int:

@@ -102,6 +102,8 @@ def plan_json(plan: RecipePlan) -> dict[str, Any]:
             stage_data[name]["total"] = getattr(stage, name).total
         for mesh, mesh_data in zip(stage.meshes, stage_data["meshes"], strict=True):
             mesh_data["memory"]["total"] = mesh.memory.total
+            dollars = plan.accelerator.dollars_per_hour * mesh.gpu_hours
+            mesh_data |= {"hours": mesh.hours, "gpu_hours": mesh.gpu_hours, "dollars": dollars}
     return data
 
 
@@ -183,8 +185,8 @@ def _work_rows(plan: RecipePlan) -> list[dict[str, str]]:
             "recomputed": _scientific(planned.flops.recomputed),
             "together": _scientific(planned.flops.total),
             "at most": _scientific(planned.flops_at_most.total),
-            "GPU-hours": _number(planned.meshes[0].gpu_hours),
-            "cost": _dollars(planned.meshes[0].dollars),
+            "GPU-hours": _number(plan.accelerator.hours(planned.flops.total)),
+            "cost": _dollars(plan.accelerator.dollars_per_hour * plan.accelerator.hours(planned.flops.total)),
         }
         for planned in plan.stages
     ]
@@ -230,15 +232,17 @@ def _time_rows(plan: RecipePlan) -> list[dict[str, str]]:
     around = sum(map(plan.gpu_hours, plan.around))
     for index, gpus in enumerate(plan.gpus):
         meshes = {planned.stage.name: planned.meshes[index] for planned in plan.stages}
+        gpu_hours = sum(mesh.gpu_hours for mesh in meshes.values())
+        dollars = sum(map(plan.dollars, plan.around)) + plan.accelerator.dollars_per_hour * gpu_hours
         rows.append(
             {
                 "GPUs": f"{gpus:,}",
                 **{name: _hours(mesh.hours) for name, mesh in meshes.items()},
                 "other steps": _hours(around),
                 "together": _hours(around + sum(mesh.hours for mesh in meshes.values())),
-                "GPU-hours": _number(around + sum(mesh.gpu_hours for mesh in meshes.values())),
+                "GPU-hours": _number(around + gpu_hours),
                 "between hosts": human_bytes(sent) if (sent := _between_hosts(meshes.values())) else "-",
-                "cost": _dollars(sum(map(plan.dollars, plan.steps))),
+                "cost": _dollars(dollars),
                 "fits": "yes" if gpus in plan.fitting else "no",
             }
         )
@@ -307,6 +311,8 @@ def _explanations(plan: RecipePlan) -> Iterator[str]:
     yield (
         f"Assumed: GPUs of {human_bytes(gpu.memory)}, {percent(USABLE_SHARE)} of it to plan with; "
         f"{gpu.flops_per_second / 1e12:,.0f} TFLOP/s, {percent(gpu.utilisation)} of it reached; "
+        f"{human_bytes(gpu.link)} a second from GPU to GPU and {human_bytes(gpu.network)} out of a host of "
+        f"{gpu.on_a_host}, while they compute; "
         f"${gpu.dollars_per_hour:.2f} a GPU-hour, ${gpu.dollars_per_core_hour:.2f} a core-hour; the fused kernels; "
         f"{TOKENS_PER_CORE_SECOND:,} tokens a second and core to prepare data."
     )
@@ -359,6 +365,12 @@ def _verdicts(plan: RecipePlan, table: LatencyTable | None) -> Iterator[str]:
     for planned in plan.stages:
         for mesh in planned.meshes:
             yield from _mesh_verdicts(plan, planned, mesh)
+    if experts := sum(planned.meshes[-1].between_experts or 0 for planned in plan.stages):
+        yield (
+            f"On {plan.gpus[-1]:,} GPUs the hosts would send one another {human_bytes(experts)} of tokens if every "
+            "expert lay whole on one GPU (expert parallelism, which is not built); as planned they send "
+            f"{human_bytes(_between_hosts(planned.meshes[-1] for planned in plan.stages))}."
+        )
     meshes = joined([f"{gpus:,}" for gpus in plan.fitting]) if plan.fitting else "none of these numbers of"
     yield f"It fits on {meshes} GPU{'s' * (plan.fitting != (1,))}."
     if not plan.feasible:
@@ -374,6 +386,8 @@ def _mesh_verdicts(plan: RecipePlan, planned: StagePlan, mesh: MeshPlan) -> Iter
         yield _rare(planned, mesh)
     if mesh.between_copies is not None:
         yield _copies(planned, mesh, mesh.between_copies)
+    if mesh.sending > mesh.computing:
+        yield _sending(planned, mesh)
 
 
 def _infeasible(plan: RecipePlan, budget: BudgetPlan, table: LatencyTable | None) -> str:
@@ -417,4 +431,14 @@ def _copies(planned: StagePlan, mesh: MeshPlan, between: int) -> str:
     return (
         f"{planned.stage.name} on {mesh.gpus:,} GPUs also fits with sharding: hybrid, a copy of the weights on every "
         f"host; then the hosts send one another {human_bytes(between)} instead of {human_bytes(mesh.between_hosts)}."
+    )
+
+
+def _sending(planned: StagePlan, mesh: MeshPlan) -> str:
+    remedy = "No larger micro-batch that fits ends that; a faster network does."
+    if (larger := mesh.larger) is not None:
+        remedy = f"micro_batch_size: {larger.micro_batch_size} ends that, with {human_bytes(larger.memory)} on a GPU."
+    return (
+        f"{planned.stage.name} on {mesh.gpus:,} GPUs waits for what they send one another: that takes "
+        f"{_hours(mesh.sending)}, computing {_hours(mesh.computing)}. {remedy}"
     )

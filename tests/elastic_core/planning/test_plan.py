@@ -187,7 +187,6 @@ def test_time_and_money_follow_from_flops_and_utilisation() -> None:
     one, eight = planned.stages[0].meshes
     assert one.gpu_hours == eight.gpu_hours == one.hours == 8 * eight.hours
     assert one.gpu_hours * 3600 * 0.4 * 989e12 == pytest.approx(planned.stages[0].flops.total)
-    assert one.dollars == 2.5 * one.gpu_hours
     halved = plan(accelerator=dataclasses.replace(H100, utilisation=0.2))
     assert only_mesh(halved).gpu_hours == pytest.approx(2 * one.gpu_hours)
 
@@ -327,6 +326,24 @@ def test_a_copy_on_every_host_is_not_advised_where_it_does_not_fit() -> None:
     assert mesh.fits and mesh.between_copies is None
     (mesh,) = plan(24, recompute=True, sharding="hybrid", accelerator=tight).stages[0].meshes
     assert not mesh.fits and "full" in {change.sharding for change in mesh.changes}
+
+
+def test_a_stage_takes_as_long_as_it_computes_or_sends_and_a_larger_micro_batch_sends_less() -> None:
+    fast = dataclasses.replace(H100, memory=10**12)
+    base = plan(8, 24, recompute=True, accelerator=fast).stages[0]
+    for mesh, hosts in zip(base.meshes, (1, 3), strict=True):
+        assert mesh.sending == pytest.approx(max(mesh.sent / 4.5e11, mesh.between_hosts / hosts / 4e11) / 3600)
+        assert mesh.hours == mesh.computing > mesh.sending and mesh.larger is None
+    _, hosts = base.meshes
+    slow = dataclasses.replace(fast, network=hosts.between_hosts / 3 / (2 * 3600 * hosts.computing))
+    inside, between = plan(8, 24, recompute=True, accelerator=slow).stages[0].meshes
+    assert inside == base.meshes[0]
+    assert between.hours == between.sending == pytest.approx(2 * between.computing)
+    assert between.gpu_hours == 24 * between.hours
+    assert between.larger is not None and between.larger.micro_batch_size == 5
+    sparing = only_mesh(plan(24, recompute=True, accelerator=slow, micro_batch_size=5))
+    assert sparing.larger is None and sparing.sending == pytest.approx(between.sending / 5)
+    assert sparing.memory.total == between.larger.memory
 
 
 def test_a_budget_is_rare_where_some_step_has_no_row_of_it() -> None:

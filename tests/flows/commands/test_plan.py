@@ -236,6 +236,17 @@ def test_a_budget_above_the_teacher_is_refused_as_it_is_by_a_run() -> None:
     assert "is above the teacher's 12,310,001,152" in refused(NANO, "budgets.1.params=13000000000")
 
 
+def test_a_stage_that_waits_for_the_network_is_told_with_the_micro_batch_that_ends_it() -> None:
+    experts = str(RECIPES / "nano3-30b.yaml")
+    told = "stage1 on 64 GPUs waits for what they send one another"
+    assert told not in printed(experts, "--gpus", "64")
+    sparse = printed(experts, "--gpus", "64", "stages.0.micro_batch_size=1")
+    (line,) = [line for line in sparse.splitlines() if line.startswith(told)]
+    assert "micro_batch_size: 2 ends that" in line
+    assert "No larger micro-batch that fits ends that" in printed(experts, "--gpus", "64", "--network", "1GB")
+    assert "of tokens if every expert lay whole on one GPU" in sparse
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -249,6 +260,7 @@ def test_a_budget_above_the_teacher_is_refused_as_it_is_by_a_run() -> None:
         (["--price", "-1"], "dollars_per_hour=-1.0 must be at least 0"),
         (["--core-price", "-1"], "dollars_per_core_hour=-1.0 must be at least 0"),
         (["--on-a-host", "0"], "on_a_host=0 must be greater than 0"),
+        (["--network", "0GB"], "network=0 must be greater than 0"),
     ],
 )
 def test_an_option_that_means_nothing_is_refused_in_one_line(arguments: list[str], message: str) -> None:
