@@ -8,11 +8,11 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from markupsafe import Markup
@@ -181,6 +181,14 @@ def legend(figure: "Figure", panel: "Panel") -> None:
 
 def count_tick(value: float, _: float) -> str:
     return human_count(value)
+
+
+def logarithmic(panel: "Panel", which: Literal["x", "y"], label: str | Callable[[float, float], str] = "{x:g}") -> None:
+    """Give an axis a logarithmic scale with a label at 1, 2 and 5 of each decade."""
+    getattr(panel, f"set_{which}scale")("log", subs=[2, 5])
+    axis = panel.xaxis if which == "x" else panel.yaxis
+    axis.set_major_formatter(label)
+    axis.set_minor_formatter(label)
 
 
 def draw_curves(panel: "Panel", run: Run, stages: Sequence[StageHistory], pick: Pick) -> None:

@@ -29,6 +29,7 @@ from tasks.reporting.drawing import (
     count_tick,
     draw_curves,
     legend,
+    logarithmic,
     new_figure,
     report_style,
     to_svg,
@@ -83,9 +84,7 @@ def _draw_frontier(run: Run) -> "Figure | None":
         chosen = next(c for c in candidates if c.subnet == run.subnets[name])
         size = subnet_params(run.model, chosen.subnet)
         panel.plot(size, chosen.loss, label=name, **run.style(name) | DOT)
-    panel.set_yscale("log", subs=[2, 5])
-    panel.yaxis.set_major_formatter("{x:g}")
-    panel.yaxis.set_minor_formatter("{x:g}")
+    logarithmic(panel, "y")
     panel.set_ylabel("nats a token")
     panel.set_xlabel("parameters")
     panel.xaxis.set_major_formatter(count_tick)
@@ -115,8 +114,7 @@ def _draw_loss(run: Run) -> "Figure | None":
         # The first steps after a cut lie far above the rest, and the first KL of a full model next to zero.
         low, high = np.quantile(values, (0.02, 1))
         if high > 4 * low:
-            panel.set_yscale("log", subs=[2, 5])
-            panel.yaxis.set_minor_formatter("{x:g}")
+            logarithmic(panel, "y")
         panel.yaxis.set_major_formatter("{x:g}")
         panel.set_ylim(low / 1.1, high * 1.1)
     panels[-1].set_xlabel("optimizer steps")
@@ -281,12 +279,10 @@ def _draw_orders(run: Run) -> "Figure | None":
         panel.plot(at_random, [row] * len(at_random), "+", color=MUTED, markersize=8, label="random orders")
         colour = THEME["c0" if cut.beats_random else "c1"][0]
         panel.plot(max(cut.by_importance, least), row, "o", color=colour, markersize=7, label="by importance", **DOT)
-    panel.set_xscale("log", subs=[2, 5])
+    logarithmic(panel, "x")
     panel.set_yticks(range(len(cuts)), [cut_title(cut) for cut in cuts], color=INK)
     panel.invert_yaxis()
     panel.set_xlabel("KL to the teacher, nats a token")
-    panel.xaxis.set_major_formatter("{x:g}")
-    panel.xaxis.set_minor_formatter("{x:g}")
     legend(figure, panel)
     return figure
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
-from tasks.reporting.drawing import COLUMN, MARKERS, THEME, count_tick, legend, new_figure, report_style
+from tasks.reporting.drawing import COLUMN, MARKERS, THEME, count_tick, legend, logarithmic, new_figure, report_style
 from tasks.reporting.numbers import human_count
 from tasks.reporting.summary import markdown_table
 
@@ -208,11 +208,8 @@ def _draw(entries: Sequence[Entry]) -> "Figure":
                 tokens = sorted({x for x, _ in points})
                 means = [sum(y for x, y in points if x == t) / sum(x == t for x, _ in points) for t in tokens]
                 panel.plot(tokens, means, color=style["color"], linewidth=1.2)
-        panel.set_xscale("log", subs=[2, 5])
-        panel.set_yscale("log", subs=[2, 5])
-        for axis, ticks in ((panel.xaxis, count_tick), (panel.yaxis, "{x:g}")):
-            axis.set_major_formatter(ticks)
-            axis.set_minor_formatter(ticks)
+        logarithmic(panel, "x", count_tick)
+        logarithmic(panel, "y")
         panel.set_title(f"{size}: held-out KL to the teacher")
         panel.set_xlabel("tokens of training, exploration included")
     panels[0].set_ylabel("nats a token")
