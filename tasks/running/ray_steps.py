@@ -35,7 +35,7 @@ from tasks.running.ray_cluster import (
     part_of,
     reason_of,
 )
-from tasks.settings import ServiceError
+from tasks.settings import WORKSPACE, ServiceError
 
 ATTEMPTS = 5
 CANCEL_SECONDS = 30.0  # for a step to end its processes
@@ -46,7 +46,6 @@ GONE_SECONDS = 15.0  # after which one who has not looked waits no longer
 # The input of a step that may have several nodes.
 LEAST_NODES = "least_nodes"
 
-NAMESPACE = "elastic"
 HEAD = {"node:__internal_head__": 0.001}  # Ray's own name for it
 
 logger = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ def have_done(cluster: RayCluster, asked: Asked) -> None:
     for attempt in range(1, ATTEMPTS + 1):
         actor = ray.remote(Doing).options(
             name=f"{asked.step}-{asked.key[:16]}",
-            namespace=NAMESPACE,
+            namespace=os.environ[WORKSPACE],  # another workspace's step of this key has another result
             lifetime="detached",
             get_if_exists=True,
             max_concurrency=64,
