@@ -92,8 +92,9 @@ MULTI_TOKEN_PREDICTION = "mtp."
 class Checkpoint:
     """An opened checkpoint: its geometry and where each tensor lies, by name in memory, in model order.
 
-    `left_out` are the names of its tensors that are no part of the model: those of multi-token prediction, which read
-    hidden states that every subnet and all training change.
+    `left_out` are the names of its tensors that are no part of the model: those of multi-token prediction. They read
+    hidden states that every subnet and all training change, and through a norm of their own the model's lm_head, which
+    a rotated teacher has merged with the weights of the last norm.
     """
 
     directory: Path
