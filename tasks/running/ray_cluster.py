@@ -238,6 +238,11 @@ def reason_of(error: Any) -> str:
     return redact(lines[-1]) if lines else type(cause).__name__
 
 
+def in_short(error: Exception) -> str:
+    """The first sentence of what Ray says of a lost host or process; advice on its dashboard follows it."""
+    return re.split(r"\n|(?<=\.) ", str(error), maxsplit=1)[0]
+
+
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
     """Keep this process's way of ending on SIGTERM, which Ray would replace by its own."""

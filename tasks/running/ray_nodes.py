@@ -25,7 +25,7 @@ from tasks.running.asked import Asked
 from tasks.running.digests import recorded
 from tasks.running.nodes import End, Meeting, NodeLost, other_nodes
 from tasks.running.places import device_to_oneself
-from tasks.running.ray_cluster import fault_of_host, options, part_of
+from tasks.running.ray_cluster import fault_of_host, in_short, options, part_of
 from tasks.running.steps import own_inputs
 from tasks.running.training import run_processes
 from tasks.running.travelling import bring_last, store_part, stored_checkpoints
@@ -161,8 +161,8 @@ class RayNodes:
                 cause = getattr(error, "cause", None)
                 raise cause if isinstance(cause, ServiceError | ValueError) else ServiceError(str(error)) from None
             except (errors.RayError, TimeoutError) as error:
-                reason = str(error).partition("\n")[0]
-                raise NodeLost(f"{self._asked.title} lost one of its {1 + len(self._runs)} nodes: {reason}") from None
+                count = 1 + len(self._runs)
+                raise NodeLost(f"{self._asked.title} lost one of its {count} nodes: {in_short(error)}") from None
             found += [end] if end is not None else []
         return found
 

@@ -29,6 +29,7 @@ from tasks.running.ray_cluster import (
     connected,
     first_seen,
     has,
+    in_short,
     in_words,
     living_nodes,
     options,
@@ -73,8 +74,8 @@ def have_done(cluster: RayCluster, asked: Asked) -> None:
             cause = getattr(error, "cause", None)
             raise cause if isinstance(cause, ServiceError | ValueError) else ServiceError(reason_of(error)) from None
         except ray.exceptions.RayError as error:
-            reason = str(error).partition("\n")[0]
-            logger.warning("%s: who had it done was lost (attempt %d of %d): %s", asked.step, attempt, ATTEMPTS, reason)
+            lost = "%s: who had it done was lost (attempt %d of %d): %s"
+            logger.warning(lost, asked.step, attempt, ATTEMPTS, in_short(error))
     raise ServiceError(f"{asked.step} lost the head of {cluster.name} {ATTEMPTS} times; look at Ray's logs")
 
 
@@ -192,11 +193,12 @@ class Doing:
             except ray.exceptions.TaskCancelledError:
                 raise ServiceError(f"{asked.step} was cancelled in Ray; run again to go on") from None
             except ray.exceptions.OutOfMemoryError as error:
-                reason = str(error).partition("\n")[0]
-                raise ServiceError(f"{asked.step} took all the memory of its host, and would again: {reason}") from None
+                raise ServiceError(
+                    f"{asked.step} took all the memory of its host, and would again: {in_short(error)}"
+                ) from None
             except ray.exceptions.RayError as error:
-                reason = str(error).partition("\n")[0]
-                logger.warning("%s: its host was lost (attempt %d of %d): %s", asked.step, attempt, ATTEMPTS, reason)
+                lost = "%s: its host was lost (attempt %d of %d): %s"
+                logger.warning(lost, asked.step, attempt, ATTEMPTS, in_short(error))
         raise ServiceError(f"{asked.step} lost its host {ATTEMPTS} times; look at Ray's logs and at the hosts' memory")
 
     @contextmanager
