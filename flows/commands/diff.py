@@ -1,12 +1,12 @@
 """`elastic diff A B`: in what two registered versions differ: recipe, data and code, shape, scores."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import typer
 
-from flows.commands.registry import alike, label, open_registry
+from flows.commands.registry import alike, flat, label, open_registry
 from flows.commands.show import CODE_TAG, is_elsewhere
 from flows.commands.terminal import text_table, wide_console
 from tasks import tracking
@@ -49,20 +49,6 @@ def differing(first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, 
     names = [*first, *(name for name in second if name not in first)]
     pairs = {name: (first.get(name, "-"), second.get(name, "-")) for name in names}
     return {name: (a, b) for name, (a, b) in pairs.items() if a != b}
-
-
-def flat(tree: Any, path: str = "") -> dict[str, str]:
-    """Nested mappings and lists as `stages.0.steps` to text, by the paths that `elastic run` takes as overrides."""
-    if not tree and not path:
-        return {}
-    if not tree or not isinstance(tree, Mapping | list):
-        return {path: tree if isinstance(tree, str) else json.dumps(tree)}
-    children: Sequence[tuple[Any, Any]] = list(tree.items() if isinstance(tree, Mapping) else enumerate(tree))
-    return {
-        name: text
-        for key, below in children
-        for name, text in flat(below, f"{path}.{key}" if path else f"{key}").items()
-    }
 
 
 def _recipe(settings: Settings, version: tracking.ModelVersion) -> dict[str, str]:

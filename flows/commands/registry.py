@@ -1,8 +1,10 @@
 """What the commands share that look at the model registry: where it is, and the words for a version."""
 
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from flows.serving.running import read_running
 from flows.serving.services import applied, basic_environment, tracking_environment
@@ -41,3 +43,17 @@ def label(version: tracking.ModelVersion) -> str:
 def alike(versions: list[tracking.ModelVersion]) -> bool:
     """Whether the losses of versions may be compared: all were measured under the same conditions."""
     return len({version.tags.get(tracking.MEASURED) for version in versions}) <= 1
+
+
+def flat(tree: Any, path: str = "") -> dict[str, str]:
+    """Nested mappings and lists as `stages.0.steps` to text, by the paths that `elastic run` takes as overrides."""
+    if not tree and not path:
+        return {}
+    if not tree or not isinstance(tree, Mapping | list):
+        return {path: tree if isinstance(tree, str) else json.dumps(tree)}
+    children: Sequence[tuple[Any, Any]] = list(tree.items() if isinstance(tree, Mapping) else enumerate(tree))
+    return {
+        name: text
+        for key, below in children
+        for name, text in flat(below, f"{path}.{key}" if path else f"{key}").items()
+    }

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import typer
 
 from flows.commands.ls import as_data
-from flows.commands.registry import label, open_registry
+from flows.commands.registry import flat, label, open_registry
 from flows.commands.terminal import wide_console
 from tasks import tracking
 from tasks.reporting.numbers import fixed, human_age, human_bytes, percent
@@ -77,7 +77,7 @@ def described(version: tracking.ModelVersion, settings: Settings, now: float) ->
     if judged := _judged(metrics):
         yield "pass@1", judged
     if conditions := tags.get(tracking.CONDITIONS):
-        yield "measured", conditions
+        yield "measured", ", ".join(f"{name} {text:.12}" for name, text in flat(json.loads(conditions)).items())
     for tag, did in ((tracking.PROMOTED, "promoted"), (tracking.ROLLED_BACK, "rolled back")):
         if change := tracking.change_of(version, tag):
             other = "no champion" if change.other is None else f"version {change.other}"

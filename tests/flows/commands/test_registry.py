@@ -169,7 +169,7 @@ def test_show_says_from_what_by_what_how_good_and_how_to_load(family: Family) ->
         "by MLflow run: ",
         "cross-entropy 2.5000",
         "accuracy 50.0 %",
-        '"dtype": "float32"',
+        "dtype float32",
         "in place of no champion: the demo is on Monday",
         f"get elastic pull {family.model()}:1 -o {family.model()}",
         "load everything loads it",
