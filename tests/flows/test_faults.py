@@ -220,9 +220,7 @@ def test_a_disk_that_fills_up_stops_a_run_which_goes_on_when_it_has_room(
     assert process.poll() is None, process.stderr.read()
     filler = fill(small_disk / "filler")
     (first,) = cramped.processes("elastic_core.training.job")
-    eventually(
-        lambda: set(cramped.processes("elastic_core.training.job")) - {first}, "training went on without room"
-    )
+    eventually(lambda: set(cramped.processes("elastic_core.training.job")) - {first}, "training went on without room")
     process.kill()
     process.communicate(timeout=60)
     told = cramped.run()

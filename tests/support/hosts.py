@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,14 +39,26 @@ class Host:
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
     def kill(self) -> None:
-        """End everything on this host at once, as a loss of power would."""
-        for process in self.processes():
-            os.kill(process, signal.SIGKILL)
+        """End everything on this host at once, as a loss of power would; its disk stays."""
+        while processes := self.processes():  # one may have just begun another
+            for process in processes:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+
+    def lose(self) -> None:
+        """Kill it, and empty its disk: what comes back is another host by its name."""
+        self.kill()
+        assert self.run(["find", str(self.state), "-mindepth", "1", "-delete"], {}).returncode == 0
 
     def processes(self, name: str = "") -> list[int]:
         """The processes that run here, or those whose command line has a name in it."""
         listed = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True, check=True)
-        return [process for process in map(int, listed.stdout.split()) if name in _command(process)]
+        running = set(map(int, listed.stdout.split())) - {self.keeper}
+        return [process for process in running if name in _command(process)]
+
+    def glob(self, pattern: str) -> list[Path]:
+        """What its disk has now, as this machine sees it."""
+        return list(Path(f"/proc/{self.keeper}/root{self.state}").glob(pattern))
 
 
 def _command(process: int) -> str:
@@ -102,6 +114,7 @@ def _host(number: int, state: Path) -> Iterator[Host]:
                 yield host
             finally:
                 host.kill()
+                keeper.kill()
     finally:
         _ip("link", "delete", f"elastic-{name}")  # a namespace keeps its end for as long as a socket of it lingers
         _ip("netns", "delete", name)
