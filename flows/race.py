@@ -20,6 +20,7 @@ from flows.elastify import in_order, prepare, shaped
 from tasks.race import Lap, Start, run_lap
 from tasks.records import Artifact
 from tasks.reporting.race import Entry, Rows
+from tasks.running.recipe_run import identities
 from tasks.running.steps import fingerprint, run
 from tasks.running.usage import noting
 from tasks.running.workspace import small_files
@@ -57,20 +58,21 @@ class Course:
             dtype=self.recipe.dtype,
             seed=self.seed,
             workspace=self.workspace,
-            weights=self.weights,
+            weights=tuple(self.recipe.data.weights(stage.sources) for stage in self.recipe.stages),
         )
 
-    @property
-    def weights(self) -> tuple[tuple[float, ...] | None, ...]:
-        """Those of the sources of data, for each stage."""
-        return tuple(self.recipe.data.weights(stage.sources) for stage in self.recipe.stages)
-
     def key(self, share: float = 1.0) -> str:
-        """What the laps of all seeds depend on, by content, wherever it was made; of a share of the recipe's tokens."""
+        """What the laps of all seeds depend on, of a share of the recipe's tokens, wherever they are run.
+
+        Not the weights of a teacher that the recipe trains: on another machine these have other last bits, and every
+        lap of a seed has the same ones.
+        """
         recipe = shortened_recipe(self.recipe, share, "")
+        teacher, _ = identities(recipe)
+        started = teacher, recipe.teacher.pretrain, recipe.axes, recipe.budgets, recipe.importance, recipe.shapes
         measured = recipe.evaluation.heldout_tokens, recipe.evaluation.sequence_length
-        trained = recipe.stages, recipe.distillation, recipe.dtype, self.weights
-        return fingerprint(self.family, self.teacher, self.corpus, trained, measured)
+        trained = recipe.stages, recipe.distillation, recipe.dtype, recipe.seed
+        return fingerprint(self.corpus, started, trained, measured)
 
     def again(self, number: int) -> "Course":
         """The same with another seed of training; 0 is the recipe's own."""

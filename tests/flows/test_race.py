@@ -12,7 +12,8 @@ from trainee import train_here
 from elastic_core.recipe import Optimizer, Stage
 from flows.ablations import ablations
 from flows.commands.recipes import load_recipe, read_yaml
-from flows.race import ALONE, BRIEF, CANDIDATES, EXPLORED, SCRATCH, laps, race, shortened
+from flows.race import ALONE, BRIEF, CANDIDATES, EXPLORED, SCRATCH, Course, laps, race, shortened
+from tasks.records import Artifact
 
 STAGE = Stage(
     name="stage1",
@@ -102,6 +103,24 @@ def test_ablations_train_every_recipe_on_its_share_with_its_own_router(
     assert {e.tokens for e in found} == {sum(stage.tokens for stage in recipes["base"].stages) // 2}
     monkeypatch.setattr("flows.race.run_lap", None)
     assert ablations.fn(recipes, 0.5, 2, rows) == found, "from the rows"
+
+
+def test_rows_are_known_by_the_recipe_and_the_tokens_wherever_these_lie_and_whatever_a_trained_teacher_became(
+    tmp_path: Path,
+) -> None:
+    def key(place: str, teacher: str = "bits of one machine", *changes: str) -> str:
+        (tmp_path / place).mkdir(exist_ok=True)
+        made = {
+            name: Artifact(path=place, digest=digest, files={}) for name, digest in (("corpus", "t"), ("it", teacher))
+        }
+        recipe = load_recipe(write_micro(tmp_path / place), changes)
+        return Course(
+            recipe=recipe, teacher=made["it"], family=made["it"], corpus=made["corpus"], workspace=place, seed=0
+        ).key()
+
+    assert key("here") == key("there") == key("there", "bits of another")
+    for change in ("axes.ffn=[64, 48]", "seed=1", "stages.0.steps=61", "teacher.pretrain.steps=9", "dtype=bfloat16"):
+        assert key("here", "bits of one machine", change) != key("here"), change
 
 
 def test_every_ablation_of_the_repository_is_a_recipe_of_as_many_tokens() -> None:
