@@ -1,6 +1,7 @@
 """The corpus: documents in, one stream of tokens to train on and one held out."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 from elastic_core.recipe import DataConfig
@@ -10,7 +11,10 @@ from tasks.corpus.sources import fetch_data
 from tasks.records import Artifact
 from tasks.running.digests import artifact, set_aside
 from tasks.running.limits import cores, memory
+from tasks.running.places import elsewhere
 from tasks.running.progress import progress_bar
+from tasks.running.ray_cluster import RayCluster
+from tasks.running.ray_shards import are_everywhere, cores_of, on_hosts
 from tasks.running.steps import step, work_directory
 from tasks.settings import ServiceError
 
@@ -20,13 +24,16 @@ PROCESS_BYTES = 1 << 30
 
 @step()
 def prepare_data(config: DataConfig, identity: tuple[str, ...], tokenizer: Artifact, workspace: str) -> Artifact:
-    """Tokenise the recipe's sources, on as many cores as have memory; `identity` tells one state of them
-    from another.
+    """Tokenise the recipe's sources, on as many cores as have memory; `identity` tells one state of them from another.
 
-    A run that was killed begins again at the first shard that is not whole.
+    On a Ray cluster all hosts do, if every host can read the sources. A run that was killed begins again at the first
+    shard that is not whole.
     """
     directory, shards = work_directory(workspace, "corpus"), work_directory(workspace, "shards")
     if not directory.exists():
+        processes, others = max(1, min(cores(), memory() // PROCESS_BYTES)), None
+        if isinstance(place := elsewhere(), RayCluster) and are_everywhere(config):
+            processes, others = cores_of(place), partial(on_hosts, place, tokenizer)
         with progress_bar("tokenising", unit="tokens") as report:
             data.build_corpus(
                 config,
@@ -34,7 +41,8 @@ def prepare_data(config: DataConfig, identity: tuple[str, ...], tokenizer: Artif
                 directory,
                 fetch=fetch_data,
                 work=shards,
-                processes=max(1, min(cores(), memory() // PROCESS_BYTES)),
+                processes=processes,
+                others=others,
                 progress=report,
             )
     # Before the corpus is hashed: its files are links to those of the shards, and losing a link changes a file's times.

@@ -34,4 +34,5 @@ from tasks.artifacts.publishing import published_versions as published_versions
 from tasks.artifacts.publishing import put_file as put_file
 from tasks.artifacts.publishing import put_first as put_first
 from tasks.artifacts.publishing import upload_directory as upload_directory
+from tasks.artifacts.reading import open_object as open_object
 from tasks.artifacts.signing import check_keys as check_keys

@@ -26,7 +26,7 @@ from tasks.corpus.record import HELDOUT_FILE, RECORD_FILE, TRAIN_FILE, DataRecor
 from tasks.corpus.shards import SHARD_FILE, Shard, ShardRecord, plan_shards
 from tasks.corpus.token_file import TokenFile
 from tasks.corpus.tokenizer import tokenizer_files
-from tasks.corpus.workers import Progress, ShardMaker, make_shards
+from tasks.corpus.workers import Others, Progress, ShardMaker, make_shards
 from tasks.running.digests import file_digest
 from tasks.settings import ServiceError
 
@@ -44,13 +44,15 @@ def build_corpus(
     fetch: Fetch,
     work: Path | None = None,
     processes: int = 1,
+    others: Others | None = None,
     progress: Progress | None = None,
 ) -> DataRecord:
     """Tokenise every source of `config` into `output_dir`, split by document, and return the record.
 
-    The directory appears whole or not at all, and is the same for any number of `processes`. With `work`, a directory
-    that only this corpus has, what a killed run has made there is not made again. Memory is bounded by a batch of
-    documents in each process. ValueError, one line with file, row and remedy, for input that cannot be used.
+    The directory appears whole or not at all, and is the same for any number of `processes`, here or of `others`. With
+    `work`, a directory that only this corpus has, what a killed run has made there is not made again. Memory is bounded
+    by a batch of documents in each process. ValueError, one line with file, row and remedy, for input that cannot be
+    used.
     """
     with _workplace(work, output_dir) as place:
         fetched = _fetching_once(fetch)
@@ -60,7 +62,7 @@ def build_corpus(
         ]
         shards = plan_shards(pieces, config.shard_bytes)
         maker = ShardMaker(config=config, tokenizer=tokenizer_dir, directory=place)
-        made = make_shards(maker, shards, processes, progress or (lambda tokens, expected: None))
+        made = make_shards(maker, shards, processes, progress or (lambda tokens, expected: None), others)
         sources = tuple(_source_record(i, source, shards, made) for i, source in enumerate(config.sources))
         train = [(maker.place(shard), one.train) for shard, one in zip(shards, made, strict=True) if one.train]
         heldout = [(maker.place(shard), one.heldout) for shard, one in zip(shards, made, strict=True) if one.heldout]

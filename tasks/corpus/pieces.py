@@ -7,9 +7,11 @@ its own order, however it was cut. Text is one row a file, JSONL one row a line,
 import bz2
 import gzip
 import lzma
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import count, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -17,9 +19,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import pyarrow.parquet as pq
 
 from elastic_core.recipe import DataSource
+from tasks import artifacts
 from tasks.corpus.chats import Row
 from tasks.corpus.hub import commit_of, parse_dataset
-from tasks.settings import is_transient
+from tasks.settings import ServiceError, Settings, is_transient
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -33,16 +36,16 @@ HUB_FORMAT = "hub"
 ROWS_PER_READ = 1024
 COMPRESSED = (".gz", ".bz2", ".xz")
 # What opens a file that begins so; any other is read as it is.
-OPENERS: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+OPENERS: dict[bytes, Callable[[BinaryIO], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
     """A part of a source: what users call its file, and where that is.
 
-    `size`: bytes to read, None where nobody knows. `span`: of a file of lines the bytes from the first to before the
-    second, and every line that begins in them; of Parquet such row groups; of the Hub which of how many files. None:
-    all of it.
+    `path`: a file here, an object of S3, or a data set on the Hub. `size`: bytes to read, None where nobody knows.
+    `span`: of a file of lines the bytes from the first to before the second, and every line that begins in them; of
+    Parquet such row groups; of the Hub which of how many files. None: all of it.
     """
 
     name: str
@@ -111,8 +114,9 @@ def format_of(path: Path) -> str | None:
 
 def _line_ranges(whole: Piece, piece_bytes: int) -> list[Piece]:
     size = whole.size or 0
-    if size <= piece_bytes or _opener(Path(whole.path)) is not None:
-        return [whole]
+    with _raw(whole.path) as raw:
+        if size <= piece_bytes or _opener(raw) is not None:
+            return [whole]
     pieces = -(-size // piece_bytes)
     borders = [size * number // pieces for number in range(pieces + 1)]
     return [_part(whole, first, end, end - first) for first, end in pairwise(borders)]
@@ -177,21 +181,35 @@ def _parquet(piece: Piece) -> Iterator[Any]:
 
 @contextmanager
 def _opened(piece: Piece) -> Iterator[BinaryIO]:
-    """The file, decompressed where it is compressed."""
-    path = Path(piece.path)
-    if piece.format != "text" and not path.stat().st_size:
-        raise ValueError("the file is empty")
-    with (_opener(path) or _plain)(path) as file:
-        yield file
+    """The file, or the object in S3, decompressed where it is compressed."""
+    with _raw(piece.path) as raw:
+        if piece.format != "text" and not raw.seek(0, os.SEEK_END):
+            raise ValueError("the file is empty")
+        raw.seek(0)
+        opener = _opener(raw)
+        if opener is None:
+            yield raw
+            return
+        with opener(raw) as file:
+            yield file
 
 
-def _plain(path: Path) -> BinaryIO:
-    return path.open("rb")
+def _raw(path: str) -> BinaryIO:
+    if path.startswith("s3://"):
+        return artifacts.open_object(_store(Settings.from_environment(need_bucket=False)), path)
+    return Path(path).open("rb")
 
 
-def _opener(path: Path) -> Callable[[Path], Any] | None:
-    with path.open("rb") as file:
-        begins = file.read(8)
+@cache
+def _store(settings: Settings) -> artifacts.Store:
+    """One client for the process."""
+    return artifacts.open_store(settings)
+
+
+def _opener(raw: BinaryIO) -> Callable[[BinaryIO], Any] | None:
+    """What opens a file that begins as this one, which is then read from its beginning."""
+    begins = raw.read(8)
+    raw.seek(0)
     return next((opener for magic, opener in OPENERS.items() if begins.startswith(magic)), None)
 
 
@@ -201,7 +219,11 @@ def _naming(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_transient(error) or isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+        if (
+            is_transient(error)
+            or isinstance(error, MemoryError | ServiceError)
+            or getattr(error, "errno", None) is not None
+        ):
             raise
         raise ValueError(f"{name}: {first_line(error)}; mend or remove it") from error
 

@@ -13,9 +13,11 @@ from tasks.settings import Settings
 
 
 def fetch_data(uri: str, directory: Path) -> Path:
-    """Download an `s3://` object or prefix into `directory`."""
-    artifacts.download_prefix(artifacts.open_store(Settings.from_environment(need_bucket=False)), uri, directory)
-    return directory
+    """Download an `s3://` prefix into `directory`, or an object to a file there; where that is."""
+    store = artifacts.open_store(Settings.from_environment(need_bucket=False))
+    files = artifacts.download_prefix(store, uri, directory)
+    is_object = len(files) == 1 and not artifacts.exists(store, f"{uri.rstrip('/')}/{files[0].path}")
+    return directory / files[0].path if is_object else directory
 
 
 def source_identity(source: DataSource) -> str:

@@ -13,7 +13,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing.context import SpawnContext
@@ -48,6 +48,10 @@ class Workers(Protocol):
 
     def tokens(self) -> int:
         """The tokens that were made, those of unfinished shards among them."""
+
+
+# Has shards made, up to so many at a time, by others than this process (ray_shards.py).
+Others = Callable[["ShardMaker", int], AbstractContextManager[Workers]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,11 +175,13 @@ def _make(shard: Shard, before: Taken) -> ShardRecord:
     return _make_here(shard, before)
 
 
-def make_shards(maker: ShardMaker, shards: Sequence[Shard], processes: int, progress: Progress) -> list[ShardRecord]:
+def make_shards(
+    maker: ShardMaker, shards: Sequence[Shard], processes: int, progress: Progress, others: Others | None = None
+) -> list[ShardRecord]:
     """Make the shards that are not whole yet, in up to so many processes; the records of all, in order.
 
-    There are as many processes as shards are wanted at once, and the cores are divided among them. A record without
-    files is that of a shard of which nothing is wanted.
+    The processes are those of `others`, where these are given, or else of this machine: as many as shards are wanted at
+    once, and the cores are divided among them. A record without files is that of a shard of which nothing is wanted.
     """
     state = _State(maker, shards)
     there = sum(record.tokens for record in state.made.values())
@@ -186,7 +192,8 @@ def make_shards(maker: ShardMaker, shards: Sequence[Shard], processes: int, prog
 
     if state.settle():
         return state.settled
-    with workers(maker, sum(1 for _ in state.wanted(processes)), report) as found:
+    count = sum(1 for _ in state.wanted(processes))
+    with workers(maker, count, report) if others is None else others(maker, count) as found:
         while not state.settle():
             for shard, before in state.wanted(found.count):
                 state.running[found.submit(shard, before)] = shard.number, before

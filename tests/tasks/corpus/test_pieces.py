@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from datasets import load_dataset
 
 from elastic_core.recipe import DataSource
+from tasks.artifacts import Store
 from tasks.corpus import pieces
 from tasks.corpus.pieces import Piece, file_pieces, hub_pieces, piece_rows
 
@@ -71,6 +73,23 @@ def test_what_is_compressed_is_one_piece(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()))
     found, source = cut(path, 10)
     assert len(found) == 1 and rows(found, source) == TEXTS
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "a.txt"])
+def test_an_object_of_s3_is_read_as_the_file_is(name: str, store: Store, tmp_path: Path) -> None:
+    path = tmp_path / name
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in TEXTS).encode()
+    match name.partition(".")[2]:
+        case "parquet":
+            pq.write_table(pa.table({"text": TEXTS}), path, row_group_size=7)
+        case "jsonl.gz":
+            path.write_bytes(gzip.compress(lines))
+        case _:
+            path.write_bytes(lines)
+    store.client.put_object(Bucket=store.bucket, Key=name, Body=path.read_bytes())
+    found, source = cut(path, 500)
+    there = [replace(piece, path=f"s3://{store.bucket}/{name}") for piece in found]
+    assert list(piece_rows(there, source, "")) == list(piece_rows(found, source, ""))
 
 
 def test_a_file_of_300_gigabytes_is_cut_without_being_read(tmp_path: Path) -> None:

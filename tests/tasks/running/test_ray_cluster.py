@@ -24,6 +24,7 @@ pytestmark = pytest.mark.services
 # its own size, so that float32's rounding, 1e-7, grows over the steps, but by far less than this.
 SUM_ORDER = 1e-5
 STEPS = 12
+SHARD_BYTES = 4000  # a few of them for each host
 NODES = r"distil stage2: node \d of 3 is (\w+)"
 IN_ONE = "stages.0.micro_batch_size=3"  # three micro-steps a step, which two hosts cannot divide
 
@@ -34,13 +35,19 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
 
 
-def write_small(directory: Path) -> None:
+def write_small(directory: Path, cluster: Cluster) -> None:
     """The micro recipe with little to measure, and one stage, whose steps three processes and one can divide alike.
 
-    It learns cross-entropy too, so that every budget has a gradient far from zero.
+    It learns cross-entropy too, so that every budget has a gradient far from zero. Its data are in the bucket.
     """
     file = write_micro(directory)
     recipe = yaml.safe_load(file.read_text())
+    with cluster.place() as place:
+        for source in recipe["data"]["sources"]:
+            body, key = (directory / source["path"]).read_bytes(), f"data/{source['path']}"
+            place.store.client.put_object(Bucket=place.store.bucket, Key=key, Body=body)
+            source["path"] = f"s3://{place.store.bucket}/{key}"
+    recipe["data"]["shard_bytes"] = SHARD_BYTES
     divided = {"batch_size": 9, "micro_batch_size": 1, "budget_rows": 3, "shares": "fixed"}
     recipe["stages"] = [{**recipe["stages"][1], **divided, "steps": STEPS, "checkpoint_every": 5}]
     recipe["stages"][0]["optimizer"] = {"learning_rate": 3e-4, "warmup_steps": 2}
@@ -74,7 +81,7 @@ def losses(cluster: Cluster) -> list[list[float]]:
 def test_a_run_that_begins_again_elsewhere_joins_the_training_under_way_and_ctrl_c_ends_it_on_all_hosts(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    write_small(tmp_path)
+    write_small(tmp_path, cluster)
     recipes = [bring_recipe(host, tmp_path) for host in cluster.hosts]
     endless = ["stages.0.steps=1000000", "stages.0.checkpoint_every=1000000"]
 
@@ -99,7 +106,7 @@ def test_a_run_that_begins_again_elsewhere_joins_the_training_under_way_and_ctrl
 def test_hosts_that_share_no_disk_train_together_and_any_of_them_has_what_a_lost_one_made(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    write_small(tmp_path)
+    write_small(tmp_path, cluster)
     asking = cluster.hosts[0]
     recipe, *_ = [bring_recipe(host, tmp_path) for host in cluster.hosts]
     before = len(cluster.said())
@@ -111,6 +118,9 @@ def test_hosts_that_share_no_disk_train_together_and_any_of_them_has_what_a_lost
     assert len(places) == sum(how["made"] for how in steps.values()), "each once"
     (first,), others = found(r"distil stage2 is done on (\w+)", said), found(NODES, said)
     assert sorted([first, *others]) == [host.name for host in cluster.hosts]
+
+    (shards,) = found(r"\d+ shards were made: (.*)", said)
+    assert re.findall(r"on (\w+)", shards) == [host.name for host in cluster.hosts]
 
     lost, left = cluster.hosts[1:]
     lost.kill()
