@@ -8,18 +8,16 @@ from elastic_core.recipe import DataConfig
 from tasks.corpus import build as data
 from tasks.corpus.record import read_record
 from tasks.corpus.sources import fetch_data
+from tasks.corpus.workers import PROCESS_BYTES
 from tasks.records import Artifact
 from tasks.running.digests import artifact, set_aside
 from tasks.running.limits import cores, memory
 from tasks.running.places import elsewhere
 from tasks.running.progress import progress_bar
 from tasks.running.ray_cluster import RayCluster
-from tasks.running.ray_shards import are_everywhere, cores_of, on_hosts
+from tasks.running.ray_shards import are_everywhere, on_hosts, places_of
 from tasks.running.steps import step, work_directory
 from tasks.settings import ServiceError
-
-# From above what a process takes that tokenises: its libraries, the tokenizer, and a batch of documents.
-PROCESS_BYTES = 1 << 30
 
 
 @step()
@@ -32,8 +30,9 @@ def prepare_data(config: DataConfig, identity: tuple[str, ...], tokenizer: Artif
     directory, shards = work_directory(workspace, "corpus"), work_directory(workspace, "shards")
     if not directory.exists():
         processes, others = max(1, min(cores(), memory() // PROCESS_BYTES)), None
-        if isinstance(place := elsewhere(), RayCluster) and are_everywhere(config):
-            processes, others = cores_of(place), partial(on_hosts, place, tokenizer)
+        cluster = elsewhere()
+        if isinstance(cluster, RayCluster) and are_everywhere(config) and (places := places_of(cluster)):
+            processes, others = places, partial(on_hosts, cluster, tokenizer)
         with progress_bar("tokenising", unit="tokens") as report:
             data.build_corpus(
                 config,

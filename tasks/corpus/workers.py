@@ -34,6 +34,9 @@ from tasks.settings import ServiceError
 BYTES_PER_TOKEN = 4.0
 LOOK_SECONDS = 0.5
 
+# From above what a process takes that tokenises: its libraries, the tokenizer, and a batch of documents.
+PROCESS_BYTES = 1 << 30
+
 # Told the tokens that are made, and how many there will be by the bytes that are left; 0 where nobody knows.
 Progress = Callable[[int, int], None]
 

@@ -27,7 +27,7 @@ from tasks.corpus.encoding import Encoder
 from tasks.corpus.hub import HUB
 from tasks.corpus.pieces import Piece
 from tasks.corpus.shards import SHARD_FILE, Shard, ShardRecord, Taken, write_shard
-from tasks.corpus.workers import ShardMaker, Workers
+from tasks.corpus.workers import PROCESS_BYTES, ShardMaker, Workers
 from tasks.records import Artifact
 from tasks.running import code
 from tasks.running.digests import artifact
@@ -47,10 +47,10 @@ def are_everywhere(config: DataConfig) -> bool:
     return all(source.path.startswith((HUB, S3)) for source in config.sources)
 
 
-def cores_of(cluster: RayCluster) -> int:
-    """The cores of all hosts of the cluster."""
-    nodes = living_nodes(connected(cluster.address))
-    return int(sum(node["Resources"].get("CPU", 0.0) for node in nodes))
+def places_of(cluster: RayCluster) -> int:
+    """How many shards all hosts of the cluster make at a time: one a core, where there is memory for so many."""
+    found = (node["Resources"] for node in living_nodes(connected(cluster.address)))
+    return sum(int(min(has.get("CPU", 0.0), has.get("memory", 0.0) // PROCESS_BYTES)) for has in found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,9 @@ class _Hosts:
         self.count = count
         self._cluster, self._tokenizer, self._maker = cluster, tokenizer, maker
         self._ray = connected(cluster.address)
-        self._function = self._ray.remote(_make_there).options(name="shard", max_retries=TRIES, **options(CPU=1.0))
+        self._function = self._ray.remote(_make_there).options(
+            name="shard", max_retries=TRIES, memory=PROCESS_BYTES, **options(CPU=1.0)
+        )
         self._threads = ThreadPoolExecutor(count, "shard")
         self._lock, self._asked, self._tokens = threading.Lock(), set[Any](), 0
         self._made = Counter[str]()

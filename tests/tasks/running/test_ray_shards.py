@@ -18,7 +18,7 @@ from tasks.corpus.tokenizer import train_tokenizer
 from tasks.running import ray_shards
 from tasks.running.digests import artifact
 from tasks.running.ray_cluster import RayCluster
-from tasks.running.ray_shards import are_everywhere, cores_of, on_hosts
+from tasks.running.ray_shards import are_everywhere, on_hosts, places_of
 from tasks.settings import PREFECT_API, TRACKING_URI, WORKSPACE, ServiceError
 
 TEXTS = [f"{i} is {'even' if i % 2 == 0 else 'odd'}, and its square is {i * i}" for i in range(120)]
@@ -36,7 +36,9 @@ class Ray:
         self.done = self.lost = 0
 
     def nodes(self) -> list[dict[str, Any]]:
-        return [{"Alive": alive, "Resources": {"CPU": 2.0}} for alive in (True, True, False)]
+        return [
+            {"Alive": alive, "Resources": {"CPU": 2.0, "memory": 1.5e9 * (1 + alive)}} for alive in (True, True, False)
+        ]
 
     def remote(self, function: Any) -> Any:
         options = SimpleNamespace(remote=lambda *arguments: partial(function, *arguments))
@@ -151,11 +153,15 @@ def test_a_host_with_other_code_or_another_workspace_makes_nothing(
         make(runs, workspace="s3://another/workspace")
 
 
-def test_only_sources_that_every_host_reads_are_made_by_others(ray: Ray) -> None:
+def test_only_sources_that_every_host_reads_are_made_by_others_as_many_at_a_time_as_have_memory(
+    ray: Ray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def config(*paths: str) -> DataConfig:
         return DataConfig(sources=tuple(DataSource(path=path) for path in paths))
 
     assert are_everywhere(config("s3://b/data", "hf://org/name"))
     assert not are_everywhere(config("s3://b/data", "/data/a.jsonl"))
     assert not are_everywhere(config("stdlib://"))
-    assert cores_of(CLUSTER) == 4
+    assert places_of(CLUSTER) == 4
+    monkeypatch.setattr(ray_shards, "PROCESS_BYTES", 2 << 30)
+    assert places_of(CLUSTER) == 2
