@@ -24,7 +24,7 @@ class Side:
 
 Run = tuple[Side, ...]
 Dim = tuple[Run, ...]
-Kept = Mapping[str, int]
+Kept = Mapping[str, int]  # of each side, so many; of one in groups, so many in each
 
 WHOLE: Kept = {}
 

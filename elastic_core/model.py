@@ -4,7 +4,7 @@ A subnet is an argument. Every layer multiplies only the subnet's weights, which
 a step costs what the submodel costs. Parameters have the names and shapes of the stock checkpoint without its
 `backbone.` prefix.
 
-Shape suffixes, valid in the whole package:
+Shape suffixes, in the whole package unless a module says otherwise:
     B batch   T tokens   D hidden   H ssm heads   P ssm head dim   G groups   N state   R heads in a group
     Q query heads   K key-value heads   E attention head dim   F ffn   V vocab   C chunks
 """

@@ -245,7 +245,7 @@ def prepare(recipe: Recipe, workspace: str) -> tuple[Artifact, Artifact]:
     pretraining, data = recipe.teacher.pretrain, recipe.data.unweighted()
     if pretraining is None:
         path = recipe.teacher.path
-        assert path is not None and identity is not None, "config.Teacher has one of path and pretrain"
+        assert path is not None and identity is not None, "recipe.Teacher has one of path and pretrain"
         teacher = run(fetch_teacher, path=path, identity=identity, workspace=workspace)
         described = small_files(teacher)
         check_model(recipe, read_config(described))

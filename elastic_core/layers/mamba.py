@@ -60,7 +60,7 @@ class MambaMixer(Mixer):
     def lay_out(model: ModelConfig, layer: int) -> dict[str, Layout]:
         """The rows of in_proj are [z, x, B and C, dt], the channels of conv1d [x, B and C]."""
         hidden, states, channel = grid(hidden=model.hidden_size), grid(states=model.state_rows), channel_grid(model)
-        head = channel[:2]
+        head = channel[:2]  # group, head in the group
         found = {
             "in_proj.weight": Layout((channel, channel, states, head), (hidden,)),
             "conv1d.weight": Layout((channel, states), (grid(one=1),), (grid(taps=model.conv_kernel),)),
@@ -182,7 +182,7 @@ class MambaKind(Kind):
             "mamba_head_dim": channels,
         }
 
-    # ServingStep
+    # Serving
 
     def cache_bytes(self, model: ModelConfig, shape: Shape, serving: ServingStep) -> int:
         """The state, in float32, and the convolution's last inputs."""

@@ -33,7 +33,7 @@ def teacher_geometry(recipe: Recipe) -> ModelConfig:
     teacher = recipe.teacher
     if teacher.pretrain is not None:
         return teacher.pretrain.model
-    assert teacher.path is not None, "config.Teacher has one of path and pretrain"
+    assert teacher.path is not None, "recipe.Teacher has one of path and pretrain"
     if teacher.model is not None and not Path(teacher.path).is_dir():
         return teacher.model
     if "://" in teacher.path and not teacher.path.startswith("hf://"):

@@ -167,7 +167,7 @@ def _geometry(recipe: Recipe) -> ModelConfig:
     told = teacher.model if teacher.pretrain is None else teacher.pretrain.model
     if told is not None:
         return told
-    assert teacher.path is not None, "config.Teacher has one of path and pretrain"
+    assert teacher.path is not None, "recipe.Teacher has one of path and pretrain"
     if Path(teacher.path).is_dir():
         return read_config(Path(teacher.path))
     with TemporaryDirectory() as directory:

@@ -194,7 +194,7 @@ def do_asked(step: str, inputs: Mapping[str, Any], device: str, runs: Mapping[st
 
 @contextmanager
 def _turn(step: Task[Any, Any], inputs: Mapping[str, Any]) -> Iterator[bool]:
-    """Wait until the step may run here; whether it was done elsewhere meanwhile, and only has to be looked up.
+    """Have another host do the step where places.py names one, and give True; else wait until it may run here.
 
     A cached step is made by one run at a time: who finds another making it waits, and then takes its result.
     """
