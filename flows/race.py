@@ -14,13 +14,13 @@ from pathlib import Path
 from prefect import flow
 
 from elastic_core.files.shapes import read_shapes
+from elastic_core.planning.profile import recipe_table
 from elastic_core.recipe import Recipe, RouterSchedule, Stage
 from elastic_core.subnet import Subnet
 from flows.elastify import in_order, prepare, shaped
 from tasks.race import Lap, Start, run_lap
 from tasks.records import Artifact
 from tasks.reporting.race import Entry, Rows
-from tasks.running.recipe_run import identities
 from tasks.running.steps import fingerprint, run
 from tasks.running.usage import noting
 from tasks.running.workspace import small_files
@@ -58,21 +58,26 @@ class Course:
             dtype=self.recipe.dtype,
             seed=self.seed,
             workspace=self.workspace,
-            weights=tuple(self.recipe.data.weights(stage.sources) for stage in self.recipe.stages),
+            weights=self.weights,
         )
+
+    @property
+    def weights(self) -> tuple[tuple[float, ...] | None, ...]:
+        """Those of the sources of data, for each stage."""
+        return tuple(self.recipe.data.weights(stage.sources) for stage in self.recipe.stages)
 
     def key(self, share: float = 1.0) -> str:
         """What the laps of all seeds depend on, of a share of the recipe's tokens, wherever they are run.
 
-        Not the weights of a teacher that the recipe trains: on another machine these have other last bits, and every
-        lap of a seed has the same ones.
+        Not the bits of a teacher that the recipe trains: on another machine the last of them are others, and every lap
+        of a seed has the same.
         """
         recipe = shortened_recipe(self.recipe, share, "")
-        teacher, _ = identities(recipe)
-        started = teacher, recipe.teacher.pretrain, recipe.axes, recipe.budgets, recipe.importance, recipe.shapes
+        teacher = self.teacher if recipe.teacher.pretrain is None else recipe.teacher.pretrain
+        shaped = recipe.axes, recipe.budgets, recipe.importance, recipe.shapes, recipe.router, recipe_table(recipe)
+        trained = recipe.stages, recipe.distillation, recipe.dtype, recipe.seed, recipe.data.weights(), self.weights
         measured = recipe.evaluation.heldout_tokens, recipe.evaluation.sequence_length
-        trained = recipe.stages, recipe.distillation, recipe.dtype, recipe.seed
-        return fingerprint(self.corpus, started, trained, measured)
+        return fingerprint(teacher, self.corpus, shaped, trained, measured)
 
     def again(self, number: int) -> "Course":
         """The same with another seed of training; 0 is the recipe's own."""

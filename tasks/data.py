@@ -32,7 +32,7 @@ def prepare_data(config: DataConfig, identity: tuple[str, ...], tokenizer: Artif
         processes, others = max(1, min(cores(), memory() // PROCESS_BYTES)), None
         cluster = elsewhere()
         if isinstance(cluster, RayCluster) and are_everywhere(config) and (places := places_of(cluster)):
-            processes, others = places, partial(on_hosts, cluster, tokenizer)
+            processes, others = places, partial(on_hosts, cluster, tokenizer, identity)
         with progress_bar("tokenising", unit="tokens") as report:
             data.build_corpus(
                 config,

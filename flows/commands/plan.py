@@ -11,7 +11,7 @@ from elastic_core.cost import DTYPE_BYTES, LatencyTable, budget_cost
 from elastic_core.files.checkpoint import CheckpointError, read_config
 from elastic_core.geometry import MOE, ModelConfig
 from elastic_core.layers.kinds import sizes_text
-from elastic_core.planning.machine import DECODED_TOGETHER, LEAST_MARGIN, USABLE_SHARE, Place
+from elastic_core.planning.machine import DECODED_TOGETHER, LEAST_MARGIN, USABLE_SHARE, Accelerator, Place
 from elastic_core.planning.memory import Memory
 from elastic_core.planning.plan import BudgetPlan, RecipePlan
 from elastic_core.planning.stages import MeshPlan, StagePlan
@@ -185,8 +185,7 @@ def _work_rows(plan: RecipePlan) -> list[dict[str, str]]:
             "recomputed": _scientific(planned.flops.recomputed),
             "together": _scientific(planned.flops.total),
             "at most": _scientific(planned.flops_at_most.total),
-            "GPU-hours": _number(plan.accelerator.hours(planned.flops.total)),
-            "cost": _dollars(plan.accelerator.dollars_per_hour * plan.accelerator.hours(planned.flops.total)),
+            "GPU-hours of computing": _number(plan.accelerator.hours(planned.flops.total)),
         }
         for planned in plan.stages
     ]
@@ -214,7 +213,7 @@ def _step_rows(plan: RecipePlan) -> list[dict[str, str]]:
     return [
         {
             "step": step.name,
-            "GPU-hours": _number(plan.gpu_hours(step)) if plan.gpu_hours(step) else "-",
+            "GPU-hours of computing": _number(plan.gpu_hours(step)) if plan.gpu_hours(step) else "-",
             "core-hours": _number(step.core_hours) if step.core_hours else "-",
             "GB on a GPU": _gigabytes(step.memory) if step.memory else "-",
             "from and to elsewhere": human_bytes(step.moved) if step.moved else "-",
@@ -387,7 +386,7 @@ def _mesh_verdicts(plan: RecipePlan, planned: StagePlan, mesh: MeshPlan) -> Iter
     if mesh.between_copies is not None:
         yield _copies(planned, mesh, mesh.between_copies)
     if mesh.sending > mesh.computing:
-        yield _sending(planned, mesh)
+        yield _sending(plan.accelerator, planned, mesh)
 
 
 def _infeasible(plan: RecipePlan, budget: BudgetPlan, table: LatencyTable | None) -> str:
@@ -434,8 +433,10 @@ def _copies(planned: StagePlan, mesh: MeshPlan, between: int) -> str:
     )
 
 
-def _sending(planned: StagePlan, mesh: MeshPlan) -> str:
-    remedy = "No larger micro-batch that fits ends that; a faster network does."
+def _sending(gpu: Accelerator, planned: StagePlan, mesh: MeshPlan) -> str:
+    inside = gpu.sending_hours(mesh.sent, 0) >= mesh.sending
+    faster = "faster links between GPUs do (--link)" if inside else "a faster network does (--network)"
+    remedy = f"No larger micro-batch that fits ends that; {faster}."
     if (larger := mesh.larger) is not None:
         remedy = f"micro_batch_size: {larger.micro_batch_size} ends that, with {human_bytes(larger.memory)} on a GPU."
     return (

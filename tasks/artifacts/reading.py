@@ -5,23 +5,27 @@ import os
 from contextlib import closing
 from typing import Any, BinaryIO
 
-from tasks.artifacts.connection import Store, explained, parse_uri
+from botocore.exceptions import ClientError
+
+from tasks.artifacts.connection import Store, explained, parse_uri, status_of
 from tasks.settings import ServiceError
 
 READ_BYTES = 8 << 20  # at once: some milliseconds of a connection beside those that an answer takes
 
 
-def open_object(store: Store, uri: str) -> BinaryIO:
-    """The object at `uri`, as it is now: a ServiceError from whatever reads on after it was replaced."""
-    return io.BufferedReader(_Object(store, uri), READ_BYTES)
+def open_object(store: Store, uri: str, etag: str | None = None) -> BinaryIO:
+    """The object at `uri`, of this ETag or as it is now; a ServiceError once it is found to have been replaced."""
+    return io.BufferedReader(_Object(store, uri, etag), READ_BYTES)
 
 
 class _Object(io.RawIOBase):
-    def __init__(self, store: Store, uri: str) -> None:
+    def __init__(self, store: Store, uri: str, etag: str | None) -> None:
         self._client, self._uri, self._position = store.client, uri, 0
         bucket, key = parse_uri(uri)
         with explained(uri):
             found = store.client.head_object(Bucket=bucket, Key=key)
+        if etag is not None and found["ETag"] != etag:
+            raise self._replaced()
         self._size: int = found["ContentLength"]
         self._asked = {"Bucket": bucket, "Key": key, "IfMatch": found["ETag"]}
 
@@ -39,14 +43,30 @@ class _Object(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        end = min(self._position + len(buffer), self._size)
+        read = self._read(min(self._position + len(buffer), self._size))
+        buffer[: len(read)] = read
+        return len(read)
+
+    def readall(self) -> bytes:
+        return self._read(self._size)
+
+    def _read(self, end: int) -> bytes:
         if end <= self._position:
-            return 0
+            return b""
         wanted = {**self._asked, "Range": f"bytes={self._position}-{end - 1}"}
-        with explained(self._uri), closing(self._client.get_object(**wanted)["Body"]) as body:
-            read = bytes(body.read())
+        with explained(self._uri):
+            try:
+                answer = self._client.get_object(**wanted)
+            except ClientError as error:
+                if status_of(error) != 412:
+                    raise
+                raise self._replaced() from error
+            with closing(answer["Body"]) as body:
+                read = bytes(body.read())
         if len(read) != end - self._position:
             raise ServiceError(f"{self._uri}: the answer broke off; try again", transient=True)
-        buffer[: len(read)] = read
         self._position = end
-        return len(read)
+        return read
+
+    def _replaced(self) -> ServiceError:
+        return ServiceError(f"{self._uri} was replaced while it was read; run again")

@@ -45,7 +45,8 @@ class Piece:
 
     `path`: a file here, an object of S3, or a data set on the Hub. `size`: bytes to read, None where nobody knows.
     `span`: of a file of lines the bytes from the first to before the second, and every line that begins in them; of
-    Parquet such row groups; of the Hub which of how many files. None: all of it.
+    Parquet such row groups; of the Hub which of how many files. None: all of it. `etag`: that of the object, where it
+    is to be no other.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Piece:
     format: str
     size: int | None
     span: tuple[int, int] | None = None
+    etag: str | None = None
 
 
 def file_pieces(source: DataSource, files: Mapping[str, Path], piece_bytes: int | None = None) -> list[Piece]:
@@ -114,7 +116,7 @@ def format_of(path: Path) -> str | None:
 
 def _line_ranges(whole: Piece, piece_bytes: int) -> list[Piece]:
     size = whole.size or 0
-    with _raw(whole.path) as raw:
+    with _raw(whole) as raw:
         if size <= piece_bytes or _opener(raw) is not None:
             return [whole]
     pieces = -(-size // piece_bytes)
@@ -182,11 +184,12 @@ def _parquet(piece: Piece) -> Iterator[Any]:
 @contextmanager
 def _opened(piece: Piece) -> Iterator[BinaryIO]:
     """The file, or the object in S3, decompressed where it is compressed."""
-    with _raw(piece.path) as raw:
+    with _raw(piece) as raw:
         if piece.format != "text" and not raw.seek(0, os.SEEK_END):
             raise ValueError("the file is empty")
         raw.seek(0)
-        opener = _opener(raw)
+        is_plain = piece.format == "jsonl" and piece.span is not None  # only what is not compressed is cut
+        opener = None if is_plain else _opener(raw)
         if opener is None:
             yield raw
             return
@@ -194,10 +197,10 @@ def _opened(piece: Piece) -> Iterator[BinaryIO]:
             yield file
 
 
-def _raw(path: str) -> BinaryIO:
-    if path.startswith("s3://"):
-        return artifacts.open_object(_store(Settings.from_environment(need_bucket=False)), path)
-    return Path(path).open("rb")
+def _raw(piece: Piece) -> BinaryIO:
+    if piece.path.startswith("s3://"):
+        return artifacts.open_object(_store(Settings.from_environment(need_bucket=False)), piece.path, piece.etag)
+    return Path(piece.path).open("rb")
 
 
 @cache

@@ -9,7 +9,9 @@ from tasks.corpus.documents import STDLIB, digest_files, source_files
 from tasks.corpus.hub import HUB, commit_of, parse_dataset, parse_model
 from tasks.corpus.problems import problems_source
 from tasks.running.steps import fingerprint
-from tasks.settings import Settings
+from tasks.settings import ServiceError, Settings
+
+S3 = "s3://"
 
 
 def fetch_data(uri: str, directory: Path) -> Path:
@@ -25,12 +27,27 @@ def source_identity(source: DataSource) -> str:
     source = source.unweighted()
     if source.path.startswith(HUB):
         return fingerprint(source, commit_of(parse_dataset(source.path)))
-    if source.path.startswith("s3://"):
+    if source.path.startswith(S3):
         return fingerprint(source, _objects(source.path))
     files = source_files(source, fetch=fetch_data, directory=Path())
     if source.path == STDLIB:
         return fingerprint(source, [(file.name, file.stat().st_size) for file in files.values()])
     return fingerprint(source, [file_identity(file) for file in files.values()])
+
+
+def etags_of(source: DataSource, identity: str) -> dict[str, str]:
+    """The ETag of each object of a source, by the name that users know it by; none of one that is not on S3.
+
+    A ServiceError where the objects are no longer those of the source's `identity`.
+    """
+    if not source.path.startswith(S3):
+        return {}
+    source = source.unweighted()
+    objects, prefix = _objects(source.path), source.path.rstrip("/")
+    if fingerprint(source, objects) != identity:
+        raise ServiceError(f"{source.path} changed while this run was going; run again")
+    alone = {source.path: objects[0][1]} if len(objects) == 1 else {}  # it may be the object itself
+    return {f"{prefix}/{path}": etag for path, etag in objects} | alone
 
 
 def teacher_identity(path: str) -> str:

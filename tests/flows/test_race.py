@@ -119,7 +119,16 @@ def test_rows_are_known_by_the_recipe_and_the_tokens_wherever_these_lie_and_what
         ).key()
 
     assert key("here") == key("there") == key("there", "bits of another")
-    for change in ("axes.ffn=[64, 48]", "seed=1", "stages.0.steps=61", "teacher.pretrain.steps=9", "dtype=bfloat16"):
+    weighed = ("data.sources.0.weight=2", "data.sources.1.weight=1")
+    assert key("here", "bits of one machine", *weighed) != key("here")
+    for change in (
+        "router.hidden_size=9",
+        "axes.ffn=[64, 48]",
+        "seed=1",
+        "stages.0.steps=61",
+        "teacher.pretrain.steps=9",
+        "dtype=bfloat16",
+    ):
         assert key("here", "bits of one machine", change) != key("here"), change
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pytest
@@ -211,12 +212,13 @@ def bring_recipe(host: Host, source: Path) -> Path:
     return place / "micro.yaml"
 
 
-def wait_until(holds: Callable[[], object], runs: "subprocess.Popen[str]", log: Path) -> None:
-    """Wait for what comes while a process runs, whose lines are in a file."""
+def wait_until(true: Callable[[], Any], runs: "subprocess.Popen[str]", log: Path) -> Any:
+    """The first result that is true, while a process runs, whose lines are in a file."""
     end = time.monotonic() + RUN_SECONDS
-    while not holds():
+    while not (result := true()):
         assert runs.poll() is None and time.monotonic() < end, log.read_text()
         time.sleep(0.5)
+    return result
 
 
 def found(pattern: str, lines: Sequence[str]) -> list[str]:

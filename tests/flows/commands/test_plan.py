@@ -243,7 +243,9 @@ def test_a_stage_that_waits_for_the_network_is_told_with_the_micro_batch_that_en
     sparse = printed(experts, "--gpus", "64", "stages.0.micro_batch_size=1")
     (line,) = [line for line in sparse.splitlines() if line.startswith(told)]
     assert "micro_batch_size: 2 ends that" in line
-    assert "No larger micro-batch that fits ends that" in printed(experts, "--gpus", "64", "--network", "1GB")
+    slow = {"a faster network does": ["--network", "1GB"], "faster links between GPUs do": ["--link", "1GB"]}
+    for remedy, options in slow.items():
+        assert f"No larger micro-batch that fits ends that; {remedy}" in printed(experts, "--gpus", "64", *options)
     assert "of tokens if every expert lay whole on one GPU" in sparse
 
 

@@ -39,7 +39,9 @@ def test_no_more_is_asked_for_than_what_is_read(uri: str, store: Store, monkeypa
     with open_object(store, uri) as file:
         file.seek(200_000)
         file.read(500)
-    assert asked == ["bytes=200000-200999"]
+        assert asked == ["bytes=200000-200999"]
+        file.seek(0)
+        assert len(file.read()) == len(BODY) and len(asked) == 2, "all of it is one request"
 
 
 def test_an_object_that_was_replaced_is_not_read_on(uri: str, store: Store) -> None:
@@ -47,8 +49,14 @@ def test_an_object_that_was_replaced_is_not_read_on(uri: str, store: Store) -> N
         assert file.read(10) == BODY[:10]
         store.client.put_object(Bucket=store.bucket, Key="data/noise", Body=BODY[::-1])
         file.seek(200_000)
-        with pytest.raises(ServiceError, match=r"PreconditionFailed|412"):
+        with pytest.raises(ServiceError, match=f"^{uri} was replaced while it was read; run again$") as replaced:
             file.read(10)
+    assert not replaced.value.transient
+    etag = store.client.head_object(Bucket=store.bucket, Key="data/noise")["ETag"]
+    with open_object(store, uri, etag) as file:
+        assert file.read(10) == BODY[:-11:-1]
+    with pytest.raises(ServiceError, match="was replaced"):
+        open_object(store, uri, '"of before"')
 
 
 def test_an_object_that_is_not_there_is_named(store: Store, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_a_run_that_begins_again_elsewhere_joins_the_training_under_way_and_ctrl
 ) -> None:
     write_small(tmp_path, cluster)
     recipes = [bring_recipe(host, tmp_path) for host in cluster.hosts]
-    endless = ["stages.0.steps=1000000", "stages.0.checkpoint_every=1000000"]
+    endless = ["stages.0.steps=1000000", "stages.0.checkpoint_every=1000000", "data.seed=1"]
 
     before, after = tmp_path / "before.log", tmp_path / "after.log"
     killed = cluster.begin(0, before, "run", str(recipes[0]), *endless)
@@ -120,7 +120,7 @@ def test_hosts_that_share_no_disk_train_together_and_any_of_them_has_what_a_lost
     assert sorted([first, *others]) == [host.name for host in cluster.hosts]
 
     (shards,) = found(r"\d+ shards were made: (.*)", said)
-    assert re.findall(r"on (\w+)", shards) == [host.name for host in cluster.hosts]
+    assert len(re.findall(r"\d+ on (h\d)", shards)) > 1, shards
 
     lost, left = cluster.hosts[1:]
     lost.kill()

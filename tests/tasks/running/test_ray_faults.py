@@ -66,8 +66,7 @@ def test_each_host_that_works_is_lost_and_the_run_ends_without_a_hand(
     with cluster.place() as place, watching(place):
         run = cluster.begin(0, log, "run", str(files[0]), "family=lost")
         for title, which in LOST.items():
-            wait_until(lambda title=title: at_work(cluster, title, since), run, log)
-            first, other = at_work(cluster, title, since)
+            first, other = wait_until(lambda title=title: at_work(cluster, title, since), run, log)
             lost = first if which is FIRST else other
             lost.lose()
             cluster.join(lost)

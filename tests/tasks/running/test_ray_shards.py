@@ -1,7 +1,11 @@
 """Laws of shards that a Ray cluster makes: the corpus is the one that this machine makes, whoever made its shards."""
 
+import errno
 import json
 import os
+import shutil
+import socket
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +16,8 @@ import pytest
 from elastic_core.recipe import DataConfig, DataSource
 from tasks.artifacts import Store
 from tasks.corpus.build import build_corpus
-from tasks.corpus.shards import NOTHING, Shard
-from tasks.corpus.sources import fetch_data
+from tasks.corpus.shards import Shard
+from tasks.corpus.sources import etags_of, fetch_data, source_identity
 from tasks.corpus.tokenizer import train_tokenizer
 from tasks.running import ray_shards
 from tasks.running.digests import artifact
@@ -26,39 +30,71 @@ CLUSTER = RayCluster("10.0.0.1:6379")
 
 
 class Ray:
-    """A stand-in for the module: its tasks run in the thread that asks; the hosts of the first `lost` ones die."""
+    """A stand-in for the module: a task runs in the thread that asks, for one of two hosts of two places each.
+
+    A host in `lost` dies in its first shard, one in `unable` has no package of ours; a task of a shard in `starved`
+    takes all memory.
+    """
 
     class exceptions:
         RayError = type("RayError", (Exception,), {})
         RayTaskError = type("RayTaskError", (RayError,), {})
+        OutOfMemoryError = type("OutOfMemoryError", (RayError,), {})
+
+    class util:
+        class scheduling_strategies:
+            @staticmethod
+            def NodeAffinitySchedulingStrategy(node: str, *, soft: bool) -> str:
+                assert not soft
+                return node
 
     def __init__(self) -> None:
-        self.done = self.lost = 0
+        self.done = Counter[str]()
+        self.lost, self.unable, self.starved = set[str](), set[str](), set[int]()
 
     def nodes(self) -> list[dict[str, Any]]:
+        has = {"CPU": 2.0, "memory": 3e9}
+        hosts = {"one": True, "two": True, "gone": False}
         return [
-            {"Alive": alive, "Resources": {"CPU": 2.0, "memory": 1.5e9 * (1 + alive)}} for alive in (True, True, False)
+            {"NodeID": f"id of {name}", "NodeManagerHostname": name, "Alive": alive, "Resources": has}
+            for name, alive in hosts.items()
         ]
 
     def remote(self, function: Any) -> Any:
-        options = SimpleNamespace(remote=lambda *arguments: partial(function, *arguments))
-        return SimpleNamespace(options=lambda **given: options)
+        def options(*, scheduling_strategy: str, max_retries: int, **given: Any) -> Any:
+            assert max_retries == 0, "Ray would try again what took all memory, for ever"
+            host = scheduling_strategy.removeprefix("id of ")
+            return SimpleNamespace(remote=lambda *arguments: Task(host, partial(function, *arguments)))
 
-    def get(self, task: partial[Any]) -> Any:
-        if self.lost:
-            self.lost -= 1
+        return SimpleNamespace(options=options)
+
+    def get(self, task: "Task", timeout: float | None = None) -> Any:
+        shard = next((given for given in task.run.args if isinstance(given, Shard)), None)
+        if shard is not None and task.host in self.lost:
             raise self.exceptions.RayError("The node died. Look at its dashboard.")
+        if shard is not None and shard.number in self.starved:
+            raise self.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory. Advice.")
         try:
-            made = task()
-        except (ValueError, ServiceError) as error:
+            if task.host in self.unable:
+                raise ModuleNotFoundError("No module named 'tasks'")
+            made = task.run()
+        except (ValueError, ServiceError, ModuleNotFoundError) as error:
             raised = self.exceptions.RayTaskError("traceback")
             raised.cause = error  # type: ignore[attr-defined]
             raise raised from None
-        self.done += 1
+        if shard is not None:
+            self.done[task.host] += 1
         return made
 
-    def cancel(self, task: partial[Any]) -> None:
+    def cancel(self, task: "Task") -> None:
         pass
+
+
+class Task:
+    """Something to do on a host; hashed by itself, as references are."""
+
+    def __init__(self, host: str, run: partial[Any]) -> None:
+        self.host, self.run = host, run
 
 
 @pytest.fixture
@@ -95,10 +131,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def build(config: DataConfig, tokenizer: Path, directory: Path) -> Any:
-    others = partial(on_hosts, CLUSTER, artifact(tokenizer))
-    work = directory / "work"
-    return build_corpus(config, tokenizer, directory / "out", fetch=fetch_data, work=work, processes=4, others=others)
+def build(config: DataConfig, tokenizer: Path, directory: Path, **others: Any) -> Any:
+    identity = tuple(map(source_identity, config.sources))
+    hosts = partial(on_hosts, CLUSTER, artifact(tokenizer), identity)
+    given = {"fetch": fetch_data, "work": directory / "work", "processes": 4, "others": hosts} | others
+    return build_corpus(config, tokenizer, directory / "out", **given)
 
 
 def test_a_cluster_makes_the_corpus_that_this_machine_makes(
@@ -107,11 +144,47 @@ def test_a_cluster_makes_the_corpus_that_this_machine_makes(
     here = build_corpus(config, tokenizer, tmp_path / "here", fetch=fetch_data)
     assert build(config, tokenizer, tmp_path / "there") == here
     assert artifact(tmp_path / "there" / "out").digest == artifact(tmp_path / "here").digest
-    assert ray.done > 8, "no shard was made there"
-    before = ray.done
-    again = partial(build_corpus, config, tokenizer, tmp_path / "again", fetch=fetch_data)
-    assert again(work=tmp_path / "there" / "work", others=partial(on_hosts, CLUSTER, artifact(tokenizer))) == here
-    assert ray.done == before, "what is whole is not made again"
+    assert ray.done.total() > 8 and set(ray.done) == {"one", "two"}
+    before = ray.done.total()
+    shutil.rmtree(tmp_path / "there" / "out")
+    assert build(config, tokenizer, tmp_path / "there") == here
+    assert ray.done.total() == before, "what is whole is not made again"
+
+
+def test_a_lost_host_is_not_asked_again_and_one_that_cannot_is_told_and_left_out(
+    config: DataConfig, tokenizer: Path, ray: Ray, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ray.lost = {"one"}
+    build(config, tokenizer, tmp_path / "lost")
+    assert set(ray.done) == {"two"} and "one was lost (attempt 1 of 5): The node died." in caplog.text
+    ray.lost, ray.unable = set(), {"two"}
+    before = ray.done["two"]
+    build(config, tokenizer, tmp_path / "unable")
+    assert ray.done["two"] == before and "two makes no shards: No module named 'tasks'" in caplog.text
+
+
+def test_with_no_host_left_the_step_fails_as_what_passes_and_goes_on_later(
+    config: DataConfig, tokenizer: Path, ray: Ray, tmp_path: Path
+) -> None:
+    ray.lost = {"one", "two"}
+    with pytest.raises(ServiceError, match=r"no host of the Ray cluster at .* is left that makes shards$") as none:
+        build(config, tokenizer, tmp_path)
+    assert none.value.transient
+    ray.unable = {"one", "two"}
+    with pytest.raises(ServiceError, match=r"^one makes no shards: No module named 'tasks'$") as unable:
+        build(config, tokenizer, tmp_path)
+    assert not unable.value.transient
+    ray.lost, ray.unable = set(), set()
+    build(config, tokenizer, tmp_path)
+
+
+def test_a_shard_that_takes_all_memory_is_not_tried_again(
+    config: DataConfig, tokenizer: Path, ray: Ray, tmp_path: Path
+) -> None:
+    ray.starved = {0}
+    with pytest.raises(ServiceError, match=r"^shard 0 took all the memory of .*; divide its files") as starved:
+        build(config, tokenizer, tmp_path)
+    assert not starved.value.transient
 
 
 def test_a_row_that_cannot_be_used_is_told_as_it_is_here(
@@ -126,31 +199,47 @@ def test_a_row_that_cannot_be_used_is_told_as_it_is_here(
     assert str(there.value) == str(here.value)
 
 
-def test_a_lost_shard_is_a_fault_that_passes_and_the_next_attempt_makes_the_rest(
-    config: DataConfig, tokenizer: Path, ray: Ray, tmp_path: Path
+def test_a_fault_of_a_host_keeps_its_nature_and_names_the_host(
+    config: DataConfig, tokenizer: Path, ray: Ray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ray.lost = 1
-    with pytest.raises(ServiceError, match=r"^shard 0 was not made: The node died\.$") as lost:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ray_shards, "write_shard", full)
+    with pytest.raises(ServiceError, match=rf"^shard \d+ failed on {socket.gethostname()}: .*No space left") as failed:
         build(config, tokenizer, tmp_path)
-    assert lost.value.transient
-    whole = len(list((tmp_path / "work").glob("*/shard.json")))
-    before = ray.done
-    build(config, tokenizer, tmp_path)
-    assert ray.done - before == len(list((tmp_path / "work").glob("*/shard.json"))) - whole
+    assert failed.value.transient
 
 
-def test_a_host_with_other_code_or_another_workspace_makes_nothing(
-    config: DataConfig, tokenizer: Path, ray: Ray
+def test_an_object_that_was_replaced_since_the_run_began_makes_no_shard(
+    config: DataConfig, tokenizer: Path, ray: Ray, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs = ray_shards.code.runs(ray_shards._make_there)
-    shard, own = Shard(number=0, parts=()), os.environ[WORKSPACE]
-    make = partial(ray_shards._make_there, config=config, tokenizer=artifact(tokenizer), shard=shard, before=NOTHING)
-    with pytest.raises(
-        ServiceError, match=r"cannot make a shard: .*python was 2\.7 and is .*; install the same in both$"
-    ):
-        make({**runs, "python": "2.7"}, workspace=own)
-    with pytest.raises(ServiceError, match=rf"cannot make a shard: its {WORKSPACE} is {own}, .*; set the same$"):
-        make(runs, workspace="s3://another/workspace")
+    identity = tuple(map(source_identity, config.sources))
+    replaced = json.dumps({"text": "another"}) + "\n"
+
+    def replace() -> None:
+        store.client.put_object(Bucket=store.bucket, Key="data/b.jsonl", Body=replaced.encode() * 99)
+
+    def then(*arguments: Any) -> Any:
+        found = etags_of(*arguments)
+        replace()
+        return found
+
+    monkeypatch.setattr(ray_shards, "etags_of", then)
+    with pytest.raises(ServiceError, match=r"data/b\.jsonl was replaced while it was read; run again$"):
+        build(config, tokenizer, tmp_path / "later")
+    monkeypatch.setattr(ray_shards, "etags_of", etags_of)
+    hosts = partial(on_hosts, CLUSTER, artifact(tokenizer), identity)
+    with pytest.raises(ServiceError, match=r"data changed while this run was going; run again$"):
+        build(config, tokenizer, tmp_path / "before", others=hosts)
+
+
+def test_a_host_with_other_code_or_another_workspace_cannot_make_shards(ray: Ray) -> None:
+    runs, own = ray_shards.code.runs(ray_shards._make_there), os.environ[WORKSPACE]
+    assert ray_shards._fault_there(runs, own) == ""
+    changed = ray_shards._fault_there({**runs, "python": "2.7"}, own)
+    assert changed.startswith("what it runs is not as in the run that asks: python was 2.7 and is")
+    assert ray_shards._fault_there(runs, "s3://another/workspace").startswith(f"its {WORKSPACE} is {own}, and that of")
 
 
 def test_only_sources_that_every_host_reads_are_made_by_others_as_many_at_a_time_as_have_memory(
