@@ -185,7 +185,8 @@ def _work_rows(plan: RecipePlan) -> list[dict[str, str]]:
             "recomputed": _scientific(planned.flops.recomputed),
             "together": _scientific(planned.flops.total),
             "at most": _scientific(planned.flops_at_most.total),
-            "GPU-hours of computing": _number(plan.accelerator.hours(planned.flops.total)),
+            "GPU-hours": _number(plan.accelerator.hours(planned.flops.total)),
+            "cost": _dollars(plan.accelerator.dollars_per_hour * plan.accelerator.hours(planned.flops.total)),
         }
         for planned in plan.stages
     ]
@@ -213,7 +214,7 @@ def _step_rows(plan: RecipePlan) -> list[dict[str, str]]:
     return [
         {
             "step": step.name,
-            "GPU-hours of computing": _number(plan.gpu_hours(step)) if plan.gpu_hours(step) else "-",
+            "GPU-hours": _number(plan.gpu_hours(step)) if plan.gpu_hours(step) else "-",
             "core-hours": _number(step.core_hours) if step.core_hours else "-",
             "GB on a GPU": _gigabytes(step.memory) if step.memory else "-",
             "from and to elsewhere": human_bytes(step.moved) if step.moved else "-",
@@ -314,6 +315,10 @@ def _explanations(plan: RecipePlan) -> Iterator[str]:
         f"{gpu.on_a_host}, while they compute; "
         f"${gpu.dollars_per_hour:.2f} a GPU-hour, ${gpu.dollars_per_core_hour:.2f} a core-hour; the fused kernels; "
         f"{TOKENS_PER_CORE_SECOND:,} tokens a second and core to prepare data."
+    )
+    yield (
+        "In the last table a stage takes the hours of computing or of sending, whichever are more; the tables before "
+        "count computing alone."
     )
     yield (
         "Steps that are no stage run on one GPU or on none, and are planned from above: every measurement that may be "

@@ -701,10 +701,10 @@ def test_a_chat_that_the_template_refuses_is_named(
 
 
 def test_faults_of_the_disk_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(path: Path) -> Any:
+    def broken(piece: pieces.Piece) -> Any:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(pieces, "_plain", broken)
+    monkeypatch.setattr(pieces, "_raw", broken)
     with pytest.raises(OSError, match="Input/output error"):
         read(write_jsonl(tmp_path / "a.jsonl", text_rows()), tmp_path)
 
