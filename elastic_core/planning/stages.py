@@ -70,6 +70,7 @@ class MeshPlan:
     between_experts: int | None
     computing: float
     sending: float
+    dollars: float
     larger: Change | None
     changes: tuple[Change, ...]
     rare: tuple[str, ...]
@@ -215,6 +216,7 @@ class StageWork:
             between_experts=self.between_experts(gpus) if between else None,
             computing=computing,
             sending=sending,
+            dollars=gpus * max(computing, sending) * self.accelerator.dollars_per_hour,
             larger=self.larger(gpus, computing) if divides and sending > computing else None,
             changes=() if fits else tuple(self.changes(gpus)),
             rare=tuple(self.rare(gpus)) if divides else (),

@@ -102,8 +102,7 @@ def plan_json(plan: RecipePlan) -> dict[str, Any]:
             stage_data[name]["total"] = getattr(stage, name).total
         for mesh, mesh_data in zip(stage.meshes, stage_data["meshes"], strict=True):
             mesh_data["memory"]["total"] = mesh.memory.total
-            dollars = plan.accelerator.dollars_per_hour * mesh.gpu_hours
-            mesh_data |= {"hours": mesh.hours, "gpu_hours": mesh.gpu_hours, "dollars": dollars}
+            mesh_data |= {"hours": mesh.hours, "gpu_hours": mesh.gpu_hours}
     return data
 
 
@@ -233,7 +232,7 @@ def _time_rows(plan: RecipePlan) -> list[dict[str, str]]:
     for index, gpus in enumerate(plan.gpus):
         meshes = {planned.stage.name: planned.meshes[index] for planned in plan.stages}
         gpu_hours = sum(mesh.gpu_hours for mesh in meshes.values())
-        dollars = sum(map(plan.dollars, plan.around)) + plan.accelerator.dollars_per_hour * gpu_hours
+        dollars = sum(map(plan.dollars, plan.around)) + sum(mesh.dollars for mesh in meshes.values())
         rows.append(
             {
                 "GPUs": f"{gpus:,}",

@@ -116,8 +116,10 @@ def format_of(path: Path) -> str | None:
 
 def _line_ranges(whole: Piece, piece_bytes: int) -> list[Piece]:
     size = whole.size or 0
+    if size <= piece_bytes:
+        return [whole]
     with _raw(whole) as raw:
-        if size <= piece_bytes or _opener(raw) is not None:
+        if _opener(raw) is not None:
             return [whole]
     pieces = -(-size // piece_bytes)
     borders = [size * number // pieces for number in range(pieces + 1)]

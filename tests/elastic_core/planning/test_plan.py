@@ -187,6 +187,7 @@ def test_time_and_money_follow_from_flops_and_utilisation() -> None:
     one, eight = planned.stages[0].meshes
     assert one.gpu_hours == eight.gpu_hours == one.hours == 8 * eight.hours
     assert one.gpu_hours * 3600 * 0.4 * 989e12 == pytest.approx(planned.stages[0].flops.total)
+    assert one.dollars == 2.5 * one.gpu_hours
     halved = plan(accelerator=dataclasses.replace(H100, utilisation=0.2))
     assert only_mesh(halved).gpu_hours == pytest.approx(2 * one.gpu_hours)
 
@@ -339,7 +340,7 @@ def test_a_stage_takes_as_long_as_it_computes_or_sends_and_a_larger_micro_batch_
     inside, between = plan(8, 24, recompute=True, accelerator=slow).stages[0].meshes
     assert inside == base.meshes[0]
     assert between.hours == between.sending == pytest.approx(2 * between.computing)
-    assert between.gpu_hours == 24 * between.hours
+    assert between.gpu_hours == 24 * between.hours and between.dollars == 2.5 * between.gpu_hours
     assert between.larger is not None and between.larger.micro_batch_size == 5
     sparing = only_mesh(plan(24, recompute=True, accelerator=slow, micro_batch_size=5))
     assert sparing.larger is None and sparing.sending == pytest.approx(between.sending / 5)
