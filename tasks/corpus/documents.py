@@ -18,7 +18,17 @@ from elastic_core.files.pointers import pointer_fault
 from elastic_core.recipe import DataSource
 from tasks.corpus.chats import Chat, Row, Unusable, read_chat
 from tasks.corpus.hub import HUB
-from tasks.corpus.pieces import SUFFIXES, Piece, file_pieces, first_line, format_of, hub_pieces, piece_rows, whole_hub
+from tasks.corpus.pieces import (
+    S3,
+    SUFFIXES,
+    Piece,
+    file_pieces,
+    first_line,
+    format_of,
+    hub_pieces,
+    piece_rows,
+    whole_hub,
+)
 
 STDLIB = "stdlib://"
 NOT_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
@@ -123,7 +133,7 @@ def source_files(source: DataSource, *, fetch: Fetch, directory: Path) -> dict[s
     """The local files of a source that is not on the Hub, in order, by the names that users know them by."""
     if source.path == STDLIB:
         return {str(file): file for file in _stdlib_files()}
-    if not source.path.startswith("s3://"):
+    if not source.path.startswith(S3):
         return {str(file): file for file in _local_files(source, Path(source.path).expanduser())}
     root = fetch(source.path, directory / "fetched")
     if root.is_file():

@@ -33,6 +33,7 @@ SUFFIXES = {
     "parquet": (".parquet",),
 }
 HUB_FORMAT = "hub"
+S3 = "s3://"
 ROWS_PER_READ = 1024
 COMPRESSED = (".gz", ".bz2", ".xz")
 # What opens a file that begins so; any other is read as it is.
@@ -200,7 +201,7 @@ def _opened(piece: Piece) -> Iterator[BinaryIO]:
 
 
 def _raw(piece: Piece) -> BinaryIO:
-    if piece.path.startswith("s3://"):
+    if piece.path.startswith(S3):
         return artifacts.open_object(_store(Settings.from_environment(need_bucket=False)), piece.path, piece.etag)
     return Path(piece.path).open("rb")
 

@@ -7,11 +7,10 @@ from elastic_core.recipe import DataSource
 from tasks import artifacts
 from tasks.corpus.documents import STDLIB, digest_files, source_files
 from tasks.corpus.hub import HUB, commit_of, parse_dataset, parse_model
+from tasks.corpus.pieces import S3
 from tasks.corpus.problems import problems_source
 from tasks.running.steps import fingerprint
 from tasks.settings import ServiceError, Settings
-
-S3 = "s3://"
 
 
 def fetch_data(uri: str, directory: Path) -> Path:
@@ -52,7 +51,7 @@ def etags_of(source: DataSource, identity: str) -> dict[str, str]:
 
 def teacher_identity(path: str) -> str:
     """What changes when the checkpoint at `path` does: a digest, or on the Hub the commit itself."""
-    if path.startswith("s3://"):
+    if path.startswith(S3):
         return fingerprint(path, _objects(path))
     if Path(path).is_dir():
         return fingerprint([file_identity(file) for file in sorted(Path(path).iterdir()) if file.is_file()])

@@ -238,6 +238,12 @@ def reason_of(error: Any) -> str:
     return redact(lines[-1]) if lines else type(cause).__name__
 
 
+def raised_by(error: Any, otherwise: str) -> Exception:
+    """What a task of ours raised, where that is one line for people; else a ServiceError that says `otherwise`."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, ServiceError | ValueError) else ServiceError(otherwise)
+
+
 def in_short(error: Exception) -> str:
     """The first sentence of what Ray says of a lost host or process; advice on its dashboard follows it."""
     return re.split(r"\n|(?<=\.) ", str(error), maxsplit=1)[0]

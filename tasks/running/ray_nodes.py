@@ -25,7 +25,7 @@ from tasks.running.asked import Asked
 from tasks.running.digests import recorded
 from tasks.running.nodes import End, Meeting, NodeLost, other_nodes
 from tasks.running.places import device_to_oneself
-from tasks.running.ray_cluster import fault_of_host, in_short, options, part_of
+from tasks.running.ray_cluster import fault_of_host, in_short, options, part_of, raised_by
 from tasks.running.steps import own_inputs
 from tasks.running.training import run_processes
 from tasks.running.travelling import bring_last, store_part, stored_checkpoints
@@ -158,8 +158,7 @@ class RayNodes:
             try:
                 end: End | None = self._ray.get(run, timeout=LOST_SECONDS)
             except errors.RayTaskError as error:
-                cause = getattr(error, "cause", None)
-                raise cause if isinstance(cause, ServiceError | ValueError) else ServiceError(str(error)) from None
+                raise raised_by(error, str(error)) from None
             except (errors.RayError, TimeoutError) as error:
                 count = 1 + len(self._runs)
                 raise NodeLost(f"{self._asked.title} lost one of its {count} nodes: {in_short(error)}") from None

@@ -26,9 +26,9 @@ from elastic_core.schema import to_dict
 from tasks.artifacts.staging import scratch
 from tasks.corpus.encoding import Encoder
 from tasks.corpus.hub import HUB
-from tasks.corpus.pieces import Piece
+from tasks.corpus.pieces import S3, Piece
 from tasks.corpus.shards import SHARD_FILE, Shard, ShardRecord, Taken, write_shard
-from tasks.corpus.sources import S3, etags_of
+from tasks.corpus.sources import etags_of
 from tasks.corpus.workers import PROCESS_BYTES, ShardMaker, Workers
 from tasks.records import Artifact
 from tasks.running import code
@@ -42,6 +42,7 @@ from tasks.running.ray_cluster import (
     in_short,
     living_nodes,
     options,
+    raised_by,
     reason_of,
 )
 from tasks.running.workspace import shared_workspace, small_files
@@ -223,10 +224,8 @@ class _Hosts:
         try:
             made: _Made = self._ray.get(task)
         except errors.RayTaskError as error:
-            cause = getattr(error, "cause", None)
-            if isinstance(cause, ServiceError | ValueError):
-                raise cause from None
-            raise ServiceError(f"shard {shard.number} cannot be made on {node.name}: {reason_of(error)}") from None
+            told = f"shard {shard.number} cannot be made on {node.name}: {reason_of(error)}"
+            raise raised_by(error, told) from None
         except errors.OutOfMemoryError as error:
             took = f"shard {shard.number} took all the memory of {node.name} ({in_short(error)})"
             raise ServiceError(f"{took}; divide its files, or give Ray fewer cores there") from None

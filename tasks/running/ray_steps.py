@@ -34,6 +34,7 @@ from tasks.running.ray_cluster import (
     living_nodes,
     options,
     part_of,
+    raised_by,
     reason_of,
 )
 from tasks.settings import WORKSPACE, ServiceError
@@ -71,8 +72,7 @@ def have_done(cluster: RayCluster, asked: Asked) -> None:
             _wait(ray, actor.remote(cluster.address, dict(wanted)), asked, run)
             return
         except ray.exceptions.RayTaskError as error:
-            cause = getattr(error, "cause", None)
-            raise cause if isinstance(cause, ServiceError | ValueError) else ServiceError(reason_of(error)) from None
+            raise raised_by(error, reason_of(error)) from None
         except ray.exceptions.RayError as error:
             lost = "%s: who had it done was lost (attempt %d of %d): %s"
             logger.warning(lost, asked.step, attempt, ATTEMPTS, in_short(error))
