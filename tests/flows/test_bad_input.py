@@ -23,6 +23,7 @@ import prefect
 import pytest
 import torch
 import yaml
+from micro import LIMIT_SECONDS
 from mlflow import MlflowClient
 from prefect.logging.configuration import setup_logging
 from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, PREFECT_HOME, temporary_settings
@@ -565,7 +566,7 @@ def machine(settings: Settings, prefect_api: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.services
 def test_a_refusal_is_the_same_line_in_a_process_of_its_own(machine: Settings, inputs: Path) -> None:
     process = start(["run", str(inputs / "recipe.yaml"), "data.sources.0.path=recipe.yaml"], machine.home)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=LIMIT_SECONDS)
     assert (process.returncode, out) == (1, "")
     *progress, line = err.splitlines()
     assert line.startswith("elastic: ") and all(PROGRESS.fullmatch(before) for before in progress), err
@@ -575,13 +576,13 @@ def test_a_refusal_is_the_same_line_in_a_process_of_its_own(machine: Settings, i
 @pytest.mark.services
 def test_ctrl_c_ends_the_run_and_its_training_with_one_line(machine: Settings, inputs: Path) -> None:
     process = start(["run", str(inputs / "recipe.yaml"), "stages.0.steps=1000000"], machine.home)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LIMIT_SECONDS
     while not list(machine.home.glob("workspace/stage1-*/metrics.jsonl")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     try:
-        out, err = process.communicate(timeout=300)  # on a machine that does much else
+        out, err = process.communicate(timeout=LIMIT_SECONDS)
     finally:
         process.kill()
         process.communicate()

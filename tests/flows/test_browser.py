@@ -10,8 +10,6 @@ from uuid import UUID
 
 import pytest
 from playwright.sync_api import Page, TimeoutError, expect, sync_playwright
-from prefect.client.schemas.actions import DeploymentScheduleUpdate, DeploymentUpdate
-from prefect.client.schemas.schedules import CronSchedule
 from served import Elastified, Served, eventually
 
 from elastic_core.files.checkpoint import Family, read_family
@@ -168,18 +166,8 @@ def test_the_table_leads_to_mlflows_versions_aliases_and_curves(page: Page, subm
 def test_a_run_of_the_schedule_above_its_ceiling_waits_for_a_person_on_its_page(
     served: Served, elastified: Elastified, page: Page, screens: Path
 ):
-    with served.prefect() as client:
-        deployment = client.read_deployment_by_name("retrain/micro")
-        often = DeploymentScheduleUpdate(schedule=CronSchedule(cron="* * * * * */30"), active=True)
-        asks = {"recipe": served.recipe("seed=1"), "max_gpu_hours": 0.0, "force": False}
-        client.update_deployment(deployment.id, DeploymentUpdate(parameters=asks, schedules=[often]))
-        (waiting,) = eventually(
-            lambda: [run for run in served.runs("retrain") if run.state.name == "Suspended"],
-            "no run is suspended",
-            served.story,
-        )
-        before = [DeploymentScheduleUpdate(schedule=held.schedule, active=held.active) for held in deployment.schedules]
-        client.update_deployment(deployment.id, DeploymentUpdate(parameters=deployment.parameters, schedules=before))
+    with served.ticking(recipe=served.recipe("seed=1"), max_gpu_hours=0.0):
+        (waiting,) = eventually(served.suspended, "no run is suspended", served.story)
     address = f"{served.services()['Prefect'].where}/runs/flow-run/{waiting.id}"
     page.goto(address)
     expect(page.get_by_text("Suspended", exact=True).first).to_be_visible()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from micro import Command, Run, completed
+from micro import LIMIT_SECONDS, Command, Run, completed
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, NemotronHForCausalLM
@@ -113,7 +113,7 @@ def test_elastic_pull_and_a_plain_mlflow_client_give_the_same_slice(finished, co
             "import mlflow, sys; mlflow.artifacts.download_artifacts('models:/micro-s@champion', dst_path=sys.argv[1])",
             str(tmp_path / "plain"),
         ]
-        subprocess.run(plain, check=True, timeout=120)
+        subprocess.run(plain, check=True, timeout=LIMIT_SECONDS)
     assert files(tmp_path / "pulled") == files(tmp_path / "plain")
     assert_is_slice_with_scores(tmp_path / "pulled", finished.directory("slice-s"))
 
@@ -276,7 +276,7 @@ def test_gc_frees_what_is_superseded_and_leaves_all_that_the_next_run_takes_from
 def kill_inside(command: Command, stage: str, after_step: int) -> None:
     """Start the run, and kill -9 it and its training once the stage has passed a step."""
     process = command.start("run", str(command.recipe))
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + LIMIT_SECONDS
     pattern = f"{stage}-*/metrics.jsonl"
     while time.monotonic() < deadline:
         assert process.poll() is None, process.stderr.read()
@@ -287,7 +287,7 @@ def kill_inside(command: Command, stage: str, after_step: int) -> None:
     else:
         raise AssertionError(f"{stage} never reached step {after_step}")
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=LIMIT_SECONDS)
 
 
 def children(home: Path, program: str) -> list[int]:
@@ -316,14 +316,14 @@ def test_a_run_killed_in_both_stages_and_then_its_trainer_alone_ends_in_the_same
         assert not list((killed.home / "workspace").glob(f"{stage}-*/family")), f"{stage} was over before it was killed"
     last = killed.start("run", str(killed.recipe))
     os.kill(wait_for_trainer(killed.home), signal.SIGKILL)
-    _, stderr = last.communicate(timeout=300)
+    _, stderr = last.communicate(timeout=LIMIT_SECONDS)
     assert last.returncode == 0, stderr
     (killed_family,) = (killed.home / "workspace").glob("stage2-*/family")
     assert files(killed_family) == files(finished.family)
 
 
 def wait_for_trainer(home: Path) -> int:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LIMIT_SECONDS
     while time.monotonic() < deadline:
         if found := children(home, "elastic_core.training.job"):
             return max(found)

@@ -12,8 +12,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from micro import LIMIT_SECONDS
+
 NETWORK, BRIDGE = "10.77.0", "elastic0"
-RUN_SECONDS = 900.0  # far beyond what a run takes
 GATEWAY = f"{NETWORK}.1"  # this machine, to the hosts
 
 
@@ -35,7 +36,7 @@ class Host:
 
     def run(self, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
         process = self.start(command, environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        out, err = process.communicate(timeout=RUN_SECONDS)
+        out, err = process.communicate(timeout=LIMIT_SECONDS)
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
     def kill(self) -> None:

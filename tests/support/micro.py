@@ -14,6 +14,7 @@ import psutil
 import yaml
 
 ELASTIC = [sys.executable, "-m", "flows.cli"]
+LIMIT_SECONDS = 900.0  # far beyond what anything takes, also on a loaded machine; a test that hangs should end
 
 MICRO = {
     "family": "micro",
@@ -111,7 +112,7 @@ class Command:
 
     def __call__(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         process = self.start(*arguments)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=LIMIT_SECONDS)
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
     def run(self, *overrides: str) -> subprocess.CompletedProcess[str]:

@@ -15,9 +15,9 @@ from typing import Any
 
 import matplotlib
 import pytest
-from hosts import GATEWAY, RUN_SECONDS, Host, reachable, three_hosts, why_not
+from hosts import GATEWAY, Host, reachable, three_hosts, why_not
 from laws import Place
-from micro import ELASTIC
+from micro import ELASTIC, LIMIT_SECONDS
 from prefect.client.orchestration import SyncPrefectClient
 
 from flows.serving.servers import MlflowServer, ObjectStore, PrefectServer
@@ -214,7 +214,7 @@ def bring_recipe(host: Host, source: Path) -> Path:
 
 def wait_until(true: Callable[[], Any], runs: "subprocess.Popen[str]", log: Path) -> Any:
     """The first result that is true, while a process runs, whose lines are in a file."""
-    end = time.monotonic() + RUN_SECONDS
+    end = time.monotonic() + LIMIT_SECONDS
     while not (result := true()):
         assert runs.poll() is None and time.monotonic() < end, log.read_text()
         time.sleep(0.5)

@@ -12,8 +12,9 @@ from uuid import UUID
 
 import psutil
 import requests
-from micro import ELASTIC, Command, Run
+from micro import ELASTIC, LIMIT_SECONDS, Command, Run
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import DeploymentScheduleUpdate, DeploymentUpdate
 from prefect.client.schemas.filters import (
     ArtifactFilter,
     ArtifactFilterFlowRunId,
@@ -29,6 +30,7 @@ from prefect.client.schemas.filters import (
     WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import Artifact, FlowRun, StateType
+from prefect.client.schemas.schedules import CronSchedule
 from prefect.client.schemas.sorting import FlowRunSort
 
 from elastic_core.schema import told
@@ -36,7 +38,7 @@ from flows.commands.recipes import load_recipe
 from flows.serving.running import Service, read_running
 
 SCHEDULE = "30 2 * * *"  # not the default
-LIMIT_SECONDS = 900.0  # far beyond what anything takes, also on a loaded machine; a test that hangs should end
+OFTEN = CronSchedule(cron="* * * * * */30")
 
 
 def eventually(true: Callable[[], Any], what: str = "", story: Callable[[], str] = lambda: "") -> Any:
@@ -77,7 +79,9 @@ class Served:
             yield client
 
     def mlflow(self, path: str, **query: str) -> dict[str, Any]:
-        answer = requests.get(f"{self.services()['MLflow'].where}/api/2.0/mlflow/{path}", params=query, timeout=30)
+        answer = requests.get(
+            f"{self.services()['MLflow'].where}/api/2.0/mlflow/{path}", params=query, timeout=LIMIT_SECONDS
+        )
         return dict(answer.json())
 
     def aliases(self, model: str) -> dict[str, int]:
@@ -117,6 +121,35 @@ class Served:
                 flow_run_filter=FlowRunFilter(start_time=FlowRunFilterStartTime(is_null_=False)),
                 sort=FlowRunSort.START_TIME_DESC,
             )[::-1]
+
+    def ticks(self) -> list[FlowRun]:
+        """The retrainings that the schedule began and that ended, oldest first."""
+        return [run for run in self.runs("retrain") if run.auto_scheduled and run.state.is_final()]
+
+    def suspended(self) -> list[FlowRun]:
+        """The retrainings that wait for a person."""
+        return [run for run in self.runs("retrain") if run.state.name == "Suspended"]
+
+    @contextmanager
+    def ticking(self, **parameters: Any) -> Iterator[None]:
+        """Retrain twice a minute, with other parameters than the deployment's; afterwards as before.
+
+        A tick starts a process of its own, so that a schedule which goes on slows all that is tested beside it.
+        """
+        with self.prefect() as client:
+            deployment = client.read_deployment_by_name("retrain/micro")
+            often = [DeploymentScheduleUpdate(schedule=OFTEN, active=True)]
+            asked = DeploymentUpdate(parameters=deployment.parameters | parameters, schedules=often)
+            client.update_deployment(deployment.id, asked)
+            try:
+                yield
+            finally:
+                before = [
+                    DeploymentScheduleUpdate(schedule=held.schedule, active=held.active)
+                    for held in deployment.schedules
+                ]
+                as_it_was = DeploymentUpdate(parameters=deployment.parameters, schedules=before)
+                client.update_deployment(deployment.id, as_it_was)
 
     def step(self, name: str) -> FlowRun | None:
         """The step that a worker of the gpu pool is doing now, by the name of its run."""
@@ -233,7 +266,7 @@ def served(command: Command, *arguments: str, extra: Mapping[str, str] | None = 
         yield Served(command=command, process=process, output=output)
     finally:
         process.terminate()
-        process.wait(120)
+        process.wait(LIMIT_SECONDS)
 
 
 def descendants(process: psutil.Process) -> Sequence[psutil.Process]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from micro import LIMIT_SECONDS
 from safetensors.torch import save_file
 
 from elastic_core.budget import Budget
@@ -150,7 +151,7 @@ def launch(processes: int, *jobs: TrainJob, copy: bool = False, hosts: int = 1) 
         for host in range(hosts)
     ]
     for process in started:
-        _, said = process.communicate(timeout=300)
+        _, said = process.communicate(timeout=LIMIT_SECONDS)
         assert process.returncode == 0, said
 
 

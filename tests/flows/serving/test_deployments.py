@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from micro import Run
+from micro import LIMIT_SECONDS, Run
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.exceptions import PrefectHTTPStatusError
@@ -71,14 +71,14 @@ def stored(client: SyncPrefectClient) -> dict[str, Any]:
 def prefect(served: Served, *arguments: str) -> None:
     command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
     environment = os.environ | served.environment()
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_prefect_yaml_says_what_elastic_up_applies(served: Served):
     recipe = load_recipe(Path("tiny"))
     apply = [sys.executable, "-m", "flows.serving.deployments", "tiny"]
-    subprocess.run(apply, env=os.environ | served.environment(), cwd=ROOT, check=True, timeout=300)
+    subprocess.run(apply, env=os.environ | served.environment(), cwd=ROOT, check=True, timeout=LIMIT_SECONDS)
     with served.prefect() as client:
         before = stored(client)
         assert before["retrain/tiny"]["schedules"] == []  # nothing is retrained that nobody asked for

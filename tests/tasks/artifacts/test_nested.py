@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from micro import LIMIT_SECONDS
 from objects import bytes_of, contents, failing, make, requests_of, stored
 
 from elastic_core.files.checkpoint import read_config, tensor_shapes, write_weights
@@ -249,7 +250,7 @@ def test_a_pull_that_is_killed_anywhere_leaves_nothing_half_made_and_goes_on(
     if over:
         fetch(store, family.uri, over, out)
     command = [sys.executable, "-c", PULL, family.uri, "l", str(out), when]
-    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=LIMIT_SECONDS)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert contents(out) == (family.files(over) if over and when != "before the new" else {})
     had = sum(path.stat().st_size for path in (tmp_path / ".out.partial").rglob("*") if path.is_file())

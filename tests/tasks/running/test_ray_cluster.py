@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hosts import RUN_SECONDS
-from micro import write_micro
+from micro import LIMIT_SECONDS, write_micro
 from ray_hosts import Cluster, bring_recipe, found, ray_cluster, wait_until
 
 from tasks import distill, evaluate, rank, teacher  # noqa: F401 - each adds its steps to ON_GPU
@@ -96,7 +95,7 @@ def test_a_run_that_begins_again_elsewhere_joins_the_training_under_way_and_ctrl
     time.sleep(GONE_SECONDS)  # until then the killed one counts as waiting
     assert cluster.trainers() == training
     again.send_signal(signal.SIGINT)
-    assert again.wait(RUN_SECONDS) != 0 and "Traceback" not in after.read_text(), after.read_text()
+    assert again.wait(LIMIT_SECONDS) != 0 and "Traceback" not in after.read_text(), after.read_text()
     assert not cluster.trainers()
     assert len(found(r"distil stage2 is done on (\w+)", cluster.said())) == 1
     for host in cluster.hosts:

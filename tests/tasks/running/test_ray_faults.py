@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hosts import RUN_SECONDS, Host
+from hosts import Host
 from laws import BUDGETS, Outcome, watching
-from micro import write_micro
+from micro import LIMIT_SECONDS, write_micro
 from ray_hosts import Cluster, bring_recipe, found, ray_cluster, wait_until
 
 pytestmark = pytest.mark.faults
@@ -71,7 +71,7 @@ def test_each_host_that_works_is_lost_and_the_run_ends_without_a_hand(
             lost.lose()
             cluster.join(lost)
             bring_recipe(lost, recipe)
-        assert run.wait(RUN_SECONDS) == 0, log.read_text()
+        assert run.wait(LIMIT_SECONDS) == 0, log.read_text()
         outcome = place.outcome("lost")
     for title in LOST:
         assert len(found(rf"{title} is done on (\w+)", cluster.said(since))) > 1, f"{title} was not begun again"
