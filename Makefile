@@ -1,7 +1,7 @@
 # make demo: the whole pipeline on this machine; RECIPE=tiny-moe makes a family with experts.
 # make check: lint, types, contracts, and make test.
-# make test: the tests of a few minutes.   make test-all: those that need servers, browsers, databases, engines or kills
-# too, and the kernels.
+# make test: the tests of a few minutes.   make test-landing: those that need servers, browsers, engines or kills too, and
+# the kernels; a landing waits for them.   make test-all: those too that take minutes each.
 # make test-faults: kill -9 of everything at every step, a spoilt network, a full disk.
 # make reference: the page and the schema of recipes, from their classes.
 # make race: one elastic run against each size made alone, on the tiny recipe and on wider teachers, into infra/race.md;
@@ -22,7 +22,7 @@ KERNELS := $(VENV)/kernels
 ENGINES := $(VENV)/engines
 LLAMACPP := $(ENGINES)/llamacpp
 BINDING := 0.3.36
-SERVICES := services and not (gpu or benchmark or faults)
+SERVICES := services and not (gpu or benchmark or faults or slow)
 # The tests that look at what one `elastic up` serves.
 SERVED := tests/flows/serving tests/flows/test_browser.py tests/flows/test_retrain.py
 ROWS := infra/benchmarks.jsonl
@@ -33,7 +33,7 @@ GPU_PLATFORMS := manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_
 WHEELS := build/gpu-wheels
 ON_GPU := build/gpu
 
-.PHONY: demo race ablations test test-all test-served test-flows test-services test-faults test-kernels lint check reference bench bench-gpu gpu-wheels check-gpu clean
+.PHONY: demo race ablations test test-landing test-all test-served test-flows test-others test-faults test-kernels lint check reference bench bench-gpu gpu-wheels check-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/elastic run $(RECIPE)
@@ -61,8 +61,11 @@ ablations: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --dist loadfile -m "not (gpu or benchmark or faults or services)"
 
-test-all: test test-kernels $(ENGINES)/installed
-	$(MAKE) --jobs 3 test-served test-flows test-services
+test-landing: test test-kernels $(ENGINES)/installed
+	$(MAKE) --jobs 3 test-served test-flows test-others
+
+test-all:
+	$(MAKE) test-landing SERVICES="services and not (gpu or benchmark or faults)"
 
 # Three processes, which wait more than they compute: one family and its servers are shared by the tests of the first,
 # which take turns, one family of `elastic run` by those of the second; the others have their own.
@@ -72,7 +75,7 @@ test-served: $(INSTALLED)
 test-flows: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "$(SERVICES)" tests/flows $(SERVED:%=--ignore %)
 
-test-services: $(INSTALLED) $(ENGINES)/installed
+test-others: $(INSTALLED) $(ENGINES)/installed
 	OMP_NUM_THREADS=1 ENGINES=$(abspath $(ENGINES)) $(BIN)/pytest -m "$(SERVICES)" --ignore tests/flows
 
 test-faults: $(INSTALLED)

@@ -7,7 +7,7 @@ from pathlib import Path
 from elastic_core.recipe import DataConfig
 from tasks.corpus import build as data
 from tasks.corpus.record import read_record
-from tasks.corpus.sources import fetch_data
+from tasks.corpus.sources import check_unchanged
 from tasks.corpus.workers import PROCESS_BYTES
 from tasks.records import Artifact
 from tasks.running.digests import artifact, set_aside
@@ -24,21 +24,21 @@ from tasks.settings import ServiceError
 def prepare_data(config: DataConfig, identity: tuple[str, ...], tokenizer: Artifact, workspace: str) -> Artifact:
     """Tokenise the recipe's sources, on as many cores as have memory; `identity` tells one state of them from another.
 
-    On a Ray cluster all hosts do, if every host can read the sources. A run that was killed begins again at the first
-    shard that is not whole.
+    What is on S3 or the Hub is read there, a shard at a time. On a Ray cluster all hosts do, if every host can read the
+    sources. A run that was killed begins again at the first shard that is not whole.
     """
     directory, shards = work_directory(workspace, "corpus"), work_directory(workspace, "shards")
     if not directory.exists():
+        check_unchanged(config.sources, identity)
         processes, others = max(1, min(cores(), memory() // PROCESS_BYTES)), None
         cluster = elsewhere()
         if isinstance(cluster, RayCluster) and are_everywhere(config) and (places := places_of(cluster)):
-            processes, others = places, partial(on_hosts, cluster, tokenizer, identity)
+            processes, others = places, partial(on_hosts, cluster, tokenizer)
         with progress_bar("tokenising", unit="tokens") as report:
             data.build_corpus(
                 config,
                 Path(tokenizer.path),
                 directory,
-                fetch=fetch_data,
                 work=shards,
                 processes=processes,
                 others=others,

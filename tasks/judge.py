@@ -16,7 +16,7 @@ from elastic_core.files.directories import staged_directory
 from elastic_core.files.token_stream import TokenStream
 from elastic_core.judging import PROBLEM, Benchmark, Endpoint, Engine, Evaluation, Reference, Sampling
 from tasks.corpus.record import TRAIN_FILE
-from tasks.corpus.sources import fetch_data, source_identity, teacher_identity
+from tasks.corpus.sources import source_identity, teacher_identity
 from tasks.corpus.tokenizer import load_tokenizer
 from tasks.judging.benchmarks import PROBLEMS_FILE, asked_from, read_benchmark, write_problems
 from tasks.judging.contamination import found_in_stream, runs_of
@@ -180,7 +180,7 @@ def bring_problems(benchmark: Benchmark, identity: str, workspace: str) -> Artif
     """The rows that a benchmark asks, from files, `s3://` or the Hub, every one of them read and found fit."""
     directory = new_directory(workspace, f"problems-{benchmark.name}")
     with staged_directory(directory) as staging:
-        count = write_problems(benchmark, staging, fetch_data)
+        count = write_problems(benchmark, staging)
     logger.info("benchmark %s: %d problems", benchmark.name, count)
     return artifact(directory)
 

@@ -22,7 +22,6 @@ from tasks.corpus import tokenizer
 from tasks.corpus.hub import bring_model, parse_model
 from tasks.corpus.mixing import portions
 from tasks.corpus.record import TRAIN_FILE
-from tasks.corpus.sources import fetch_data
 from tasks.records import Artifact
 from tasks.running.code import CODE, project_version
 from tasks.running.digests import artifact
@@ -84,7 +83,7 @@ def train_tokenizer(
     """A tokenizer of exactly the model's vocabulary, trained on the recipe's own documents."""
     directory = new_directory(workspace, "tokenizer")
     with staged_directory(directory) as staging:
-        texts = data.iter_texts(corpus, fetch=fetch_data)
+        texts = data.iter_texts(corpus)
         tokenizer.train_tokenizer(
             texts,
             staging,

@@ -25,7 +25,6 @@ from tasks.artifacts import check_bucket, check_keys
 from tasks.artifacts.leases import check_workspace
 from tasks.corpus.ends import end_warnings
 from tasks.corpus.sample import Sample, sample
-from tasks.corpus.sources import fetch_data
 from tasks.corpus.tokenizer import SMALLEST_VOCABULARY, check_tokenizer, train_tokenizer
 from tasks.judging.benchmarks import PROBLEMS_FILE, read_benchmark, write_problems
 from tasks.judging.decoder import encoded
@@ -196,7 +195,7 @@ def _benchmark(benchmark: Benchmark, evaluation: Evaluation, tokenizer: Path, wo
     """Read every problem, as our own decoder would where it is to answer, and look for what scores the answers."""
     require_scorer(benchmark.form, evaluation.unsafe_code)
     work.mkdir()
-    count = write_problems(benchmark, work, fetch_data)
+    count = write_problems(benchmark, work)
     if evaluation.is_decoded:
         asked = replace(benchmark, path=str(work / PROBLEMS_FILE), format=benchmark.form)
         encoded(tokenizer, read_benchmark(asked), benchmark.sampling)

@@ -17,6 +17,7 @@ from tasks.artifacts.connection import manifest_uri as manifest_uri
 from tasks.artifacts.connection import open_store as open_store
 from tasks.artifacts.connection import parse_uri as parse_uri
 from tasks.artifacts.connection import version_uri as version_uri
+from tasks.artifacts.fetching import ListedObject as ListedObject
 from tasks.artifacts.fetching import download_prefix as download_prefix
 from tasks.artifacts.fetching import fetch as fetch
 from tasks.artifacts.fetching import get_file as get_file

@@ -146,9 +146,19 @@ def download_prefix(
     return _download(store, _listed(store, uri), directory, progress)
 
 
-def list_objects(store: Store, uri: str) -> list[tuple[str, str]]:
-    """Relative path and ETag of every object below an s3:// prefix, or of the one object that is meant; in order."""
-    return [(item.path, item.etag or "") for item in _listed(store, uri)]
+@dataclass(frozen=True, slots=True)
+class ListedObject:
+    """An object as S3 lists it; `path` is relative to the prefix that was listed."""
+
+    uri: str
+    path: str
+    size: int
+    etag: str
+
+
+def list_objects(store: Store, uri: str) -> list[ListedObject]:
+    """Every object below an s3:// prefix, or the one object that is meant, by its name; in order of path."""
+    return [ListedObject(item.uri, item.path, item.size, item.etag or "") for item in _listed(store, uri)]
 
 
 def _listed(store: Store, uri: str) -> list[_Wanted]:

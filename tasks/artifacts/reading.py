@@ -5,9 +5,10 @@ import os
 from contextlib import closing
 from typing import Any, BinaryIO
 
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
 
 from tasks.artifacts.connection import Store, explained, parse_uri, status_of
+from tasks.artifacts.fetching import STREAM_ATTEMPTS
 from tasks.settings import ServiceError
 
 READ_BYTES = 8 << 20  # at once: some milliseconds of a connection beside those that an answer takes
@@ -53,20 +54,28 @@ class _Object(io.RawIOBase):
     def _read(self, end: int) -> bytes:
         if end <= self._position:
             return b""
-        wanted = {**self._asked, "Range": f"bytes={self._position}-{end - 1}"}
         with explained(self._uri):
-            try:
-                answer = self._client.get_object(**wanted)
-            except ClientError as error:
-                if status_of(error) != 412:
-                    raise
-                raise self._replaced() from error
-            with closing(answer["Body"]) as body:
-                read = bytes(body.read())
+            for left in reversed(range(STREAM_ATTEMPTS)):
+                try:
+                    read = self._body(end)
+                    break
+                except (HTTPClientError, IncompleteReadError):
+                    if not left:
+                        raise
         if len(read) != end - self._position:
-            raise ServiceError(f"{self._uri}: the answer broke off; try again", transient=True)
+            raise ServiceError(f"{self._uri}: the answer has other bytes than were asked for", transient=True)
         self._position = end
         return read
+
+    def _body(self, end: int) -> bytes:
+        try:
+            answer = self._client.get_object(**self._asked, Range=f"bytes={self._position}-{end - 1}")
+        except ClientError as error:
+            if status_of(error) != 412:
+                raise
+            raise self._replaced() from error
+        with closing(answer["Body"]) as body:
+            return bytes(body.read())
 
     def _replaced(self) -> ServiceError:
         return ServiceError(f"{self._uri} was replaced while it was read; run again")

@@ -21,7 +21,7 @@ from elastic_core.files.shards import write_json
 from elastic_core.files.token_stream import part_name
 from elastic_core.recipe import DataConfig, DataSource
 from elastic_core.schema import to_dict
-from tasks.corpus.documents import SHOWN, Fetch, digest_files, iter_documents, source_pieces
+from tasks.corpus.documents import SHOWN, digest_files, iter_documents, source_pieces
 from tasks.corpus.record import HELDOUT_FILE, RECORD_FILE, TRAIN_FILE, DataRecord, SourceRecord, SplitRecord
 from tasks.corpus.shards import SHARD_FILE, Shard, ShardRecord, plan_shards
 from tasks.corpus.token_file import TokenFile
@@ -41,7 +41,6 @@ def build_corpus(
     tokenizer_dir: Path,
     output_dir: Path,
     *,
-    fetch: Fetch,
     work: Path | None = None,
     processes: int = 1,
     others: Others | None = None,
@@ -55,11 +54,7 @@ def build_corpus(
     used.
     """
     with _workplace(work, output_dir) as place:
-        fetched = _fetching_once(fetch)
-        pieces = [
-            source_pieces(source, fetch=fetched, directory=place / f"source-{i}", piece_bytes=config.shard_bytes)
-            for i, source in enumerate(config.sources)
-        ]
+        pieces = [source_pieces(source, place / "cache", config.shard_bytes) for source in config.sources]
         shards = plan_shards(pieces, config.shard_bytes)
         maker = ShardMaker(config=config, tokenizer=tokenizer_dir, directory=place)
         made = make_shards(maker, shards, processes, progress or (lambda tokens, expected: None), others)
@@ -78,11 +73,11 @@ def build_corpus(
     return record
 
 
-def iter_texts(config: DataConfig, *, fetch: Fetch) -> Iterator[str]:
+def iter_texts(config: DataConfig) -> Iterator[str]:
     """The texts of all sources, an equal amount from each until it ends: what a tokenizer is best trained on."""
     with tempfile.TemporaryDirectory() as work:
         streams = [
-            (0, i, islice(iter_documents(source, fetch=fetch, directory=Path(work, str(i))), source.max_documents))
+            (0, i, islice(iter_documents(source, Path(work)), source.max_documents))
             for i, source in enumerate(config.sources)
         ]
         while streams:
@@ -106,21 +101,6 @@ def _workplace(work: Path | None, output_dir: Path) -> Iterator[Path]:
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as own:
         yield Path(own)
-
-
-def _fetching_once(fetch: Fetch) -> Fetch:
-    """`fetch`, but what an earlier run has brought to the same directory is used as it is."""
-
-    def fetched(uri: str, directory: Path) -> Path:
-        note = directory.with_name(f"{directory.name}.whole")
-        if note.exists():
-            return directory / note.read_text()
-        shutil.rmtree(directory, ignore_errors=True)
-        found = fetch(uri, directory)
-        note.write_text(os.path.relpath(found, directory))
-        return found
-
-    return fetched
 
 
 def _source_record(

@@ -9,23 +9,27 @@ import json
 import logging
 import os
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, TypeVar
 
 from elastic_core.files.pointers import pointer_fault
 from elastic_core.recipe import DataSource
+from tasks.artifacts import ListedObject
 from tasks.corpus.chats import Chat, Row, Unusable, read_chat
 from tasks.corpus.hub import HUB
 from tasks.corpus.pieces import (
     S3,
     SUFFIXES,
     Piece,
+    cut,
     file_pieces,
     first_line,
     format_of,
     hub_pieces,
+    listed,
+    object_pieces,
     piece_rows,
     whole_hub,
 )
@@ -35,10 +39,9 @@ NOT_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-pac
 UNREADABLE = (".arrow", ".csv", ".lz4", ".tar", ".tsv", ".zip", ".zst")  # they hold rows, which are not read
 SHOWN = 3  # the refused rows of a source that are kept word for word
 
-logger = logging.getLogger(__name__)
+P = TypeVar("P", bound=PurePath)
 
-# Downloads an s3:// object or prefix to a path inside a directory that does not exist yet, and returns that path.
-Fetch = Callable[[str, Path], Path]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +82,13 @@ class Tally:
             raise ValueError(f"{fault}{more}") from fault
 
 
-def iter_documents(source: DataSource, *, fetch: Fetch, directory: Path) -> Iterator[Document]:
+def iter_documents(source: DataSource, cache_dir: Path) -> Iterator[Document]:
     """The documents of a source, in a fixed order; rows with empty content are passed over.
 
-    `directory` takes what has to be fetched, and the lock files of `datasets`; it can go when the iterator ends.
-    ValueError names the file, the row and the remedy.
+    `cache_dir` takes the lock files of `datasets`; it can go when the iterator ends. ValueError names the file, the row
+    and the remedy.
     """
-    yield from documents_in(iter_rows(source, fetch=fetch, directory=directory), source, Tally(source))
+    yield from documents_in(iter_rows(source, cache_dir), source, Tally(source))
 
 
 def documents_in(rows: Iterable[tuple[str, Row | str]], source: DataSource, tally: Tally) -> Iterator[Document]:
@@ -102,23 +105,25 @@ def documents_in(rows: Iterable[tuple[str, Row | str]], source: DataSource, tall
             yield Document(content, where)
 
 
-def iter_rows(source: DataSource, *, fetch: Fetch, directory: Path) -> Iterator[tuple[str, Row | str]]:
+def iter_rows(source: DataSource, cache_dir: Path) -> Iterator[tuple[str, Row | str]]:
     """Where each row of a source stands, and the row, or the line of JSON that it is. A text file is one row."""
-    return piece_rows(whole_pieces(source, fetch=fetch, directory=directory), source, str(directory / "cache"))
+    return piece_rows(whole_pieces(source), source, str(cache_dir))
 
 
-def whole_pieces(source: DataSource, *, fetch: Fetch, directory: Path) -> list[Piece]:
-    """The source uncut: its files, or all that it is on the Hub."""
+def whole_pieces(source: DataSource) -> list[Piece]:
+    """The source uncut: its files or objects, or all that it is on the Hub."""
     if source.path.startswith(HUB):
         return [whole_hub(source)]
-    return file_pieces(source, source_files(source, fetch=fetch, directory=directory))
+    if source.path.startswith(S3):
+        return object_pieces(source, _data_objects(source))
+    return file_pieces(source, source_files(source))
 
 
-def source_pieces(source: DataSource, *, fetch: Fetch, directory: Path, piece_bytes: int) -> list[Piece]:
-    """The source in pieces of about so many bytes, where it can be cut; what has to be fetched goes to `directory`."""
+def source_pieces(source: DataSource, cache_dir: Path, piece_bytes: int) -> list[Piece]:
+    """The source in pieces of about so many bytes, where it can be cut."""
     if source.path.startswith(HUB):
-        return hub_pieces(source, str(directory / "cache"))
-    return file_pieces(source, source_files(source, fetch=fetch, directory=directory), piece_bytes)
+        return hub_pieces(source, str(cache_dir))
+    return cut(whole_pieces(source), piece_bytes)
 
 
 def parse_row(row: Row | str, where: str) -> tuple[Row, bool]:
@@ -129,17 +134,9 @@ def parse_row(row: Row | str, where: str) -> tuple[Row, bool]:
 # --- files ---
 
 
-def source_files(source: DataSource, *, fetch: Fetch, directory: Path) -> dict[str, Path]:
-    """The local files of a source that is not on the Hub, in order, by the names that users know them by."""
-    if source.path == STDLIB:
-        return {str(file): file for file in _stdlib_files()}
-    if not source.path.startswith(S3):
-        return {str(file): file for file in _local_files(source, Path(source.path).expanduser())}
-    root = fetch(source.path, directory / "fetched")
-    if root.is_file():
-        return {source.path: root}
-    prefix = source.path.rstrip("/")
-    return {f"{prefix}/{file.relative_to(root).as_posix()}": file for file in _local_files(source, root)}
+def source_files(source: DataSource) -> list[Path]:
+    """The files of a source that is on this machine, in order."""
+    return _stdlib_files() if source.path == STDLIB else _local_files(source, Path(source.path).expanduser())
 
 
 def digest_files(files: Iterable[Path]) -> str:
@@ -156,22 +153,36 @@ def _local_files(source: DataSource, path: Path) -> list[Path]:
     if path.is_file():
         return _fetched([path])
     if path.is_dir():
-        wanted = SUFFIXES if source.format == "auto" else (source.format,)
-        names = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
-        below = sorted(file for file in names if file.is_file())
-        files = [file for file in below if format_of(file) in wanted]
-        _say_unread(source, [file for file in below if format_of(file) not in wanted])
-        known = ", ".join(suffix for name in wanted for suffix in SUFFIXES[name])
-        problem = f"the directory holds no data file ({known})"
-    else:
-        files = sorted(Path(found) for found in glob.glob(str(path), recursive=True) if os.path.isfile(found))
-        problem = "no file matches" if glob.has_magic(str(path)) else "no such file or directory"
+        below = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
+        return _fetched([path / file for file in _data_files(source, below)])
+    files = sorted(Path(found) for found in glob.glob(str(path), recursive=True) if os.path.isfile(found))
     if not files:
+        problem = "no file matches" if glob.has_magic(str(path)) else "no such file or directory"
         raise ValueError(f"{source.path}: {problem}; correct the path in data.sources")
     return _fetched(files)
 
 
-def _say_unread(source: DataSource, files: list[Path]) -> None:
+def _data_objects(source: DataSource) -> list[ListedObject]:
+    """An object, or the objects of data below a prefix."""
+    objects = {PurePosixPath(found.path): found for found in listed(source.path)}
+    if [found.uri for found in objects.values()] == [source.path]:
+        return list(objects.values())
+    return [objects[path] for path in _data_files(source, objects)]
+
+
+def _data_files(source: DataSource, below: Iterable[P]) -> list[P]:
+    """Which of the paths below a directory are read, in order: those of data, none of them hidden."""
+    wanted = SUFFIXES if source.format == "auto" else (source.format,)
+    visible = sorted(path for path in below if not any(part.startswith(".") for part in path.parts))
+    found = [path for path in visible if format_of(path) in wanted]
+    _say_unread(source, [path for path in visible if format_of(path) not in wanted])
+    if not found:
+        known = ", ".join(suffix for name in wanted for suffix in SUFFIXES[name])
+        raise ValueError(f"{source.path}: the directory holds no data file ({known}); correct the path in data.sources")
+    return found
+
+
+def _say_unread(source: DataSource, files: Sequence[PurePath]) -> None:
     """Say which files of a directory are not read; ValueError for those that hold rows in a form that cannot be."""
     if rows := next((file.name for file in files if file.suffix.lower() in UNREADABLE), None):
         raise ValueError(

@@ -1,23 +1,26 @@
-"""What a source is read from, piece by piece: files, ranges of large ones, files of a data set on the Hub.
+"""What a source is read from, piece by piece: files and objects, ranges of large ones, files of a data set on the Hub.
 
-A piece is read by itself, wherever the others are read. One after the other the pieces give the rows of the source in
-its own order, however it was cut. Text is one row a file, JSONL one row a line, and Parquet one a row.
+A piece is read by itself, where it lies and no more of it than itself, wherever the others are read. One after the
+other the pieces give the rows of the source in its own order, however it was cut. Text is one row a file, JSONL one row
+a line, and Parquet one a row.
 """
 
 import bz2
 import gzip
 import lzma
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import count, pairwise
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pyarrow.parquet as pq
 
+from elastic_core.files import pointers
 from elastic_core.recipe import DataSource
 from tasks import artifacts
 from tasks.corpus.chats import Row
@@ -35,6 +38,7 @@ SUFFIXES = {
 HUB_FORMAT = "hub"
 S3 = "s3://"
 ROWS_PER_READ = 1024
+LOOKS = 16  # files that are looked into at a time
 COMPRESSED = (".gz", ".bz2", ".xz")
 # What opens a file that begins so; any other is read as it is.
 OPENERS: dict[bytes, Callable[[BinaryIO], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
@@ -46,8 +50,8 @@ class Piece:
 
     `path`: a file here, an object of S3, or a data set on the Hub. `size`: bytes to read, None where nobody knows.
     `span`: of a file of lines the bytes from the first to before the second, and every line that begins in them; of
-    Parquet such row groups; of the Hub which of how many files. None: all of it. `etag`: that of the object, where it
-    is to be no other.
+    Parquet such row groups; of the Hub which of how many files. None: all of it. `etag`: that of the object, which is
+    to be no other.
     """
 
     name: str
@@ -58,18 +62,25 @@ class Piece:
     etag: str | None = None
 
 
-def file_pieces(source: DataSource, files: Mapping[str, Path], piece_bytes: int | None = None) -> list[Piece]:
-    """Files as pieces, in order; of what is larger than `piece_bytes`, and can be cut, several."""
-    known = {format_of(file) for file in files.values()} if source.format == "auto" else {source.format}
-    if len(known) > 1 or None in known:
-        found = ", ".join(sorted({file.suffix or file.name for file in files.values()}))
-        raise ValueError(f"{source.path}: cannot tell one format by the names ({found}); set format or name one kind")
-    format = str(known.pop())
-    wholes = [Piece(name=name, path=str(file), format=format, size=file.stat().st_size) for name, file in files.items()]
-    if piece_bytes is None or format == "text":
-        return wholes
-    cut = _row_groups if format == "parquet" else _line_ranges
-    return [piece for whole in wholes for piece in cut(whole, piece_bytes)]
+def file_pieces(source: DataSource, files: Iterable[Path]) -> list[Piece]:
+    """Files of this machine, each uncut."""
+    found = list(files)
+    format = _one_format(source, found)
+    return [Piece(name=str(file), path=str(file), format=format, size=file.stat().st_size) for file in found]
+
+
+def object_pieces(source: DataSource, objects: Sequence[artifacts.ListedObject]) -> list[Piece]:
+    """Objects of S3 as they were listed, each uncut."""
+    format = _one_format(source, [PurePosixPath(found.path) for found in objects])
+    return [Piece(name=found.uri, path=found.uri, format=format, size=found.size, etag=found.etag) for found in objects]
+
+
+def cut(pieces: Sequence[Piece], piece_bytes: int) -> list[Piece]:
+    """The pieces in order; in the place of one that is larger than `piece_bytes`, and can be cut, several."""
+    ways = {"jsonl": _line_ranges, "parquet": _row_groups}
+    with ThreadPoolExecutor(LOOKS) as pool:  # S3 takes its time to answer
+        parts = pool.map(lambda piece: ways.get(piece.format, _uncut)(piece, piece_bytes), pieces)
+        return [part for of_piece in parts for part in of_piece]
 
 
 def hub_pieces(source: DataSource, cache_dir: str) -> list[Piece]:
@@ -106,13 +117,30 @@ def piece_rows(pieces: Iterable[Piece], source: DataSource, cache_dir: str) -> I
                 yield from _hub_rows(piece, source.split, cache_dir)
 
 
-def format_of(path: Path) -> str | None:
+def format_of(path: PurePath) -> str | None:
     """The format that the name of a file tells, that of a compression after it or not."""
-    suffix = Path(path.stem).suffix if path.suffix.lower() in COMPRESSED else path.suffix
+    suffix = PurePath(path.stem).suffix if path.suffix.lower() in COMPRESSED else path.suffix
     return next((name for name, suffixes in SUFFIXES.items() if suffix.lower() in suffixes), None)
 
 
+def listed(uri: str) -> list[artifacts.ListedObject]:
+    """The objects below a prefix of S3, or the one that is meant."""
+    return artifacts.list_objects(_store(Settings.from_environment(need_bucket=False)), uri)
+
+
 # --- files ---
+
+
+def _one_format(source: DataSource, files: Sequence[PurePath]) -> str:
+    known = {format_of(file) for file in files} if source.format == "auto" else {source.format}
+    if len(known) > 1 or None in known:
+        found = ", ".join(sorted({file.suffix or file.name for file in files}))
+        raise ValueError(f"{source.path}: cannot tell one format by the names ({found}); set format or name one kind")
+    return str(known.pop())
+
+
+def _uncut(whole: Piece, piece_bytes: int) -> list[Piece]:
+    return [whole]
 
 
 def _line_ranges(whole: Piece, piece_bytes: int) -> list[Piece]:
@@ -142,7 +170,7 @@ def _row_groups(whole: Piece, piece_bytes: int) -> list[Piece]:
 
 
 def _part(whole: Piece, first: int, end: int, size: int) -> Piece:
-    return Piece(name=whole.name, path=whole.path, format=whole.format, size=size, span=(first, end))
+    return replace(whole, size=size, span=(first, end))
 
 
 def _lines(piece: Piece) -> Iterator[tuple[str, str]]:
@@ -191,6 +219,8 @@ def _opened(piece: Piece) -> Iterator[BinaryIO]:
         if piece.format != "text" and not raw.seek(0, os.SEEK_END):
             raise ValueError("the file is empty")
         raw.seek(0)
+        if pointers.is_pointer(raw):
+            raise ValueError(pointers.FAULT)
         is_plain = piece.format == "jsonl" and piece.span is not None  # only what is not compressed is cut
         opener = None if is_plain else _opener(raw)
         if opener is None:

@@ -48,8 +48,7 @@ def read_problems(path: Path, limit: int) -> list[Problem]:
     """
     source = problems_source(path)
     with tempfile.TemporaryDirectory() as work:
-        rows = iter_rows(source, fetch=lambda uri, to: to, directory=Path(work))
-        return [_problem(row, source, where) for where, row in islice(rows, limit)]
+        return [_problem(row, source, where) for where, row in islice(iter_rows(source, Path(work)), limit)]
 
 
 def problems_source(path: Path) -> DataSource:

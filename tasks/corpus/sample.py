@@ -5,13 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from elastic_core.recipe import DataSource
-from tasks import artifacts
 from tasks.corpus.documents import Tally, documents_in, whole_pieces
 from tasks.corpus.encoding import Encoder
 from tasks.corpus.ends import end_tokens
-from tasks.corpus.pieces import COMPRESSED, Piece, format_of, piece_rows
+from tasks.corpus.pieces import COMPRESSED, Piece, piece_rows
 from tasks.corpus.tokenizer import load_tokenizer
-from tasks.settings import Settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,43 +25,32 @@ class Sample:
     held: int | None
 
 
-def sample(source: DataSource, tokenizer_dir: Path, count: int, directory: Path) -> Sample:
+def sample(source: DataSource, tokenizer_dir: Path, count: int, cache_dir: Path) -> Sample:
     """The texts of at most `count` documents, as they would be trained on.
 
-    `directory` takes what has to be fetched: of a prefix in S3 the first file with documents. ValueError, one line with
-    file, row and remedy, for a row that cannot be used.
+    `cache_dir` takes the lock files of `datasets`. ValueError, one line with file, row and remedy, for a row that
+    cannot be used.
     """
     first = replace(source, max_documents=min(count, source.max_documents or count))
     tokenizer, tally = load_tokenizer(tokenizer_dir), Tally(first)
     encoder = Encoder(tokenizer, end_tokens(tokenizer_dir))
-    pieces = whole_pieces(first, fetch=fetch_first, directory=directory)
-    documents = documents_in(piece_rows(pieces, first, str(directory / "cache")), first, tally)
+    pieces = whole_pieces(first)
+    documents = documents_in(piece_rows(pieces, first, str(cache_dir)), first, tally)
     read = [found for _, found in encoder.samples(documents, first, tally)]
     samples = [each for found in read for each in found]
     texts, tokens = [str(tokenizer.decode(each.ids)) for each in samples], sum(len(each.ids) for each in samples)
     learned = sum(each.count_learned for each in samples)
-    here = "://" not in source.path  # else there may be more than what was fetched
-    whole = here and (len(read) < count or len(read) == source.max_documents)
-    held = tokens if whole else _held(source, pieces, texts, tokens) if here else None
+    whole = len(read) < count or len(read) == source.max_documents
+    held = tokens if whole else _held(source, pieces, texts, tokens)
     return Sample(texts=texts, tokens=tokens, learned=learned, held=held)
 
 
 def _held(source: DataSource, pieces: Sequence[Piece], texts: Sequence[str], tokens: int) -> int | None:
     """The bytes of all files, at these texts' tokens for a byte; the JSON around a text counts as if it were text."""
-    sizes = [piece.size for piece in pieces if piece.format != "parquet" and not piece.name.endswith(COMPRESSED)]
+    told = [piece for piece in pieces if piece.format != "parquet" and not piece.name.endswith(COMPRESSED)]
+    sizes = [piece.size for piece in told if piece.size is not None]
     if len(sizes) < len(pieces) or not texts:
         return None
-    held = sum(size or 0 for size in sizes) * tokens / max(1, sum(len(text.encode()) for text in texts))
+    held = sum(sizes) * tokens / max(1, sum(len(text.encode()) for text in texts))
     by_documents = held if source.max_documents is None else source.max_documents * tokens / len(texts)
     return round(min(held, by_documents, source.max_tokens or held))
-
-
-def fetch_first(uri: str, directory: Path) -> Path:
-    """Download the first file with documents at an `s3://` object or prefix into `directory`."""
-    store = artifacts.open_store(Settings.from_environment(need_bucket=False))
-    names = [name for name, _ in artifacts.list_objects(store, uri)]
-    name = next((name for name in names if format_of(Path(name)) is not None), names[0])
-    whole = uri if uri.endswith(f"/{name}") else f"{uri.rstrip('/')}/{name}"
-    directory.mkdir(parents=True)
-    artifacts.get_file(store, whole, directory / Path(name).name)
-    return directory

@@ -1,24 +1,16 @@
-"""What comes from outside: whether it changed since the last run, and how it is brought here."""
+"""What comes from outside, and whether it changed since the last run."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from elastic_core.recipe import DataSource
-from tasks import artifacts
 from tasks.corpus.documents import STDLIB, digest_files, source_files
 from tasks.corpus.hub import HUB, commit_of, parse_dataset, parse_model
-from tasks.corpus.pieces import S3
+from tasks.corpus.pieces import S3, listed
 from tasks.corpus.problems import problems_source
 from tasks.running.steps import fingerprint
-from tasks.settings import ServiceError, Settings
-
-
-def fetch_data(uri: str, directory: Path) -> Path:
-    """Download an `s3://` prefix into `directory`, or an object to a file there; where that is."""
-    store = artifacts.open_store(Settings.from_environment(need_bucket=False))
-    files = artifacts.download_prefix(store, uri, directory)
-    is_object = len(files) == 1 and not artifacts.exists(store, f"{uri.rstrip('/')}/{files[0].path}")
-    return directory / files[0].path if is_object else directory
+from tasks.settings import ServiceError
 
 
 def source_identity(source: DataSource) -> str:
@@ -28,25 +20,17 @@ def source_identity(source: DataSource) -> str:
         return fingerprint(source, commit_of(parse_dataset(source.path)))
     if source.path.startswith(S3):
         return fingerprint(source, _objects(source.path))
-    files = source_files(source, fetch=fetch_data, directory=Path())
+    files = source_files(source)
     if source.path == STDLIB:
-        return fingerprint(source, [(file.name, file.stat().st_size) for file in files.values()])
-    return fingerprint(source, [file_identity(file) for file in files.values()])
+        return fingerprint(source, [(file.name, file.stat().st_size) for file in files])
+    return fingerprint(source, [file_identity(file) for file in files])
 
 
-def etags_of(source: DataSource, identity: str) -> dict[str, str]:
-    """The ETag of each object of a source, by the name that users know it by; none of one that is not on S3.
-
-    A ServiceError where the objects are no longer those of the source's `identity`.
-    """
-    if not source.path.startswith(S3):
-        return {}
-    source = source.unweighted()
-    objects, prefix = _objects(source.path), source.path.rstrip("/")
-    if fingerprint(source, objects) != identity:
-        raise ServiceError(f"{source.path} changed while this run was going; run again")
-    alone = {source.path: objects[0][1]} if len(objects) == 1 else {}  # it may be the object itself
-    return {f"{prefix}/{path}": etag for path, etag in objects} | alone
+def check_unchanged(sources: Sequence[DataSource], identities: Sequence[str]) -> None:
+    """A ServiceError for a source that no longer is what its `source_identity` was."""
+    for source, identity in zip(sources, identities, strict=True):
+        if source_identity(source) != identity:
+            raise ServiceError(f"{source.path} changed while this run was going; run again")
 
 
 def teacher_identity(path: str) -> str:
@@ -59,14 +43,14 @@ def teacher_identity(path: str) -> str:
 
 
 def _objects(uri: str) -> list[tuple[str, str]]:
-    return artifacts.list_objects(artifacts.open_store(Settings.from_environment(need_bucket=False)), uri)
+    return [(found.path, found.etag) for found in listed(uri)]
 
 
 def problems_digest(path: str | None) -> str | None:
     """SHA-256 of the files of problems; None without any."""
     if path is None:
         return None
-    return digest_files(source_files(problems_source(Path(path)), fetch=fetch_data, directory=Path()).values())
+    return digest_files(source_files(problems_source(Path(path))))
 
 
 def file_identity(file: Path) -> tuple[str, int, int]:

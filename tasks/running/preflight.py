@@ -206,9 +206,9 @@ def bring_side_files(path: str, directory: Path) -> None:
         return
     store = open_store(Settings.from_environment(need_bucket=False))
     directory.mkdir()
-    for name, _ in list_objects(store, path):
-        if any(fnmatch(name, pattern) for pattern in SIDE_FILES):
-            get_file(store, f"{path.rstrip('/')}/{name}", directory / name)
+    for found in list_objects(store, path):
+        if any(fnmatch(found.path, pattern) for pattern in SIDE_FILES):
+            get_file(store, found.uri, directory / found.path)
 
 
 def check_problems(evaluation: Evaluation, tokenizer: Path) -> None:

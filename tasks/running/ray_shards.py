@@ -13,22 +13,19 @@ import shutil
 import socket
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from elastic_core.files.shards import write_json
 from elastic_core.recipe import DataConfig
-from elastic_core.schema import to_dict
 from tasks.artifacts.staging import scratch
 from tasks.corpus.encoding import Encoder
 from tasks.corpus.hub import HUB
-from tasks.corpus.pieces import S3, Piece
-from tasks.corpus.shards import SHARD_FILE, Shard, ShardRecord, Taken, write_shard
-from tasks.corpus.sources import etags_of
+from tasks.corpus.pieces import S3
+from tasks.corpus.shards import Shard, ShardRecord, Taken, write_shard
 from tasks.corpus.workers import PROCESS_BYTES, ShardMaker, Workers
 from tasks.records import Artifact
 from tasks.running import code
@@ -69,14 +66,12 @@ def _places(node: Mapping[str, Any]) -> int:
 
 
 @contextmanager
-def on_hosts(
-    cluster: RayCluster, tokenizer: Artifact, identity: Sequence[str], maker: ShardMaker, count: int
-) -> Iterator[Workers]:
+def on_hosts(cluster: RayCluster, tokenizer: Artifact, maker: ShardMaker, count: int) -> Iterator[Workers]:
     """Hosts of the cluster that make shards, up to so many at a time, until the block ends.
 
-    A ServiceError where a source is no longer what its `identity` says, and where no host can make a shard.
+    A ServiceError where no host can make a shard.
     """
-    hosts = _Hosts(cluster, tokenizer, identity, maker, count)
+    hosts = _Hosts(cluster, tokenizer, maker, count)
     try:
         yield hosts
     finally:
@@ -106,13 +101,9 @@ class _Lost(Exception):
 class _Hosts:
     """Who waits for a shard is a thread of this process."""
 
-    def __init__(
-        self, cluster: RayCluster, tokenizer: Artifact, identity: Sequence[str], maker: ShardMaker, count: int
-    ) -> None:
+    def __init__(self, cluster: RayCluster, tokenizer: Artifact, maker: ShardMaker, count: int) -> None:
         self._cluster, self._tokenizer, self._maker = cluster, tokenizer, maker
         self._ray = connected(cluster.address)
-        sources = zip(maker.config.sources, identity, strict=True)
-        self._etags = {name: etag for each in sources for name, etag in etags_of(*each).items()}
         # One entry a place; None where no host is left, or nobody waits any more.
         self._free = queue.SimpleQueue[_Node | None]()
         self._left = 0
@@ -212,10 +203,7 @@ class _Hosts:
                 self._free.put(None)
 
     def _make(self, node: _Node, shard: Shard, before: Taken) -> _Made:
-        there = replace(
-            shard, parts=tuple(replace(part, pieces=tuple(map(self._at_origin, part.pieces))) for part in shard.parts)
-        )
-        arguments = self._maker.config, self._tokenizer, there, shard.digest, before
+        arguments = self._maker.config, self._tokenizer, shard, before
         with self._lock:
             self._check_awaited()
             task = self._task(_make_there, node, CPU=1.0).remote(*arguments)
@@ -236,10 +224,6 @@ class _Hosts:
             with self._lock:
                 self._asked.discard(task)
         return made
-
-    def _at_origin(self, piece: Piece) -> Piece:
-        """A piece of an object as that lies in S3, and not in the copy that this host has."""
-        return replace(piece, path=piece.name, etag=self._etags[piece.name]) if piece.name.startswith(S3) else piece
 
     def _bring(self, shard: Shard, made: _Made) -> None:
         place, shared = self._maker.place(shard), shared_workspace()
@@ -266,8 +250,8 @@ def _fault_there(runs: Mapping[str, str], workspace: str) -> str:
     return f"what it runs is not as in the run that asks: {changed}" if changed else fault_of_host({}, (), workspace)
 
 
-def _make_there(config: DataConfig, tokenizer: Artifact, shard: Shard, digest: str, before: Taken) -> _Made:
-    """The task of Ray's: make a shard, whose digest where it was asked for is another, and store it."""
+def _make_there(config: DataConfig, tokenizer: Artifact, shard: Shard, before: Taken) -> _Made:
+    """The task of Ray's: make a shard and store it."""
     os.environ.update({"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})  # other shards have other cores
     shared = shared_workspace()
     assert shared is not None, "_fault_there has looked"
@@ -276,8 +260,6 @@ def _make_there(config: DataConfig, tokenizer: Artifact, shard: Shard, digest: s
             maker = ShardMaker(config=config, tokenizer=small_files(tokenizer), directory=work)
             place = maker.place(shard)
             record = write_shard(_encoder(tokenizer.digest, maker), config, shard, before, place, _unreported)
-            record = replace(record, shard=digest)
-            write_json(place / SHARD_FILE, to_dict(record))
             files = artifact(place).files
             patiently(f"storing shard {shard.number}", partial(shared.blobs.put, place, files))
     except ServiceError:

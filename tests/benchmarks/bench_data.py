@@ -44,7 +44,7 @@ if __name__ == "__main__":
     config, tokenizer, output, processes = sys.argv[1:]
     began = []
     build_corpus(
-        build(DataConfig, json.loads(config)), Path(tokenizer), Path(output), fetch=lambda uri, to: to,
+        build(DataConfig, json.loads(config)), Path(tokenizer), Path(output),
         processes=int(processes), progress=lambda tokens, _: began or not tokens or began.append(time.monotonic()),
     )
     print(time.monotonic() - began[0])
@@ -84,7 +84,7 @@ def config_of(path: Path, **options: int) -> DataConfig:
 
 def preparing(config: DataConfig, tokenizer_dir: Path) -> Callable[[], object]:
     directory, numbers = Path(tempfile.mkdtemp()), count()
-    return lambda: build_corpus(config, tokenizer_dir, directory / str(next(numbers)), fetch=lambda uri, to: to)
+    return lambda: build_corpus(config, tokenizer_dir, directory / str(next(numbers)))
 
 
 @pytest.mark.benchmark
@@ -92,9 +92,7 @@ def preparing(config: DataConfig, tokenizer_dir: Path) -> Callable[[], object]:
 def test_data_is_prepared_beside_the_tokenizer_alone(rows: str, long_rows: Path, tokenizer_dir: Path) -> None:
     path = long_rows if rows == "long texts" else PROBLEMS
     tokenizer = load_tokenizer(tokenizer_dir)
-    found = list(
-        iter_documents(DataSource(path=str(path)), fetch=lambda uri, to: to, directory=Path(tempfile.mkdtemp()))
-    )
+    found = list(iter_documents(DataSource(path=str(path)), Path(tempfile.mkdtemp())))
     plain = [
         str(tokenizer.apply_chat_template(document.content.messages, tokenize=False))
         if isinstance(document.content, Chat)

@@ -123,6 +123,7 @@ def test_the_prior_has_the_loss_of_every_single_cut():
 
 
 @pytest.mark.services
+@pytest.mark.slow
 def test_62_layers_with_an_ffn_width_each_are_searched_within_the_planned_measurements_and_beat_the_router():
     axes = Axes(
         hidden=(5120, 4480, 3840), ffn=(20480, 15680, 12288, 10240), mamba_heads=(128, 112, 96), depth=(62, 58, 54),

@@ -172,6 +172,7 @@ def test_a_registered_family_is_served_to_a_stock_client(vllm_program: Path, tmp
     ],
     ids=["vllm", "transformers"],
 )
+@pytest.mark.slow
 def test_the_step_that_judges_starts_an_engine_and_gets_our_own_decoders_answers(
     kind: EngineKind,
     options: str,

@@ -29,6 +29,7 @@ def with_hub(command: Command, url: str, tmp_path: Path, variables: Mapping[str,
     )
 
 
+@pytest.mark.slow
 def test_a_family_of_a_teacher_on_the_hub_is_made_once_and_made_again_without_the_hub(
     finished: Run, command: Command, tmp_path: Path
 ) -> None:

@@ -107,6 +107,7 @@ def open_artifact(page: Page, run: str, artifact: str) -> None:
     page.wait_for_url("**/artifacts/artifact/*")
 
 
+@pytest.mark.slow
 def test_a_run_started_from_its_form_moves_and_completes(served: Served, page: Page, submitted: str, screens: Path):
     page.goto("about:blank")  # drawing the page of a run takes much of a CPU
     eventually(lambda: served.step("distil stage2"), "distillation does not begin")
@@ -130,6 +131,7 @@ def test_a_run_started_from_its_form_moves_and_completes(served: Served, page: P
     page.screenshot(path=screens / "run.png")
 
 
+@pytest.mark.slow
 def test_a_runs_page_opens_its_table_and_its_image(served: Served, page: Page, submitted: str, screens: Path):
     open_artifact(page, submitted, "family-browsed")
     rows = page.get_by_role("table").first.get_by_role("row")
@@ -143,6 +145,7 @@ def test_a_runs_page_opens_its_table_and_its_image(served: Served, page: Page, s
     page.screenshot(path=screens / "image.png")
 
 
+@pytest.mark.slow
 def test_the_table_leads_to_mlflows_versions_aliases_and_curves(page: Page, submitted: str, screens: Path):
     open_artifact(page, submitted, "family-browsed")
     link = page.get_by_role("link", name=re.compile("^browsed-s:"))

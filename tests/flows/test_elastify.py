@@ -138,6 +138,7 @@ def test_what_was_deleted_from_the_registry_is_registered_anew(finished, command
         assert {tracking.resolve(uri, f"micro-{budget}").version for budget in "lms"} == {1}
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_another_length_registers_anew_measures_the_champions_anew_and_sends_no_object(
     finished, command
 ):
@@ -169,6 +170,7 @@ def test_an_evaluation_of_another_length_registers_anew_measures_the_champions_a
         assert entry.tags["elastic.measured_sha256"] != before[budget].tags["elastic.measured_sha256"]
 
 
+@pytest.mark.slow
 def test_a_benchmark_is_judged_once_for_each_model_and_anew_where_it_is_asked_otherwise(finished, command):
     def judged(temperature: float) -> tuple[dict[str, list[bool]], str]:
         drawn = f"{{temperature: {temperature}, max_new_tokens: 3, system: null, thinking: false}}"
@@ -191,6 +193,7 @@ def test_a_benchmark_is_judged_once_for_each_model_and_anew_where_it_is_asked_ot
     assert 0 <= entry.metrics["sums.accuracy"] <= 1 and entry.tags[f"{tracking.JUDGED}sums"]
 
 
+@pytest.mark.slow
 def test_changing_a_stage_runs_again_from_that_stage_on(finished, command):
     steps = cached(completed(command, "stages.1.steps=6"))
     assert steps["distill"] == [True, False]
@@ -203,6 +206,7 @@ def test_changing_a_stage_runs_again_from_that_stage_on(finished, command):
         assert not any(steps[name]), name
 
 
+@pytest.mark.slow
 def test_a_family_with_ffn_per_layer_is_padded_for_stock_transformers(finished, command):
     run = completed(command, "axes.per_layer=[ffn]")
     family = read_family(run.family)
@@ -213,6 +217,7 @@ def test_a_family_with_ffn_per_layer_is_padded_for_stock_transformers(finished, 
     assert_stock_logits(run.family, family.budget("s").subnet, run.directory("slice-s"))
 
 
+@pytest.mark.slow
 def test_a_family_in_nested_storage_is_pulled_to_the_same_files_and_says_how(finished, command, tmp_path):
     completed(command, "storage=nested")
     for budget in ("s", "m", "l"):  # each over the one before
@@ -251,6 +256,7 @@ def test_gc_lists_what_an_interrupted_run_left_and_removes_it_only_when_told(fin
     assert after == before - {"families/micro/begun/s/x"}
 
 
+@pytest.mark.slow
 def test_gc_frees_what_is_superseded_and_leaves_all_that_the_next_run_takes_from_its_cache(finished, command):
     def aliased(alias: str) -> dict[str, int]:
         entries = (tracking.by_alias(uri, f"micro-{budget}", alias) for budget in "lms")

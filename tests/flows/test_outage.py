@@ -29,6 +29,7 @@ def running(server: PrefectServer) -> Iterator[SyncPrefectClient]:
 
 
 @pytest.mark.services
+@pytest.mark.slow
 def test_a_run_that_starts_while_the_server_is_away_says_so_and_is_started_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -24,6 +24,7 @@ INITDB, PG_CTL = (shutil.which(name, path=PLACES) for name in ("initdb", "pg_ctl
 
 pytestmark = [
     pytest.mark.services,
+    pytest.mark.slow,
     pytest.mark.skipif(INITDB is None or PG_CTL is None, reason="no PostgreSQL here; Debian's package is `postgresql`"),
 ]
 

@@ -34,6 +34,7 @@ def test_the_schedule_fires_and_does_nothing_where_nothing_changed(made: Served)
     assert made.aliases("micro-s") == before
 
 
+@pytest.mark.slow
 def test_new_data_are_retrained_on_once_and_promoted_by_the_schedule(made: Served):
     new = made.aliases("micro-s")["candidate"] + 1
     with made.command.recipe.with_name("stories.jsonl").open("a") as file:
@@ -55,6 +56,7 @@ def test_new_data_are_retrained_on_once_and_promoted_by_the_schedule(made: Serve
     assert made.aliases("micro-s") == after
 
 
+@pytest.mark.slow
 def test_above_the_ceiling_a_run_waits_for_a_person_and_a_worse_candidate_is_not_promoted(
     made: Served,
 ):

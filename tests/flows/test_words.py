@@ -64,6 +64,7 @@ def test_a_command_writes_only_what_it_is_asked_for(name: str, finished: Run, co
 
 
 @pytest.mark.parametrize("name", ["eval", "generate", "pull"])
+@pytest.mark.slow
 def test_a_command_in_a_terminal_shows_no_line_of_a_library(
     name: str, finished: Run, command: Command, tmp_path: Path
 ) -> None:
@@ -72,6 +73,7 @@ def test_a_command_in_a_terminal_shows_no_line_of_a_library(
     assert not NOT_OURS.search(shown), shown
 
 
+@pytest.mark.slow
 def test_a_run_in_a_terminal_shows_no_line_of_a_library(finished: Run, command: Command) -> None:
     shown = in_a_terminal(command, "run", str(command.recipe), "evaluation.max_new_tokens=2")
     assert "registered" in shown

@@ -92,7 +92,7 @@ def corpus(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = directory / "texts.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     config = DataConfig(sources=(DataSource(path=str(file)),), heldout_fraction=0.3)
-    build_corpus(config, teacher, directory / "out", fetch=lambda uri, to: to)
+    build_corpus(config, teacher, directory / "out")
     return directory / "out"
 
 

@@ -282,6 +282,7 @@ def test_a_run_beside_elastic_up_uses_its_servers_and_its_cache(served: Served, 
     assert len(served.runs("elastify")) == before + 1
 
 
+@pytest.mark.slow
 def test_a_registered_family_is_exported_to_another_size(served: Served, elastified: Elastified):
     run = served.ended(served.start("export/any-family", model="micro-l", budget={"name": "xs", "params": 18000}))
     assert run.state.is_completed(), run.state.message
@@ -293,6 +294,7 @@ def test_a_registered_family_is_exported_to_another_size(served: Served, elastif
     assert pulled.returncode == 0 and f"{int(tags['elastic.params']):,} parameters" in pulled.stdout
 
 
+@pytest.mark.slow
 def test_a_registered_model_is_measured_as_it_was_after_training(served: Served, elastified: Elastified):
     recipe = served.recipe()
     identity = served.start("evaluate/any-model", model="micro-s", data=recipe["data"], settings=recipe["evaluation"])
@@ -303,6 +305,7 @@ def test_a_registered_model_is_measured_as_it_was_after_training(served: Served,
     assert f"{float(registered):.4f}" in served.artifacts(identity)["evaluation-micro-s"].data
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_never_train_together_though_the_server_is_killed(served: Served, elastified: Elastified):
     rates = (0.002, 0.003)  # what comes before the second stage is in the cache; its steps outlast a slow start
     with most_trainers(served) as most:

@@ -261,7 +261,7 @@ def test_a_listing_names_every_object_and_changes_with_its_bytes(store: Store, t
     uri = f"s3://{store.bucket}/data"
     upload_directory(store, make(tmp_path / "in", {"b/c.jsonl": b"1", "a.jsonl": b"2"}), uri)
     listed = list_objects(store, uri)
-    assert [path for path, _ in listed] == ["a.jsonl", "b/c.jsonl"]
+    assert [found.path for found in listed] == ["a.jsonl", "b/c.jsonl"]
     store.client.put_object(Bucket=store.bucket, Key="data/a.jsonl", Body=b"3")
     assert list_objects(store, uri) == list_objects(store, f"{uri}/") != listed
 
@@ -270,7 +270,7 @@ def test_one_object_is_downloaded_by_its_own_uri(store: Store, tmp_path: Path) -
     for key in ("data/corpus.jsonl", "top"):
         store.client.put_object(Bucket=store.bucket, Key=key, Body=b"{}")
         name = key.rpartition("/")[2]
-        assert [path for path, _ in list_objects(store, f"s3://{store.bucket}/{key}")] == [name]
+        assert [found.path for found in list_objects(store, f"s3://{store.bucket}/{key}")] == [name]
         download_prefix(store, f"s3://{store.bucket}/{key}", tmp_path / name)
         assert contents(tmp_path / name) == {name: b"{}"}
 

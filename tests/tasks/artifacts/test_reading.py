@@ -3,11 +3,14 @@
 import io
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
+from botocore.response import StreamingBody
 from objects import noise
 
 from tasks.artifacts import Store, open_object, reading
+from tasks.artifacts.fetching import STREAM_ATTEMPTS
 from tasks.settings import ServiceError
 
 BODY = noise(300_007)
@@ -62,3 +65,23 @@ def test_an_object_that_was_replaced_is_not_read_on(uri: str, store: Store) -> N
 def test_an_object_that_is_not_there_is_named(store: Store, tmp_path: Path) -> None:
     with pytest.raises(ServiceError, match=rf"^s3://{store.bucket}/none does not exist$"):
         open_object(store, f"s3://{store.bucket}/none")
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again_and_not_for_ever(
+    uri: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breaks = [True, True, False] + [True] * STREAM_ATTEMPTS
+    get = store.client.get_object
+
+    def answer(**given: Any) -> Any:
+        found = get(**given)
+        if breaks.pop(0):
+            found["Body"] = StreamingBody(io.BytesIO(found["Body"].read()[:-1]), found["ContentLength"])
+        return found
+
+    monkeypatch.setattr(store.client, "get_object", answer)
+    with open_object(store, uri) as file:
+        assert file.read(2000) == BODY[:2000]
+        with pytest.raises(ServiceError, match=r"cannot reach S3 \(IncompleteReadError\)") as broke:
+            file.read(1000)
+    assert broke.value.transient and not breaks

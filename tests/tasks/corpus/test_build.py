@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from elastic_core.recipe import DataConfig, DataSource
 from elastic_core.training.tokens import TokenRows
-from tasks.corpus import documents, pieces, shards
+from tasks.corpus import pieces, shards
 from tasks.corpus.build import build_corpus, iter_texts
 from tasks.corpus.chats import Chat
 from tasks.corpus.documents import Document, digest_files, iter_documents, source_files
@@ -63,13 +63,9 @@ def prepare(tokenizer_dir: Path, tmp_path: Path) -> Prepare:
     def run(*sources: DataSource, **options: Any) -> tuple[DataRecord, Path]:
         output = tmp_path / f"out-{next(runs)}"
         config = DataConfig(sources=sources, **{"heldout_fraction": HALF, **options})
-        return build_corpus(config, tokenizer_dir, output, fetch=refuse), output
+        return build_corpus(config, tokenizer_dir, output), output
 
     return run
-
-
-def refuse(uri: str, directory: Path) -> Path:
-    raise AssertionError(f"{uri} was fetched")
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> DataSource:
@@ -81,8 +77,8 @@ def text_rows(texts: Iterable[str] = TEXTS) -> list[dict[str, str]]:
     return [{"text": text} for text in texts]
 
 
-def read(source: DataSource, directory: Path, fetch: documents.Fetch = refuse) -> list[Document]:
-    return list(iter_documents(source, fetch=fetch, directory=directory / "work"))
+def read(source: DataSource, directory: Path) -> list[Document]:
+    return list(iter_documents(source, directory / "work"))
 
 
 def contents(source: DataSource, directory: Path) -> list[Any]:
@@ -144,7 +140,7 @@ def test_a_tokenizer_that_adds_bos_adds_none_inside_the_stream(tokenizer_dir: Pa
     assert load_tokenizer(adding)("x")["input_ids"][0] == 1
     source = write_jsonl(tmp_path / "a.jsonl", text_rows())
     config = DataConfig(sources=(source,), heldout_fraction=HALF)
-    build_corpus(config, adding, tmp_path / "out", fetch=refuse)
+    build_corpus(config, adding, tmp_path / "out")
     assert 1 not in stream(tmp_path / "out", TRAIN_FILE)
 
 
@@ -231,7 +227,7 @@ def test_max_documents_counts_those_that_can_be_used_and_reads_no_further(prepar
 
 def test_skipped_rows_are_no_text_for_a_tokenizer(tmp_path: Path) -> None:
     source = replace(write_jsonl(tmp_path / "a.jsonl", [{"no": 1}, *text_rows(["a", "b"])]), max_skipped=1)
-    assert list(iter_texts(DataConfig(sources=(source,)), fetch=refuse)) == ["a", "b"]
+    assert list(iter_texts(DataConfig(sources=(source,)))) == ["a", "b"]
 
 
 def test_progress_counts_up_to_the_totals(tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,9 +235,7 @@ def test_progress_counts_up_to_the_totals(tokenizer_dir: Path, tmp_path: Path, m
     seen: list[tuple[int, int]] = []
     source = write_jsonl(tmp_path / "a.jsonl", text_rows())
     config = DataConfig(sources=(source, source), heldout_fraction=HALF, shard_bytes=500)
-    record = build_corpus(
-        config, tokenizer_dir, tmp_path / "out", fetch=refuse, progress=lambda *totals: seen.append(totals)
-    )
+    record = build_corpus(config, tokenizer_dir, tmp_path / "out", progress=lambda *totals: seen.append(totals))
     done = [tokens for tokens, _ in seen]
     assert done == sorted(done) and len(set(done)) >= 2 * len(TEXTS)
     assert seen[-1] == (record.train.tokens + record.heldout.tokens,) * 2
@@ -251,7 +245,7 @@ def test_progress_counts_up_to_the_totals(tokenizer_dir: Path, tmp_path: Path, m
 def test_a_failed_run_leaves_nothing(tokenizer_dir: Path, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [*text_rows(), {"no": 1}])
     with pytest.raises(ValueError):
-        build_corpus(DataConfig(sources=(source,)), tokenizer_dir, tmp_path / "out", fetch=refuse)
+        build_corpus(DataConfig(sources=(source,)), tokenizer_dir, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
@@ -483,45 +477,12 @@ def test_rows_without_content_are_passed_over(tmp_path: Path) -> None:
 
 def test_standard_library_is_its_modules_without_tests(tmp_path: Path) -> None:
     source = DataSource(path="stdlib://")
-    found, again = (list(islice(iter_documents(source, fetch=refuse, directory=tmp_path), 30)) for _ in range(2))
+    found, again = (list(islice(iter_documents(source, tmp_path), 30)) for _ in range(2))
     assert [document.where for document in found] == sorted(document.where for document in found)
     assert found == again
-    names = [path.as_posix() for path in source_files(source, fetch=refuse, directory=tmp_path).values()]
+    names = [path.as_posix() for path in source_files(source)]
     assert any(name.endswith("/argparse.py") for name in names)
     assert not [name for name in names if re.search(r"/(tests?|idlelib|lib2to3|site-packages|__pycache__)/", name)]
-
-
-def test_s3_objects_are_fetched_and_keep_their_names(tmp_path: Path) -> None:
-    def fetch(uri: str, directory: Path) -> Path:
-        assert not directory.exists()
-        if uri.endswith(".jsonl"):
-            directory.mkdir(parents=True)
-            write_jsonl(directory / "local.jsonl", text_rows(["one object"]))
-            return directory / "local.jsonl"
-        (directory / "sub").mkdir(parents=True)
-        write_jsonl(directory / "sub" / "b.jsonl", text_rows(["b"]))
-        write_jsonl(directory / "a.jsonl", text_rows(["a"]))
-        return directory
-
-    (only,) = read(DataSource(path="s3://bucket/data/x.jsonl"), tmp_path / "0", fetch)
-    assert only == Document("one object", "s3://bucket/data/x.jsonl line 1")
-    assert [(d.content, d.where) for d in read(DataSource(path="s3://bucket/data/"), tmp_path / "1", fetch)] == [
-        ("a", "s3://bucket/data/a.jsonl line 1"),
-        ("b", "s3://bucket/data/sub/b.jsonl line 1"),
-    ]
-
-
-def test_fetched_files_are_read_from_inside_the_hidden_staging_directory(tokenizer_dir: Path, tmp_path: Path) -> None:
-    def fetch(uri: str, directory: Path) -> Path:
-        directory.mkdir(parents=True)
-        write_jsonl(directory / "__a.jsonl", text_rows())
-        return directory
-
-    config = DataConfig(
-        sources=(DataSource(path="s3://bucket/a"), DataSource(path="s3://bucket/b")), heldout_fraction=HALF
-    )
-    record = build_corpus(config, tokenizer_dir, tmp_path / ".hidden" / "out", fetch=fetch)
-    assert [source.documents for source in record.sources] == [len(TEXTS), len(TEXTS)]
 
 
 @pytest.mark.parametrize(
@@ -537,7 +498,7 @@ def test_hub_datasets_are_streamed(
 ) -> None:
     def load_dataset(name: str, subset: str | None, **options: Any) -> list[dict[str, str]]:
         assert (name, subset, options.pop("revision")) == expected
-        assert options == {"split": "validation", "streaming": True, "cache_dir": str(tmp_path / "work" / "cache")}
+        assert options == {"split": "validation", "streaming": True, "cache_dir": str(tmp_path / "work")}
         return text_rows(["x", "y"])
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
@@ -549,7 +510,7 @@ def test_texts_for_a_tokenizer_come_evenly_from_all_sources(tmp_path: Path) -> N
     long = write_jsonl(tmp_path / "a.jsonl", text_rows(["L" * 100] * 10))
     chats = [[{"role": "user", "content": "q" * 10}, {"role": "assistant", "content": "a" * 9}]] * 10
     short = write_jsonl(tmp_path / "b.jsonl", [{"messages": chat} for chat in chats])
-    texts = list(iter_texts(DataConfig(sources=(long, short)), fetch=refuse))
+    texts = list(iter_texts(DataConfig(sources=(long, short))))
     assert len(texts) == 20
     read_so_far = texts[:13]
     assert [sum(len(t) for t in read_so_far if t[0] == letter) for letter in "Lq"] == [300, 200]
@@ -685,7 +646,7 @@ def test_chats_need_a_template(tokenizer_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"a.jsonl line 1 holds messages but the tokenizer has no chat template; add one"
     ):
-        build_corpus(DataConfig(sources=(source,)), bare, tmp_path / "out", fetch=refuse)
+        build_corpus(DataConfig(sources=(source,)), bare, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[DataConfig, Path
         DataSource(path=str(directory / f"{name}.jsonl"), name=name, weight=weight) for name, weight in weights.items()
     )
     config = DataConfig(sources=sources, heldout_fraction=0.1, shard_bytes=1000)
-    build_corpus(config.unweighted(), directory / "tokenizer", directory / "out", fetch=lambda uri, to: to)
+    build_corpus(config.unweighted(), directory / "tokenizer", directory / "out")
     return config, directory / "out", directory / "tokenizer"
 
 

@@ -28,7 +28,7 @@ def rows(found: list[Piece], source: DataSource) -> list[Any]:
 
 def cut(path: Path, piece_bytes: int) -> tuple[list[Piece], DataSource]:
     source = DataSource(path=str(path))
-    return file_pieces(source, {str(path): path}, piece_bytes), source
+    return pieces.cut(file_pieces(source, [path]), piece_bytes), source
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 7, 30, 64, 1000, 10**6])

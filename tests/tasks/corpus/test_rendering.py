@@ -500,7 +500,7 @@ def samples(
     directory: Path, tokenizer: PreTrainedTokenizerFast, row: Row, kind: str, options: Mapping[str, Any]
 ) -> list[Sample]:
     source = DataSource(path=str(write_row(directory, row, kind)), **options)
-    found = iter_documents(source, fetch=lambda uri, to: to, directory=directory / "work")
+    found = iter_documents(source, directory / "work")
     _, made = next(Encoder(tokenizer, ()).samples([next(found)], source, Tally(source)))
     return made
 

@@ -70,10 +70,6 @@ def recipe(tmp_path: Path) -> Recipe:
     return make
 
 
-def refuse(uri: str, directory: Path) -> Path:
-    raise AssertionError(f"{uri} was fetched")
-
-
 def streams(directory: Path) -> dict[str, np.ndarray]:
     """Everything that a corpus says, whichever files it lies in."""
     found = {}
@@ -155,11 +151,11 @@ def test_the_tokens_depend_on_no_division_and_on_nobody_who_works(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workers, "workers", real_workers)
         patch.setattr(workers, "wait", real_wait)
-        whole = build_corpus(recipe(WHOLE, **LIMITS[limits]), tokenizer_dir, tmp_path / "whole", fetch=refuse)
+        whole = build_corpus(recipe(WHOLE, **LIMITS[limits]), tokenizer_dir, tmp_path / "whole")
         config = recipe(shard_bytes, **LIMITS[limits])
-        in_order = build_corpus(config, tokenizer_dir, tmp_path / "in order", fetch=refuse)
+        in_order = build_corpus(config, tokenizer_dir, tmp_path / "in order")
     assert not unruly
-    record = build_corpus(config, tokenizer_dir, tmp_path / "unruly", fetch=refuse)
+    record = build_corpus(config, tokenizer_dir, tmp_path / "unruly")
     assert unruly != sorted(unruly)
     assert record == in_order and artifact(tmp_path / "unruly").digest == artifact(tmp_path / "in order").digest
     assert same(tmp_path / "unruly", tmp_path / "whole")
@@ -180,7 +176,7 @@ real_workers, real_wait = workers.workers, workers.wait
 def test_where_every_source_lies_in_the_tokens_to_train_on_is_recorded(
     recipe: Recipe, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
-    record = build_corpus(recipe(700), tokenizer_dir, tmp_path / "out", fetch=refuse)
+    record = build_corpus(recipe(700), tokenizer_dir, tmp_path / "out")
     assert sum(source.train_tokens for source in record.sources) == record.train.tokens
     first, chats, _ = (source.train_tokens for source in record.sources)
     learned = TokenStream(tmp_path / "out" / TRAIN_FILE).learned(0, record.train.tokens)
@@ -194,20 +190,20 @@ def test_a_bad_row_beyond_what_is_wanted_is_no_fault_and_one_before_it_is(
     with Path(recipe(1).sources[0].path).open("a") as file:
         file.write('{"no": 3}\n')
     config = recipe(400, max_documents=100)
-    build_corpus(config, tokenizer_dir, tmp_path / "out", fetch=refuse)
+    build_corpus(config, tokenizer_dir, tmp_path / "out")
     with pytest.raises(ValueError, match=r"a.jsonl line \d+ after byte \d+ has neither"):
-        build_corpus(recipe(400), tokenizer_dir, tmp_path / "more", fetch=refuse)
+        build_corpus(recipe(400), tokenizer_dir, tmp_path / "more")
 
 
 def test_rows_that_cannot_be_used_are_counted_over_all_shards(
     recipe: Recipe, tokenizer_dir: Path, tmp_path: Path, unruly: list[int]
 ) -> None:
     config = recipe(400)
-    record = build_corpus(config, tokenizer_dir, tmp_path / "out", fetch=refuse)
+    record = build_corpus(config, tokenizer_dir, tmp_path / "out")
     assert record.sources[2].skipped == 2 and len(record.sources[2].first_skipped) == 2
     stricter = replace(config, sources=(*config.sources[:2], replace(config.sources[2], max_skipped=1)))
     with pytest.raises(ValueError, match=r"it is one more than max_skipped=1, and the first was: .*has neither"):
-        build_corpus(stricter, tokenizer_dir, tmp_path / "stricter", fetch=refuse)
+        build_corpus(stricter, tokenizer_dir, tmp_path / "stricter")
 
 
 def test_shards_beyond_a_limit_are_not_made(
@@ -215,7 +211,7 @@ def test_shards_beyond_a_limit_are_not_made(
 ) -> None:
     config = recipe(500, max_tokens=400)
     config = replace(config, sources=config.sources[:1], heldout_fraction=0.5)
-    build_corpus(config, tokenizer_dir, tmp_path / "out", fetch=refuse)
+    build_corpus(config, tokenizer_dir, tmp_path / "out")
     assert max(unruly) < 6 < Path(config.sources[0].path).stat().st_size // 500
 
 
@@ -254,23 +250,23 @@ def test_what_was_whole_when_a_run_was_killed_is_not_made_again(
 
     monkeypatch.setattr(ShardMaker, "make", counted)
     config, work = recipe(1000, max_tokens=1500), tmp_path / "work"
-    build_corpus(config, tokenizer_dir, tmp_path / "undisturbed", fetch=refuse)
+    build_corpus(config, tokenizer_dir, tmp_path / "undisturbed")
     whole, made[:], limit = list(made), [], 9
     with pytest.raises(Killed):
-        build_corpus(config, tokenizer_dir, tmp_path / "out", fetch=refuse, work=work)
+        build_corpus(config, tokenizer_dir, tmp_path / "out", work=work)
     assert made == whole[:9]
     (work / "00003" / "shard.json").unlink()  # not marked
     made[:], limit = [], 1000
-    build_corpus(config, tokenizer_dir, tmp_path / "out", fetch=refuse, work=work)
+    build_corpus(config, tokenizer_dir, tmp_path / "out", work=work)
     assert made == [3, *whole[9:]]
     assert artifact(tmp_path / "out").digest == artifact(tmp_path / "undisturbed").digest
 
 
 def test_a_shard_of_other_pieces_is_made_again(recipe: Recipe, tokenizer_dir: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
-    build_corpus(recipe(3000), tokenizer_dir, tmp_path / "first", fetch=refuse, work=work)
-    build_corpus(recipe(1000), tokenizer_dir, tmp_path / "second", fetch=refuse, work=work)
-    build_corpus(recipe(1000), tokenizer_dir, tmp_path / "third", fetch=refuse)
+    build_corpus(recipe(3000), tokenizer_dir, tmp_path / "first", work=work)
+    build_corpus(recipe(1000), tokenizer_dir, tmp_path / "second", work=work)
+    build_corpus(recipe(1000), tokenizer_dir, tmp_path / "third")
     assert artifact(tmp_path / "second").digest == artifact(tmp_path / "third").digest
 
 
@@ -278,35 +274,16 @@ def test_a_shard_whose_held_out_tokens_were_damaged_is_told_of_and_made_again(
     recipe: Recipe, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     config, work = recipe(1000), tmp_path / "work"
-    build_corpus(config, tokenizer_dir, tmp_path / "undisturbed", fetch=refuse, work=work)
+    build_corpus(config, tokenizer_dir, tmp_path / "undisturbed", work=work)
     damaged = next(work.glob(f"*/{HELDOUT_FILE}"))
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
     with pytest.raises(ServiceError, match=rf"{damaged} is not what was written to it") as error:
-        build_corpus(config, tokenizer_dir, tmp_path / "out", fetch=refuse, work=work)
+        build_corpus(config, tokenizer_dir, tmp_path / "out", work=work)
     assert is_transient(error.value) and not (tmp_path / "out").exists()
-    build_corpus(config, tokenizer_dir, tmp_path / "out", fetch=refuse, work=work)
+    build_corpus(config, tokenizer_dir, tmp_path / "out", work=work)
     assert artifact(tmp_path / "out").digest == artifact(tmp_path / "undisturbed").digest
-
-
-def test_what_was_fetched_is_not_fetched_again(tokenizer_dir: Path, tmp_path: Path) -> None:
-    asked: list[str] = []
-
-    def fetch(uri: str, directory: Path) -> Path:
-        asked.append(uri)
-        directory.mkdir(parents=True)
-        (directory / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-        if len(asked) == 2:
-            raise Killed
-        return directory / "a.jsonl" if len(asked) == 1 else directory
-
-    config = DataConfig(sources=(DataSource(path="s3://b/a.jsonl"), DataSource(path="s3://b/c")), heldout_fraction=0.5)
-    with pytest.raises(Killed):
-        build_corpus(config, tokenizer_dir, tmp_path / "out", fetch=fetch, work=tmp_path / "work")
-    record = build_corpus(config, tokenizer_dir, tmp_path / "out", fetch=fetch, work=tmp_path / "work")
-    assert asked == ["s3://b/a.jsonl", "s3://b/c", "s3://b/c"]
-    assert [source.documents for source in record.sources] == [len(TEXTS)] * 2
 
 
 def test_pieces_fill_shards_in_order() -> None:
@@ -344,8 +321,7 @@ from tasks.corpus.build import build_corpus
 if __name__ == "__main__":
     config, tokenizer, output, work, processes = sys.argv[1:]
     build_corpus(
-        build(DataConfig, json.loads(config)), Path(tokenizer), Path(output),
-        fetch=lambda uri, to: to, work=Path(work), processes=int(processes),
+        build(DataConfig, json.loads(config)), Path(tokenizer), Path(output), work=Path(work), processes=int(processes),
     )
 """
 
@@ -383,7 +359,7 @@ class Preparation:
 def test_a_tokenizer_that_no_process_can_load_is_told_as_that(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=f"^{tmp_path}/empty: no tokenizer can be loaded"):
-        build_corpus(recipe(1000), tmp_path / "empty", tmp_path / "out", fetch=refuse, processes=2)
+        build_corpus(recipe(1000), tmp_path / "empty", tmp_path / "out", processes=2)
 
 
 @pytest.mark.services
@@ -392,7 +368,7 @@ def test_a_pool_of_which_a_process_was_killed_is_told_of_whoever_notices_it(
 ) -> None:
     config = recipe(1000)
     maker = ShardMaker(config=config, tokenizer=tokenizer_dir, directory=tmp_path)
-    pieces = [source_pieces(s, fetch=refuse, directory=tmp_path, piece_bytes=1000) for s in config.sources]
+    pieces = [source_pieces(s, tmp_path, 1000) for s in config.sources]
     shards = plan_shards(pieces, 1000)
     before = set(psutil.Process().children())
     with workers.workers(maker, 2, lambda tokens: None) as pool:
@@ -413,7 +389,7 @@ def test_the_corpus_is_the_same_for_one_two_and_three_processes_and_after_kills(
     recipe: Recipe, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     config = recipe(100, max_tokens=3000)
-    build_corpus(config, tokenizer_dir, tmp_path / "here", fetch=refuse, work=tmp_path / "here work")
+    build_corpus(config, tokenizer_dir, tmp_path / "here", work=tmp_path / "here work")
     expected, count = artifact(tmp_path / "here").digest, len([*(tmp_path / "here work").glob("[0-9]*/shard.json")])
     for processes in (2, 3):
         output = tmp_path / f"{processes} processes"

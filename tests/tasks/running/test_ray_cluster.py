@@ -17,7 +17,7 @@ from tasks import distill, evaluate, rank, teacher  # noqa: F401 - each adds its
 from tasks.running.ray_steps import GONE_SECONDS
 from tasks.running.steps import ON_GPU
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.slow]
 
 # The gradient of a batch is a sum over its rows, in another order where they lie in three processes. Adam divides it by
 # its own size, so that float32's rounding, 1e-7, grows over the steps, but by far less than this.

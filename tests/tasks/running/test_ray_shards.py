@@ -15,9 +15,10 @@ import pytest
 
 from elastic_core.recipe import DataConfig, DataSource
 from tasks.artifacts import Store
+from tasks.corpus import documents
 from tasks.corpus.build import build_corpus
+from tasks.corpus.record import DataRecord
 from tasks.corpus.shards import Shard
-from tasks.corpus.sources import etags_of, fetch_data, source_identity
 from tasks.corpus.tokenizer import train_tokenizer
 from tasks.running import ray_shards
 from tasks.running.digests import artifact
@@ -131,17 +132,15 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def build(config: DataConfig, tokenizer: Path, directory: Path, **others: Any) -> Any:
-    identity = tuple(map(source_identity, config.sources))
-    hosts = partial(on_hosts, CLUSTER, artifact(tokenizer), identity)
-    given = {"fetch": fetch_data, "work": directory / "work", "processes": 4, "others": hosts} | others
-    return build_corpus(config, tokenizer, directory / "out", **given)
+def build(config: DataConfig, tokenizer: Path, directory: Path) -> DataRecord:
+    hosts = partial(on_hosts, CLUSTER, artifact(tokenizer))
+    return build_corpus(config, tokenizer, directory / "out", work=directory / "work", processes=4, others=hosts)
 
 
 def test_a_cluster_makes_the_corpus_that_this_machine_makes(
     config: DataConfig, tokenizer: Path, ray: Ray, tmp_path: Path
 ) -> None:
-    here = build_corpus(config, tokenizer, tmp_path / "here", fetch=fetch_data)
+    here = build_corpus(config, tokenizer, tmp_path / "here")
     assert build(config, tokenizer, tmp_path / "there") == here
     assert artifact(tmp_path / "there" / "out").digest == artifact(tmp_path / "here").digest
     assert ray.done.total() > 8 and set(ray.done) == {"one", "two"}
@@ -193,7 +192,7 @@ def test_a_row_that_cannot_be_used_is_told_as_it_is_here(
     (source,) = config.sources
     strict = DataConfig(sources=(DataSource(path=source.path),), heldout_fraction=0.2, shard_bytes=10**9)
     with pytest.raises(ValueError) as here:
-        build_corpus(strict, tokenizer, tmp_path / "here", fetch=fetch_data)
+        build_corpus(strict, tokenizer, tmp_path / "here")
     with pytest.raises(ValueError, match=r"b\.jsonl line 51 has neither") as there:
         build(strict, tokenizer, tmp_path / "there")
     assert str(there.value) == str(here.value)
@@ -211,27 +210,17 @@ def test_a_fault_of_a_host_keeps_its_nature_and_names_the_host(
     assert failed.value.transient
 
 
-def test_an_object_that_was_replaced_since_the_run_began_makes_no_shard(
+def test_an_object_that_was_replaced_since_it_was_listed_makes_no_shard(
     config: DataConfig, tokenizer: Path, ray: Ray, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    identity = tuple(map(source_identity, config.sources))
-    replaced = json.dumps({"text": "another"}) + "\n"
+    def replaced(shown: Any) -> Any:
+        store.client.put_object(Bucket=store.bucket, Key="data/b.jsonl", Body=b'{"text": "another"}\n' * 99)
+        return shown
 
-    def replace() -> None:
-        store.client.put_object(Bucket=store.bucket, Key="data/b.jsonl", Body=replaced.encode() * 99)
-
-    def then(*arguments: Any) -> Any:
-        found = etags_of(*arguments)
-        replace()
-        return found
-
-    monkeypatch.setattr(ray_shards, "etags_of", then)
+    listed = documents.listed
+    monkeypatch.setattr(documents, "listed", lambda uri: replaced(listed(uri)))
     with pytest.raises(ServiceError, match=r"data/b\.jsonl was replaced while it was read; run again$"):
-        build(config, tokenizer, tmp_path / "later")
-    monkeypatch.setattr(ray_shards, "etags_of", etags_of)
-    hosts = partial(on_hosts, CLUSTER, artifact(tokenizer), identity)
-    with pytest.raises(ServiceError, match=r"data changed while this run was going; run again$"):
-        build(config, tokenizer, tmp_path / "before", others=hosts)
+        build(config, tokenizer, tmp_path)
 
 
 def test_a_host_with_other_code_or_another_workspace_cannot_make_shards(ray: Ray) -> None:
