@@ -13,7 +13,7 @@ from itertools import product
 
 from elastic_core.budget import Budget, Dtype, Serving, bytes_text
 from elastic_core.geometry import LAYER_AXES, Axes, ModelConfig
-from elastic_core.layers.kind import FLOAT32_BYTES, ServingStep, Shape
+from elastic_core.layers.kind import FLOAT32_BYTES, LayerShape, ServingStep
 from elastic_core.layers.kinds import KINDS
 from elastic_core.subnet import Subnet
 
@@ -42,7 +42,7 @@ def embedding_params(model: ModelConfig, hidden: int) -> int:
 
 
 @cache
-def layer_params(model: ModelConfig, shape: Shape) -> int:
+def layer_params(model: ModelConfig, shape: LayerShape) -> int:
     """A layer's norm, and what its kind lays out."""
     layouts, kept = KINDS[shape.kind].mixer.lay_out(model, model.layers_of(shape.kind)[0]), shape.kept(model)
     return shape.hidden + sum(layout.numel(kept) for layout in layouts.values())
@@ -51,16 +51,16 @@ def layer_params(model: ModelConfig, shape: Shape) -> int:
 # Costs
 
 
-def shape_of(kind: str, hidden: int, width: int, shared: Sequence[int]) -> Shape:
+def shape_of(kind: str, hidden: int, width: int, shared: Sequence[int]) -> LayerShape:
     """The shape of a layer of `kind`; `shared` has a size of each axis that layers share, whatever their kind.
 
     Where the model has no experts or these no latent channels, `shared` lacks their sizes, which come last.
     """
     sizes = {axis: size for axis, size in zip(Axes.SHARED, shared, strict=False) if axis in LAYER_AXES[kind]}
-    return Shape(kind=kind, hidden=hidden, width=width, **sizes)
+    return LayerShape(kind=kind, hidden=hidden, width=width, **sizes)
 
 
-def shapes(model: ModelConfig, subnet: Subnet) -> Iterator[Shape]:
+def shapes(model: ModelConfig, subnet: Subnet) -> Iterator[LayerShape]:
     """The shape of each kept layer."""
     shared = [getattr(subnet, axis) for axis in Axes.SHARED]
     for layer in subnet.layers:
@@ -69,7 +69,7 @@ def shapes(model: ModelConfig, subnet: Subnet) -> Iterator[Shape]:
         yield shape_of(kind, subnet.hidden, width, shared)
 
 
-def choices(model: ModelConfig, axes: Axes, kind: str) -> tuple[Shape, ...]:
+def choices(model: ModelConfig, axes: Axes, kind: str) -> tuple[LayerShape, ...]:
     """Every shape that a layer of `kind` may have on the (bound) `axes`, each once; none if the model has no such."""
     sizes = product(axes.hidden, axes.choices(LAYER_AXES[kind][0]), product(*map(axes.choices, axes.shared)))
     found = dict.fromkeys(shape_of(kind, *size) for size in sizes)
@@ -91,14 +91,14 @@ class Cost(ABC):
         """Embedding, final norm and output head."""
 
     @abstractmethod
-    def layer(self, shape: Shape) -> int:
+    def layer(self, shape: LayerShape) -> int:
         """What a kept layer adds."""
 
     def fixed_peak(self, hidden: int) -> int:
         """What is needed for a while outside the layers."""
         return 0
 
-    def peak(self, shape: Shape) -> int:
+    def peak(self, shape: LayerShape) -> int:
         """What a layer needs for a while, and gives back to the next."""
         return 0
 
@@ -120,7 +120,7 @@ class ParamsCost(Cost):
     def fixed(self, hidden: int) -> int:
         return embedding_params(self.model, hidden)
 
-    def layer(self, shape: Shape) -> int:
+    def layer(self, shape: LayerShape) -> int:
         return layer_params(self.model, shape)
 
     def text(self, amount: int) -> str:
@@ -131,7 +131,7 @@ class ParamsCost(Cost):
 class ActiveParamsCost(ParamsCost):
     """Active parameters: all but those of the experts that a token does not choose."""
 
-    def layer(self, shape: Shape) -> int:
+    def layer(self, shape: LayerShape) -> int:
         return layer_params(self.model, shape) - KINDS[shape.kind].idle_params(self.model, shape)
 
     def text(self, amount: int) -> str:
@@ -157,10 +157,10 @@ class MemoryCost(Cost):
     def fixed(self, hidden: int) -> int:
         return embedding_params(self.model, hidden) * self._bytes
 
-    def layer(self, shape: Shape) -> int:
+    def layer(self, shape: LayerShape) -> int:
         return ParamsCost(model=self.model).layer(shape) * self._bytes + self.cache(shape)
 
-    def cache(self, shape: Shape) -> int:
+    def cache(self, shape: LayerShape) -> int:
         """What the cache of decoding holds for a layer."""
         return KINDS[shape.kind].cache_bytes(self.model, shape, self._step)
 
@@ -173,7 +173,7 @@ class MemoryCost(Cost):
         )
         return max(norm, logits)
 
-    def peak(self, shape: Shape) -> int:
+    def peak(self, shape: LayerShape) -> int:
         """A mixer's tensors at their most, beside the residual stream, its norm, and the output of the step before."""
         mixer = KINDS[shape.kind].serving_bytes(self.model, shape, self._step)
         return 3 * self._step.rows * shape.hidden * self._bytes + mixer
@@ -199,7 +199,7 @@ TIMED_GEOMETRY = ("vocab_size", "head_dim", "num_key_value_heads", "ssm_state_si
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TimedLayer(Shape):
+class TimedLayer(LayerShape):
     """How long a layer of this shape takes."""
 
     nanoseconds: int
@@ -230,10 +230,10 @@ class LatencyTable:
             raise ValueError("a shape is listed more than once; measure again with `elastic profile`")
 
     @property
-    def times(self) -> dict[Shape, int]:
+    def times(self) -> dict[LayerShape, int]:
         """The time of each shape."""
-        names = [field.name for field in fields(Shape)]
-        return {Shape(**{name: getattr(t, name) for name in names}): t.nanoseconds for t in self.layers}
+        names = [field.name for field in fields(LayerShape)]
+        return {LayerShape(**{name: getattr(t, name) for name in names}): t.nanoseconds for t in self.layers}
 
     def check(self, model: ModelConfig, axes: Axes) -> None:
         """ValueError unless the table is of such a model and has every choice of its (bound) `axes`."""
@@ -258,12 +258,12 @@ class LatencyCost(Cost):
     """Nanoseconds of a decoding step by a latency table: the sum over its parts, which run one after the other."""
 
     fixed_times: Mapping[int, int]
-    times: Mapping[Shape, int]
+    times: Mapping[LayerShape, int]
 
     def fixed(self, hidden: int) -> int:
         return self.fixed_times[hidden]
 
-    def layer(self, shape: Shape) -> int:
+    def layer(self, shape: LayerShape) -> int:
         return self.times[shape]
 
     def text(self, amount: int) -> str:

@@ -26,7 +26,7 @@ USED_SHARE = 0.98
 # Up to so many combinations it is quicker to try them all than to solve for the best.
 ENUMERATED = 256
 
-LogProbabilities = Mapping[str, Tensor]
+AxisScores = Mapping[str, Tensor]  # of each axis (rows, choices)
 
 if TYPE_CHECKING:
     from scipy.optimize import LinearConstraint
@@ -131,12 +131,12 @@ def _too_small(budget: Budget, counted: Cost, smallest: Subnet) -> ValueError:
 
 
 @torch.no_grad()
-def log_probabilities(router: Router, budget: Tensor) -> LogProbabilities:
+def log_probabilities(router: Router, budget: Tensor) -> AxisScores:
     """The router's log-probability (rows, choices) of every choice, for its input `budget`."""
     return {axis: logits.double().log_softmax(-1).cpu() for axis, logits in router(budget).items()}
 
 
-def _best(elastic: ElasticModel, counted: Cost, scores: LogProbabilities, bounds: Limits) -> Subnet | None:
+def _best(elastic: ElasticModel, counted: Cost, scores: AxisScores, bounds: Limits) -> Subnet | None:
     """The subnet of greatest log-probability within the bounds."""
     best, best_score = None, -inf
     ceiling = sum(float(scores[axis].max(-1).values.sum()) for axis in elastic.axes.widths)
@@ -149,14 +149,14 @@ def _best(elastic: ElasticModel, counted: Cost, scores: LogProbabilities, bounds
     return best
 
 
-def proposals(elastic: ElasticModel, counted: Cost, scores: LogProbabilities, bounds: Limits) -> list[Subnet]:
+def proposals(elastic: ElasticModel, counted: Cost, scores: AxisScores, bounds: Limits) -> list[Subnet]:
     """The subnet of greatest log-probability within the bounds for each hidden size, Mamba head dim and depth."""
     found = (_best_with(choice, elastic, counted, scores, bounds) for choice in _globals(elastic, scores, bounds))
     return [subnet for subnet, _ in filter(None, found)]
 
 
 def _best_with(
-    choice: _Global, elastic: ElasticModel, counted: Cost, scores: LogProbabilities, bounds: Limits
+    choice: _Global, elastic: ElasticModel, counted: Cost, scores: AxisScores, bounds: Limits
 ) -> tuple[Subnet, float] | None:
     """The subnet of greatest log-probability with these global choices, and that log-probability."""
     rows = {axis: _rows(elastic, counted, scores, choice, axis, bounds) for axis in elastic.axes.widths}
@@ -174,7 +174,7 @@ def _best_with(
     return subnet, choice.log_probability + sum(option.log_probability for option in picked)
 
 
-def _globals(elastic: ElasticModel, scores: LogProbabilities, bounds: Limits) -> list[_Global]:
+def _globals(elastic: ElasticModel, scores: AxisScores, bounds: Limits) -> list[_Global]:
     """The choices made once for the model, the most likely first."""
     within = [
         [
@@ -193,7 +193,7 @@ def _globals(elastic: ElasticModel, scores: LogProbabilities, bounds: Limits) ->
 
 
 def _rows(
-    elastic: ElasticModel, counted: Cost, scores: LogProbabilities, choice: _Global, axis: str, bounds: Limits
+    elastic: ElasticModel, counted: Cost, scores: AxisScores, choice: _Global, axis: str, bounds: Limits
 ) -> list[list[_Option]]:
     """The options of each row of an axis, given the global choices."""
     layers, kept, kind = elastic.config.layers_on(axis), set(choice.layers), elastic.kinds().get(axis)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_core.files import shards
-from elastic_core.files.checkpoint import Place, open_checkpoint, tensor_places, write_checkpoint
+from elastic_core.files.checkpoint import TensorPlace, open_checkpoint, tensor_places, write_checkpoint
 from elastic_core.files.shards import Progress
 from elastic_core.geometry import ModelConfig
 from elastic_core.layers.kernels import select_backend
@@ -102,7 +102,7 @@ def check_basis(basis_DD: Tensor, config: ModelConfig) -> None:
         raise ValueError(f"basis is not orthonormal: an entry of B^T B is {error:.1e} off")
 
 
-def _rotated(name: str, place: Place, read: Blocks, basis_DD: Tensor) -> Iterator[Tensor]:
+def _rotated(name: str, place: TensorPlace, read: Blocks, basis_DD: Tensor) -> Iterator[Tensor]:
     """A tensor's blocks of rows after x -> B^T x: W diag(norm) B where it reads the stream, B^T W where it writes."""
     axes = place.layout.axes
     if "hidden" not in axes:
@@ -133,7 +133,7 @@ def _written(read: Callable[[], Iterable[Tensor]], basis_DD: Tensor) -> Iterator
         yield total.to(first.dtype)
 
 
-def _norm_before(name: str, place: Place) -> str | None:
+def _norm_before(name: str, place: TensorPlace) -> str | None:
     """The norm whose output a matrix reads; None for the embedding, which reads tokens."""
     if place.layer is not None:
         return f"layers.{place.layer}.norm.weight"

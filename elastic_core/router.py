@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from elastic_core import cost
 from elastic_core.budget import Budget
 from elastic_core.geometry import LAYER_AXES, Axes, ModelConfig
-from elastic_core.layers.kind import Shape
+from elastic_core.layers.kind import LayerShape
 from elastic_core.subnet import Masks, Subnet, keep_layers
 
 # A choice below this probability is dropped from a soft mask, so that compute shrinks as the router makes up its mind.
@@ -232,7 +232,7 @@ def expected_cost(elastic: ElasticModel, probabilities: Probabilities, counted: 
     return total + _expected_peak(elastic, probabilities, counted)
 
 
-def _at_every_shape(elastic: ElasticModel, kind: str, count: Callable[[Shape], int]) -> Tensor:
+def _at_every_shape(elastic: ElasticModel, kind: str, count: Callable[[LayerShape], int]) -> Tensor:
     """`count` of a layer of `kind` at every choice of (hidden size, width, each shared axis), in float64."""
     axes = ("hidden", LAYER_AXES[kind][0], *elastic.axes.shared)
     counts = [count(shape) for shape in _every_shape(elastic.axes, kind)]
@@ -240,7 +240,7 @@ def _at_every_shape(elastic: ElasticModel, kind: str, count: Callable[[Shape], i
 
 
 @cache
-def _every_shape(axes: Axes, kind: str) -> tuple[Shape, ...]:
+def _every_shape(axes: Axes, kind: str) -> tuple[LayerShape, ...]:
     sizes = axes.hidden, axes.choices(LAYER_AXES[kind][0]), product(*map(axes.choices, axes.shared))
     return tuple(cost.shape_of(kind, *size) for size in product(*sizes))
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from elastic_core.budget import Budget
 from elastic_core.geometry import Axes
 from elastic_core.model import ElasticNemotronH
-from elastic_core.resolve import Limits, LogProbabilities, proposals
+from elastic_core.resolve import AxisScores, Limits, proposals
 from elastic_core.router import ElasticModel
 from elastic_core.subnet import Subnet, full_subnet, is_nested, smallest_subnet
 from elastic_core.training.losses import distillation_loss
@@ -162,7 +162,7 @@ class Space:
         return tuple(point)
 
 
-def prior(elastic: ElasticModel, loss: Loss) -> LogProbabilities:
+def prior(elastic: ElasticModel, loss: Loss) -> AxisScores:
     """Scores (rows, choices) of every axis: minus the loss of the full model with that row alone cut to that choice.
 
     Their sum over a subnet's choices ranks subnets as if cuts did not interact.
@@ -181,7 +181,7 @@ def search(
     elastic: ElasticModel,
     budgets: Sequence[Budget],
     loss: Loss,
-    scores: Sequence[Sequence[LogProbabilities]],
+    scores: Sequence[Sequence[AxisScores]],
     *,
     measurements: int = MEASUREMENTS,
 ) -> Found:
@@ -218,7 +218,7 @@ class _Hunt:
         elastic: ElasticModel,
         budgets: Sequence[Budget],
         loss: Loss,
-        scores: Sequence[Sequence[LogProbabilities]],
+        scores: Sequence[Sequence[AxisScores]],
         measurements: int,
     ) -> None:
         self.elastic, self.budgets, self.scores, self.space = elastic, budgets, scores, Space(elastic)
@@ -303,7 +303,7 @@ class _Hunt:
         return self.seen[index].setdefault(subnet, candidate)
 
 
-def loss_table(elastic: ElasticModel, chosen: Candidate, measured: Iterable[Candidate]) -> LogProbabilities:
+def loss_table(elastic: ElasticModel, chosen: Candidate, measured: Iterable[Candidate]) -> AxisScores:
     """Scores (rows, choices) that make `chosen` the favourite of every row, and rank the rest by what they lose.
 
     A choice scores minus the log of its best measured subnet's loss over the chosen one's, and less than every measured

@@ -69,8 +69,8 @@ def plan(
     from elastic_core.planning.profile import recipe_table
     from flows.commands.plan import (
         counted_problems,
+        locality_of_runs,
         parse_gpus,
-        place_of_runs,
         plan_json,
         print_plan,
         teacher_geometry,
@@ -90,8 +90,8 @@ def plan(
         dollars_per_core_hour=core_price,
     )
     table = recipe_table(loaded)
-    model, place = teacher_geometry(loaded), place_of_runs(loaded)
-    planned = plan_recipe(loaded, model, accelerator, parse_gpus(gpus), table, place, counted_problems(loaded))
+    model, locality = teacher_geometry(loaded), locality_of_runs(loaded)
+    planned = plan_recipe(loaded, model, accelerator, parse_gpus(gpus), table, locality, counted_problems(loaded))
     if as_json:
         typer.echo(json.dumps(plan_json(planned), indent=2))
     else:

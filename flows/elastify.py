@@ -96,9 +96,8 @@ def pipeline(recipe: Recipe) -> Outcome:
         teacher, corpus = prepare(recipe, workspace)
         check_prompts(recipe.evaluation, problems, small_files(teacher))
         contamination = look_for_contamination(recipe.evaluation, problems, corpus, tokenizer=teacher)
-        family = reordered = in_order(recipe, teacher, corpus, workspace)
-        if recipe.shapes.by == "measured":
-            family = shaped(recipe, reordered, reordered, corpus, workspace)
+        reordered = in_order(recipe, teacher, corpus, workspace)
+        family = shaped(recipe, reordered, reordered, corpus, workspace)
         orders = run(
             compare_orders,
             reordered=reordered,
@@ -128,7 +127,7 @@ def pipeline(recipe: Recipe) -> Outcome:
             )
             stages.append(trained)
             family, first_step = trained.family, first_step + stage.steps
-            if recipe.shapes.by == "measured" and stage.router.mode != "frozen":
+            if stage.router.mode != "frozen":
                 family = shaped(recipe, reordered, family, corpus, workspace)
         slices = {
             budget.name: run(
@@ -225,7 +224,9 @@ def in_order(recipe: Recipe, teacher: Artifact, corpus: Artifact, workspace: str
 
 
 def shaped(recipe: Recipe, reordered: Artifact, family: Artifact, corpus: Artifact, workspace: str) -> Artifact:
-    """The family with the subnets whose cut from the teacher loses least."""
+    """The family with the subnets whose cut from the teacher loses least, where the recipe measures them."""
+    if recipe.shapes.by != "measured":
+        return family
     return run(
         choose_shapes,
         reordered=reordered,

@@ -164,9 +164,8 @@ def race(recipe: Recipe, seeds: int, rows: Path, share: float = 1.0) -> list[Ent
 def course(recipe: Recipe, workspace: str) -> Course:
     """A teacher in order, its shapes and its data; all of them are cached."""
     teacher, corpus = prepare(recipe, workspace)
-    family = reordered = in_order(recipe, teacher, corpus, workspace)
-    if recipe.shapes.by == "measured":
-        family = shaped(recipe, reordered, reordered, corpus, workspace)
+    reordered = in_order(recipe, teacher, corpus, workspace)
+    family = shaped(recipe, reordered, reordered, corpus, workspace)
     return Course(recipe=recipe, teacher=teacher, family=family, corpus=corpus, workspace=workspace, seed=recipe.seed)
 
 

@@ -48,23 +48,23 @@ SHAPES_FILE = "shapes.json"  # beside a family whose shapes were measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class TensorPlace:
     """Where a tensor stands in the model: its layer, if it is in one, and how it is laid out."""
 
     layer: int | None
     layout: Layout
 
 
-def tensor_places(config: ModelConfig) -> dict[str, Place]:
+def tensor_places(config: ModelConfig) -> dict[str, TensorPlace]:
     """Every tensor of the model, in model order, by its name in memory."""
     vocab, hidden = (grid(vocab=config.vocab_size),), (grid(hidden=config.hidden_size),)
-    places = {"embeddings.weight": Place(layer=None, layout=Layout(vocab, hidden))}
+    places = {"embeddings.weight": TensorPlace(layer=None, layout=Layout(vocab, hidden))}
     for layer, kind in enumerate(config.hybrid_override_pattern):
-        places[f"layers.{layer}.norm.weight"] = Place(layer=layer, layout=Layout(hidden))
+        places[f"layers.{layer}.norm.weight"] = TensorPlace(layer=layer, layout=Layout(hidden))
         for name, layout in KINDS[kind].mixer.lay_out(config, layer).items():
-            places[f"layers.{layer}.mixer.{name}"] = Place(layer=layer, layout=layout)
-    places["norm_f.weight"] = Place(layer=None, layout=Layout(hidden))
-    places["lm_head.weight"] = Place(layer=None, layout=Layout(vocab, hidden))
+            places[f"layers.{layer}.mixer.{name}"] = TensorPlace(layer=layer, layout=layout)
+    places["norm_f.weight"] = TensorPlace(layer=None, layout=Layout(hidden))
+    places["lm_head.weight"] = TensorPlace(layer=None, layout=Layout(vocab, hidden))
     return places
 
 

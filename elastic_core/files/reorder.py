@@ -18,7 +18,7 @@ from elastic_core.files.checkpoint import (
     ENERGY,
     ORDER_FILE,
     CheckpointError,
-    Place,
+    TensorPlace,
     open_checkpoint,
     tensor_places,
     write_checkpoint,
@@ -221,20 +221,20 @@ def reorder_checkpoint(
     )
 
 
-def _member(place: Place, order: Order, config: ModelConfig) -> int:
+def _member(place: TensorPlace, order: Order, config: ModelConfig) -> int:
     """The index, before the reorder, of the member that the tensor at `place` is of afterwards."""
     assert place.layer is not None and place.layout.member is not None, f"{place}"
     of_layers = getattr(order, place.layout.member.axis)
     return int(of_layers[config.ordinal(place.layer)][place.layout.member.index])
 
 
-def _source(name: str, place: Place, order: Order, config: ModelConfig) -> str:
+def _source(name: str, place: TensorPlace, order: Order, config: ModelConfig) -> str:
     """The tensor that the tensor `name` comes from: that of another expert, where experts move."""
     member = place.layout.member
     return name if member is None else member.renamed(name, _member(place, order, config))
 
 
-def _indices(place: Place, order: Order, config: ModelConfig) -> tuple[Index, ...]:
+def _indices(place: TensorPlace, order: Order, config: ModelConfig) -> tuple[Index, ...]:
     """Where the entries along each dimension of a tensor come from; None where nothing moves."""
     moved = {"hidden": order.hidden}
     if place.layer is not None:

@@ -29,7 +29,7 @@ from torch import Tensor
 from elastic_core.files import shards
 from elastic_core.files.checkpoint import (
     CheckpointError,
-    Place,
+    TensorPlace,
     disk_name,
     memory_name,
     open_checkpoint,
@@ -126,11 +126,11 @@ def _added(config: ModelConfig, shell: Shell) -> dict[str, dict[str, Indices]]:
     return added
 
 
-def _is_own(place: Place, shell: Shell) -> bool:
+def _is_own(place: TensorPlace, shell: Shell) -> bool:
     return shell.norms == "own" and is_scaled(place)
 
 
-def _kept(config: ModelConfig, below: Subnet, place: Place, shape: Sequence[int]) -> Indices:
+def _kept(config: ModelConfig, below: Subnet, place: TensorPlace, shape: Sequence[int]) -> Indices:
     """Where a tensor of the slice `below` lies in that of a slice of this geometry."""
     kept = kept_indices(place, below, config)
     return tuple(every if index is None else index for every, index in zip(_every(shape), kept, strict=True))

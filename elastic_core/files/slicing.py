@@ -13,7 +13,7 @@ from elastic_core.cost import subnet_params
 from elastic_core.files.card import slice_card
 from elastic_core.files.checkpoint import (
     FAMILY_FILE,
-    Place,
+    TensorPlace,
     main_dtype,
     open_checkpoint,
     read_config,
@@ -123,7 +123,7 @@ def _card(source: Path, subnet: Subnet, sliced: ModelConfig, plan: Mapping[str, 
     )
 
 
-def name_in_full_model(name: str, place: Place, subnet: Subnet, config: ModelConfig) -> str:
+def name_in_full_model(name: str, place: TensorPlace, subnet: Subnet, config: ModelConfig) -> str:
     """The tensor of the full model that the slice's tensor `name` is cut from.
 
     `place` is its place in the slice, in which kept layers and kept experts are numbered anew.
@@ -136,25 +136,25 @@ def name_in_full_model(name: str, place: Place, subnet: Subnet, config: ModelCon
     return name.replace(f"layers.{place.layer}.", f"layers.{subnet.layers[place.layer]}.", 1)
 
 
-def is_in(place: Place, subnet: Subnet, config: ModelConfig) -> bool:
+def is_in(place: TensorPlace, subnet: Subnet, config: ModelConfig) -> bool:
     """Whether `subnet` keeps anything of a tensor."""
     if place.layer is None:
         return True
     return place.layer in subnet.layers and place.layout.is_there(kept_at(subnet, config, place.layer))
 
 
-def kept_indices(place: Place, subnet: Subnet, config: ModelConfig) -> tuple[Index, ...]:
+def kept_indices(place: TensorPlace, subnet: Subnet, config: ModelConfig) -> tuple[Index, ...]:
     """What `subnet` keeps along each dimension of a tensor; None where it keeps all."""
     kept = {"hidden": subnet.hidden} if place.layer is None else kept_at(subnet, config, place.layer)
     return tuple(indices(dim, prefixes(kept)) for dim in place.layout.dims)
 
 
-def is_scaled(place: Place) -> bool:
+def is_scaled(place: TensorPlace) -> bool:
     """Whether a tensor is the norm of the residual stream, which differs by a gain from one hidden size to another."""
     return place.layout.axes == ("hidden",)
 
 
-def _scaled(block: Tensor, place: Place, subnet: Subnet, energy: Energy | None) -> Tensor:
+def _scaled(block: Tensor, place: TensorPlace, subnet: Subnet, energy: Energy | None) -> Tensor:
     return energy.scaled(block, subnet.hidden) if energy is not None and is_scaled(place) else block
 
 

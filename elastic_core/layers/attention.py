@@ -13,10 +13,10 @@ from elastic_core.layers.kind import (
     Cache,
     Flops,
     Kind,
+    LayerShape,
     Mixer,
     Padding,
     ServingStep,
-    Shape,
     Training,
     descending,
 )
@@ -139,11 +139,11 @@ class AttentionKind(Kind):
         heads_Q = scores.view(model.num_attention_heads, -1).norm(dim=1)
         return {"attention_heads": descending(heads_Q, model.num_key_value_heads)}
 
-    def cache_bytes(self, model: ModelConfig, shape: Shape, serving: ServingStep) -> int:
+    def cache_bytes(self, model: ModelConfig, shape: LayerShape, serving: ServingStep) -> int:
         """Keys and values."""
         return 2 * serving.batch * serving.context * model.num_key_value_heads * model.head_dim * serving.width
 
-    def serving_bytes(self, model: ModelConfig, shape: Shape, serving: ServingStep) -> int:
+    def serving_bytes(self, model: ModelConfig, shape: LayerShape, serving: ServingStep) -> int:
         """queries + max(the cache copied by torch.cat, two copies of the mask, mask + queries' and layer's output)."""
         later = min(serving.tokens, serving.context - serving.tokens)  # the most that are read after a full piece
         mask = later * serving.context if later > 1 else 0
@@ -151,17 +151,17 @@ class AttentionKind(Kind):
         output = queries + serving.rows * shape.hidden * serving.width
         return queries + max(self.cache_bytes(model, shape, serving) if later else 0, 2 * mask, mask + output)
 
-    def saved_bytes(self, model: ModelConfig, shape: Shape, step: Training) -> int:
+    def saved_bytes(self, model: ModelConfig, shape: LayerShape, step: Training) -> int:
         """Queries, keys, values, output, the logarithm of each head's normaliser; the output masked."""
         queries, keys = shape.width * model.head_dim, model.num_key_value_heads * model.head_dim
         return step.width * ((3 if step.masked else 2) * queries + 2 * keys) + FLOAT32_BYTES * shape.width
 
-    def gradient_bytes(self, model: ModelConfig, shape: Shape, step: Training) -> int:
+    def gradient_bytes(self, model: ModelConfig, shape: LayerShape, step: Training) -> int:
         """The gradients of the output and the projections, each also laid out anew; those of the queries in float32."""
         queries, keys = shape.width * model.head_dim, model.num_key_value_heads * model.head_dim
         return step.width * 4 * (queries + keys) + FLOAT32_BYTES * queries
 
-    def flops(self, model: ModelConfig, shape: Shape, tokens: int, *, last_projection: bool) -> Flops:
+    def flops(self, model: ModelConfig, shape: LayerShape, tokens: int, *, last_projection: bool) -> Flops:
         queries, keys = shape.width * model.head_dim, model.num_key_value_heads * model.head_dim
         widths = queries + 2 * keys + (queries if last_projection else 0)
         return Flops(

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from elastic_core.geometry import FFN, ModelConfig
 from elastic_core.layers.kernels import Backend
-from elastic_core.layers.kind import Cache, Flops, Kind, Mixer, ServingStep, Shape, Training, descending
+from elastic_core.layers.kind import Cache, Flops, Kind, LayerShape, Mixer, ServingStep, Training, descending
 from elastic_core.layers.packing import Packing
 from elastic_core.layout import Kept, Layout, grid
 
@@ -88,17 +88,17 @@ class FeedForwardKind(Kind):
     def order(self, model: ModelConfig, scores: Tensor, kept: Mapping[str, int]) -> dict[str, Tensor]:
         return {"ffn": descending(scores)}
 
-    def serving_bytes(self, model: ModelConfig, shape: Shape, serving: ServingStep) -> int:
+    def serving_bytes(self, model: ModelConfig, shape: LayerShape, serving: ServingStep) -> int:
         """The neurons, and the output."""
         return serving.rows * (shape.width + shape.hidden) * serving.width
 
-    def saved_bytes(self, model: ModelConfig, shape: Shape, step: Training) -> int:
+    def saved_bytes(self, model: ModelConfig, shape: LayerShape, step: Training) -> int:
         """The neurons after the ReLU, squared, and masked."""
         return (3 if step.masked else 2) * step.width * shape.width
 
-    def gradient_bytes(self, model: ModelConfig, shape: Shape, step: Training) -> int:
+    def gradient_bytes(self, model: ModelConfig, shape: LayerShape, step: Training) -> int:
         """The gradients of the squares, and of what the ReLU takes."""
         return step.width * 2 * shape.width
 
-    def flops(self, model: ModelConfig, shape: Shape, tokens: int, *, last_projection: bool) -> Flops:
+    def flops(self, model: ModelConfig, shape: LayerShape, tokens: int, *, last_projection: bool) -> Flops:
         return Flops(projections=(2 if last_projection else 1) * 2 * tokens * shape.hidden * shape.width)

@@ -128,7 +128,7 @@ class Mixer(nn.Module):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
+class LayerShape:
     """The sizes that a layer's cost depends on.
 
     `width` is its FFN width, Mamba heads, query heads or the width of a routed expert; the sizes of axes that the layer
@@ -253,28 +253,28 @@ class Kind(ABC):
 
     # Cost
 
-    def idle_params(self, model: ModelConfig, shape: Shape) -> int:
+    def idle_params(self, model: ModelConfig, shape: LayerShape) -> int:
         """Parameters of such a layer that no product of a token's forward pass reads."""
         return 0
 
-    def cache_bytes(self, model: ModelConfig, shape: Shape, serving: ServingStep) -> int:
+    def cache_bytes(self, model: ModelConfig, shape: LayerShape, serving: ServingStep) -> int:
         """What `Cache` holds for such a layer."""
         return 0
 
     @abstractmethod
-    def serving_bytes(self, model: ModelConfig, shape: Shape, serving: ServingStep) -> int:
+    def serving_bytes(self, model: ModelConfig, shape: LayerShape, serving: ServingStep) -> int:
         """What the mixer needs at its most, beside its input."""
 
     @abstractmethod
-    def saved_bytes(self, model: ModelConfig, shape: Shape, step: Training) -> int:
+    def saved_bytes(self, model: ModelConfig, shape: LayerShape, step: Training) -> int:
         """What autograd saves of the mixer's forward pass, of a token."""
 
     @abstractmethod
-    def gradient_bytes(self, model: ModelConfig, shape: Shape, step: Training) -> int:
+    def gradient_bytes(self, model: ModelConfig, shape: LayerShape, step: Training) -> int:
         """What the mixer's backward pass holds at its most beside what is saved, of a token, from above."""
 
     @abstractmethod
-    def flops(self, model: ModelConfig, shape: Shape, tokens: int, *, last_projection: bool) -> Flops:
+    def flops(self, model: ModelConfig, shape: LayerShape, tokens: int, *, last_projection: bool) -> Flops:
         """A forward pass over a sequence, with or without the projection that gives the mixer's output."""
 
 

@@ -16,9 +16,9 @@ from elastic_core.layers.kind import (
     Cache,
     Flops,
     Kind,
+    LayerShape,
     Mixer,
     ServingStep,
-    Shape,
     Training,
     descending,
 )
@@ -184,13 +184,13 @@ class MambaKind(Kind):
 
     # Serving
 
-    def cache_bytes(self, model: ModelConfig, shape: Shape, serving: ServingStep) -> int:
+    def cache_bytes(self, model: ModelConfig, shape: LayerShape, serving: ServingStep) -> int:
         """The state, in float32, and the convolution's last inputs."""
         channels = shape.width * shape.mamba_head_dim
         tail = (model.conv_kernel - 1) * (channels + model.state_rows) * serving.width
         return serving.batch * (channels * model.ssm_state_size * FLOAT32_BYTES + tail)
 
-    def serving_bytes(self, model: ModelConfig, shape: Shape, serving: ServingStep) -> int:
+    def serving_bytes(self, model: ModelConfig, shape: LayerShape, serving: ServingStep) -> int:
         """in_proj's output + max(convolution, its output and dt + max(scan, gated norm)).
 
         The scan is the plain one of ssm.py on a CPU or the fused one, whichever needs more.
@@ -205,19 +205,19 @@ class MambaKind(Kind):
 
     # Training
 
-    def saved_bytes(self, model: ModelConfig, shape: Shape, step: Training) -> int:
+    def saved_bytes(self, model: ModelConfig, shape: LayerShape, step: Training) -> int:
         """in_proj's, conv1d's, scan's and norm's outputs; dt before and after softplus, and clamped; sums of decays."""
         heads, channels = shape.width, shape.width * shape.mamba_head_dim
         projected, convolved = 2 * channels + model.state_rows + heads, channels + model.state_rows
         scanned = step.width * (projected + convolved + channels) + FLOAT32_BYTES * 4 * heads
         return scanned + gated_norm_bytes(model, shape, step)
 
-    def gradient_bytes(self, model: ModelConfig, shape: Shape, step: Training) -> int:
+    def gradient_bytes(self, model: ModelConfig, shape: LayerShape, step: Training) -> int:
         """max(gated norm, scan - what the gated norm saved, which is free by then)."""
         released = gated_norm_bytes(model, shape, step)
         return max(_norm_backward(shape, step), _scan_backward(model, shape, step) - released)
 
-    def flops(self, model: ModelConfig, shape: Shape, tokens: int, *, last_projection: bool) -> Flops:
+    def flops(self, model: ModelConfig, shape: LayerShape, tokens: int, *, last_projection: bool) -> Flops:
         channels = shape.width * shape.mamba_head_dim
         in_proj = 2 * tokens * shape.hidden * (2 * channels + model.state_rows + shape.width)
         out_proj = 2 * tokens * channels * shape.hidden if last_projection else 0
@@ -233,7 +233,7 @@ def _piecewise(channels: int, serving: ServingStep) -> int:
     return 3 * values * serving.width + 2 * min(values, 2 * ssm.SEGMENT_VALUES) * FLOAT32_BYTES
 
 
-def _plain_scan(model: ModelConfig, shape: Shape, serving: ServingStep) -> int:
+def _plain_scan(model: ModelConfig, shape: LayerShape, serving: ServingStep) -> int:
     """The output so far, and of one chunk: decays of each pair of tokens, seven copies of x, the states around it."""
     heads, channels = shape.width, shape.width * shape.mamba_head_dim
     tokens = min(serving.tokens, model.chunk_size, ssm.CPU_CHUNK)
@@ -242,7 +242,7 @@ def _plain_scan(model: ModelConfig, shape: Shape, serving: ServingStep) -> int:
     return serving.rows * channels * serving.width + serving.batch * chunk * FLOAT32_BYTES
 
 
-def _fused_scan(model: ModelConfig, shape: Shape, serving: ServingStep) -> int:
+def _fused_scan(model: ModelConfig, shape: LayerShape, serving: ServingStep) -> int:
     """In mamba-ssm: the output, each chunk's state twice and the last one, each chunk's scores, dt and decays."""
     heads, channels = shape.width, shape.width * shape.mamba_head_dim
     chunks, state = serving.batch * ceil(serving.tokens / model.chunk_size), channels * model.ssm_state_size
@@ -252,13 +252,13 @@ def _fused_scan(model: ModelConfig, shape: Shape, serving: ServingStep) -> int:
     return serving.rows * channels * serving.width + states + scores + decays
 
 
-def gated_norm_bytes(model: ModelConfig, shape: Shape, step: Training) -> int:
+def gated_norm_bytes(model: ModelConfig, shape: LayerShape, step: Training) -> int:
     """Saved of a token: the gated norm's output, and of the fused norm, which runs without a mask, each group's RMS."""
     channels = shape.width * shape.mamba_head_dim
     return step.width * channels + (0 if step.masked else FLOAT32_BYTES * model.n_groups)
 
 
-def _scan_backward(model: ModelConfig, shape: Shape, step: Training) -> int:
+def _scan_backward(model: ModelConfig, shape: LayerShape, step: Training) -> int:
     """Of a token: gradients of the gate and the output; of B and C; scores and states of its chunk.
 
     The states before each chunk, and their gradients, are there in float32 and in the dtype of computation. Once the
@@ -276,7 +276,7 @@ def _scan_backward(model: ModelConfig, shape: Shape, step: Training) -> int:
     )
 
 
-def _norm_backward(shape: Shape, step: Training) -> int:
+def _norm_backward(shape: LayerShape, step: Training) -> int:
     """Of a token: the gated norm's gradients; under a mask a tile's intermediate values in float32 too."""
     channels = shape.width * shape.mamba_head_dim
     tile = ceil(min(channels, GPU_VALUES / step.tokens)) if step.masked else 0

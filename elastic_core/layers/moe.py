@@ -24,7 +24,17 @@ from torch import Tensor, nn
 from elastic_core.geometry import MOE, ModelConfig
 from elastic_core.layers.ffn import squared_relu_
 from elastic_core.layers.kernels import Backend
-from elastic_core.layers.kind import FLOAT32_BYTES, Cache, Flops, Kind, Mixer, ServingStep, Shape, Training, descending
+from elastic_core.layers.kind import (
+    FLOAT32_BYTES,
+    Cache,
+    Flops,
+    Kind,
+    LayerShape,
+    Mixer,
+    ServingStep,
+    Training,
+    descending,
+)
 from elastic_core.layers.packing import Packing
 from elastic_core.layers.weights import take
 from elastic_core.layout import WHOLE, Kept, Layout, Member, Run, grid
@@ -222,7 +232,7 @@ def _before_activation(expert: _Expert, rows_RW: Tensor, gates_R1: Tensor) -> Te
     return F.linear(rows_RW, expert.up_proj.weight).abs().sum(0)
 
 
-def _channels(shape: Shape) -> int:
+def _channels(shape: LayerShape) -> int:
     """The channels that routed experts read and write."""
     return shape.latent or shape.hidden
 
@@ -321,11 +331,11 @@ class MixtureKind(Kind):
 
     # Cost
 
-    def idle_params(self, model: ModelConfig, shape: Shape) -> int:
+    def idle_params(self, model: ModelConfig, shape: LayerShape) -> int:
         """The experts that a token does not choose."""
         return (shape.experts - shape.top_k) * 2 * shape.width * _channels(shape)
 
-    def serving_bytes(self, model: ModelConfig, shape: Shape, serving: ServingStep) -> int:
+    def serving_bytes(self, model: ModelConfig, shape: LayerShape, serving: ServingStep) -> int:
         """Everything at once, from above: the router's scores, the sorted rows, an expert's neurons, all outputs."""
         chosen, channels = shape.top_k, _channels(shape)
         router = FLOAT32_BYTES * (shape.hidden + 4 * shape.experts) + INDEX_BYTES * 4 * chosen
@@ -333,7 +343,7 @@ class MixtureKind(Kind):
         neurons = (2 * shape.width + shape.shared_ffn + 3 * shape.hidden) * serving.width
         return serving.rows * (router + rows + neurons)
 
-    def saved_bytes(self, model: ModelConfig, shape: Shape, step: Training) -> int:
+    def saved_bytes(self, model: ModelConfig, shape: LayerShape, step: Training) -> int:
         """The router's input, weights and scores; the rows and outputs of the chosen experts; all neurons."""
         chosen, channels = shape.top_k, _channels(shape)
         router = FLOAT32_BYTES * (shape.hidden + 2 * shape.experts + 4 * chosen) + INDEX_BYTES * 4 * chosen
@@ -342,14 +352,14 @@ class MixtureKind(Kind):
         neurons = (3 if step.masked else 2) * step.width * (chosen * shape.width + shape.shared_ffn)
         return router + rows + neurons
 
-    def gradient_bytes(self, model: ModelConfig, shape: Shape, step: Training) -> int:
+    def gradient_bytes(self, model: ModelConfig, shape: LayerShape, step: Training) -> int:
         """The gradients of the outputs, rows and neurons, and of the router's scores."""
         chosen, channels = shape.top_k, _channels(shape)
         rows = chosen * channels * (4 * step.width + FLOAT32_BYTES)
         neurons = 2 * step.width * (chosen * shape.width + shape.shared_ffn)
         return rows + neurons + FLOAT32_BYTES * (2 * shape.experts + shape.hidden)
 
-    def flops(self, model: ModelConfig, shape: Shape, tokens: int, *, last_projection: bool) -> Flops:
+    def flops(self, model: ModelConfig, shape: LayerShape, tokens: int, *, last_projection: bool) -> Flops:
         latent, routed = 2 * shape.hidden * shape.latent, shape.top_k * 2 * shape.width * _channels(shape)
         shared = (2 if last_projection else 1) * shape.hidden * shape.shared_ffn
         return Flops(projections=2 * tokens * (shape.hidden * shape.experts + latent + routed + shared))

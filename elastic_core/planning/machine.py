@@ -68,7 +68,7 @@ H100 = Accelerator(memory=80 * 10**9, flops_per_second=989e12, utilisation=0.4, 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class Locality:
     """Where a run works: whether its teacher lies there already, which is not copied, and whether its store does."""
 
     has_teacher: bool = False
@@ -76,4 +76,4 @@ class Place:
 
 
 # Both are elsewhere: the most that is moved.
-ELSEWHERE = Place()
+ELSEWHERE = Locality()

@@ -16,7 +16,7 @@ from math import ceil
 from elastic_core.budget import Dtype
 from elastic_core.cost import DTYPE_BYTES, ParamsCost, shapes
 from elastic_core.geometry import ModelConfig
-from elastic_core.layers.kind import FLOAT32_BYTES, Shape
+from elastic_core.layers.kind import FLOAT32_BYTES, LayerShape
 from elastic_core.layers.kinds import KINDS
 from elastic_core.layers.tiles import GPU_VALUES
 from elastic_core.layout import Layout
@@ -193,7 +193,7 @@ def _activations_before(model: ModelConfig, step: MicroStep, layers: int) -> int
     return embedded + sum(count * saved_bytes(model, shape, step) for shape, count in ran.items())
 
 
-def saved_bytes(model: ModelConfig, shape: Shape, step: MicroStep) -> int:
+def saved_bytes(model: ModelConfig, shape: LayerShape, step: MicroStep) -> int:
     """What autograd saves of one layer: its norm, its mixer, and its output where a mask weighs it."""
     weighed = step.width * shape.hidden if step.masked else 0
     return step.tokens * (_norm(shape.hidden, step) + KINDS[shape.kind].saved_bytes(model, shape, step) + weighed)
@@ -241,7 +241,7 @@ def layer_at_work(model: ModelConfig, step: MicroStep) -> int:
     return max(_layer_bytes(model, shape, step) for shape in set(shapes(model, step.subnet)))
 
 
-def _layer_bytes(model: ModelConfig, shape: Shape, step: MicroStep) -> int:
+def _layer_bytes(model: ModelConfig, shape: LayerShape, step: MicroStep) -> int:
     """What a layer's backward pass needs; with recomputation, what it saves is made again first.
 
     A masked norm saves the layer's input, which is there.
@@ -251,7 +251,7 @@ def _layer_bytes(model: ModelConfig, shape: Shape, step: MicroStep) -> int:
     return again - there + _backward_bytes(model, shape, step)
 
 
-def _backward_bytes(model: ModelConfig, shape: Shape, step: MicroStep) -> int:
+def _backward_bytes(model: ModelConfig, shape: LayerShape, step: MicroStep) -> int:
     """The gradients that a layer's backward pass holds at once, in its norm or in its mixer, from above.
 
     What a mask weighed is given back before the mixer's.
@@ -268,7 +268,7 @@ def _autocast_copies(model: ModelConfig, step: MicroStep) -> int:
     return step.cast * sum(map(counted.layer, shapes(model, step.subnet)))
 
 
-def _joined(model: ModelConfig, step: MicroStep, layer: int, shape: Shape) -> int:
+def _joined(model: ModelConfig, step: MicroStep, layer: int, shape: LayerShape) -> int:
     """The copies that `take` makes of a layer's matrices where they are not one prefix, for autograd to keep."""
     kept = shape.kept(model)
     return step.width * sum(w.numel(kept) for w in _matrices(model, layer).values() if w.is_joined(kept))

@@ -13,7 +13,7 @@ from elastic_core.budget import Budget, Dtype
 from elastic_core.cost import DTYPE_BYTES, Cost, LatencyCost, LatencyTable, active_params, budget_cost, subnet_params
 from elastic_core.geometry import GROUPS, ModelConfig
 from elastic_core.planning.judged import BenchmarkPlan, plan_benchmarks
-from elastic_core.planning.machine import ELSEWHERE, Accelerator, Place
+from elastic_core.planning.machine import ELSEWHERE, Accelerator, Locality
 from elastic_core.planning.stages import StagePlan, StageWork
 from elastic_core.planning.steps import Around, StepPlan
 from elastic_core.recipe import Distillation, Recipe
@@ -117,13 +117,13 @@ def plan_recipe(
     accelerator: Accelerator,
     gpus: Sequence[int],
     latency_table: LatencyTable | None = None,
-    place: Place = ELSEWHERE,
+    locality: Locality = ELSEWHERE,
     problems: Mapping[str, int] | None = None,
 ) -> RecipePlan:
     """The plan of `recipe` for a teacher of the geometry `model`, on each number of GPUs.
 
-    `place` says what lies where the run works: a teacher there is not copied, a store there takes disk. `problems` are
-    those of benchmarks, by name, where they have been counted.
+    `locality` says what lies where the run works: a teacher there is not copied, a store there takes disk. `problems`
+    are those of benchmarks, by name, where they have been counted.
 
     ValueError for axes or a budget that such a teacher cannot have.
     """
@@ -144,7 +144,7 @@ def plan_recipe(
         full = dict.fromkeys(stage.budgets, full_subnet(model))
         work.insert(0, StageWork(model, stage, alone, full, 0, recipe.dtype, accelerator))
     planned = tuple(stage.plan(gpus) for stage in work)
-    around = Around(recipe, elastic, subnets, place)
+    around = Around(recipe, elastic, subnets, locality)
     return RecipePlan(
         family=recipe.family,
         dtype=recipe.dtype,

@@ -21,7 +21,7 @@ from elastic_core.cost import LatencyTable, ParamsCost, TimedLayer, choices
 from elastic_core.files.shards import CheckpointError, Progress, read_json, write_json
 from elastic_core.geometry import FFN, FULL_SIZES, Axes, ModelConfig
 from elastic_core.layers.kernels import select_backend
-from elastic_core.layers.kind import Shape
+from elastic_core.layers.kind import LayerShape
 from elastic_core.layers.kinds import KINDS
 from elastic_core.model import Cache, ElasticNemotronH, Layer
 from elastic_core.recipe import Recipe
@@ -91,7 +91,12 @@ class _Bench:
     """Makes the parts, all with the same weights in memory, for a large model's choices would not fit at once."""
 
     def __init__(
-        self, model: ModelConfig, serving: Serving, device: torch.device, shapes: Iterable[Shape], hidden: Iterable[int]
+        self,
+        model: ModelConfig,
+        serving: Serving,
+        device: torch.device,
+        shapes: Iterable[LayerShape],
+        hidden: Iterable[int],
     ) -> None:
         self._model, self._serving, self._device = model, serving, device
         self._backend = select_backend("auto", device)
@@ -111,7 +116,7 @@ class _Bench:
         tokens_BT = torch.zeros(self._serving.batch, 1, dtype=torch.long, device=self._device)
         return lambda: part.logits(part(tokens_BT, subnet))
 
-    def layer(self, shape: Shape) -> Step:
+    def layer(self, shape: LayerShape) -> Step:
         """A layer at the context's last token."""
         sizes: dict[str, Any] = {"hidden_size": shape.hidden, "intermediate_size": 1}
         sizes |= {FULL_SIZES[axis]: size for axis, size in shape.sizes(self._model).items()}

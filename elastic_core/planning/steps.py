@@ -12,7 +12,7 @@ from elastic_core.comparison import sizes_to_compare
 from elastic_core.cost import DTYPE_BYTES, MemoryCost, shapes, subnet_params
 from elastic_core.layers.kind import FLOAT32_BYTES
 from elastic_core.planning.flops import forward_flops
-from elastic_core.planning.machine import ELSEWHERE, Place
+from elastic_core.planning.machine import ELSEWHERE, Locality
 from elastic_core.recipe import Recipe, Stage
 from elastic_core.router import ElasticModel
 from elastic_core.search import Space
@@ -59,9 +59,9 @@ class Around:
     """The steps of a recipe around its stages, for a teacher of the geometry `elastic.config`."""
 
     def __init__(
-        self, recipe: Recipe, elastic: ElasticModel, subnets: Mapping[str, Subnet], place: Place = ELSEWHERE
+        self, recipe: Recipe, elastic: ElasticModel, subnets: Mapping[str, Subnet], locality: Locality = ELSEWHERE
     ) -> None:
-        self.recipe, self.place, self.subnets = recipe, place, subnets
+        self.recipe, self.locality, self.subnets = recipe, locality, subnets
         self.elastic, self.model = elastic, elastic.config
         self.full = full_subnet(self.model)
         self.teacher_bytes = DTYPE_BYTES[recipe.dtype] * subnet_params(self.model, self.full)
@@ -70,7 +70,7 @@ class Around:
     def before(self) -> Iterator[StepPlan]:
         """Until the first stage."""
         if self.recipe.teacher.pretrain is None:
-            brought = 0 if self.place.has_teacher else self.teacher_bytes
+            brought = 0 if self.locality.has_teacher else self.teacher_bytes
             yield StepPlan(name="teacher", moved=brought, disk=brought)
         yield self.data()
         if self.recipe.importance.hidden == "principal":
@@ -95,7 +95,7 @@ class Around:
         yield StepPlan(
             name="publish",
             moved=published,
-            disk=published if self.place.has_store else 0,
+            disk=published if self.locality.has_store else 0,
             scratch=published if nested else 0,
         )
 

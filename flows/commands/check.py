@@ -15,11 +15,11 @@ from elastic_core.budget import bytes_text
 from elastic_core.files.checkpoint import open_checkpoint, read_config
 from elastic_core.geometry import ModelConfig
 from elastic_core.judging import Benchmark, Endpoint
-from elastic_core.planning.machine import Accelerator, Place
+from elastic_core.planning.machine import Accelerator, Locality
 from elastic_core.planning.plan import RecipePlan, plan_recipe
 from elastic_core.planning.profile import recipe_table
 from elastic_core.recipe import DataSource, Evaluation, Recipe
-from flows.commands.plan import place_of_runs
+from flows.commands.plan import locality_of_runs
 from flows.serving.services import embedded_services
 from tasks.artifacts import check_bucket, check_keys
 from tasks.artifacts.leases import check_workspace
@@ -74,7 +74,7 @@ class Findings:
 
 def check_recipe(recipe: Recipe) -> int:
     """Look at everything that a run needs, a line each, and return how much of it is at fault."""
-    findings, home, place = Findings(), make_home(), place_of_runs(recipe)
+    findings, home, locality = Findings(), make_home(), locality_of_runs(recipe)
     with embedded_services(home, share=True), tempfile.TemporaryDirectory() as work:
         look_at_services(findings)
         directory = findings.look("teacher", partial(_teacher, recipe, Path(work) / "teacher"))
@@ -95,7 +95,7 @@ def check_recipe(recipe: Recipe) -> int:
             findings.look("evaluation.endpoint", partial(_endpoint, recipe.evaluation.endpoint))
         pretraining = recipe.teacher.pretrain
         model = read_config(directory) if pretraining is None else pretraining.model
-        plan = findings.look("budgets", partial(_budgets, recipe, model, place))
+        plan = findings.look("budgets", partial(_budgets, recipe, model, locality))
         if plan is not None:
             on_ray = isinstance(elsewhere(), RayCluster)
             findings.look("GPUs", partial(_cluster, recipe) if on_ray else partial(_gpus, plan))
@@ -219,13 +219,13 @@ def _endpoint(endpoint: Endpoint) -> tuple[str, None]:
     return f"{endpoint.url} answers, with the models {', '.join(models) or 'none yet'}", None
 
 
-def _budgets(recipe: Recipe, model: ModelConfig, place: Place) -> tuple[str, RecipePlan]:
+def _budgets(recipe: Recipe, model: ModelConfig, locality: Locality) -> tuple[str, RecipePlan]:
     """A plan on the GPUs of this machine, or on one such as `elastic plan` assumes."""
     check_model(recipe, model)
     count = torch.cuda.device_count()
     memory = torch.cuda.get_device_properties(0).total_memory if count else 80 * 10**9
     accelerator = Accelerator(memory=memory, flops_per_second=1e15, utilisation=0.4, dollars_per_hour=0)
-    plan = plan_recipe(recipe, model, accelerator, (max(1, count),), recipe_table(recipe), place)
+    plan = plan_recipe(recipe, model, accelerator, (max(1, count),), recipe_table(recipe), locality)
     if missed := [planned.budget.name for planned in plan.budgets if not planned.feasible]:
         raise ValueError(
             f"{' and '.join(missed)} cannot be met by these axes; `elastic plan` says which choices would make room"

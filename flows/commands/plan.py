@@ -11,7 +11,7 @@ from elastic_core.cost import DTYPE_BYTES, LatencyTable, budget_cost
 from elastic_core.files.checkpoint import CheckpointError, read_config
 from elastic_core.geometry import MOE, ModelConfig
 from elastic_core.layers.kinds import sizes_text
-from elastic_core.planning.machine import DECODED_TOGETHER, LEAST_MARGIN, USABLE_SHARE, Accelerator, Place
+from elastic_core.planning.machine import DECODED_TOGETHER, LEAST_MARGIN, USABLE_SHARE, Accelerator, Locality
 from elastic_core.planning.memory import Memory
 from elastic_core.planning.plan import BudgetPlan, RecipePlan
 from elastic_core.planning.stages import MeshPlan, StagePlan
@@ -65,10 +65,10 @@ def geometry_at(path: str) -> ModelConfig:
         return read_config(Path(directory))
 
 
-def place_of_runs(recipe: Recipe) -> Place:
+def locality_of_runs(recipe: Recipe) -> Locality:
     """What lies where `elastic run` would work: a teacher in a directory, and the store that it brings along."""
     path = recipe.teacher.path
-    return Place(has_teacher=path is not None and Path(path).is_dir(), has_store=not names_a_store())
+    return Locality(has_teacher=path is not None and Path(path).is_dir(), has_store=not names_a_store())
 
 
 def counted_problems(recipe: Recipe) -> dict[str, int]:

@@ -116,9 +116,7 @@ def test_the_family_answers_in_every_form_and_is_right_and_wrong(
     assert min(score.accuracy for scores, _ in ours.values() for score in scores) < 1
 
 
-@pytest.mark.parametrize(
-    "served", [pytest.param("vllm", marks=pytest.mark.slow), "transformers"], indirect=True
-)
+@pytest.mark.parametrize("served", [pytest.param("vllm", marks=pytest.mark.slow), "transformers"], indirect=True)
 def test_six_benchmarks_at_an_engine_have_our_own_decoders_answers_and_scores(
     served: Mapping[str, Endpoint],
     ours: dict[str, tuple[list[Score], Answers]],

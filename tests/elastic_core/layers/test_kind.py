@@ -21,7 +21,7 @@ from elastic_core.files.reorder import reorder_checkpoint, reorder_weights, writ
 from elastic_core.files.slicing import slice_checkpoint, slice_weights, target_config
 from elastic_core.geometry import Axes, ModelConfig
 from elastic_core.importance import importance_order, width_scores
-from elastic_core.layers.kind import Flops, Kind, Mixer, ServingStep, Shape, Training, descending
+from elastic_core.layers.kind import Flops, Kind, LayerShape, Mixer, ServingStep, Training, descending
 from elastic_core.layers.kinds import KINDS
 from elastic_core.layout import Layout, grid
 from elastic_core.model import ElasticNemotronH
@@ -78,16 +78,16 @@ class GatedKind(Kind):
     def order(self, model: ModelConfig, scores: Tensor, kept: Mapping[str, int]) -> dict[str, Tensor]:
         return {"ffn": descending(scores)}
 
-    def serving_bytes(self, model: ModelConfig, shape: Shape, serving: ServingStep) -> int:
+    def serving_bytes(self, model: ModelConfig, shape: LayerShape, serving: ServingStep) -> int:
         return serving.rows * (4 * shape.width + shape.hidden) * serving.width
 
-    def saved_bytes(self, model: ModelConfig, shape: Shape, step: Training) -> int:
+    def saved_bytes(self, model: ModelConfig, shape: LayerShape, step: Training) -> int:
         return (5 if step.masked else 4) * step.width * shape.width
 
-    def gradient_bytes(self, model: ModelConfig, shape: Shape, step: Training) -> int:
+    def gradient_bytes(self, model: ModelConfig, shape: LayerShape, step: Training) -> int:
         return step.width * 4 * shape.width
 
-    def flops(self, model: ModelConfig, shape: Shape, tokens: int, *, last_projection: bool) -> Flops:
+    def flops(self, model: ModelConfig, shape: LayerShape, tokens: int, *, last_projection: bool) -> Flops:
         return Flops(projections=(3 if last_projection else 2) * 2 * tokens * shape.hidden * shape.width)
 
 
@@ -252,7 +252,7 @@ def test_its_memory_its_operations_and_its_latency_are_counted(config):
     gated = dataclasses.replace(full_subnet(config), layers=config.layers_of(GATED))
     assert forward_flops(config, gated, 10).projections == 2 * (3 * 2 * 10 * 24 * 20)
     counted = cost.MemoryCost(model=config, serving=Serving(context=16), prefill=8)
-    assert counted.layer(Shape(kind=GATED, hidden=24, width=20)) == 2 * (24 + 3 * 24 * 20)
+    assert counted.layer(LayerShape(kind=GATED, hidden=24, width=20)) == 2 * (24 + 3 * 24 * 20)
     assert {shape.width for shape in cost.choices(config, AXES.bind(config), GATED)} == {20, 12, 8}
 
 

@@ -16,7 +16,7 @@ from elastic_core.budget import Budget, Dtype, LatencyTarget, Serving
 from elastic_core.cost import budget_cost, choices
 from elastic_core.files.shards import CheckpointError
 from elastic_core.geometry import ATTENTION, FFN, MAMBA, Axes, ModelConfig
-from elastic_core.layers.kind import Shape
+from elastic_core.layers.kind import LayerShape
 from elastic_core.layers.kinds import KINDS
 from elastic_core.planning.profile import _Bench, measure, read_table, write_table
 from elastic_core.subnet import full_subnet
@@ -84,7 +84,7 @@ def test_a_part_does_the_work_of_the_slices_layer_at_the_context() -> None:
 
 def test_a_part_can_be_run_again_and_again_at_the_same_context() -> None:
     bench = _Bench(MODEL, Serving(context=9, dtype="float32"), CPU, choices(MODEL, AXES, ATTENTION), AXES.hidden)
-    step = bench.layer(Shape(kind=ATTENTION, hidden=32, width=4))
+    step = bench.layer(LayerShape(kind=ATTENTION, hidden=32, width=4))
     assert flops(step) == flops(step)
     assert torch.equal(step(), step())  # type: ignore[arg-type]
 

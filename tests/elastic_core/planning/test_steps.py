@@ -13,7 +13,7 @@ from elastic_core.depth import RemovalTerms, rank_layers
 from elastic_core.geometry import Axes, ModelConfig
 from elastic_core.model import ElasticNemotronH, Layer
 from elastic_core.planning.flops import forward_flops
-from elastic_core.planning.machine import Accelerator, Place
+from elastic_core.planning.machine import Accelerator, Locality
 from elastic_core.planning.plan import RecipePlan, plan_recipe
 from elastic_core.planning.steps import TEXT_BYTES, Around, data_tokens
 from elastic_core.recipe import DataConfig, DataSource, Importance, Optimizer, Recipe, RouterSchedule, Stage, Teacher
@@ -58,8 +58,8 @@ def recipe(*stages: Stage, sources: tuple[DataSource, ...] = (DataSource(path="t
     return Recipe(**settings | changes)
 
 
-def plan(planned: Recipe, **place: bool) -> RecipePlan:
-    return plan_recipe(planned, TINY, H100, [1], place=Place(**place))
+def plan(planned: Recipe, **locality: bool) -> RecipePlan:
+    return plan_recipe(planned, TINY, H100, [1], locality=Locality(**locality))
 
 
 def around(planned: Recipe) -> Around:

@@ -98,9 +98,13 @@ SMALL = size(NANO_12B, 4096, 10240, 96, 32, 58)
         pytest.param(LARGE, 8, STAGE1, True, "inputs", id="stage 1, 12b soft, 8 ranks", marks=pytest.mark.slow),
         pytest.param(MIDDLE, 8, STAGE1, False, "inputs", id="stage 1, 9b frozen, 8 ranks", marks=pytest.mark.slow),
         pytest.param(SMALL, 64, STAGE1, False, "all", id="stage 1, 6b frozen, 64 ranks, all saved"),
-        pytest.param(LARGE, 64, STAGE1, True, "all", id="stage 1, 12b soft, 64 ranks, all saved", marks=pytest.mark.slow),
+        pytest.param(
+            LARGE, 64, STAGE1, True, "all", id="stage 1, 12b soft, 64 ranks, all saved", marks=pytest.mark.slow
+        ),
         pytest.param(LARGE, 8, STAGE2, True, "inputs", id="stage 2, 12b soft, 8 ranks", marks=pytest.mark.slow),
-        pytest.param(LARGE, 8, STAGE2, True, "nothing", id="stage 2, 12b soft, 8 ranks, offloaded", marks=pytest.mark.slow),
+        pytest.param(
+            LARGE, 8, STAGE2, True, "nothing", id="stage 2, 12b soft, 8 ranks, offloaded", marks=pytest.mark.slow
+        ),
         pytest.param(LARGE, 64, STAGE2, False, "inputs", id="stage 2, 12b frozen, 64 ranks"),
         pytest.param(SMALL, 64, STAGE2, True, "inputs", id="stage 2, 6b soft, 64 ranks", marks=pytest.mark.slow),
     ],
