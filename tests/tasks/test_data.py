@@ -9,6 +9,7 @@ import pytest
 from elastic_core.recipe import DataConfig, DataSource
 from tasks import data
 from tasks.corpus import build
+from tasks.corpus.sources import source_identity
 from tasks.corpus.tokenizer import train_tokenizer
 from tasks.records import Artifact
 from tasks.running.digests import artifact
@@ -22,9 +23,10 @@ def prepare(tmp_path: Path) -> Callable[[], Artifact]:
     train_tokenizer(TEXTS, tmp_path / "tokenizer", vocab_size=265)
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    config = DataConfig(sources=(DataSource(path=str(path)),), heldout_fraction=0.2, shard_bytes=2000)
-    tokenizer = artifact(tmp_path / "tokenizer")
-    return lambda: data.prepare_data.fn(config, ("1",), tokenizer, str(tmp_path / "workspace"))
+    source = DataSource(path=str(path))
+    config = DataConfig(sources=(source,), heldout_fraction=0.2, shard_bytes=2000)
+    tokenizer, identity = artifact(tmp_path / "tokenizer"), (source_identity(source),)
+    return lambda: data.prepare_data.fn(config, identity, tokenizer, str(tmp_path / "workspace"))
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +59,16 @@ def test_a_corpus_is_recorded_file_by_file_and_nothing_else_stays(
     names = [f"train-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
     assert sorted(made.files) == ["data.json", "heldout.safetensors", *names]
     assert [path.name for path in (tmp_path / "workspace").iterdir()] == [Path(made.path).name]
+
+
+def test_what_changed_since_the_run_began_is_not_taken_for_what_it_was(
+    prepare: Callable[[], Artifact], tmp_path: Path
+) -> None:
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write('{"text": "more"}\n')
+    with pytest.raises(ServiceError, match=r"a\.jsonl changed while this run was going; run again$") as told:
+        prepare()
+    assert not told.value.transient and not [*(tmp_path / "workspace").glob("*/data.json")]
 
 
 def test_a_corpus_that_was_whole_when_the_run_was_killed_is_taken(
