@@ -39,7 +39,7 @@ POOLS = ("cpu", "gpu")
 
 # For workers and the runs that they start.
 WORKING = {
-    "PREFECT_WORKER_QUERY_SECONDS": "2",
+    "PREFECT_WORKER_QUERY_SECONDS": "5",  # half of what an idle server does is to answer these looks
     "PREFECT_LOGGING_EXTRA_LOGGERS": "elastic_core,tasks,flows",
 }
 

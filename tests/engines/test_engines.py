@@ -277,6 +277,7 @@ def test_a_slice_in_an_engine_gives_the_elastic_models_logits_and_answers(
     family.assert_gave(name, request.getfixturevalue(engine)[name])
 
 
+@pytest.mark.slow
 def test_a_slice_with_experts_in_vllm_gives_the_elastic_models_logits_and_answers(
     engines: Path, tmp_path: Path
 ) -> None:
@@ -292,6 +293,7 @@ def test_a_slice_with_experts_in_vllm_gives_the_elastic_models_logits_and_answer
         family.assert_gave(name, found[name])
 
 
+@pytest.mark.slow
 def test_a_benchmark_asked_of_an_engines_server_has_our_own_decoders_answers(
     endpoint: Endpoint, family: Family, tmp_path: Path
 ) -> None:

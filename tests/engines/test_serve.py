@@ -109,6 +109,7 @@ def asked(engine: Path, url: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
+@pytest.mark.slow
 def test_a_registered_family_is_served_to_a_stock_client(vllm_program: Path, tmp_path: Path) -> None:
     model = registered_family(tmp_path)
     (port,) = free_ports(1)

@@ -125,6 +125,7 @@ def test_running_again_takes_every_step_from_its_cache_and_asks_for_promotion_an
     assert steps and all(all(times) for times in steps.values()), again.stderr
 
 
+@pytest.mark.slow
 def test_what_was_deleted_from_the_registry_is_registered_anew(finished, command):
     with embedded_services(command.home):
         uri = Settings.from_environment().tracking_uri
@@ -311,6 +312,7 @@ def children(home: Path, program: str) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_both_stages_and_then_its_trainer_alone_ends_in_the_same_weights(finished, command, tmp_path):
     killed = Command(recipe=command.recipe, home=tmp_path / "home")
     for stage in ("stage1", "stage2"):

@@ -89,6 +89,7 @@ def test_prefect_yaml_says_what_elastic_up_applies(served: Served):
     assert after == before
 
 
+@pytest.mark.slow
 def test_a_schedule_of_before_stays_and_is_told_of_until_it_is_taken_away(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

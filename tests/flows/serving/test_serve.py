@@ -111,6 +111,7 @@ def test_what_is_killed_comes_back_where_it_was(served: Served, name: str):
     eventually(lambda: served.command("status").returncode == 0)
 
 
+@pytest.mark.slow
 def test_down_ends_all_of_it_and_up_goes_on_where_it_was(tmp_path: Path):
     command = Command(recipe=write_micro(tmp_path), home=tmp_path / "home")
     with serving(command) as first:

@@ -385,6 +385,7 @@ def test_a_pool_of_which_a_process_was_killed_is_told_of_whoever_notices_it(
 
 
 @pytest.mark.services
+@pytest.mark.slow
 def test_the_corpus_is_the_same_for_one_two_and_three_processes_and_after_kills(
     recipe: Recipe, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
