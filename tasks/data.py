@@ -24,8 +24,8 @@ from tasks.settings import ServiceError
 def prepare_data(config: DataConfig, identity: tuple[str, ...], tokenizer: Artifact, workspace: str) -> Artifact:
     """Tokenise the recipe's sources, on as many cores as have memory; `identity` tells one state of them from another.
 
-    What is on S3 or the Hub is read there, a shard at a time. On a Ray cluster all hosts do, if every host can read the
-    sources. A run that was killed begins again at the first shard that is not whole.
+    What is on S3 or the Hub is read there, a shard at a time. Where a Ray cluster does the steps, and every host can
+    read the sources, all hosts tokenise. A run that was killed begins again at the first shard that is not whole.
     """
     directory, shards = work_directory(workspace, "corpus"), work_directory(workspace, "shards")
     if not directory.exists():

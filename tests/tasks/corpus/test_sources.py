@@ -56,10 +56,8 @@ def test_a_corpus_of_objects_is_that_of_the_same_files(store: Store, tmp_path: P
     assert made[0].digest == made[1].digest
 
 
-def test_the_first_texts_are_read_without_the_rest(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing of the second object is asked for, by a tokenizer or by a look at the source."""
+def test_the_first_texts_are_read_without_the_rest(store: Store, tmp_path: Path) -> None:
+    """Neither a tokenizer nor a look at the source reads the second object, which would be refused."""
     source = DataSource(path=put(store, **{"data/a.jsonl": lines(TEXTS), "data/b.jsonl": b"no json\n"}) + "/data")
     train_tokenizer(TEXTS, tmp_path / "tokenizer", vocab_size=270)
     texts = iter_texts(DataConfig(sources=(source,)))
