@@ -1,7 +1,7 @@
 # make demo: the whole pipeline on this machine; RECIPE=tiny-moe makes a family with experts.
 # make check: lint, types, contracts, and make test.
-# make test: the tests of a few minutes.   make test-landing: those that need servers, browsers, engines or kills too, and
-# the kernels; a landing waits for them.   make test-all: those too that take minutes each.
+# make test: the tests of a few minutes.   make test-landing: those that need servers, browsers or kills too, and the
+# kernels; a landing waits for them.   make test-all: those too that take minutes each, or engines.
 # make test-faults: kill -9 of everything at every step, a spoilt network, a full disk.
 # make reference: the page and the schema of recipes, from their classes.
 # make race: one elastic run against each size made alone, on the tiny recipe and on wider teachers, into infra/race.md;
@@ -61,10 +61,10 @@ ablations: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --dist loadfile -m "not (gpu or benchmark or faults or services)"
 
-test-landing: test test-kernels $(ENGINES)/installed
+test-landing: test test-kernels
 	$(MAKE) --jobs 3 test-served test-flows test-others
 
-test-all:
+test-all: $(ENGINES)/installed
 	$(MAKE) test-landing SERVICES="services and not (gpu or benchmark or faults)"
 
 # Three processes, which wait more than they compute: one family and its servers are shared by the tests of the first,
@@ -75,7 +75,7 @@ test-served: $(INSTALLED)
 test-flows: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "$(SERVICES)" tests/flows $(SERVED:%=--ignore %)
 
-test-others: $(INSTALLED) $(ENGINES)/installed
+test-others: $(INSTALLED)
 	OMP_NUM_THREADS=1 ENGINES=$(abspath $(ENGINES)) $(BIN)/pytest -m "$(SERVICES)" --ignore tests/flows
 
 test-faults: $(INSTALLED)

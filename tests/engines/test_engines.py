@@ -35,7 +35,7 @@ from tasks.judging.judge import judge
 from tasks.running.loopback import answers, free_ports
 from tasks.running.processes import ChildProcess
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.slow]
 
 HERE = Path(__file__).parent
 LOG_PROBABILITY = 1e-4  # a dozen layers in float32, summed in other orders; measured: 1e-5
@@ -277,7 +277,6 @@ def test_a_slice_in_an_engine_gives_the_elastic_models_logits_and_answers(
     family.assert_gave(name, request.getfixturevalue(engine)[name])
 
 
-@pytest.mark.slow
 def test_a_slice_with_experts_in_vllm_gives_the_elastic_models_logits_and_answers(
     engines: Path, tmp_path: Path
 ) -> None:
@@ -293,7 +292,6 @@ def test_a_slice_with_experts_in_vllm_gives_the_elastic_models_logits_and_answer
         family.assert_gave(name, found[name])
 
 
-@pytest.mark.slow
 def test_a_benchmark_asked_of_an_engines_server_has_our_own_decoders_answers(
     endpoint: Endpoint, family: Family, tmp_path: Path
 ) -> None:

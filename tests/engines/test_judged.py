@@ -31,7 +31,7 @@ from tasks.records import Score
 from tasks.running.digests import artifact
 from tasks.running.engines import ENVIRONMENT, Engine, Program
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.slow]
 
 SECONDS = 600  # what hangs should end
 KILLS = 10
@@ -116,7 +116,7 @@ def test_the_family_answers_in_every_form_and_is_right_and_wrong(
     assert min(score.accuracy for scores, _ in ours.values() for score in scores) < 1
 
 
-@pytest.mark.parametrize("served", [pytest.param("vllm", marks=pytest.mark.slow), "transformers"], indirect=True)
+@pytest.mark.parametrize("served", ["vllm", "transformers"], indirect=True)
 def test_six_benchmarks_at_an_engine_have_our_own_decoders_answers_and_scores(
     served: Mapping[str, Endpoint],
     ours: dict[str, tuple[list[Score], Answers]],
@@ -130,7 +130,6 @@ def test_six_benchmarks_at_an_engine_have_our_own_decoders_answers_and_scores(
 
 
 @pytest.mark.parametrize("served", ["transformers"], indirect=True)
-@pytest.mark.slow
 def test_judging_at_an_engine_that_is_killed_ten_times_loses_no_sample_and_makes_none_twice(
     served: Mapping[str, Endpoint],
     ours: dict[str, tuple[list[Score], Answers]],
@@ -158,7 +157,6 @@ def test_judging_at_an_engine_that_is_killed_ten_times_loses_no_sample_and_makes
     assert answers(tmp_path, model) == wanted
 
 
-@pytest.mark.slow
 def test_lm_eval_gives_each_item_our_answer_and_our_verdict(
     engines: Path, ours: dict[str, tuple[list[Score], Answers]], taught: sixfold.Taught, tmp_path: Path
 ) -> None:

@@ -33,7 +33,7 @@ from tasks.running.digests import artifact
 from tasks.running.loopback import free_ports
 from tasks.settings import HOME, Settings
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.slow]
 
 SECONDS = 600  # an engine that hangs should end
 CONFIG = ModelConfig(
@@ -109,7 +109,6 @@ def asked(engine: Path, url: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-@pytest.mark.slow
 def test_a_registered_family_is_served_to_a_stock_client(vllm_program: Path, tmp_path: Path) -> None:
     model = registered_family(tmp_path)
     (port,) = free_ports(1)
@@ -173,7 +172,6 @@ def test_a_registered_family_is_served_to_a_stock_client(vllm_program: Path, tmp
     ],
     ids=["vllm", "transformers"],
 )
-@pytest.mark.slow
 def test_the_step_that_judges_starts_an_engine_and_gets_our_own_decoders_answers(
     kind: EngineKind,
     options: str,
