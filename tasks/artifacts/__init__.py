@@ -11,7 +11,6 @@ else imports boto3.
 from tasks.artifacts.connection import Store as Store
 from tasks.artifacts.connection import check_bucket as check_bucket
 from tasks.artifacts.connection import ensure_bucket as ensure_bucket
-from tasks.artifacts.connection import exists as exists
 from tasks.artifacts.connection import explain as explain
 from tasks.artifacts.connection import manifest_uri as manifest_uri
 from tasks.artifacts.connection import open_store as open_store

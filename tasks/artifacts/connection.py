@@ -6,7 +6,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -199,13 +199,6 @@ def head(store: Store, key: str) -> dict[str, Any] | None:
             return None
         raise
     return answer
-
-
-def exists(store: Store, uri: str) -> bool:
-    """Whether there is an object at this URI."""
-    bucket, key = parse_uri(uri)
-    with explained(uri):
-        return head(replace(store, bucket=bucket), key) is not None
 
 
 def objects_below(store: Store, prefix: str) -> Iterator[dict[str, Any]]:

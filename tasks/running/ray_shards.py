@@ -1,9 +1,8 @@
 """The shards of a corpus made by the hosts of a Ray cluster: each is a task of Ray's, on a core of a host.
 
-A host reads the Hub and S3 by itself, no more of them than its shard; of this host's files it knows nothing. What it
-makes it stores in the workspace, by digest, and from there this process brings it, into the place where its own
-processes would have made it. Which host makes a shard is decided here: one that cannot is left out, and one that is
-lost is not asked again.
+A host reads its shard from S3 or the Hub, and nothing of this host's files. It stores the shard in the workspace, by
+digest. This process brings the shard from there to the place where its own processes would have made it, and decides
+which host makes which shard: a host that cannot make shards is left out, and a host that is lost is not asked again.
 """
 
 import logging

@@ -3,11 +3,13 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tasks.artifacts import REGISTRY, Store, manifest_uri, publish
+from tasks.artifacts import REGISTRY, Store, manifest_uri, parse_uri, publish
+from tasks.artifacts.connection import head
 from tasks.artifacts.manifest import Manifest
 
 MIB = 1 << 20
@@ -56,6 +58,12 @@ def stored(store: Store) -> dict[str, int]:
     """Every object of the bucket, with its bytes."""
     pages = store.client.get_paginator("list_objects_v2").paginate(Bucket=store.bucket)
     return {entry["Key"]: entry["Size"] for page in pages for entry in page.get("Contents", ())}
+
+
+def exists(store: Store, uri: str) -> bool:
+    """Whether there is an object at this URI."""
+    bucket, key = parse_uri(uri)
+    return head(replace(store, bucket=bucket), key) is not None
 
 
 @contextmanager

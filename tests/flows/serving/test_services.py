@@ -15,12 +15,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from objects import exists
 
 from flows.serving import servers, services
 from flows.serving.running import read_running, this_process, write_running
 from flows.serving.servers import ObjectStore
 from flows.serving.services import embedded_services, registry_services
-from tasks.artifacts import check_bucket, exists, open_store, put_file
+from tasks.artifacts import check_bucket, open_store, put_file
 from tasks.settings import ServiceError, Settings
 
 pytestmark = pytest.mark.services

@@ -18,6 +18,7 @@ from objects import (
     SMALL,
     checkpoint,
     contents,
+    exists,
     failing,
     make,
     noise,
@@ -30,7 +31,6 @@ from proxy import fault_proxy
 from tasks.artifacts import (
     Store,
     download_prefix,
-    exists,
     fetch,
     get_file,
     list_objects,

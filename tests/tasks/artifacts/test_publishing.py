@@ -17,6 +17,7 @@ from objects import (
     SMALL,
     checkpoint,
     contents,
+    exists,
     failing,
     make,
     noise,
@@ -28,7 +29,6 @@ from objects import (
 from tasks.artifacts import (
     NotAsRecorded,
     Store,
-    exists,
     fetch,
     open_store,
     parse_uri,
