@@ -79,7 +79,7 @@ class Benchmark(Strict):
     name: str
     """What the benchmark is called, once in a recipe. Example: `aime-2025`."""
     path: str | None = None
-    """A JSONL or Parquet file, a directory or glob of such files, `s3://bucket/prefix`, or `hf://org/name`; unset,
+    """A JSONL or Parquet file, a directory or a glob of such, here or as `s3://bucket/...`; or `hf://org/name`; unset,
     where the built-in benchmark lies on the Hub. Example: `aime_2025.jsonl`."""
     format: Format | None = None
     """How its rows are read and its answers judged: `math` (MATH-500, AIME), the boxed answer mathematically; `choice`

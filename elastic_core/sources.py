@@ -19,8 +19,8 @@ class DataSource(Strict):
     """
 
     path: str
-    """Where the documents are: a file, a glob, a directory, `s3://bucket/prefix`, `hf://org/name`, or `stdlib://` for
-    Python's own texts. Example: `hf://org/name/config`."""
+    """Where the documents are: a file, a directory or a glob, here or as `s3://bucket/...`; `hf://org/name`; or `stdlib://`
+    for Python's own texts. Example: `hf://org/name/config`."""
     format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
     """How the files are read; `auto` goes by how their names end. Example: `jsonl`."""
     field: str = "text"

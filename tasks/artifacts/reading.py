@@ -14,21 +14,26 @@ from tasks.settings import ServiceError
 READ_BYTES = 8 << 20  # at once: some milliseconds of a connection beside those that an answer takes
 
 
-def open_object(store: Store, uri: str, etag: str | None = None) -> BinaryIO:
-    """The object at `uri`, of this ETag or as it is now; a ServiceError once it is found to have been replaced."""
-    return io.BufferedReader(_Object(store, uri, etag), READ_BYTES)
+def open_object(store: Store, uri: str, etag: str | None = None, size: int | None = None) -> BinaryIO:
+    """The object at `uri`, of this ETag or as it is now; a ServiceError once it is found to have been replaced.
+
+    Of which both ETag and size are known, nothing is asked but what is read.
+    """
+    return io.BufferedReader(_Object(store, uri, etag, size), READ_BYTES)
 
 
 class _Object(io.RawIOBase):
-    def __init__(self, store: Store, uri: str, etag: str | None) -> None:
+    def __init__(self, store: Store, uri: str, etag: str | None, size: int | None) -> None:
         self._client, self._uri, self._position = store.client, uri, 0
         bucket, key = parse_uri(uri)
-        with explained(uri):
-            found = store.client.head_object(Bucket=bucket, Key=key)
-        if etag is not None and found["ETag"] != etag:
-            raise self._replaced()
-        self._size: int = found["ContentLength"]
-        self._asked = {"Bucket": bucket, "Key": key, "IfMatch": found["ETag"]}
+        if etag is None or size is None:
+            with explained(uri):
+                found = store.client.head_object(Bucket=bucket, Key=key)
+            if etag is not None and found["ETag"] != etag:
+                raise self._replaced()
+            etag, size = found["ETag"], found["ContentLength"]
+        self._size: int = size
+        self._asked = {"Bucket": bucket, "Key": key, "IfMatch": etag}
 
     def readable(self) -> bool:
         return True

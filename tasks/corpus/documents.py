@@ -8,11 +8,15 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, TypeVar
+
+from fsspec.utils import glob_translate
 
 from elastic_core.files.pointers import pointer_fault
 from elastic_core.recipe import DataSource
@@ -115,7 +119,7 @@ def whole_pieces(source: DataSource) -> list[Piece]:
     if source.path.startswith(HUB):
         return [whole_hub(source)]
     if source.path.startswith(S3):
-        return object_pieces(source, _data_objects(source))
+        return object_pieces(source, source_objects(source))
     return file_pieces(source, source_files(source))
 
 
@@ -137,6 +141,16 @@ def parse_row(row: Row | str, where: str) -> tuple[Row, bool]:
 def source_files(source: DataSource) -> list[Path]:
     """The files of a source that is on this machine, in order."""
     return _stdlib_files() if source.path == STDLIB else _local_files(source, Path(source.path).expanduser())
+
+
+def source_objects(source: DataSource) -> list[ListedObject]:
+    """The objects of a source that is in S3, in order: one, those of data below a prefix, or what a glob matches."""
+    if glob.has_magic(source.path):
+        return _matching_objects(source.path)
+    objects = {PurePosixPath(found.path): found for found in listed(source.path)}
+    if [found.uri for found in objects.values()] == [source.path]:
+        return list(objects.values())
+    return [objects[path] for path in _data_files(source, objects)]
 
 
 def digest_files(files: Iterable[Path]) -> str:
@@ -162,24 +176,30 @@ def _local_files(source: DataSource, path: Path) -> list[Path]:
     return _fetched(files)
 
 
-def _data_objects(source: DataSource) -> list[ListedObject]:
-    """An object, or the objects of data below a prefix."""
-    objects = {PurePosixPath(found.path): found for found in listed(source.path)}
-    if [found.uri for found in objects.values()] == [source.path]:
-        return list(objects.values())
-    return [objects[path] for path in _data_files(source, objects)]
+def _matching_objects(pattern: str) -> list[ListedObject]:
+    """Matched as files are: `*` and `?` within a component, `**` over several, and nothing that is hidden."""
+    fixed = list(takewhile(lambda part: not glob.has_magic(part), pattern.split("/")))
+    matches = re.compile(glob_translate(pattern)).match
+    found = [found for found in listed("/".join(fixed)) if matches(found.uri) and not _is_hidden(found.path)]
+    if not found:
+        raise ValueError(f"{pattern}: no object matches; correct the path in data.sources")
+    return found
 
 
 def _data_files(source: DataSource, below: Iterable[P]) -> list[P]:
     """Which of the paths below a directory are read, in order: those of data, none of them hidden."""
     wanted = SUFFIXES if source.format == "auto" else (source.format,)
-    visible = sorted(path for path in below if not any(part.startswith(".") for part in path.parts))
+    visible = sorted(path for path in below if not _is_hidden(path))
     found = [path for path in visible if format_of(path) in wanted]
     _say_unread(source, [path for path in visible if format_of(path) not in wanted])
     if not found:
         known = ", ".join(suffix for name in wanted for suffix in SUFFIXES[name])
         raise ValueError(f"{source.path}: the directory holds no data file ({known}); correct the path in data.sources")
     return found
+
+
+def _is_hidden(path: str | PurePath) -> bool:
+    return any(part.startswith(".") for part in PurePosixPath(path).parts)
 
 
 def _say_unread(source: DataSource, files: Sequence[PurePath]) -> None:

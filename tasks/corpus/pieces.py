@@ -232,7 +232,8 @@ def _opened(piece: Piece) -> Iterator[BinaryIO]:
 
 def _raw(piece: Piece) -> BinaryIO:
     if piece.path.startswith(S3):
-        return artifacts.open_object(_store(Settings.from_environment(need_bucket=False)), piece.path, piece.etag)
+        store = _store(Settings.from_environment(need_bucket=False))
+        return artifacts.open_object(store, piece.path, piece.etag, piece.size if piece.span is None else None)
     return Path(piece.path).open("rb")
 
 

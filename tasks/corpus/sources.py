@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from elastic_core.recipe import DataSource
-from tasks.corpus.documents import STDLIB, digest_files, source_files
+from tasks.corpus.documents import STDLIB, digest_files, source_files, source_objects
 from tasks.corpus.hub import HUB, commit_of, parse_dataset, parse_model
 from tasks.corpus.pieces import S3, listed
 from tasks.corpus.problems import problems_source
@@ -19,7 +19,7 @@ def source_identity(source: DataSource) -> str:
     if source.path.startswith(HUB):
         return fingerprint(source, commit_of(parse_dataset(source.path)))
     if source.path.startswith(S3):
-        return fingerprint(source, _objects(source.path))
+        return fingerprint(source, [(found.path, found.etag) for found in source_objects(source)])
     files = source_files(source)
     if source.path == STDLIB:
         return fingerprint(source, [(file.name, file.stat().st_size) for file in files])
@@ -36,14 +36,10 @@ def check_unchanged(sources: Sequence[DataSource], identities: Sequence[str]) ->
 def teacher_identity(path: str) -> str:
     """What changes when the checkpoint at `path` does: a digest, or on the Hub the commit itself."""
     if path.startswith(S3):
-        return fingerprint(path, _objects(path))
+        return fingerprint(path, [(found.path, found.etag) for found in listed(path)])
     if Path(path).is_dir():
         return fingerprint([file_identity(file) for file in sorted(Path(path).iterdir()) if file.is_file()])
     return commit_of(parse_model(path))
-
-
-def _objects(uri: str) -> list[tuple[str, str]]:
-    return [(found.path, found.etag) for found in listed(uri)]
 
 
 def problems_digest(path: str | None) -> str | None:

@@ -62,6 +62,18 @@ def test_an_object_that_was_replaced_is_not_read_on(uri: str, store: Store) -> N
         open_object(store, uri, '"of before"')
 
 
+def test_what_a_listing_has_told_is_not_asked_for(uri: str, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = store.client.head_object(Bucket=store.bucket, Key="data/noise")
+    monkeypatch.setattr(store.client, "head_object", None)
+    with open_object(store, uri, known["ETag"], known["ContentLength"]) as file:
+        assert file.read() == BODY
+    with (
+        open_object(store, uri, '"of before"', len(BODY)) as file,
+        pytest.raises(ServiceError, match="was replaced while it was read; run again$"),
+    ):
+        file.read(10)
+
+
 def test_an_object_that_is_not_there_is_named(store: Store, tmp_path: Path) -> None:
     with pytest.raises(ServiceError, match=rf"^s3://{store.bucket}/none does not exist$"):
         open_object(store, f"s3://{store.bucket}/none")

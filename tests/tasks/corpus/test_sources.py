@@ -42,6 +42,53 @@ def test_an_object_and_a_prefix_are_called_as_in_s3(store: Store) -> None:
         assert [piece.name for piece in whole_pieces(DataSource(path=uri))] == found
 
 
+NAMES = (
+    "a-1.jsonl",
+    "a-2.jsonl",
+    "b.jsonl",
+    "notes.md",
+    ".hid/a-3.jsonl",
+    ".a-4.jsonl",
+    "sub/a-5.jsonl",
+    "sub/d/a-6.jsonl",
+)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["a-*.jsonl", "*.jsonl", "[ab]*.jsonl", "a-?.jsonl", "*/a-*", "**/a-*.jsonl", "*/*/*"]
+)
+def test_a_glob_takes_of_objects_what_it_takes_of_files(store: Store, tmp_path: Path, pattern: str) -> None:
+    for name in NAMES:
+        (file := tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(lines(["it"]))
+    bucket = put(store, **{f"data/{name}": lines(["it"]) for name in NAMES})
+    names = {
+        place: [piece.name for piece in whole_pieces(DataSource(path=f"{place}/data/{pattern}"))]
+        for place in (tmp_path, bucket)
+    }
+    assert [name.removeprefix(bucket) for name in names[bucket]] == [
+        name.removeprefix(str(tmp_path)) for name in names[tmp_path]
+    ]
+    assert names[bucket]
+
+
+def test_a_glob_that_no_object_matches_is_told(store: Store) -> None:
+    source = DataSource(path=put(store, **{"data/a.jsonl": lines(["it"])}) + "/data/*.parquet")
+    with pytest.raises(
+        ValueError, match=r"^s3://.*/data/\*\.parquet: no object matches; correct the path in data\.sources$"
+    ):
+        source_identity(source)
+
+
+def test_what_a_glob_does_not_take_changes_no_identity(store: Store) -> None:
+    source = DataSource(path=put(store, **{"data/a.jsonl": lines(["it"])}) + "/data/*.jsonl")
+    identity = source_identity(source)
+    put(store, **{"data/notes.md": b"later"})
+    assert source_identity(source) == identity
+    put(store, **{"data/b.jsonl": lines(["it"])})
+    assert source_identity(source) != identity
+
+
 def test_a_corpus_of_objects_is_that_of_the_same_files(store: Store, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for name, some in (("a", TEXTS), ("b", TEXTS[::-1])):
