@@ -69,7 +69,7 @@ def test_what_a_listing_has_told_is_not_asked_for(uri: str, store: Store, monkey
         assert file.read() == BODY
     with (
         open_object(store, uri, '"of before"', len(BODY)) as file,
-        pytest.raises(ServiceError, match="was replaced while it was read; run again$"),
+        pytest.raises(ServiceError, match=r"was replaced while it was read; run again$"),
     ):
         file.read(10)
 
