@@ -110,12 +110,13 @@ class Stage(Strict):
     expert_balance: float = 0.0
     """How far each step moves an expert's selection bias against its load (arXiv 2408.15664); 0 keeps the teacher's.
     Example: `0.001`."""
-    micro_batch_size: int = 1
-    """Sequences that a process runs at once, a divisor of `batch_size`. Example: `2`."""
-    recompute: bool = False
+    micro_batch_size: int = field(default=1, metadata=UNKEYED)
+    """Sequences that a process runs at once, a divisor of `batch_size`; a stage that is half done goes on with fewer
+    where memory does not hold them. Example: `2`."""
+    recompute: bool = field(default=False, metadata=UNKEYED)
     """Whether a layer keeps its input alone until the backward pass, which saves memory and costs a second forward
     pass. Example: `true`."""
-    offload: bool = False
+    offload: bool = field(default=False, metadata=UNKEYED)
     """Whether the inputs that `recompute` keeps wait in host memory, copied beside the compute. Example: `true`."""
     sharding: Sharding = field(default="full", metadata=UNKEYED)
     """Which processes divide weights, gradients and moments: `full`, all of them; `hybrid`, those of one host, so that
@@ -200,7 +201,7 @@ class Pretraining(Strict):
     """Steps of the optimizer. Example: `1350`."""
     optimizer: Optimizer
     """The optimizer of the weights."""
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = field(default=None, metadata=UNKEYED)
     """Sequences that a process runs at once, a divisor of `batch_size`; unset, the whole batch. Example: `4`."""
     tokenizer_bytes: int = 2_000_000
     """Bytes of text that the tokenizer is trained on, at most. Example: `100000000`."""

@@ -137,7 +137,7 @@ def failure(job: TrainJob, end: End, idle: int, in_place: int) -> Exception:
     if end.may_pass:
         said += f", {idle or in_place} times in a row without " + ("a step" if idle else "getting further")
     if "SIGKILL" in end.signals.values() or (fault is not None and fault.kind == "memory"):
-        said += "; if it was for want of memory, lower micro_batch_size or sequence_length"
+        said += "; if it was for want of memory, lower micro_batch_size or set recompute: it goes on where it was"
     return TrainerDied(f"{said}; its log: {work / 'train.log'}")
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from trainee import ALONE, STAGE, launch, metrics_of, train_job, write_family, write_tokens
 
-from elastic_core.recipe import Distillation
+from elastic_core.recipe import Distillation, RouterSchedule
 from elastic_core.training import job, resume
 from elastic_core.training.job import TrainJob
 from elastic_core.training.train import StageRun, StepMetrics, train_stage
@@ -117,6 +117,22 @@ def test_a_stage_goes_on_with_more_processes_and_with_fewer(start, tmp_path, mon
         for step, row in losses.items():
             assert row["loss"] == pytest.approx(expected[step]["loss"], abs=SUM_ORDER), step
         assert (finished / "family").exists()
+
+
+def test_a_stage_that_wants_memory_goes_on_with_smaller_micro_batches_and_recomputed(start, tmp_path, monkeypatch):
+    """What a user changes after a device was out of memory: the stage goes on, to what it would have reached."""
+    frozen = replace(STAGE, micro_batch_size=6, router=RouterSchedule(mode="frozen"))
+    saving = replace(frozen, micro_batch_size=1, recompute=True)
+    learned = Distillation(ce_weight=1.0)
+    whole, stopped = (
+        train_job(*start, tmp_path / name, stage=frozen, distillation=learned) for name in ("whole", "stopped")
+    )
+    job.run_job(whole, ALONE)
+    stop_after(stopped, 5, monkeypatch)
+    job.run_job(replace(stopped, stage=saving), ALONE)
+    expected = metrics_of(tmp_path / "whole")
+    for step, row in metrics_of(tmp_path / "stopped").items():
+        assert row["loss"] == pytest.approx(expected[step]["loss"], abs=SUM_ORDER), step
 
 
 def test_a_checkpoint_in_the_making_is_no_checkpoint(start, tmp_path, monkeypatch):

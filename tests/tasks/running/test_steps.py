@@ -98,7 +98,8 @@ def test_a_step_inside_a_step_is_tried_again_by_that_one_alone(
 
 def test_a_setting_on_which_no_result_depends_is_no_part_of_a_key() -> None:
     stage = build(Stage, {**MICRO["stages"][0], "checkpoint_every": 3})
-    for changed in (replace(stage, checkpoint_every=7), replace(stage, checkpoint_minutes=1.0, sharding="hybrid")):
+    saving = replace(stage, micro_batch_size=1, recompute=True, offload=True)
+    for changed in (saving, replace(stage, checkpoint_every=7, checkpoint_minutes=1.0, sharding="hybrid")):
         assert steps.fingerprint(changed) == steps.fingerprint(stage)
     assert steps.fingerprint(replace(stage, steps=7)) != steps.fingerprint(stage)
 
