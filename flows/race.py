@@ -137,7 +137,7 @@ def shortened(stage: Stage, share: float, only: str) -> Stage:
     return replace(
         stage,
         batch_size=rows,
-        micro_batch_size=math.gcd(rows, stage.micro_batch_size),
+        micro_batch_size=rows if rows < stage.micro_batch_size else math.gcd(rows, stage.micro_batch_size),
         budget_rows=None if only else stage.budget_rows,
         steps=steps,
         budgets={only: 1.0} if only else stage.budgets,
