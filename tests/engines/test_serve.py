@@ -109,7 +109,9 @@ def asked(engine: Path, url: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-def test_a_registered_family_is_served_to_a_stock_client(vllm_program: Path, tmp_path: Path) -> None:
+def test_a_registered_family_is_served_to_a_stock_client_and_again_when_its_engines_are_killed(
+    vllm_program: Path, tmp_path: Path
+) -> None:
     model = registered_family(tmp_path)
     (port,) = free_ports(1)
     command = [sys.executable, "-m", "flows.cli", "serve", "tiny-s", "--port", str(port)]
@@ -134,6 +136,10 @@ def test_a_registered_family_is_served_to_a_stock_client(vllm_program: Path, tmp
         started = psutil.Process(serving.pid).children(recursive=True)
         found = asked(vllm_program, f"{url}/v1")
         states, measured = requests.get(f"{url}/health", timeout=60).json(), requests.get(f"{url}/metrics", timeout=60)
+        started += psutil.Process(serving.pid).children(recursive=True)
+        for engine in psutil.Process(serving.pid).children():
+            engine.kill()
+        assert asked(vllm_program, f"{url}/v1") == found
         started += psutil.Process(serving.pid).children(recursive=True)
         serving.send_signal(signal.SIGINT)
         assert serving.wait(60) == 130, (tmp_path / "serve.log").read_text()
