@@ -14,7 +14,7 @@ from flows.commands.plan import teacher_geometry
 from flows.commands.recipes import load_recipe
 from flows.commands.run import own_services
 from flows.commands.terminal import text_table, wide_console
-from tasks.reporting.numbers import human_count
+from tasks.reporting.numbers import human_count, human_seconds
 from tasks.reporting.race import ROWS, write_race
 
 
@@ -40,7 +40,7 @@ def main(
 
 
 def planned(recipe: Recipe, seeds: int, share: float) -> list[dict[str, str]]:
-    """What the laps of each way train, and the hours of an H100 that this takes."""
+    """What the laps of each way train, and how long that takes an H100."""
     from flows.race import laps, raced  # which imports Prefect
 
     model, table = teacher_geometry(recipe), recipe_table(recipe)
@@ -55,7 +55,7 @@ def planned(recipe: Recipe, seeds: int, share: float) -> list[dict[str, str]]:
             "way": way,
             "laps": str(count),
             "tokens": human_count(tokens[way]),
-            "GPU-hours of an H100": f"{H100.hours(flops[way]):,.1f}",
+            "time of an H100": human_seconds(3600 * H100.hours(flops[way])),
         }
         for way, count in number.items()
     ]
