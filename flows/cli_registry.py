@@ -23,11 +23,17 @@ def pull(
         Path,
         typer.Option("--output", "-o", help="The directory to write: a new one, or one with a smaller size to grow."),
     ],
+    elastic: Annotated[
+        bool, typer.Option("--elastic", help="The checkpoint that it is cut from, which holds every size.")
+    ] = False,
 ) -> None:
-    """Bring a registered model here, every digest verified; a smaller size of it that is there already is grown."""
+    """Bring a registered model here, every digest verified; a smaller size of it that is there already is grown.
+
+    With --elastic it is what `elastic slice` cuts other sizes from.
+    """
     from flows.commands.pull import pull_model
 
-    pull_model(model, output)
+    pull_model(model, output, elastic=elastic)
 
 
 @app.command()

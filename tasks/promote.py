@@ -26,6 +26,7 @@ from tasks.evaluate import Reader, conditions, shared_loss
 from tasks.judge import judge_model
 from tasks.judging.endpoint import NotServed
 from tasks.records import Artifact, BenchmarkScore, BudgetEvaluation, Conditions, EvaluationRecord, Release
+from tasks.reporting.summary import worsened
 from tasks.running.patience import patiently
 from tasks.running.steps import run, step
 from tasks.running.workspace import claimed
@@ -206,6 +207,8 @@ def _promoted(
         reason += f", or by more than {' and '.join(within)}"
     if not any(present.values()):
         reason = "there was no champion yet"
+    if worse := worsened(evaluation):
+        reason += f"; training made {', '.join(budget.budget for budget in worse)} worse than the cut before it"
     tracking.promote(registry, versions, reason, by=GATE)
     return Verdict(promoted=True, reason=reason)
 

@@ -301,7 +301,7 @@ def read_family(directory: Path) -> Family:
     if not (directory / FAMILY_FILE).exists():
         raise CheckpointError(
             f"{directory / FAMILY_FILE}: there is no such file: only an elastic checkpoint, which has it, holds "
-            "budgets and other sizes"
+            "budgets and other sizes; `elastic pull NAME --elastic` brings that of a registered size"
         )
     path = regular_file(directory, FAMILY_FILE)
     try:

@@ -137,8 +137,10 @@ def _stage(name: str, model: ModelConfig, budgets: Sequence[Budget], length: int
     if steps < LEAST_STEPS:
         needed = LEAST_STEPS * batch * length / (SHORT_SHARE if name == "stage1" else 1 - SHORT_SHARE)
         raise ValueError(
-            f"{tokens:,.0f} tokens are {steps} steps of {name}: with {gpus} GPUs and {len(budgets)} budgets, a step "
-            f"has at least {batch} sequences of {length:,} tokens; train on {math.ceil(needed):,} tokens or more"
+            f"{name} has {tokens:,.0f} of the tokens, which are {steps} steps, and takes at least {LEAST_STEPS}: with "
+            f"{gpus} GPU{'s' * (gpus > 1)} (--gpus) and {len(budgets)} sizes, the teacher's own among them, a step has "
+            f"at least {batch} sequences of {length:,} tokens; train on {math.ceil(needed):,} tokens or more, or on "
+            "fewer GPUs"
         )
     rate = float(f"{RATE * math.sqrt(RATE_HIDDEN / model.hidden_size):.1e}")
     return Stage(

@@ -397,10 +397,10 @@ def _infeasible(plan: RecipePlan, budget: BudgetPlan, table: LatencyTable | None
     assert budget.target is not None
     counted = budget_cost(plan.model, budget.budget, table)
     ways = [f"{choice} in axes.{axis}" for axis, choice in budget.choices.items()]
-    remedy = f"; {joined(ways, 'or')} would make room" if ways else ""
+    remedy = f", or make room with {joined(ways, 'or')}" if ways else ""
     return (
         f"budget {budget.budget.name} cannot be met: the smallest subnet has {counted.text(budget.cost)}, "
-        f"{counted.text(budget.cost - budget.target)} above it{remedy}, or raise the budget."
+        f"{counted.text(budget.cost - budget.target)} above it; raise the budget{remedy}."
     )
 
 

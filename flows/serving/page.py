@@ -10,7 +10,14 @@ from tasks import tracking
 from tasks.promote import Verdict
 from tasks.records import EvaluationRecord, OrderComparison, Release
 from tasks.reporting.benchmarks import PASS_AT_1, benchmark_table
-from tasks.reporting.summary import ORDERS, markdown_table, order_table, order_warnings, summary_table
+from tasks.reporting.summary import (
+    ORDERS,
+    markdown_table,
+    order_table,
+    order_warnings,
+    summary_table,
+    training_warnings,
+)
 from tasks.settings import ServiceError, Settings
 
 logger = logging.getLogger(__name__)
@@ -35,6 +42,7 @@ def show_outcome(
         markdown="\n\n".join(
             [
                 markdown_table(summary_table(evaluation)),
+                *(f"Warning: {warning}." for warning in training_warnings(evaluation)),
                 *([PASS_AT_1, markdown_table(benchmark_table(evaluation))] if evaluation.scores else []),
                 f"Registered from `{release.uri}`:",
                 models,

@@ -43,6 +43,7 @@ from tasks.reporting.summary import (
     smallest_loss,
     summary_lines,
     summary_table,
+    training_warnings,
 )
 from tasks.settings import redact
 
@@ -134,6 +135,7 @@ def _finite(value: Any) -> Any:
 def _markdown(run: Run) -> str:
     lines = [f"- **{name}**: {line}" for name, line in summary_lines(run.evaluation).items()]
     parts = [f"# {run.recipe.family}", "\n".join(lines), markdown_table(summary_table(run.evaluation)).rstrip()]
+    parts += [f"Warning: {warning}." for warning in training_warnings(run.evaluation)]
     if run.evaluation.scores:
         parts.append(PASS_AT_1)
         parts.append(markdown_table(benchmark_table(run.evaluation)).rstrip())
@@ -222,7 +224,7 @@ def _html(run: Run, links: Mapping[str, str], plots: Sequence[tuple["Plot", Mark
         answers=answers_table(evaluation),
         contaminated=contamination_table(evaluation),
         contamination=CONTAMINATION,
-        warnings=order_warnings(run.orders),
+        warnings=[*training_warnings(evaluation), *order_warnings(run.orders)],
         orders=order_table(run.orders),
         random_orders=len(run.orders.cuts[0].at_random) if run.orders.cuts else 0,
         compared_tokens=human_count(run.orders.heldout_tokens),
@@ -334,10 +336,10 @@ summary { cursor: pointer; }
 
 <h2>Results</h2>
 {{ table(results) }}
-<p class="note">Loss is cross-entropy, and KL is to the teacher, in nats a token on held-out data. Accuracy is the
-share of held-out problems answered exactly. Tokens/s is decoding. Recovered is the share of the loss of cutting with
-no training that training won back; "-" where cutting lost less than {{ smallest_loss }} nats a token, too little to
-tell from noise.</p>
+<p class="note">Loss is cross-entropy, cut the loss before training, and KL is to the teacher, in nats a token on
+held-out data. Accuracy is the share of held-out problems answered exactly. Tokens/s is decoding. Recovered is the share
+of the loss of cutting that training won back; "-" where cutting lost less than {{ smallest_loss }} nats a token, too
+little to tell from noise.</p>
 
 {% if benchmarks %}
 <h2>Benchmarks</h2>

@@ -14,7 +14,15 @@ from tasks.reporting.numbers import fixed, percent
 from tasks.reporting.summary import markdown_table, summary_table
 
 _HEADING, _NEXT = "## Scores\n", "\n## "
-_COLUMNS = ("budget", "parameters", "loss", "KL", "accuracy", "recovered")  # no times: those differ at each attempt
+_COLUMNS = (
+    "budget",
+    "parameters",
+    "cut",
+    "loss",
+    "KL",
+    "accuracy",
+    "recovered",
+)  # no times: those differ at each attempt
 
 
 def scored(card: str, part: str, evaluation: EvaluationRecord) -> str:
@@ -33,10 +41,10 @@ def scored(card: str, part: str, evaluation: EvaluationRecord) -> str:
         [
             _HEADING,
             markdown_table(rows),
-            "Loss is cross-entropy on held-out text, and KL is to the teacher, in nats a token. Accuracy is the share",
-            f"of {evaluation.problems:,} held-out problems answered. Recovered is the share of what the cut lost that",
-            "training won back. This was measured when these files were first published; what was measured of them",
-            "later is with the later versions in the registry.",
+            "Loss is cross-entropy on held-out text, cut the loss before training, and KL is to the teacher, in nats",
+            f"a token. Accuracy is the share of {evaluation.problems:,} held-out problems answered. Recovered is the",
+            "share of what the cut lost that training won back. This was measured when these files were first",
+            "published; what was measured of them later is with the later versions in the registry.",
             "",
             markdown_table(measured) + _benchmarks(evaluation, part) + after,
         ]

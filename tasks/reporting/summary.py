@@ -11,6 +11,8 @@ from tasks.reporting.numbers import fixed, human_bytes, percent
 # The losses of two models on one token differ by about half a nat (standard deviation), so that their means over N
 # tokens differ by chance by 0.5 / sqrt(N). A share of a difference below ten times that would be a share of noise.
 _DEVIATION, _DEVIATIONS = 0.5, 10
+# By what share, and how many of these deviations, a loss is above another where it is said to be worse.
+_WORSE, _WORSE_DEVIATIONS = 0.01, 2
 
 # The budget table
 
@@ -34,11 +36,15 @@ def smallest_loss(tokens: int) -> float:
 
 
 def summary_table(evaluation: EvaluationRecord) -> list[dict[str, str]]:
-    """The teacher and every budget, largest first, as rows of text by column title; "-" stands for "not measured"."""
+    """The teacher and every budget, largest first, as rows of text by column title; "-" stands for "not measured".
+
+    `cut` is the loss of the size as it was cut out of the teacher, before training.
+    """
     teacher = {
         "budget": "teacher",
         "parameters": f"{evaluation.teacher_params:,}",
         **active_column(evaluation.teacher_active_params),
+        "cut": "-",
         "loss": fixed(evaluation.teacher_cross_entropy, 3),
         "KL": "-",
         "accuracy": percent(evaluation.teacher_accuracy, 1),
@@ -51,6 +57,7 @@ def summary_table(evaluation: EvaluationRecord) -> list[dict[str, str]]:
             "budget": budget.budget,
             "parameters": f"{budget.params:,}",
             **active_column(budget.active_params),
+            "cut": fixed(budget.cut_cross_entropy, 3),
             "loss": fixed(budget.cross_entropy, 3),
             "KL": fixed(budget.kl, 4),
             "accuracy": percent(budget.accuracy, 1),
@@ -61,6 +68,25 @@ def summary_table(evaluation: EvaluationRecord) -> list[dict[str, str]]:
         for budget in by_size(evaluation)
     ]
     return [teacher, *rows]
+
+
+def worsened(evaluation: EvaluationRecord) -> list[BudgetEvaluation]:
+    """The budgets that were better before training, by more than chance."""
+    chance = _WORSE_DEVIATIONS * _DEVIATION / math.sqrt(max(evaluation.heldout_tokens, 1))
+    return [
+        budget
+        for budget in by_size(evaluation)
+        if budget.cross_entropy > budget.cut_cross_entropy + max(chance, _WORSE * budget.cut_cross_entropy)
+    ]
+
+
+def training_warnings(evaluation: EvaluationRecord) -> list[str]:
+    """A line for each budget that training made worse."""
+    return [
+        f"{budget.budget} is worse than before it was trained: loss {fixed(budget.cross_entropy, 3)}, and "
+        f"{fixed(budget.cut_cross_entropy, 3)} as it was cut; lower the stages' learning_rate, or train on more tokens"
+        for budget in worsened(evaluation)
+    ]
 
 
 def active_column(params: int | None) -> dict[str, str]:

@@ -249,12 +249,19 @@ def resolve(uri: str, reference: str, alone: Sequence[str] = (CHAMPION,)) -> Mod
         wanted = [match["alias"]] if match["alias"] else alone
         number = match["version"] or next((aliases[alias] for alias in wanted if alias in aliases), None)
         if number is None:
-            known = f"the aliases of {name!r} are {', '.join(sorted(aliases))}" if aliases else f"it has no {name!r}"
-            raise ServiceError(f"{reference} is not in MLflow: {known}")
+            raise ServiceError(f"{reference} is not in MLflow: {_instead(uri, name, aliases)}")
         found = _model_version(client.get_model_version(name, str(number)))
     if not {MANIFEST, BUDGET} <= found.tags.keys():
         raise ServiceError(f"{name} version {number} was not registered by elastic: its tag {MANIFEST} is missing")
     return found
+
+
+def _instead(uri: str, name: str, aliases: Collection[str]) -> str:
+    """What there is, where a name means no version."""
+    if aliases:
+        return f"the aliases of {name!r} are {', '.join(sorted(aliases))}"
+    sizes = sorted({version.name for version in versions_of(uri, FAMILY, name)})
+    return f"{name!r} is a family, of {', '.join(sizes)}" if sizes else f"it has no {name!r}"
 
 
 def _register(

@@ -118,6 +118,17 @@ def test_elastic_pull_and_a_plain_mlflow_client_give_the_same_slice(finished, co
     assert_is_slice_with_scores(tmp_path / "pulled", finished.directory("slice-s"))
 
 
+def test_the_elastic_checkpoint_of_a_registered_size_is_pulled_and_holds_the_others(finished, command, tmp_path):
+    pulled = command("pull", "micro-s", "--elastic", "-o", str(tmp_path / "whole"))
+    assert pulled.returncode == 0, pulled.stderr
+    assert "the elastic checkpoint of micro-s version 1" in pulled.stdout
+    assert read_family(tmp_path / "whole") == read_family(finished.family)
+    assert (
+        load_file(tmp_path / "whole/model.safetensors").keys()
+        == load_file(finished.family / "model.safetensors").keys()
+    )
+
+
 def test_running_again_takes_every_step_from_its_cache_and_asks_for_promotion_anew(finished, command):
     again = completed(command)
     steps = cached(again)

@@ -303,6 +303,20 @@ def test_the_full_model_recovers_nothing_whatever_the_rounding_of_its_cut() -> N
     assert "recovered" not in summary.summary_lines(evaluation(full))["l"]
 
 
+@pytest.mark.parametrize(
+    ("cut", "above", "tokens", "told"),
+    [(2.0, 0.0199, 10**6, False), (2.0, 0.0201, 10**6, True), (0.2, 0.0099, 10**4, False), (0.2, 0.0101, 10**4, True)],
+)
+def test_a_size_that_training_made_worse_is_told_where_it_is_neither_a_hundredth_nor_chance(
+    cut: float, above: float, tokens: int, told: bool
+) -> None:
+    """Two standard errors of 0.5 nats over the root of 10,000 tokens are 0.01 nats."""
+    worse, better = budget("s", cut_cross_entropy=cut, cross_entropy=cut + above), budget("l", cut_cross_entropy=9.0)
+    record = evaluation(better, worse, heldout_tokens=tokens)
+    assert [found.budget for found in summary.worsened(record)] == ["s"] * told
+    assert [line.partition(" is worse")[0] for line in summary.training_warnings(record)] == ["s"] * told
+
+
 def test_what_was_not_measured_is_a_dash() -> None:
     record = evaluation(budget("s", accuracy=None, kl=math.nan), teacher_accuracy=None)
     rows = summary.summary_table(record)

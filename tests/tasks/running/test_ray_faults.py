@@ -94,7 +94,9 @@ def test_the_host_that_asks_dies_with_all_servers_and_a_run_begun_again_goes_on(
             cluster.servers.kill()
             run.wait()
             cluster.servers.start_again()
-            for host in cluster.hosts:  # they end with the head, and a head begins where it sees no process of a cluster
+            for (
+                host
+            ) in cluster.hosts:  # they end with the head, and a head begins where it sees no process of a cluster
                 host.kill()
             for host in cluster.hosts:
                 cluster.join(host)
