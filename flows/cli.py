@@ -272,18 +272,20 @@ def evaluate(
     heldout: Annotated[Path, typer.Option(help="Held-out tokens: heldout.safetensors of a prepared corpus.")],
     budget: BudgetName = None,
     tokens: Annotated[int, typer.Option(help="How many tokens to measure on.")] = 100_000,
-    sequence_length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 256,
+    sequence_length: Annotated[int, typer.Option(help="Tokens a sequence, as the recipe's evaluation has them.")] = 256,
 ) -> None:
     """Measure a checkpoint's cross-entropy on held-out tokens."""
     from elastic_core.recipe import Evaluation
     from flows.commands.models import load
-    from tasks.corpus.heldout import heldout_batches
+    from tasks.corpus.heldout import heldout_batches, predicted
     from tasks.evaluate import heldout_loss
 
     settings = Evaluation(heldout_tokens=tokens, sequence_length=sequence_length)
     model, subnet = load(checkpoint, budget)
-    loss, _ = heldout_loss(model, subnet, heldout_batches(heldout, settings, model.config.vocab_size))
-    typer.echo(json.dumps({"checkpoint": str(checkpoint), "budget": budget, "cross_entropy": loss}))
+    batches = heldout_batches(heldout, settings, model.config.vocab_size)
+    loss, _ = heldout_loss(model, subnet, batches)
+    measured = {"tokens": predicted(batches), "sequence_length": sequence_length}
+    typer.echo(json.dumps({"checkpoint": str(checkpoint), "budget": budget, "cross_entropy": loss, **measured}))
 
 
 @app.command()
