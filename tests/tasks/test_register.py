@@ -159,7 +159,7 @@ def test_an_interrupted_upload_goes_on_with_the_card_that_it_left_though_the_sco
         patch.setattr(artifacts, "publish", lost)
         made.registered()
     release = made.registered(replace(MEASURED, teacher_cross_entropy=1.125))
-    assert "| teacher | 1 | 1.000 |" in card(store, release, WHOLE)
+    assert "| teacher | 1 | - | 1.000 |" in card(store, release, WHOLE)
     uri = artifacts.manifest_uri(store.bucket, release.family, release.version)
     artifacts.fetch(store, uri, WHOLE, made.metrics.parent / "pulled")
 
