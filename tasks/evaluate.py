@@ -27,7 +27,7 @@ from elastic_core.training.tokens import TokenBatch
 from tasks import tracking
 from tasks.corpus import sources
 from tasks.corpus.heldout import heldout_batches, predicted, sequences
-from tasks.corpus.problems import Problem, encode_questions, read_problems
+from tasks.corpus.problems import Problem, encode_questions, read_problems, spoken
 from tasks.corpus.record import HELDOUT_FILE, read_record
 from tasks.corpus.tokenizer import load_tokenizer
 from tasks.records import Artifact, BudgetEvaluation, Conditions, EvaluationRecord
@@ -348,7 +348,7 @@ def right_answers(
         stop_tokens=stop_tokens(submodel.config),
     )
     return [
-        prompt.answer(str(tokenizer.decode(completion))) == problem.answer
+        prompt.answer(spoken(completion, tokenizer)) == problem.answer
         for problem, prompt, completion in zip(problems, prompts, completions, strict=True)
     ]
 

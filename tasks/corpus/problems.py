@@ -12,7 +12,7 @@ from tasks.corpus.chats import Chat, Row, Unusable, read_chat
 from tasks.corpus.documents import iter_rows, parse_row
 from tasks.corpus.encoding import Encoder
 from tasks.corpus.rendering import render_prompt
-from tasks.corpus.turns import OPEN, last_answer, opens_thought
+from tasks.corpus.turns import CLOSE, OPEN, last_answer, opens_thought
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -73,6 +73,13 @@ def encode_prompts(
     texts = [render_prompt(chat, encoder.template, where, arguments=arguments) for chat, where in questions]
     ids = encoder.encode([(text.text, text) for text in texts])
     return [Prompt(of_text, opens_thought(text.text)) for of_text, text in zip(ids, texts, strict=True)]
+
+
+def spoken(ids: Sequence[int], tokenizer: "PreTrainedTokenizerFast") -> str:
+    """The text of a completion as servers give it: of special tokens it has those alone that stand around a thought."""
+    added = tokenizer.added_tokens_decoder
+    silent = {token for token, it in added.items() if it.special and it.content not in (OPEN, CLOSE)}
+    return str(tokenizer.decode([token for token in ids if token not in silent]))
 
 
 def _problem(row: Row | str, source: DataSource, where: str) -> Problem:

@@ -12,7 +12,7 @@ from elastic_core.model import ElasticNemotronH
 from elastic_core.subnet import full_subnet
 from elastic_core.training import job
 from tasks.corpus.chats import Chat, Row
-from tasks.corpus.problems import Prompt, encode_prompts
+from tasks.corpus.problems import Prompt, encode_prompts, spoken
 from tasks.corpus.tokenizer import load_tokenizer
 from tasks.corpus.turns import CLOSE, OPEN
 from tasks.judging.problems import Problem
@@ -52,7 +52,7 @@ class Decoder:
                 ]
                 for batch, completed in zip(together, everywhere.ask(_completed, asked), strict=False):
                     for each, ids in zip(batch, completed, strict=True):
-                        text = as_asked(str(tokenizer.decode(ids)), prompts[each[0].id], sampling)
+                        text = as_asked(spoken(ids, tokenizer), prompts[each[0].id], sampling)
                         keep(samples, each, completion(text, len(ids), sampling))
                     done += len(batch)
                     report(done, len(wanted))

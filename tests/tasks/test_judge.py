@@ -22,7 +22,7 @@ from elastic_core.subnet import full_subnet
 from elastic_core.training.curriculum import generator
 from elastic_core.training.job import load_model
 from tasks import judge
-from tasks.corpus.problems import Prompt
+from tasks.corpus.problems import Prompt, spoken
 from tasks.corpus.record import TRAIN_FILE
 from tasks.corpus.tokenizer import load_tokenizer, train_tokenizer
 from tasks.evaluate import measure_answers
@@ -240,7 +240,7 @@ def test_answers_are_those_of_one_prompt_at_a_time_and_each_counts_the_token_tha
     for prompt, answer, (_, _, request) in zip(prompts, found, wanted, strict=True):
         choose = chosen(DRAWN.temperature, DRAWN.top_p, [request.seed])
         (ids,) = complete_together(loaded, [prompt.ids], subnet, max_new_tokens=6, stop_tokens=stop, choose=choose)
-        assert answer.text == tokenizer.decode(ids)
+        assert answer.text == tokenizer.decode(ids, skip_special_tokens=True)  # as servers do
         assert (answer.finish, answer.tokens) == (("length", 6) if len(ids) == 6 else ("stop", len(ids) + 1))
     assert {answer.finish for answer in found} == {"stop", "length"}
 
@@ -263,6 +263,14 @@ def test_a_model_that_does_not_think_scores_as_on_the_problems_of_evaluation(
     settings = Evaluation(problems=str(file), max_new_tokens=GREEDY.max_new_tokens)
     answers = measure_answers.fn(model=model, settings=settings, problems_digest=None, dtype="float32")
     assert 0 < score.accuracy == answers.accuracy < 1
+
+
+def test_of_special_tokens_those_around_a_thought_are_spoken(tmp_path: Path) -> None:
+    train_tokenizer(["12 and 34"], tmp_path, vocab_size=264)
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    ids = tokenizer.encode("<think>12</think><|assistant|>34</s>", add_special_tokens=False)
+    assert spoken(ids, tokenizer) == "<think>12</think>34"
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["told to think", "told not to"])
