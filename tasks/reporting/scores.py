@@ -14,15 +14,8 @@ from tasks.reporting.numbers import fixed, percent
 from tasks.reporting.summary import markdown_table, summary_table
 
 _HEADING, _NEXT = "## Scores\n", "\n## "
-_COLUMNS = (
-    "budget",
-    "parameters",
-    "cut",
-    "loss",
-    "KL",
-    "accuracy",
-    "recovered",
-)  # no times: those differ at each attempt
+# No times: those differ at each attempt.
+_COLUMNS = ("budget", "parameters", "cut", "loss", "KL", "accuracy", "recovered")
 
 
 def scored(card: str, part: str, evaluation: EvaluationRecord) -> str:
