@@ -32,7 +32,12 @@ def recovered(evaluation: EvaluationRecord, budget: BudgetEvaluation) -> float |
 
 def smallest_loss(tokens: int) -> float:
     """The smallest difference of two losses, in nats a token on so many tokens, that a share is taken of."""
-    return _DEVIATIONS * _DEVIATION / math.sqrt(max(tokens, 1))
+    return _DEVIATIONS * _by_chance(tokens)
+
+
+def _by_chance(tokens: int) -> float:
+    """The standard deviation of the difference of two losses that are means over so many tokens."""
+    return _DEVIATION / math.sqrt(max(tokens, 1))
 
 
 def summary_table(evaluation: EvaluationRecord) -> list[dict[str, str]]:
@@ -72,7 +77,7 @@ def summary_table(evaluation: EvaluationRecord) -> list[dict[str, str]]:
 
 def worsened(evaluation: EvaluationRecord) -> list[BudgetEvaluation]:
     """The budgets that were better before training, by more than chance."""
-    chance = _WORSE_DEVIATIONS * _DEVIATION / math.sqrt(max(evaluation.heldout_tokens, 1))
+    chance = _WORSE_DEVIATIONS * _by_chance(evaluation.heldout_tokens)
     return [
         budget
         for budget in by_size(evaluation)

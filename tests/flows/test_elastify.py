@@ -122,11 +122,7 @@ def test_the_elastic_checkpoint_of_a_registered_size_is_pulled_and_holds_the_oth
     pulled = command("pull", "micro-s", "--elastic", "-o", str(tmp_path / "whole"))
     assert pulled.returncode == 0, pulled.stderr
     assert "the elastic checkpoint of micro-s version 1" in pulled.stdout
-    assert read_family(tmp_path / "whole") == read_family(finished.family)
-    assert (
-        load_file(tmp_path / "whole/model.safetensors").keys()
-        == load_file(finished.family / "model.safetensors").keys()
-    )
+    assert_is_slice_with_scores(tmp_path / "whole", finished.family)
 
 
 def test_running_again_takes_every_step_from_its_cache_and_asks_for_promotion_anew(finished, command):

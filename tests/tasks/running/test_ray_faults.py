@@ -94,9 +94,8 @@ def test_the_host_that_asks_dies_with_all_servers_and_a_run_begun_again_goes_on(
             cluster.servers.kill()
             run.wait()
             cluster.servers.start_again()
-            for (
-                host
-            ) in cluster.hosts:  # they end with the head, and a head begins where it sees no process of a cluster
+            # All hosts end before one joins: Ray begins no head where it sees a process of a cluster at that address.
+            for host in cluster.hosts:
                 host.kill()
             for host in cluster.hosts:
                 cluster.join(host)
