@@ -62,6 +62,10 @@ class Document:
         return hashlib.sha256(text.encode()).digest()
 
 
+class Empty(Unusable):
+    """A row without content, of which a source may have any number."""
+
+
 class Tally:
     """Counts what a source holds beside documents: rows that cannot be used, and rows without content.
 
@@ -75,7 +79,10 @@ class Tally:
         self.first: list[str] = []
 
     def add(self, fault: Unusable) -> None:
-        """Count a row that cannot be used; ValueError where the source may skip no more of them."""
+        """Count a row that is no document; ValueError where the source may skip no more of those with a fault."""
+        if isinstance(fault, Empty):
+            self.empty += 1
+            return
         self.skipped += 1
         if len(self.first) < SHOWN:
             self.first.append(str(fault))
@@ -92,21 +99,24 @@ def iter_documents(source: DataSource, cache_dir: Path) -> Iterator[Document]:
     `cache_dir` takes the lock files of `datasets`; it can go when the iterator ends. ValueError names the file, the row
     and the remedy.
     """
-    yield from documents_in(iter_rows(source, cache_dir), source, Tally(source))
+    tally = Tally(source)
+    for found in documents_in(iter_rows(source, cache_dir), source):
+        if isinstance(found, Unusable):
+            tally.add(found)
+        else:
+            yield found
 
 
-def documents_in(rows: Iterable[tuple[str, Row | str]], source: DataSource, tally: Tally) -> Iterator[Document]:
-    """The documents of some rows; `tally` counts the rows that cannot be used, and raises where there are too many."""
+def documents_in(rows: Iterable[tuple[str, Row | str]], source: DataSource) -> Iterator[Document | Unusable]:
+    """The documents of some rows, and what is wrong with each row that is none."""
     for where, row in rows:
         try:
             content = _content(row, source, where)
         except Unusable as fault:
-            tally.add(fault)
+            yield fault
             continue
-        if content == "" or (isinstance(content, Chat) and not content.messages):
-            tally.empty += 1
-        else:
-            yield Document(content, where)
+        is_empty = content == "" or (isinstance(content, Chat) and not content.messages)
+        yield Empty(f"{where} is empty") if is_empty else Document(content, where)
 
 
 def iter_rows(source: DataSource, cache_dir: Path) -> Iterator[tuple[str, Row | str]]:

@@ -1,7 +1,11 @@
 """Documents as token ids: what a document says is characters, what its chat template adds are special tokens."""
 
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from itertools import islice
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
+from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from elastic_core.recipe import DataSource
@@ -12,9 +16,15 @@ from tasks.corpus.template import Template
 from tasks.corpus.token_file import Sample
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 4_000_000
+# The tokenizer's threads are all at work on two batches: one alone ends with a long document on one of them.
+AHEAD = 2
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 2_000_000
+
+# A document with its texts, or what is wrong with the row.
+Rendered = tuple[Document, list[Text]] | Unusable
 
 
 class Encoder:
@@ -33,17 +43,20 @@ class Encoder:
         self._backend.no_truncation()
 
     def samples(
-        self, documents: Iterable[Document], source: DataSource, tally: Tally
+        self, found: Iterable[Document | Unusable], source: DataSource, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
-        """Up to `max_documents` documents as what is trained on.
+        """Up to `max_documents` documents as what is trained on; `tally` counts the rows between them, in their order.
 
         A document is one sample; a chat whose earlier thoughts are dropped is several.
         """
-        for batch in _batches(islice(self._rendered(documents, source, tally), source.max_documents)):
-            cut = [[(text, self._pieces(text, source)) for text in texts] for _, texts in batch]
-            encoded = iter(self.encode([(piece, text) for texts in cut for text, found in texts for piece, _ in found]))
-            for (document, _), texts in zip(batch, cut, strict=True):
-                yield document, [self._sample(text, pieces, encoded) for text, pieces in texts]
+        for batch, encoded in self._encoded(_batches(self._rendered(found, source)), source):
+            for one in batch:
+                if isinstance(one, Unusable):
+                    tally.add(one)
+                    continue
+                document, texts = one
+                tally.unthought += texts[0].unthought
+                yield document, [next(encoded) for _ in texts]
 
     def encode(self, pieces: Sequence[tuple[str, Text]]) -> list[list[int]]:
         """The ids of pieces of texts, each encoded by itself."""
@@ -54,7 +67,30 @@ class Encoder:
             )
             for as_characters in (True, False)
         }
-        return [[i for _, as_characters in of_piece for i in next(ids[as_characters])] for of_piece in parts]
+        return [list(chain.from_iterable(next(ids[kind]) for _, kind in of_piece)) for of_piece in parts]
+
+    def _encoded(
+        self, batches: Iterable[list[Rendered]], source: DataSource
+    ) -> Iterator[tuple[list[Rendered], Iterator[Sample]]]:
+        """Each batch with the samples of its texts, while those after it are being encoded."""
+        threads, waiting = ThreadPoolExecutor(AHEAD), deque[tuple[list[Rendered], Future[list[Sample]]]]()
+        try:
+            for batch in batches:
+                waiting.append((batch, threads.submit(self._batch, batch, source)))
+                if len(waiting) > AHEAD:
+                    first, samples = waiting.popleft()
+                    yield first, iter(samples.result())
+            for rest, samples in waiting:
+                yield rest, iter(samples.result())
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+    def _batch(self, batch: list[Rendered], source: DataSource) -> list[Sample]:
+        """The samples of a batch's texts, encoded together."""
+        texts = [text for one in batch if not isinstance(one, Unusable) for text in one[1]]
+        cut = [(text, self._pieces(text, source)) for text in texts]
+        encoded = iter(self.encode([(piece, text) for text, pieces in cut for piece, _ in pieces]))
+        return [self._sample(text, pieces, encoded) for text, pieces in cut]
 
     def _pieces(self, text: Text, source: DataSource) -> list[tuple[str, bool]]:
         """The pieces of a text to be encoded by themselves, each learned or not. After a special token is no cut."""
@@ -78,9 +114,15 @@ class Encoder:
         return [(part.replace(text.marker, ""), characters) for part, characters in parts if part]
 
     def _ids(self, texts: list[str], as_characters: bool) -> Iterator[list[int]]:
-        self._backend.encode_special_tokens = as_characters
-        encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return (encoding.ids for encoding in encoded)
+        backend = self._of_characters if as_characters else self._backend
+        return (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
+
+    @cached_property
+    def _of_characters(self) -> "Tokenizer":
+        """The tokenizer that knows no special tokens. Another one: none can be changed while a thread encodes."""
+        backend = deepcopy(self._backend)
+        backend.encode_special_tokens = True
+        return backend
 
     def _sample(self, text: Text, pieces: list[tuple[str, bool]], encoded: Iterator[list[int]]) -> Sample:
         """The pieces of one text joined, with an eos where the text does not end in a token that ends it."""
@@ -93,7 +135,7 @@ class Encoder:
         if not self._ends_itself(text):
             ids.append(self._eos)
             mask.append(learned)
-        return Sample(ids, None if all(mask) else bytes(mask))
+        return Sample(ids, bytes(mask) if 0 in mask else None)
 
     def _ends_itself(self, text: Text) -> bool:
         if text.characters:
@@ -101,17 +143,20 @@ class Encoder:
         last = self.template.last_special(text.text)
         return last is not None and self._tokenizer.convert_tokens_to_ids(last) in self._ends
 
-    def _rendered(
-        self, documents: Iterable[Document], source: DataSource, tally: Tally
-    ) -> Iterator[tuple[Document, list[Text]]]:
-        for document in documents:
-            try:
-                texts = self._texts(document, source)
-            except Unusable as fault:
-                tally.add(fault)
-            else:
-                tally.unthought += texts[0].unthought
-                yield document, texts
+    def _rendered(self, found: Iterable[Document | Unusable], source: DataSource) -> Iterator[Rendered]:
+        documents = 0
+        for one in found:
+            rendered = one if isinstance(one, Unusable) else self._rendered_one(one, source)
+            yield rendered
+            documents += not isinstance(rendered, Unusable)
+            if documents == source.max_documents:
+                return
+
+    def _rendered_one(self, document: Document, source: DataSource) -> Rendered:
+        try:
+            return document, self._texts(document, source)
+        except Unusable as fault:
+            return fault
 
     def _texts(self, document: Document, source: DataSource) -> list[Text]:
         as_tokens = source.special_tokens == "tokens"
@@ -129,12 +174,12 @@ class Encoder:
         return texts
 
 
-def _batches(rendered: Iterable[tuple[Document, list[Text]]]) -> Iterator[list[tuple[Document, list[Text]]]]:
-    batch: list[tuple[Document, list[Text]]] = []
+def _batches(rendered: Iterable[Rendered]) -> Iterator[list[Rendered]]:
+    batch: list[Rendered] = []
     characters = 0
-    for document, texts in rendered:
-        batch.append((document, texts))
-        characters += sum(len(text.text) for text in texts)
+    for one in rendered:
+        batch.append(one)
+        characters += 0 if isinstance(one, Unusable) else sum(len(text.text) for text in one[1])
         if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

@@ -35,7 +35,7 @@ def sample(source: DataSource, tokenizer_dir: Path, count: int, cache_dir: Path)
     tokenizer, tally = load_tokenizer(tokenizer_dir), Tally(first)
     encoder = Encoder(tokenizer, end_tokens(tokenizer_dir))
     pieces = whole_pieces(first)
-    documents = documents_in(piece_rows(pieces, first, str(cache_dir)), first, tally)
+    documents = documents_in(piece_rows(pieces, first, str(cache_dir)), first)
     read = [found for _, found in encoder.samples(documents, first, tally)]
     samples = [each for found in read for each in found]
     texts, tokens = [str(tokenizer.decode(each.ids)) for each in samples], sum(len(each.ids) for each in samples)

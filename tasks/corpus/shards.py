@@ -193,7 +193,7 @@ class _Writer:
         taken = tokens = learned = 0
         train_before = self._train.tokens
         if source is not None:
-            found = documents_in(piece_rows(part.pieces, source, self._cache), source, tally)
+            found = documents_in(piece_rows(part.pieces, source, self._cache), source)
             for document, samples in self._encoder.samples(found, source, tally):
                 digest = document.digest()
                 file = self._heldout if is_heldout(digest, config.heldout_fraction, config.seed) else self._train

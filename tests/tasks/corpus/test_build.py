@@ -219,6 +219,17 @@ def test_rows_that_cannot_be_used_are_skipped_up_to_a_stated_number(prepare: Pre
         prepare(source)
 
 
+def test_a_row_beyond_the_limit_of_tokens_is_neither_counted_nor_refused(prepare: Prepare, tmp_path: Path) -> None:
+    """Rows are read and rendered ahead of those that are taken."""
+    good = [{"text": text} for text in TEXTS]
+    whole = prepare(write_jsonl(tmp_path / "a.jsonl", good))[0].sources[0]
+    source = write_jsonl(tmp_path / "b.jsonl", [*good, {"no": 1}, {"text": ""}, *good])
+    (taken,) = prepare(replace(source, max_tokens=whole.tokens))[0].sources
+    assert (taken.documents, taken.tokens, taken.skipped, taken.empty) == (whole.documents, whole.tokens, 0, 0)
+    with pytest.raises(ValueError, match="has neither"):
+        prepare(replace(source, max_tokens=whole.tokens + 1))
+
+
 def test_max_documents_counts_those_that_can_be_used_and_reads_no_further(prepare: Prepare, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [{"no": 1}, *text_rows(TEXTS[:12]), {"no": 2}, *text_rows(TEXTS[12:])])
     (taken,) = prepare(replace(source, max_skipped=1, max_documents=12))[0].sources
