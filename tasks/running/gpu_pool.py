@@ -57,9 +57,9 @@ class GpuPool:
         """
         context = FlowRunContext.get()
         own = context.flow_run if context is not None else None
-        caller, step = own.id if own is not None else None, asked.step
+        caller = own.id if own is not None else None
         parameters = {
-            "step": step,
+            "step": asked.step,
             "inputs": asked.inputs,
             "device": asked.device,
             "runs": dict(asked.runs),
@@ -69,16 +69,22 @@ class GpuPool:
         tags = [*(own.tags if own else ()), *([stage["name"]] if stage is not None else ())]
         for attempt in range(1, ATTEMPTS + 1):
             started, joined = start_run(self.deployment, asked.title, parameters, asked.key, tags)
-            logger.info("%s waits for %s, as run %s", step, "another's worker" if joined else "a worker", started.name)
+            logger.info(
+                "%s waits for %s, as run %s", asked.title, "another's worker" if joined else "a worker", started.name
+            )
             state = _final_state(started, asked.title, caller)
             if state.is_completed():
                 return
             if not state.is_crashed() and not (joined and state.is_cancelled()):
                 ended = state.name or state.type.value
                 reason = (state.message or ended).removeprefix("Flow run encountered an exception: ")
-                raise ServiceError(f"{step} {ended.lower()} on the worker: {reason}")
-            logger.warning("%s crashed on the worker (attempt %d of %d): %s", step, attempt, ATTEMPTS, state.message)
-        raise ServiceError(f"{step} crashed {ATTEMPTS} times on the workers of {self.deployment}; see their logs")
+                raise ServiceError(f"{asked.title} {ended.lower()} on the worker: {reason}")
+            logger.warning(
+                "%s crashed on the worker (attempt %d of %d): %s", asked.title, attempt, ATTEMPTS, state.message
+            )
+        raise ServiceError(
+            f"{asked.title} crashed {ATTEMPTS} times on the workers of {self.deployment}; see their logs"
+        )
 
 
 def start_run(

@@ -75,8 +75,8 @@ def have_done(cluster: RayCluster, asked: Asked) -> None:
             raise raised_by(error, reason_of(error)) from None
         except ray.exceptions.RayError as error:
             lost = "%s: who had it done was lost (attempt %d of %d): %s"
-            logger.warning(lost, asked.step, attempt, ATTEMPTS, in_short(error))
-    raise ServiceError(f"{asked.step} lost the head of {cluster.name} {ATTEMPTS} times; look at Ray's logs")
+            logger.warning(lost, asked.title, attempt, ATTEMPTS, in_short(error))
+    raise ServiceError(f"{asked.title} lost the head of {cluster.name} {ATTEMPTS} times; look at Ray's logs")
 
 
 def _wait(ray: Any, actor: Any, asked: Asked, run: UUID | None) -> None:
@@ -188,18 +188,18 @@ class Doing:
                 raise ServiceError(
                     reason_of(error)
                     if told
-                    else f"{asked.step} cannot be done on {self._cluster.name}: {reason_of(error)}"
+                    else f"{asked.title} cannot be done on {self._cluster.name}: {reason_of(error)}"
                 ) from None
             except ray.exceptions.TaskCancelledError:
-                raise ServiceError(f"{asked.step} was cancelled in Ray; run again to go on") from None
+                raise ServiceError(f"{asked.title} was cancelled in Ray; run again to go on") from None
             except ray.exceptions.OutOfMemoryError as error:
                 raise ServiceError(
-                    f"{asked.step} took all the memory of its host, and would again: {in_short(error)}"
+                    f"{asked.title} took all the memory of its host, and would again: {in_short(error)}"
                 ) from None
             except ray.exceptions.RayError as error:
                 lost = "%s: its host was lost (attempt %d of %d): %s"
-                logger.warning(lost, asked.step, attempt, ATTEMPTS, in_short(error))
-        raise ServiceError(f"{asked.step} lost its host {ATTEMPTS} times; look at Ray's logs and at the hosts' memory")
+                logger.warning(lost, asked.title, attempt, ATTEMPTS, in_short(error))
+        raise ServiceError(f"{asked.title} lost its host {ATTEMPTS} times; look at Ray's logs and at the hosts' memory")
 
     @contextmanager
     def _reserved(self, ray: Any, asked: Asked) -> Iterator[dict[str, Any]]:
@@ -211,7 +211,7 @@ class Doing:
             nodes = sum(has(node, self._wanted) for node in living_nodes(ray))
             count = count_of_nodes(asked.inputs, nodes, int(self._wanted.get("GPU", 0)))
             many = f"{count} nodes" if count > 1 else "a node"
-            logger.info("%s waits for %s of %s with %s", asked.step, many, self._cluster.name, in_words(self._wanted))
+            logger.info("%s waits for %s of %s with %s", asked.title, many, self._cluster.name, in_words(self._wanted))
             if count == 1:
                 yield {}
                 return
@@ -223,7 +223,7 @@ class Doing:
                     return
             finally:
                 ray.util.remove_placement_group(group)
-        raise ServiceError(f"{asked.step} was cancelled while it waited; run again to go on")
+        raise ServiceError(f"{asked.title} was cancelled while it waited; run again to go on")
 
 
 class _Lines(logging.Handler):
@@ -253,7 +253,7 @@ def _do_here(asked: Asked, flow_run: UUID | None) -> None:
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ServiceError(f"{asked.step} failed on {host}: {reason}") from error
+        raise ServiceError(f"{asked.title} failed on {host}: {reason}") from error
 
 
 def count_of_nodes(inputs: Mapping[str, Any], nodes: int, gpus: int) -> int:

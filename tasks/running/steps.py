@@ -84,10 +84,10 @@ def step(
 ) -> Callable[[Callable[P, R]], Task[P, R]]:
     """Make a function a step: persisted, cached by content, retried after transient faults.
 
-    Its runs are called by the `title`, with inputs in it ("distil {stage.name}"), or else by the function's name. Its
-    inputs are here and as they were recorded before it runs. A step `on_gpu` has the machine's devices to itself, here
-    or on the workers that the environment names. One that is not `cached` depends on what the registry holds, and is
-    done each time.
+    Its runs, and its lines, are called by the `title`, with inputs in it ("distil {stage.name}"), or else by the
+    function's name as words. Its inputs are here and as they were recorded before it runs. A step `on_gpu` has the
+    machine's devices to itself, here or on the workers that the environment names. One that is not `cached` depends on
+    what the registry holds, and is done each time.
     """
 
     def decorate(function: Callable[P, R]) -> Task[P, R]:
@@ -164,7 +164,7 @@ def run(step: Task[P, R], *inputs: P.args, **named: P.kwargs) -> R:
         error.add_note(f"step: {step.name}")
         raise
     cached = state.name == "Cached" and not done_elsewhere
-    logger.info("%-16s %s", step.name, "cached" if cached else f"{time.monotonic() - began:.1f} s")
+    logger.info("%-26s  %s", title, "cached" if cached else f"{time.monotonic() - began:.1f} s")
     return record
 
 
@@ -198,7 +198,7 @@ def _turn(step: Task[Any, Any], inputs: Mapping[str, Any]) -> Iterator[bool]:
 
     A cached step is made by one run at a time: who finds another making it waits, and then takes its result.
     """
-    making = MAKINGS[step.name](inputs)
+    making, title = MAKINGS[step.name](inputs), TITLES[step.name](inputs)
     if not step.persist_result:
         yield False
         return
@@ -209,7 +209,7 @@ def _turn(step: Task[Any, Any], inputs: Mapping[str, Any]) -> Iterator[bool]:
             Asked(
                 step=step.name,
                 module=step.fn.__module__,
-                title=TITLES[step.name](inputs),
+                title=title,
                 inputs=to_dict(inputs),
                 key=making.key,
                 runs=making.runs,
@@ -218,7 +218,7 @@ def _turn(step: Task[Any, Any], inputs: Mapping[str, Any]) -> Iterator[bool]:
         )
         if _known(step, inputs) is None:
             raise ServiceError(
-                f"{step.name} was done by {place.name}, but its result is not seen here; give its workers the same "
+                f"{title} was done by {place.name}, but its result is not seen here; give its workers the same "
                 f"{WORKSPACE}, or the same ELASTIC_HOME and PREFECT_LOCAL_STORAGE_PATH on a file system that both see"
             )
         yield True
@@ -226,7 +226,7 @@ def _turn(step: Task[Any, Any], inputs: Mapping[str, Any]) -> Iterator[bool]:
         home = home_directory()
         lock = home / "locks" / f"{step.name}-{making.key[:16]}"
         with ExitStack() as stack:
-            stack.enter_context(held(lock, waits=f"waiting for {step.name}, which another run is making"))
+            stack.enter_context(held(lock, waits=f"waiting for {title}, which another run is making"))
             stack.enter_context(claimed(step.name, making.key, lambda: _known(step, inputs) is not None))
             if step.name in ON_GPU and _known(step, inputs) is None:
                 stack.enter_context(device_to_oneself(home))

@@ -113,7 +113,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # What may stand before the complaint: steps that are done, none of which trains, and what they told.
-STEP = "(fetch_teacher|prepare_data|rotate_teacher|rank_importance|reorder_teacher|choose_shapes|compare_orders)"
+STEP = "(fetch teacher|prepare data|rotate teacher|rank importance|reorder teacher|choose shapes|compare orders)"
 PROGRESS = re.compile(
     rf"{STEP} +(cached|[\d.]+ s)|teacher .*: \d+ layers, hidden size \d+|.+: \d+ %, [\w. ]+ left|"
     ".+: the order of importance is no better than a random one; .+"

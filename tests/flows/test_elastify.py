@@ -14,6 +14,7 @@ import pytest
 import torch
 from micro import LIMIT_SECONDS, Command, Run, completed
 from mlflow import MlflowClient
+from progress import steps_in
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, NemotronHForCausalLM
 
@@ -45,11 +46,9 @@ def assert_is_slice_with_scores(published: Path, cut: Path) -> None:
     assert differ_in_scores_alone(card, unscored) and "| teacher |" in card
 
 
-def cached(done: Run) -> dict[str, list[bool]]:
-    steps: dict[str, list[bool]] = {}
-    for name, how in re.findall(r"^(\w+) +(cached|[\d.]+ s)$", done.stderr, flags=re.MULTILINE):
-        steps.setdefault(name, []).append(how == "cached")
-    return steps
+def cached(done: Run, titles: str) -> list[bool]:
+    """Whether each step with such a title was cached, in order."""
+    return [was for title, was in steps_in(done.stderr) if re.fullmatch(titles, title)]
 
 
 def test_a_run_ends_with_the_table_the_registry_names_and_where_to_look(finished, command):
@@ -127,9 +126,8 @@ def test_the_elastic_checkpoint_of_a_registered_size_is_pulled_and_holds_the_oth
 
 def test_running_again_takes_every_step_from_its_cache_and_asks_for_promotion_anew(finished, command):
     again = completed(command)
-    steps = cached(again)
-    assert steps.pop("promote") == [False]
-    assert steps and all(all(times) for times in steps.values()), again.stderr
+    assert [title for title, was in steps_in(again.stderr) if not was] == ["promote"], again.stderr
+    assert cached(again, "distil stage.") == [True, True], again.stderr
 
 
 @pytest.mark.slow
@@ -140,8 +138,7 @@ def test_what_was_deleted_from_the_registry_is_registered_anew(finished, command
         for budget in "lms":
             client.delete_registered_model(f"micro-{budget}")
     again = completed(command)
-    steps = cached(again)
-    assert (steps["evaluate"], steps["register"]) == ([True], [False]) and "micro-s:1" in again.stdout
+    assert cached(again, "evaluate|register") == [True, False] and "micro-s:1" in again.stdout
     with embedded_services(command.home):
         assert {tracking.resolve(uri, f"micro-{budget}").version for budget in "lms"} == {1}
 
@@ -161,11 +158,11 @@ def test_an_evaluation_of_another_length_registers_anew_measures_the_champions_a
             return {entry["Key"] for entry in listed}, entries
 
     objects, before = published()
-    steps = cached(again := completed(command, "evaluation.sequence_length=16"))
-    assert steps["distill"] == [True, True] and steps["slice_budget"] == [True] * 3
-    assert steps["measure_loss"] == [False] * 4 and steps["register"] == [False]
-    assert steps["measure_answers"] == [True] * 4, "they depend on no length of text"
-    assert steps["measure_champion"] == [False] * 3 and "no budget is worse" in again.stdout
+    again = completed(command, "evaluation.sequence_length=16")
+    assert cached(again, "distil stage.") == [True] * 2 and cached(again, "slice .") == [True] * 3
+    assert cached(again, "held-out loss of (teacher|[lms])") == [False] * 4 and cached(again, "register") == [False]
+    assert cached(again, "answers of .+") == [True] * 4, "they depend on no length of text"
+    assert cached(again, "held-out loss of champion .") == [False] * 3 and "no budget is worse" in again.stdout
     now, after = published()
     assert now == objects
     for budget, entry in after.items():
@@ -180,22 +177,20 @@ def test_an_evaluation_of_another_length_registers_anew_measures_the_champions_a
 
 @pytest.mark.slow
 def test_a_benchmark_is_judged_once_for_each_model_and_anew_where_it_is_asked_otherwise(finished, command):
-    def judged(temperature: float) -> tuple[dict[str, list[bool]], str]:
+    def judged(temperature: float) -> Run:
         drawn = f"{{temperature: {temperature}, max_new_tokens: 3, system: null, thinking: false}}"
         asked = f"{{name: sums, path: questions.jsonl, format: exact, runs: 2, sampling: {drawn}}}"
-        done = completed(command, f"evaluation.benchmarks=[{asked}]")
-        return cached(done), done.stdout
+        return completed(command, f"evaluation.benchmarks=[{asked}]")
 
-    steps, table = judged(0.5)
-    assert steps["bring_problems"] == [False] and steps["judge_here"] == [False] * 4
-    assert steps["distill"] == [True, True] and steps["evaluate"] == [True]
-    assert "pass@1, percent" in table
+    first = judged(0.5)
+    assert cached(first, "bring sums") == [False] and cached(first, "judge .+ on sums") == [False] * 4
+    assert cached(first, "distil stage.|evaluate") == [True] * 3
+    assert "pass@1, percent" in first.stdout
     samples = sorted((command.home / "samples").glob("sums-*.jsonl"))
     assert [len(file.read_text().splitlines()) for file in samples] == [20] * 4
-    steps, _ = judged(0.25)
-    assert steps["bring_problems"] == [True] and steps["judge_here"] == [False] * 4
-    steps, _ = judged(0.5)
-    assert steps["judge_here"] == steps["bring_problems"] * 4 == [True] * 4
+    other = judged(0.25)
+    assert cached(other, "bring sums") == [True] and cached(other, "judge .+ on sums") == [False] * 4
+    assert cached(judged(0.5), "bring sums|judge .+ on sums") == [True] * 5
     with embedded_services(command.home):
         entry = tracking.by_alias(Settings.from_environment().registry, "micro-s", tracking.CANDIDATE)
     assert 0 <= entry.metrics["sums.accuracy"] <= 1 and entry.tags[f"{tracking.JUDGED}sums"]
@@ -203,15 +198,15 @@ def test_a_benchmark_is_judged_once_for_each_model_and_anew_where_it_is_asked_ot
 
 @pytest.mark.slow
 def test_changing_a_stage_runs_again_from_that_stage_on(finished, command):
-    steps = cached(completed(command, "stages.1.steps=6"))
-    assert steps["distill"] == [True, False]
-    before = ("train_tokenizer", "prepare_data", "pretrain_teacher", "rotate_teacher", "rank_importance")
-    for name in (*before, "reorder_teacher", "compare_orders"):
-        assert steps[name] == [True], name
-    for name in ("measure_loss", "measure_answers"):
-        assert steps[name] == [True, False, False, False], f"{name}: the teacher's own first"
-    for name in ("slice_budget", "measure_decoding", "register"):
-        assert not any(steps[name]), name
+    done = completed(command, "stages.1.steps=6")
+    assert cached(done, "distil stage.") == [True, False]
+    before = ("train tokenizer", "prepare data", "pretrain teacher", "rotate teacher", "rank importance")
+    for title in (*before, "reorder teacher", "compare orders"):
+        assert cached(done, title) == [True], title
+    for titles in ("held-out loss of (teacher|[lms])", "answers of .+"):
+        assert cached(done, titles) == [True, False, False, False], f"{titles}: the teacher's own first"
+    for titles in ("slice .", "speed of .+", "register"):
+        assert cached(done, titles) and not any(cached(done, titles)), titles
 
 
 @pytest.mark.slow
@@ -283,8 +278,7 @@ def test_gc_frees_what_is_superseded_and_leaves_all_that_the_next_run_takes_from
     assert removed.returncode == 0, removed.stderr
     assert not any(directory.exists() for directory in gone)
     assert all(path.exists() for path in finished.directories if not path.name.startswith("curves-"))
-    steps = cached(completed(command))
-    assert steps.pop("promote") == [False] and all(all(times) for times in steps.values())
+    assert [title for title, was in steps_in(completed(command).stderr) if not was] == ["promote"]
 
 
 def kill_inside(command: Command, stage: str, after_step: int) -> None:

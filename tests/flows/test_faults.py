@@ -19,6 +19,7 @@ from laws import Outcome, Place, watching
 from micro import Command, Run, completed
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
+from progress import STEP
 from proxy import FAULTS, fault_proxy
 from served import Served, eventually
 from served import served as serving
@@ -33,7 +34,6 @@ pytestmark = pytest.mark.faults
 
 SHARE = 0.2
 SPARED = 3  # short steps at the end, which a server that is warm does sooner than the clean run did
-STEP = re.compile(r"^\w+ +(?:cached|([\d.]+) s)$", re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def place(up: Served) -> Iterator[Place]:
 
 
 def test_a_run_killed_in_every_step_ends_the_same(clean: Outcome, finished: Run, up: Served, place: Place) -> None:
-    took = [float(seconds) for seconds in STEP.findall(finished.stderr)]
+    took = [float(seconds) for _, seconds in STEP.findall(finished.stderr)]
     with watching(place):
         killed = [kill_after(up.command, done, seconds / 2) for done, seconds in enumerate(took)]
         assert killed.count(False) <= SPARED, killed

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from micro import ELASTIC, Command, Run
+from progress import STEP
 
 pytestmark = pytest.mark.services
 
@@ -17,7 +18,6 @@ NOT_OURS = re.compile(r"\w*Warning\b|Traceback \(most recent|site-packages|\d+%\
 # The fixture's environment names no service, so that no message may ask to look at one's variable.
 VARIABLE = re.compile(r"\b(AWS|MLFLOW|PREFECT|ELASTIC)_[A-Z_]+")
 # What a run writes to standard error while it goes on.
-STEP = re.compile(r"\w+ +(cached|[\d.]+ s)")
 # How fast a step goes and how long it takes is shown where it is slow enough to tell; a stage says its losses, too.
 PROGRESS = re.compile(r".+: \d+ %(, [\d,]+ \w+/s)?(, [\w ]+ left)?(, loss( \w+ [\d.]+,?)+( [\d,]+ tokens/s)?)?")
 DOUBTFUL = re.compile(r".+: the order of importance is no better than a random one; .+")

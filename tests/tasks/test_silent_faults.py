@@ -23,6 +23,7 @@ from prefect.settings import (
     PREFECT_LOGGING_TO_API_ENABLED,
     temporary_settings,
 )
+from progress import steps_in
 
 from elastic_core.recipe import Evaluation
 from elastic_core.schema import to_dict
@@ -96,8 +97,7 @@ class Done:
 
     def made(self) -> set[str]:
         """The steps that were not taken from the cache."""
-        found = (re.fullmatch(r"(\w+) +(?:(cached)|[\d.]+ s)", line) for line in self.said)
-        return {match[1] for match in found if match and not match[2]}
+        return {title for title, cached in steps_in("\n".join(self.said)) if not cached}
 
 
 @dataclass

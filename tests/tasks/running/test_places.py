@@ -310,8 +310,8 @@ def test_the_step_of_a_lost_host_is_asked_for_again_and_said_each_time(
     assert not ray.ends
     assert ray.asked[0]["name"] == "distil stage1" and ray.asked[0]["num_cpus"] == 4.0
     told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert told == [f"distill: its host was lost (attempt {n} of 5): The node died." for n in (1, 2)]
-    with pytest.raises(ServiceError, match="distill lost its host 5 times"):
+    assert told == [f"distil stage1: its host was lost (attempt {n} of 5): The node died." for n in (1, 2)]
+    with pytest.raises(ServiceError, match="distil stage1 lost its host 5 times"):
         on_a_cluster(Ray(*[lost] * 5), monkeypatch)
 
 
@@ -321,7 +321,9 @@ def test_a_step_that_fails_is_not_asked_for_again_and_says_why_in_one_line(monke
     with pytest.raises(ServiceError, match=r"^distill failed on h2: the loss is not finite$"):
         on_a_cluster(Ray(failed), monkeypatch)
     failed.cause = RuntimeError("long story\nModuleNotFoundError: No module named 'tasks'")  # type: ignore[attr-defined]
-    with pytest.raises(ServiceError, match=rf"^distill cannot be done on the Ray cluster at {ADDRESS}: ModuleNotFound"):
+    with pytest.raises(
+        ServiceError, match=rf"^distil stage1 cannot be done on the Ray cluster at {ADDRESS}: ModuleNotFound"
+    ):
         on_a_cluster(Ray(failed), monkeypatch)
 
 
@@ -345,12 +347,16 @@ def test_one_who_was_killed_does_not_keep_a_step_going(monkeypatch: pytest.Monke
 def test_who_joins_a_step_sees_all_that_was_said_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     doing = on_a_cluster(Ray(Ray.exceptions.RayError("The node died."), None), monkeypatch)
     lines = [line for _, line in doing.look("late", 0)]
-    assert lines[0].startswith("distill waits for a node") and lines[1].startswith("distill: its host was lost")
+    assert lines[0].startswith("distil stage1 waits for a node") and lines[1].startswith(
+        "distil stage1: its host was lost"
+    )
     assert doing.look("late", len(lines)) == []
 
 
 def test_a_step_that_takes_all_the_memory_of_its_host_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = Ray(Ray.exceptions.OutOfMemoryError("Task was killed: 95 % of 80 GB is used.\nlong story"), None)
-    with pytest.raises(ServiceError, match=r"^distill took all the memory of its host, .*: Task was killed: 95 % of"):
+    with pytest.raises(
+        ServiceError, match=r"^distil stage1 took all the memory of its host, .*: Task was killed: 95 % of"
+    ):
         on_a_cluster(ray, monkeypatch)
     assert len(ray.ends) == 1

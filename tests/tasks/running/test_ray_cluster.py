@@ -4,18 +4,16 @@ import json
 import re
 import signal
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from micro import LIMIT_SECONDS, write_micro
+from progress import steps_in
 from ray_hosts import Cluster, bring_recipe, found, ray_cluster, wait_until
 
-from tasks import distill, evaluate, rank, teacher  # noqa: F401 - each adds its steps to ON_GPU
 from tasks.running.ray_steps import GONE_SECONDS
-from tasks.running.steps import ON_GPU
 
 pytestmark = [pytest.mark.services, pytest.mark.slow]
 
@@ -25,6 +23,7 @@ SUM_ORDER = 1e-5
 STEPS = 12
 SHARD_BYTES = 4000  # a few of them for each host
 NODES = r"distil stage2: node \d of 3 is (\w+)"
+ON_CPU = re.compile(r"train tokenizer|prepare data|reorder teacher|slice .|register|promote")
 IN_ONE = "stages.0.micro_batch_size=3"  # three micro-steps a step, which two hosts cannot divide
 
 
@@ -57,14 +56,10 @@ def write_small(directory: Path, cluster: Cluster) -> None:
     file.write_text(yaml.safe_dump(recipe))
 
 
-def made(code: int | None, said: str) -> dict[str, Counter[str]]:
-    """How often each step for a GPU was made, and how often taken from the cache, in a run that ended well."""
+def on_gpu(code: int | None, said: str) -> dict[str, bool]:
+    """The steps for a GPU of a run that ended well, and whether each was cached."""
     assert code == 0, said
-    steps: dict[str, Counter[str]] = {}
-    for name, how in re.findall(r"^(\w+) +(cached|[\d.]+ s)$", said, flags=re.MULTILINE):
-        if name in ON_GPU:
-            steps.setdefault(name, Counter())["cached" if how == "cached" else "made"] += 1
-    return steps
+    return {title: cached for title, cached in steps_in(said) if not ON_CPU.fullmatch(title)}
 
 
 def losses(cluster: Cluster) -> list[list[float]]:
@@ -110,11 +105,11 @@ def test_hosts_that_share_no_disk_train_together_and_any_of_them_has_what_a_lost
     recipe, *_ = [bring_recipe(host, tmp_path) for host in cluster.hosts]
     before = len(cluster.said())
     run = cluster.elastic(asking, "run", str(recipe))
-    steps = made(run.returncode, run.stderr)
-    assert {"pretrain_teacher", "rank_importance", "distill", "evaluate"} <= steps.keys()
+    steps = on_gpu(run.returncode, run.stderr)
+    assert {"pretrain teacher", "rank importance", "distil stage2", "evaluate"} <= steps.keys()
     said = cluster.said(before)
     places = found(r".+ is done on (\w+)", said)
-    assert len(places) == sum(how["made"] for how in steps.values()), "each once"
+    assert len(places) == list(steps.values()).count(False), "each once"
     (first,), others = found(r"distil stage2 is done on (\w+)", said), found(NODES, said)
     assert sorted([first, *others]) == [host.name for host in cluster.hosts]
 
@@ -124,11 +119,11 @@ def test_hosts_that_share_no_disk_train_together_and_any_of_them_has_what_a_lost
     lost, left = cluster.hosts[1:]
     lost.kill()
     alone = cluster.elastic(asking, "run", str(recipe), IN_ONE)
-    later = made(alone.returncode, alone.stderr)
-    assert later["rank_importance"] == Counter(cached=1) and later["distill"] == Counter(made=1)
+    later = on_gpu(alone.returncode, alone.stderr)
+    assert later["rank importance"] and not later["distil stage2"]
     assert found(NODES, cluster.said(before)) == others, "one host alone"
     together, in_one = losses(cluster)
     assert together == pytest.approx(in_one, abs=SUM_ORDER)
 
     again = cluster.elastic(left, "run", str(recipe), IN_ONE)
-    assert all(how.keys() == {"cached"} for how in made(again.returncode, again.stderr).values())
+    assert all(on_gpu(again.returncode, again.stderr).values())
