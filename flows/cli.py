@@ -96,6 +96,7 @@ def plan(
         typer.echo(json.dumps(plan_json(planned), indent=2))
     else:
         print_plan(planned, table)
+    planned.require_budgets()
 
 
 @app.command()

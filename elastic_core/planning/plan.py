@@ -104,6 +104,13 @@ class RecipePlan:
     def feasible(self) -> bool:
         return all(budget.feasible for budget in self.budgets)
 
+    def require_budgets(self) -> None:
+        """ValueError, naming them, where budgets cannot be met."""
+        if missed := [planned.budget.name for planned in self.budgets if not planned.feasible]:
+            raise ValueError(
+                f"{' and '.join(missed)} cannot be met by these axes; `elastic plan` says which choices would make room"
+            )
+
     @property
     def fitting(self) -> tuple[int, ...]:
         """The numbers of GPUs, of those asked for, on which every stage fits."""

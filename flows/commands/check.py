@@ -226,10 +226,7 @@ def _budgets(recipe: Recipe, model: ModelConfig, locality: Locality) -> tuple[st
     memory = torch.cuda.get_device_properties(0).total_memory if count else 80 * 10**9
     accelerator = Accelerator(memory=memory, flops_per_second=1e15, utilisation=0.4, dollars_per_hour=0)
     plan = plan_recipe(recipe, model, accelerator, (max(1, count),), recipe_table(recipe), locality)
-    if missed := [planned.budget.name for planned in plan.budgets if not planned.feasible]:
-        raise ValueError(
-            f"{' and '.join(missed)} cannot be met by these axes; `elastic plan` says which choices would make room"
-        )
+    plan.require_budgets()
     sizes = ", ".join(f"{planned.budget.name} {human_count(planned.params)}" for planned in plan.budgets)
     return f"{sizes} parameters", plan
 

@@ -195,8 +195,16 @@ def test_the_options_are_the_machine_that_is_planned_for() -> None:
     assert planned(NANO, *kept, "--gpu-memory", "141GB")["fits_on"] == [8]
 
 
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_plan_of_a_budget_that_cannot_be_met_fails_with_the_line_of_elastic_check(form: list[str]) -> None:
+    result = CliRunner().invoke(app, ["plan", NANO, "budgets.2.params=4500000000", *form])
+    said = "6b cannot be met by these axes; `elastic plan` says which choices would make room"
+    assert (result.exit_code, str(result.exception)) == (1, said)
+    assert result.output, "the plan is shown first"
+
+
 def test_a_budget_that_cannot_be_met_is_named_with_what_would_help() -> None:
-    text = printed(NANO, "budgets.2.params=4500000000")
+    text = CliRunner().invoke(app, ["plan", NANO, "budgets.2.params=4500000000"]).output
     (line,) = [line for line in text.splitlines() if line.startswith("budget 6b cannot be met")]
     assert "5,089,115,392 parameters, 589,115,392 parameters above it" in line
     assert "in axes.hidden" in line
