@@ -73,9 +73,9 @@ def plan(
         parse_gpus,
         plan_json,
         print_plan,
-        teacher_geometry,
     )
     from flows.commands.recipes import load_recipe
+    from flows.commands.teacher import teacher_geometry
 
     loaded = load_recipe(recipe, overrides or [])
     accelerator = Accelerator(
@@ -136,14 +136,19 @@ def init(
 ) -> None:
     """Write a recipe for a teacher from its config.json, and show its plan."""
     from elastic_core.budget import parse_bytes
+    from elastic_core.files.stock_config import read_config, stored_dtype
     from elastic_core.planning.profile import recipe_table
     from flows.commands.init import draft, family_name, write_recipe
-    from flows.commands.plan import geometry_at, print_plan
+    from flows.commands.plan import print_plan
+    from flows.commands.teacher import config_at
 
     path = str(Path(teacher).expanduser().absolute()) if Path(teacher).expanduser().is_dir() else teacher
+    with config_at(path) as directory:
+        model, stored = read_config(directory), stored_dtype(directory)
     recipe, plan, text = draft(
         path,
-        geometry_at(path),
+        model,
+        stored,
         family=family or family_name(path),
         budgets=budget or [],
         sources=data or [],

@@ -104,6 +104,13 @@ def read_config(directory: Path) -> ModelConfig:
     return _with_generations_eos(directory, config)
 
 
+def stored_dtype(directory: Path) -> str | None:
+    """What a stock checkpoint's config.json calls the type of its weights, such as float32."""
+    found = read_json(regular_file(directory, "config.json"))
+    name = found.get("dtype", found.get("torch_dtype"))
+    return name if isinstance(name, str) else None
+
+
 def _with_generations_eos(directory: Path, config: ModelConfig) -> ModelConfig:
     if not (directory / _GENERATION).exists():
         return config

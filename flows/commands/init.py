@@ -26,6 +26,7 @@ NVIDIA_DATA = "hf://nvidia/Nemotron-Post-Training-Dataset-v2"
 NVIDIA_SPLITS = ("math", "code", "stem", "chat")
 SHARES = (0.73, 0.51)  # of the teacher's parameters: the paper's 9B and 6B of 12B
 SCHEMA = RECIPES / "recipe.schema.json"
+SMALL = 10**9  # parameters of a teacher below which bfloat16 saves too little to be worth its rounding
 CALIBRATION_SHARE = 20  # one token in so many that are trained on, at most, is one to rank by
 COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
@@ -78,6 +79,7 @@ def _size_name(params: int) -> str:
 def draft(
     teacher: str,
     model: ModelConfig,
+    stored_dtype: str | None,
     *,
     family: str,
     budgets: Sequence[str],
@@ -87,7 +89,10 @@ def draft(
     accelerator: Accelerator,
     latency_table: Path | None,
 ) -> tuple[Recipe, RecipePlan, str]:
-    """A recipe for `teacher`, its plan on so many GPUs, and its text; ValueError for what no recipe can hold."""
+    """A recipe for `teacher`, its plan on so many GPUs, and its text; ValueError for what no recipe can hold.
+
+    It computes in bfloat16, but a small teacher whose weights are stored in float32 keeps that.
+    """
     table = None if latency_table is None else read_table(latency_table)
     params = subnet_params(model, full_subnet(model))
     named = parse_budgets(budgets, params)
@@ -102,6 +107,7 @@ def draft(
         "budgets": named,
         **({"latency_table": str(latency_table.absolute())} if latency_table else {}),
         **_measuring(tokens, stages[0].sequence_length),
+        "dtype": "float32" if stored_dtype == "float32" and params < SMALL else "bfloat16",
         "stages": [told(stage) for stage in stages],
     }
     recipe, plan = fit_stages(build(Recipe, data), model, accelerator, gpus, table)

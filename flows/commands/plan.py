@@ -1,15 +1,12 @@
 """What `elastic plan` prints: a recipe's plan as tables for people, or as JSON for machines."""
 
 import dataclasses
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from elastic_core.cost import DTYPE_BYTES, LatencyTable, budget_cost
-from elastic_core.files.checkpoint import CheckpointError, read_config
-from elastic_core.geometry import MOE, ModelConfig
+from elastic_core.geometry import MOE
 from elastic_core.layers.kinds import sizes_text
 from elastic_core.planning.machine import DECODED_TOGETHER, LEAST_MARGIN, USABLE_SHARE, Accelerator, Locality
 from elastic_core.planning.memory import Memory
@@ -19,50 +16,11 @@ from elastic_core.planning.steps import TOKENS_PER_CORE_SECOND, StepPlan
 from elastic_core.recipe import Recipe
 from elastic_core.schema import to_dict
 from flows.commands.terminal import text_table, wide_console
-from flows.serving.services import names_a_store, tracking_environment
-from tasks import artifacts
+from flows.serving.services import names_a_store
 from tasks.reporting.fit import joined, unfit
 from tasks.reporting.numbers import human_bytes, human_count, human_seconds, percent
-from tasks.settings import ServiceError, Settings, home_directory
 
 MEMORY_TITLES = {"parameters": "weights", "optimizer": "AdamW"}
-
-
-def teacher_geometry(recipe: Recipe) -> ModelConfig:
-    """The teacher's geometry: from the recipe, from a directory, or from the config.json that the Hub has."""
-    teacher = recipe.teacher
-    if teacher.pretrain is not None:
-        return teacher.pretrain.model
-    assert teacher.path is not None, "recipe.Teacher has one of path and pretrain"
-    if teacher.model is not None and not Path(teacher.path).is_dir():
-        return teacher.model
-    if "://" in teacher.path and not teacher.path.startswith("hf://"):
-        raise ValueError(
-            f"teacher.path {teacher.path!r} is not a directory here; put the geometry of its config.json under "
-            "teacher.model, or name a directory"
-        )
-    try:
-        return geometry_at(teacher.path)
-    except CheckpointError:
-        raise
-    except (ValueError, ServiceError) as error:
-        raise ValueError(f"{error}; or put the geometry of its config.json under teacher.model") from error
-
-
-def geometry_at(path: str) -> ModelConfig:
-    """The geometry that the config.json of a directory, of an `s3://` prefix or of a model on the Hub gives."""
-    if Path(path).is_dir():
-        return read_config(Path(path))
-    with TemporaryDirectory() as directory:
-        if path.startswith("s3://"):
-            settings = Settings.from_environment(tracking_environment(home_directory()) | os.environ, need_bucket=False)
-            file = Path(directory) / "config.json"
-            artifacts.get_file(artifacts.open_store(settings), f"{path.rstrip('/')}/{file.name}", file)
-        else:
-            from tasks.corpus.hub import bring_config, parse_model  # huggingface_hub, which few plans need
-
-            bring_config(parse_model(path), Path(directory))
-        return read_config(Path(directory))
 
 
 def locality_of_runs(recipe: Recipe) -> Locality:

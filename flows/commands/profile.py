@@ -11,8 +11,8 @@ from elastic_core.geometry import Axes, ModelConfig
 from elastic_core.layers.kinds import KINDS, kind_names
 from elastic_core.planning.profile import measure, write_table
 from elastic_core.subnet import full_subnet, smallest_subnet
-from flows.commands.plan import teacher_geometry
 from flows.commands.recipes import load_recipe
+from flows.commands.teacher import teacher_geometry
 from flows.commands.terminal import text_table, wide_console
 from tasks.running.bars import bar
 

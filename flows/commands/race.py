@@ -10,9 +10,9 @@ from elastic_core.planning.machine import H100
 from elastic_core.planning.plan import plan_recipe
 from elastic_core.planning.profile import recipe_table
 from elastic_core.recipe import Recipe
-from flows.commands.plan import teacher_geometry
 from flows.commands.recipes import load_recipe
 from flows.commands.run import own_services
+from flows.commands.teacher import teacher_geometry
 from flows.commands.terminal import text_table, wide_console
 from tasks.reporting.numbers import human_count, human_seconds
 from tasks.reporting.race import ROWS, write_race

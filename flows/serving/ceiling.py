@@ -24,7 +24,8 @@ from elastic_core.planning.machine import H100
 from elastic_core.planning.plan import plan_recipe
 from elastic_core.planning.profile import recipe_table
 from elastic_core.recipe import Recipe
-from flows.commands.plan import counted_problems, geometry_at, teacher_geometry
+from flows.commands.plan import counted_problems
+from flows.commands.teacher import geometry_at, teacher_geometry
 from tasks.running.recipe_run import run_key, ways
 from tasks.running.steps import fingerprint
 from tasks.settings import ServiceError, Settings

@@ -23,7 +23,7 @@ from elastic_core.planning.profile import write_table
 from elastic_core.schema import build
 from elastic_core.subnet import full_subnet, smallest_subnet
 from flows.cli import app
-from flows.commands import plan
+from flows.commands import teacher
 from flows.commands.init import parse_budgets
 from flows.commands.recipes import load_recipe
 from flows.commands.reference import recipe_schema
@@ -45,10 +45,12 @@ SMALL = ModelConfig(
 )
 
 
-def written(directory: Path, model: ModelConfig, *arguments: str) -> tuple[Path, str]:
+def written(
+    directory: Path, model: ModelConfig, *arguments: str, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Path, str]:
     """The recipe that `elastic init` writes for a checkpoint of which only the config is here, and what it prints."""
     (directory / "teacher").mkdir()
-    write_config(model, directory / "teacher", torch.bfloat16)
+    write_config(model, directory / "teacher", dtype)
     path = directory / "recipe.yaml"
     command = ["init", "--teacher", str(directory / "teacher"), "-o", str(path), *arguments]
     result = CliRunner().invoke(app, command, catch_exceptions=False)
@@ -74,7 +76,7 @@ def test_every_teacher_gets_a_recipe_that_is_valid_and_whose_plan_holds_every_bu
     path, output = written(tmp_path, model, "--tokens", str(tokens), "--gpus", "4")
     jsonschema.validate(yaml.safe_load(path.read_text()), recipe_schema())
     recipe = load_recipe(path)
-    assert plan.teacher_geometry(recipe) == recipe.teacher.model == model
+    assert teacher.teacher_geometry(recipe) == recipe.teacher.model == model
     assert len(recipe.budgets) == 3
     result = CliRunner().invoke(app, ["plan", str(path), "--gpus", "4", "--json"], catch_exceptions=False)
     assert json.loads(result.output)["feasible"] is True
@@ -179,7 +181,7 @@ def test_a_teacher_that_does_not_say_what_its_experts_are_is_refused_in_one_line
     config |= {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)}
     (tmp_path / "teacher/config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"config.json: num_experts_per_tok=0 must be greater than 0"):
-        plan.geometry_at(str(tmp_path / "teacher"))
+        teacher.geometry_at(str(tmp_path / "teacher"))
 
 
 def test_a_recipe_is_never_written_over(tmp_path: Path) -> None:
@@ -205,6 +207,24 @@ def test_a_budget_of_latency_takes_the_choices_that_were_measured(tmp_path: Path
     assert recipe.axes.hidden == (128, 96) and recipe.axes.ffn == (384, 192)
 
 
+@pytest.mark.parametrize(
+    ("model", "stored", "computed"),
+    [
+        (SMALL, torch.float32, "float32"),
+        (SMALL, torch.bfloat16, "bfloat16"),
+        (SMALL, torch.float16, "bfloat16"),
+        (NANO_12B, torch.float32, "bfloat16"),
+    ],
+    ids=["small-float32", "small-bfloat16", "small-float16", "large-float32"],
+)
+def test_a_small_teacher_in_float32_keeps_its_type(
+    model: ModelConfig, stored: torch.dtype, computed: str, tmp_path: Path
+) -> None:
+    path, _ = written(tmp_path, model, "--tokens", "1e10", dtype=stored)
+    assert f"\ndtype: {computed}\n" in path.read_text()
+    assert load_recipe(path).dtype == computed
+
+
 def test_data_that_are_named_are_the_sources(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("{}")
     path, _ = written(
@@ -220,4 +240,4 @@ def test_the_geometry_of_a_teacher_in_a_bucket_is_read_there(
     monkeypatch.delenv("MLFLOW_TRACKING_URI")  # which a teacher has no part in
     write_config(SMALL, tmp_path, torch.bfloat16)
     put_file(store, tmp_path / "config.json", f"s3://{store.bucket}/teachers/mine/config.json")
-    assert plan.geometry_at(f"s3://{store.bucket}/teachers/mine") == SMALL
+    assert teacher.geometry_at(f"s3://{store.bucket}/teachers/mine") == SMALL

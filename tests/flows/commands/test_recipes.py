@@ -12,8 +12,8 @@ from elastic_core.resolve import resolve_budgets
 from elastic_core.router import ElasticModel, Router
 from elastic_core.subnet import full_subnet, is_nested
 from elastic_core.training.curriculum import generator
-from flows.commands.plan import teacher_geometry
 from flows.commands.recipes import load_recipe
+from flows.commands.teacher import teacher_geometry
 
 RECIPES = Path(__file__).parents[3] / "flows/recipes"
 

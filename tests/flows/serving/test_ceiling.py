@@ -15,8 +15,8 @@ from elastic_core.planning.machine import H100
 from elastic_core.planning.plan import plan_recipe
 from elastic_core.recipe import Recipe
 from flows.cli import app
-from flows.commands.plan import teacher_geometry
 from flows.commands.recipes import load_recipe
+from flows.commands.teacher import teacher_geometry
 from flows.elastify import pipeline
 from flows.serving import ceiling
 from tasks.settings import HOME, Settings
