@@ -138,11 +138,11 @@ def init(
     from elastic_core.budget import parse_bytes
     from elastic_core.files.stock_config import read_config, stored_dtype
     from elastic_core.planning.profile import recipe_table
-    from flows.commands.init import draft, family_name, write_recipe
+    from flows.commands.init import absolute, draft, family_name, write_recipe
     from flows.commands.plan import print_plan
     from flows.commands.teacher import config_at
 
-    path = str(Path(teacher).expanduser().absolute()) if Path(teacher).expanduser().is_dir() else teacher
+    path = here if Path(here := absolute(teacher)).is_dir() else teacher
     with config_at(path) as directory:
         model, stored = read_config(directory), stored_dtype(directory)
     recipe, plan, text = draft(

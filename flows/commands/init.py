@@ -105,7 +105,7 @@ def draft(
         "data": {"sources": _sources(sources)},
         "axes": {name: list(axes.choices(name)) for name in axes.names if len(axes.choices(name)) > 1},
         "budgets": named,
-        **({"latency_table": str(latency_table.absolute())} if latency_table else {}),
+        **({"latency_table": absolute(latency_table)} if latency_table else {}),
         **_measuring(tokens, stages[0].sequence_length),
         "dtype": "float32" if stored_dtype == "float32" and params < SMALL else "bfloat16",
         "stages": [told(stage) for stage in stages],
@@ -118,7 +118,7 @@ def draft(
 
 def _sources(paths: Sequence[str]) -> list[dict[str, Any]]:
     if paths:
-        return [{"path": path if "://" in path else str(Path(path).expanduser().absolute())} for path in paths]
+        return [{"path": path if "://" in path else absolute(path)} for path in paths]
     return [{"path": NVIDIA_DATA, "split": split} for split in NVIDIA_SPLITS]
 
 
@@ -165,12 +165,17 @@ def write_recipe(path: Path, text: str) -> None:
     """Write the recipe; its first line leads an editor to the schema, where that is in the repository."""
     first = ""
     if SCHEMA.is_file():
-        first = f"# yaml-language-server: $schema={os.path.relpath(SCHEMA, path.absolute().parent)}\n"
+        first = f"# yaml-language-server: $schema={SCHEMA}\n"
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(first + text)
     except FileExistsError:
         raise ValueError(f"{path} exists; name another file") from None
+
+
+def absolute(path: str | Path) -> str:
+    """An absolute path in which no `..` is left, as Path.absolute() would leave it."""
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def family_name(teacher: str) -> str:

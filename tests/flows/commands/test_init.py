@@ -234,6 +234,23 @@ def test_data_that_are_named_are_the_sources(tmp_path: Path) -> None:
     assert [s.path for s in load_recipe(path).data.sources] == [str(tmp_path / "rows.jsonl"), "hf://org/name"]
 
 
+def test_every_path_of_a_recipe_is_absolute_and_without_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "rows.jsonl").write_text("{}")
+    write_config(SMALL, tmp_path / "teacher", torch.bfloat16)
+    monkeypatch.chdir(tmp_path / "below")
+    given = ["--teacher", "../teacher", "--data", "../rows.jsonl", "--tokens", "1e7", "--gpus", "1"]
+    result = CliRunner().invoke(app, ["init", *given, "-o", "../recipe.yaml"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "recipe.yaml").read_text()
+    assert ".." not in text
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert (recipe.teacher.path, recipe.data.sources[0].path) == (f"{tmp_path}/teacher", f"{tmp_path}/rows.jsonl")
+    (schema,) = re.findall(r"\$schema=(.*)", text)
+    assert Path(schema).is_absolute() and Path(schema).is_file()
+
+
 def test_the_geometry_of_a_teacher_in_a_bucket_is_read_there(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
