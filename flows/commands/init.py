@@ -1,5 +1,6 @@
 """`elastic init`: a recipe for a teacher, written from its config.json, with its plan."""
 
+import glob
 import os
 import re
 from collections.abc import Sequence
@@ -117,6 +118,13 @@ def draft(
 
 
 def _sources(paths: Sequence[str]) -> list[dict[str, Any]]:
+    """The sources of a recipe; ValueError for a file that is not here. `elastic check` looks at globs and URIs."""
+    for path in paths:
+        if "://" not in path and not glob.has_magic(path) and not Path(absolute(path)).exists():
+            raise ValueError(
+                f"--data is {path!r}: no such file or directory here; correct it, or name s3://..., hf://..., "
+                "stdlib:// or a glob in quotes"
+            )
     if paths:
         return [{"path": path if "://" in path else absolute(path)} for path in paths]
     return [{"path": NVIDIA_DATA, "split": split} for split in NVIDIA_SPLITS]

@@ -167,6 +167,7 @@ def test_the_teacher_has_a_name_of_its_own_among_the_budgets() -> None:
         (["--budget", "500k", "--budget", "600k"], "must fall from the largest to the smallest"),
         (["--tokens", "1e5"], "stage2 has [0-9,]+ of the tokens, which are 2 steps, .* train on [0-9,]+ tokens"),
         (["--family", "a b"], "family 'a b' is not a name"),
+        (["--data", "no/rows.jsonl"], "--data is 'no/rows.jsonl': no such file or directory here; correct it, or name"),
     ],
 )
 def test_what_no_recipe_can_hold_is_refused(arguments: list[str], says: str, tmp_path: Path) -> None:
@@ -227,11 +228,10 @@ def test_a_small_teacher_in_float32_keeps_its_type(
 
 def test_data_that_are_named_are_the_sources(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("{}")
-    path, _ = written(
-        tmp_path, SMALL, "--data", str(tmp_path / "rows.jsonl"), "--data", "hf://org/name", "--tokens", "1e7",
-        "--gpus", "1",
-    )  # fmt: skip
-    assert [s.path for s in load_recipe(path).data.sources] == [str(tmp_path / "rows.jsonl"), "hf://org/name"]
+    named = [str(tmp_path / "rows.jsonl"), "hf://org/name", "stdlib://", str(tmp_path / "later/*.jsonl")]
+    options = [word for path in named for word in ("--data", path)]
+    path, _ = written(tmp_path, SMALL, *options, "--tokens", "1e7", "--gpus", "1")
+    assert [source.path for source in load_recipe(path).data.sources] == named
 
 
 def test_every_path_of_a_recipe_is_absolute_and_without_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
