@@ -92,7 +92,7 @@ def _budget_row(plan: RecipePlan, budget: BudgetPlan, table: LatencyTable | None
         "target": _target(plan, budget, table),
         "parameters": f"{budget.params:,}",
         **({"active": f"{budget.active_params:,}"} if plan.model.layers_of(MOE) else {}),
-        "share": percent(budget.params / plan.teacher_params, 1),
+        "of the teacher": percent(budget.params / plan.teacher_params, 1),
         "used": percent(budget.cost / budget.target, 1) if budget.target is not None else "-",
         "weights": human_bytes(budget.bytes),
     }

@@ -81,7 +81,7 @@ def test_every_teacher_gets_a_recipe_that_is_valid_and_whose_plan_holds_every_bu
     result = CliRunner().invoke(app, ["plan", str(path), "--gpus", "4", "--json"], catch_exceptions=False)
     assert json.loads(result.output)["feasible"] is True
     assert sum(stage.tokens for stage in recipe.stages) == pytest.approx(tokens, rel=0.05)
-    assert "look at its data" in output
+    assert "look at its data" in output and "of the teacher" in output and "100.0 %" in output
     if name not in ("12b", "30b"):  # whose weights, gradients and moments alone are more than four such GPUs hold
         assert json.loads(result.output)["fits_on"] == [4]
 
