@@ -39,6 +39,7 @@ from tasks.running.preflight import (
     check_model,
     check_prefect,
     check_problems,
+    check_teacher,
     prefect_url,
 )
 from tasks.running.ray_cluster import RayCluster
@@ -152,7 +153,7 @@ def _teacher(recipe: Recipe, work: Path) -> tuple[str, Path]:
         bring_side_files(path, work)
         model, directory = read_config(work), work
     check_tokenizer(directory, model.vocab_size)
-    check_model(recipe, model)
+    check_teacher(recipe, model)
     return f"{path}: {model.num_layers} layers, hidden size {model.hidden_size}, and a tokenizer{left}", directory
 
 

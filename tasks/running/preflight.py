@@ -177,12 +177,17 @@ def _geometry(recipe: Recipe) -> ModelConfig:
 
 def check_model(recipe: Recipe, model: ModelConfig) -> None:
     """ValueError for a teacher of another geometry than the recipe says, what it lacks, and a budget above it."""
+    check_teacher(recipe, model)
+    check_budgets(recipe.budgets, model, recipe_table(recipe))
+
+
+def check_teacher(recipe: Recipe, model: ModelConfig) -> None:
+    """ValueError for a teacher of another geometry than the recipe says, and for what it lacks of axes and stages."""
     if recipe.teacher.model is not None:
         _check_geometry(recipe.teacher.model, model, recipe.teacher.path)
     axes, table = recipe.axes.bind(model), recipe_table(recipe)
     if table is not None:
         table.check(model, axes)
-    check_budgets(recipe.budgets, model, table)
     for stage in recipe.stages:
         if stage.expert_balance and MOE not in model.hybrid_override_pattern:
             raise ValueError(f"stage {stage.name}: expert_balance is given, but the teacher has no layers with experts")

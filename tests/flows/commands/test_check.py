@@ -160,6 +160,7 @@ FAULTS: dict[str, tuple[Spoil, str]] = {
         r"evaluation.engine: no engine: no vllm that can serve is installed; pip install",
     ),
     "budget too small": (setting("budgets.2.params=1000"), r"budgets: .* cannot be met by these axes; `elastic plan`"),
+    "budget too large": (setting("budgets.1.params=999999999999"), r"budgets: budget .* is above the teacher's"),
     "no bucket": (
         environment(**{BUCKET: "no-such-bucket"}),
         r"bucket: s3://no-such-bucket .*does not exist",
@@ -192,7 +193,12 @@ def test_a_fault_has_a_line_that_says_where_it_is(
 def test_all_faults_are_found_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = initiated(tmp_path)
     small_disk(tmp_path, monkeypatch)
-    output, fault = checked(recipe, "data.sources.0.path=/no/rows.jsonl", "evaluation.problems=/no/a.jsonl")
+    faults = ("data.sources.0.path=/no/rows.jsonl", "evaluation.problems=/no/a.jsonl")
+    output, fault = checked(recipe, *faults, "budgets.1.params=999999999999")
+    assert re.findall(r"^FAULT  ([^:]+):", output, flags=re.MULTILINE) == [
+        "data.sources[0]", "evaluation.problems", "budgets",
+    ]  # fmt: skip
+    output, fault = checked(recipe, *faults)
     assert re.findall(r"^FAULT  ([^:]+):", output, flags=re.MULTILINE) == [
         "data.sources[0]", "evaluation.problems", "disk",
     ]  # fmt: skip
