@@ -243,7 +243,7 @@ class Evaluation(Strict):
     """What is measured of every budget: its loss on held-out tokens, the problems it solves, and its benchmarks."""
 
     heldout_tokens: int = 1_000_000
-    """Held-out tokens to measure on, at most. Example: `10000000`."""
+    """Held-out tokens to measure on, at most; a run warns where not half as many are held out. Example: `10000000`."""
     sequence_length: int = 8192
     """Tokens in a held-out sequence. Example: `8192`."""
     batch_size: int = 1

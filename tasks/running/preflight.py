@@ -43,6 +43,7 @@ from tasks.settings import PREFECT_API, ServiceError, Settings, redact, remedy
 from tasks.tracking import CHECK_SECONDS, check_server
 
 MOST_WITHOUT_GPU = 1.0  # hours of an H100 that CPUs are trusted with
+LEAST_HELD_OUT = 0.5  # of the tokens asked for: below, the standard error of a loss is over 1.4 times that planned
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +247,10 @@ def check_ends(tokenizer: Path) -> None:
 
 
 def check_corpus(recipe: Recipe, corpus: Artifact) -> None:
-    """ValueError unless everything that cuts sequences from the corpus gets at least one."""
+    """ValueError unless everything that cuts sequences from the corpus gets at least one.
+
+    A warning is logged where far fewer tokens are held out than evaluation asks for.
+    """
     record = read_record(small_files(corpus))
     stages = [*recipe.stages, *([recipe.teacher.pretrain.stage()] if recipe.teacher.pretrain else [])]
     wanted = [(f"stage {stage.name}", record.train, stage.sequence_length) for stage in stages]
@@ -260,6 +264,14 @@ def check_corpus(recipe: Recipe, corpus: Artifact) -> None:
     for stage in stages:
         with _for(f"stage {stage.name}"):
             check_portions(recipe.data, record, stage)
+    held, asked = record.heldout.tokens, recipe.evaluation.heldout_tokens
+    if held < LEAST_HELD_OUT * asked:
+        logger.warning(
+            "evaluation.heldout_tokens asks for %s tokens, and the corpus holds out %s, on which losses are measured; "
+            "raise data.heldout_fraction or add documents",
+            f"{asked:,}",
+            f"{held:,}",
+        )
 
 
 @contextmanager
