@@ -27,6 +27,7 @@ CONDITIONS, PREFECT_RUN = "elastic.measured_under", "elastic.prefect_run"
 METRIC_PREFIX = "metric."
 CANDIDATE, CHAMPION = "candidate", "champion"
 VERSIONS_A_PAGE, MODELS_A_PAGE = 1000, 100
+VERSIONS_SHOWN = 10
 FIRST_EXPERIMENT = "0"  # MLflow makes it with its database
 
 _log = logging.getLogger(__name__)
@@ -239,6 +240,8 @@ def resolve(uri: str, reference: str, alone: Sequence[str] = (CHAMPION,)) -> Mod
     NAME alone is its champion, or what the first of the aliases `alone` that it has points at.
     Its tags MANIFEST and BUDGET say what `artifacts.fetch` needs.
     """
+    from mlflow.exceptions import MlflowException
+
     match = _REFERENCE.fullmatch(reference)
     if match is None:
         raise ValueError(f"{reference!r} is not a model; write NAME, NAME@ALIAS or NAME:VERSION")
@@ -250,7 +253,13 @@ def resolve(uri: str, reference: str, alone: Sequence[str] = (CHAMPION,)) -> Mod
         number = match["version"] or next((aliases[alias] for alias in wanted if alias in aliases), None)
         if number is None:
             raise ServiceError(f"{reference} is not in MLflow: {_instead(uri, name, aliases)}")
-        found = _model_version(client.get_model_version(name, str(number)))
+        try:
+            found = _model_version(client.get_model_version(name, str(number)))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            instead = _versions_text(client, name) or _instead(uri, name, aliases)
+            raise ServiceError(f"{reference} is not in MLflow: {instead}") from None
     if not {MANIFEST, BUDGET} <= found.tags.keys():
         raise ServiceError(f"{name} version {number} was not registered by elastic: its tag {MANIFEST} is missing")
     return found
@@ -262,6 +271,14 @@ def _instead(uri: str, name: str, aliases: Collection[str]) -> str:
         return f"the aliases of {name!r} are {', '.join(sorted(aliases))}"
     sizes = sorted({version.name for version in versions_of(uri, FAMILY, name)})
     return f"{name!r} is a family, of {', '.join(sizes)}" if sizes else f"it has no {name!r}"
+
+
+def _versions_text(client: "MlflowClient", name: str) -> str:
+    """The versions that a model has, the newest first; nothing where it has none."""
+    entries = client.search_model_versions(f"name = '{name}'", max_results=VERSIONS_A_PAGE)
+    numbers = sorted((int(entry.version) for entry in entries), reverse=True)
+    shown = ", ".join(map(str, numbers[:VERSIONS_SHOWN])) + ", ..." * (len(numbers) > VERSIONS_SHOWN)
+    return f"the versions of {name!r} are {shown}" if numbers else ""
 
 
 def _register(

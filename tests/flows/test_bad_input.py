@@ -665,7 +665,7 @@ BAD_COMMANDS: dict[str, tuple[str, str]] = {
     "slice: into a full directory": ("slice {family} --budget s -o {teacher}", r"teacher: exists already; remove it"),
     "slice: below a file": ("slice {family} --budget s -o {file}/out", r"file: File exists; check the path"),
     "pull: unknown model": ("pull nobody -o {out}", r"nobody is not in MLflow: it has no 'nobody'"),
-    "pull: unknown version": ("pull nobody:3 -o {out}", r"nobody:3.*not found"),
+    "pull: unknown version": ("pull nobody:3 -o {out}", r"nobody:3 is not in MLflow: it has no 'nobody'"),
     "pull: malformed name": ("pull models:/a@b@c -o {out}", r"'models:/a@b@c' is not a model; write NAME, NAME@ALIAS"),
     "eval: no checkpoint": ("eval {out} --heldout {file}", r"config.json: there is no such file"),
     "eval: unknown budget": ("eval {family} --heldout {file} --budget xl", r"there is no budget 'xl'; known: l, s"),
