@@ -10,6 +10,7 @@ from flows.commands.registry import alike, flat, label, open_registry
 from flows.commands.show import CODE_TAG, is_elsewhere
 from flows.commands.terminal import text_table, wide_console
 from tasks import tracking
+from tasks.reporting.numbers import fixed, human_bytes, percent
 from tasks.settings import ServiceError, Settings
 
 
@@ -25,7 +26,7 @@ def diff_models(first: str, second: str, *, as_json: bool) -> None:
         except ServiceError as error:
             notes.append(str(error))
     found |= {part: differing(*(_told(version, part) for version in versions)) for part in ("made from", "shape")}
-    found["scores"] = differing(*({k: f"{v:.6g}" for k, v in version.metrics.items()} for version in versions))
+    found["scores"] = differing(*({k: f"{v:.12g}" for k, v in version.metrics.items()} for version in versions))
     found["measured"] = differing(*(flat(json.loads(v.tags.get(tracking.CONDITIONS, "{}"))) for v in versions))
     if not alike(versions):
         notes.append("their losses were not measured alike, so they cannot be compared: see what was measured")
@@ -36,12 +37,30 @@ def diff_models(first: str, second: str, *, as_json: bool) -> None:
     console = wide_console()
     for part, rows in found.items():
         if rows:
+            if part == "scores":
+                rows = {name: (score_text(name, a), score_text(name, b)) for name, (a, b) in rows.items()}
             lines = [{part: name, labels[0]: a, labels[1]: b} for name, (a, b) in rows.items()]
             console.print(text_table(lines))
         else:
             console.print(f"{part}: no difference")
     for note in notes:
         console.print(f"note: {note}", soft_wrap=True, highlight=False)
+
+
+def score_text(name: str, text: str) -> str:
+    """A metric as other tables have it, by its name; `-` stays."""
+    if text == "-":
+        return text
+    value, kind = float(text), name.rpartition(".")[2]
+    if kind in ("accuracy", "standard_error", "unanswered"):
+        return percent(value, 1)
+    if kind == "weight_bytes":
+        return human_bytes(value)
+    if kind in ("params", "active_params", "tokens"):
+        return fixed(value, 0)
+    if kind == "tokens_per_second":
+        return fixed(value, 0 if value >= 100 else 1)
+    return fixed(value, 4)
 
 
 def differing(first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, tuple[str, str]]:

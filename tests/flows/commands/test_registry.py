@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from records import CONDITIONS
 from typer.testing import CliRunner
 
 from flows.cli import app
+from flows.commands.diff import score_text
 from tasks import tracking
 from tasks.records import Conditions
 from tasks.settings import HOME, TRACKING_URI, ServiceError
@@ -364,6 +366,36 @@ def test_diff_names_what_differs_by_its_path_and_nothing_else(family: Family) ->
     assert found["notes"] == []
     said = elastic("diff", f"{family.model()}:1", f"{family.model()}:2")
     assert "stages.1.steps" in said and "shape: no difference" in said
+
+
+def test_diff_shows_scores_as_other_tables_do_and_json_has_them_whole(family: Family) -> None:
+    family.register(2.5, budgets={"s": 1_443_584})
+    family.register(2.25904357, budgets={"s": 1_443_585})
+    said = elastic("diff", f"{family.model()}:1", f"{family.model()}:2")
+    assert re.findall(r"│ (\w+) +│ +(.+?) │ +(.+?) │", said) == [
+        ("params", "1,443,584", "1,443,585"),
+        ("weight_bytes", "2.89 MB", "2.89 MB"),
+        ("cross_entropy", "2.5000", "2.2590"),
+    ]
+    found = json.loads(elastic("diff", f"{family.model()}:1", f"{family.model()}:2", "--json"))
+    assert found["differences"]["scores"]["params"] == ["1443584", "1443585"]
+    assert found["differences"]["scores"]["cross_entropy"] == ["2.5", "2.25904357"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "shown"),
+    [
+        ("accuracy", "0.5", "50.0 %"),
+        ("math-500.standard_error", "0.0123", "1.2 %"),
+        ("math-500.tokens", "8123.4", "8,123"),
+        ("active_params", "2783000384", "2,783,000,384"),
+        ("tokens_per_second", "1234.5", "1,234"),
+        ("kl", "0.00904357", "0.0090"),
+        ("kl", "-", "-"),
+    ],
+)
+def test_a_score_in_a_diff_is_written_by_what_it_counts(name: str, text: str, shown: str) -> None:
+    assert score_text(name, text) == shown
 
 
 def test_diff_says_that_losses_measured_otherwise_cannot_be_compared(family: Family) -> None:
