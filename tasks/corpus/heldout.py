@@ -16,6 +16,11 @@ def heldout_batches(path: Path, settings: Evaluation, vocab_size: int) -> list[T
     try:
         rows = TokenRows(path, settings.sequence_length)
     except (OSError, CheckpointError) as error:
+        if _is_text(path):
+            raise ValueError(
+                f"{path} holds text, not tokens; name heldout.safetensors of a prepared corpus, which `elastic run` "
+                "leaves in workspace/corpus-*, below .elastic or ELASTIC_HOME"
+            ) from error
         raise ValueError(f"{path} holds no tokens ({error}); name heldout.safetensors of a prepared corpus") from error
     if rows.num_rows == 0:
         raise ValueError(
@@ -34,6 +39,15 @@ def heldout_batches(path: Path, settings: Evaluation, vocab_size: int) -> list[T
             f"{path}: none of the {sequences(batches)} sequences read holds a token to learn; hold out more documents"
         )
     return batches
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a file begins with text. A safetensors file begins with a length in 8 bytes, the highest of them 0."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(8)
+    return len(head) > 0 and 0 not in head
 
 
 def spread(rows: int, tokens: int, settings: Evaluation) -> list[int]:

@@ -671,6 +671,10 @@ BAD_COMMANDS: dict[str, tuple[str, str]] = {
     "eval: unknown budget": ("eval {family} --heldout {file} --budget xl", r"there is no budget 'xl'; known: l, s"),
     "eval: no held-out file": ("eval {family} --heldout {out}", r"out holds no tokens .*; name heldout.safetensors"),
     "eval: not tokens": ("eval {family} --heldout {file}", r"file holds no tokens .*; name heldout.safetensors"),
+    "eval: documents": (
+        "eval {family} --heldout {rows}",
+        r"rows holds text, not tokens; name heldout.safetensors of a prepared corpus, which `elastic run` leaves",
+    ),
     "eval: other tensors": (
         "eval {family} --heldout {family}/router.safetensors",
         r"router.safetensors holds no tokens",
@@ -694,8 +698,9 @@ def test_a_command_that_cannot_be_done_is_refused(
     command: str, says: str, refused: Refused, inputs: Path, family: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
+    (tmp_path / "rows").write_text('{"text": "hello"}\n')
     save_file({"tokens": torch.full((1000,), MODEL.vocab_size, dtype=torch.int32)}, tmp_path / "foreign")
-    beside = {name: tmp_path / name for name in ("out", "file", "foreign")}
+    beside = {name: tmp_path / name for name in ("out", "file", "foreign", "rows")}
     line = refused(*command.format(family=family, teacher=inputs / "teacher", **beside).split())
     assert re.search(says, line)
     assert not (tmp_path / "out").exists()
