@@ -270,13 +270,14 @@ class Importance(Strict):
     `activations`, the absolute activations of arXiv 2511.16664, of which a cut loses more; `signed`, its letter, which
     sums a Mamba channel's inputs with their signs. Example: `activations`."""
     comparison_tokens: int = 32_768
-    """Held-out tokens on which cutting in the order of importance is compared with cutting in random orders.
-    Example: `4096`."""
+    """Held-out tokens on which cutting in the order of importance is compared with cutting in random orders; 0 leaves
+    the comparison out, on which nothing else depends. Example: `4096`."""
     random_orders: int = 5
     """Random orders to compare with, at least 2. Example: `5`."""
 
     def __post_init__(self) -> None:
-        positive(self, "samples", "sequence_length", "batch_size", "depth_samples", "comparison_tokens")
+        positive(self, "samples", "sequence_length", "batch_size", "depth_samples")
+        not_negative(self, "comparison_tokens")
         if self.random_orders < 2:
             raise ValueError(f"random_orders={self.random_orders} must be at least 2, so that they have a spread")
 

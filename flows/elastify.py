@@ -98,16 +98,7 @@ def pipeline(recipe: Recipe) -> Outcome:
         contamination = look_for_contamination(recipe.evaluation, problems, corpus, tokenizer=teacher)
         reordered = in_order(recipe, teacher, corpus, workspace)
         family = shaped(recipe, reordered, reordered, corpus, workspace)
-        orders = run(
-            compare_orders,
-            reordered=reordered,
-            corpus=corpus,
-            axes=recipe.axes,
-            settings=recipe.importance,
-            evaluation=recipe.evaluation,
-            dtype=recipe.dtype,
-            seed=recipe.seed,
-        )
+        orders = compared(recipe, reordered, corpus)
         stages, first_step = [], 0
         for stage in recipe.stages:
             trained = run(
@@ -220,6 +211,22 @@ def in_order(recipe: Recipe, teacher: Artifact, corpus: Artifact, workspace: str
         latency_table=recipe_table(recipe),
         seed=recipe.seed,
         workspace=workspace,
+    )
+
+
+def compared(recipe: Recipe, reordered: Artifact, corpus: Artifact) -> OrderComparison:
+    """What the order of importance is worth, where the recipe asks for it; no cut, where it does not."""
+    if not recipe.importance.comparison_tokens:
+        return OrderComparison(heldout_tokens=0, cuts=())
+    return run(
+        compare_orders,
+        reordered=reordered,
+        corpus=corpus,
+        axes=recipe.axes,
+        settings=recipe.importance,
+        evaluation=recipe.evaluation,
+        dtype=recipe.dtype,
+        seed=recipe.seed,
     )
 
 

@@ -79,7 +79,8 @@ class Around:
         yield StepPlan(name="reorder", disk=self.teacher_bytes)
         if self.recipe.shapes.by == "measured":
             yield self.shapes("shapes")
-        yield self.orders()
+        if self.recipe.importance.comparison_tokens:
+            yield self.orders()
 
     def after_stage(self, stage: Stage) -> Iterator[StepPlan]:
         """The shapes that are measured again once a stage's router has trained."""

@@ -518,6 +518,7 @@ BAD_VALUES: list[tuple[tuple[str | int, ...], Any, str]] = [
         0,
         "distillation: teacher=trainable needs ce_weight > 0; without it the full budget has nothing to learn",
     ),
+    (("importance",), {"comparison_tokens": -1}, "importance: comparison_tokens=-1 must be at least 0"),
     (("importance",), {"depth_samples": 0}, "importance: depth_samples=0 must be greater than 0"),
     (("shapes",), {"measurements": 0}, "shapes: measurements=0 must be greater than 0"),
     (("stages", 0, "full_share"), 1, "stages[0]: full_share=1.0 must be at least 0 and below 1"),

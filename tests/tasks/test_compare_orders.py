@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from micro import MICRO
 
 from elastic_core.budget import Budget
 from elastic_core.files.reorder import identity_order, write_order
 from elastic_core.files.shards import write_tensors
 from elastic_core.geometry import Axes, ModelConfig
-from elastic_core.recipe import Evaluation, Importance, Router
+from elastic_core.recipe import Evaluation, Importance, Recipe, Router
+from elastic_core.schema import build
+from flows import elastify
 from tasks import rank
 from tasks.records import OrderComparison
 from tasks.reporting.summary import order_warnings
@@ -97,3 +100,13 @@ def test_a_cut_by_kl_is_never_below_zero_and_doubtful_ones_are_logged(
     assert [(cut.axis, cut.size) for cut in record.cuts] == [("ffn", 48), ("ffn", 32), ("mamba_heads", 2)]
     assert all(lost > 0 for cut in record.cuts for lost in (cut.by_importance, *cut.at_random))
     assert caplog.messages == order_warnings(record)
+
+
+def test_a_recipe_that_gives_it_no_tokens_has_no_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[Any] = []
+    monkeypatch.setattr(elastify, "run", lambda step, **_: steps.append(step))
+    for tokens in (64, 0):
+        recipe = build(Recipe, {**MICRO, "importance": {**MICRO["importance"], "comparison_tokens": tokens}})
+        orders = elastify.compared(recipe, artifact(tmp_path), artifact(tmp_path))
+    assert steps == [rank.compare_orders], "with 64 tokens alone"
+    assert orders == OrderComparison(heldout_tokens=0, cuts=())

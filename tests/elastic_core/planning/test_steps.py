@@ -109,6 +109,12 @@ def test_steps_come_in_the_order_of_the_pipeline() -> None:
     assert names == [*before, "one", "shapes after one", "two", "slices", "evaluation", "publish"]
 
 
+def test_a_comparison_of_orders_that_is_turned_off_is_not_planned() -> None:
+    off = dataclasses.replace(recipe().importance, comparison_tokens=0)
+    names = [[step.name for step in plan(recipe(**changes)).steps] for changes in ({}, {"importance": off})]
+    assert set(names[0]) - set(names[1]) == {"orders"}
+
+
 def test_the_most_disk_is_that_of_the_fullest_step() -> None:
     planned = plan(recipe())
     left = list(accumulate(step.disk for step in planned.steps))
