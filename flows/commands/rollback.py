@@ -10,6 +10,10 @@ def roll_back_model(name: str, reason: str) -> None:
 
     The reason is recorded on each. A ServiceError where nothing is recorded to go back to.
     """
+    if ":" in name or "@" in name:
+        raise ValueError(
+            f"{name!r} is a version; rollback takes a NAME alone, whose champion goes back to the one before"
+        )
     with open_registry() as settings:
         uri = settings.registry
         champion = tracking.resolve(uri, f"{name}@{tracking.CHAMPION}")

@@ -348,6 +348,12 @@ def test_a_reason_is_asked_for(family: Family) -> None:
         assert CliRunner().invoke(app, [command, family.model()]).exit_code == 2
 
 
+@pytest.mark.parametrize("version", [":1", "@champion"])
+def test_a_rollback_of_a_version_is_refused_by_what_was_typed(family: Family, version: str) -> None:
+    result = CliRunner().invoke(app, ["rollback", f"{family.model()}{version}", "--reason", "asked for"])
+    assert str(result.exception).startswith(f"'{family.model()}{version}' is a version; rollback takes a NAME alone")
+
+
 # diff
 
 
