@@ -50,8 +50,8 @@ def build_corpus(
 
     The directory appears whole or not at all, and is the same for any number of `processes`, here or of `others`. With
     `work`, a directory that only this corpus has, what a killed run has made there is not made again. Memory is bounded
-    by a batch of documents in each process. ValueError, one line with file, row and remedy, for input that cannot be
-    used.
+    by a few batches of documents in each process. ValueError, one line with file, row and remedy, for input that cannot
+    be used.
     """
     with _workplace(work, output_dir) as place:
         pieces = [source_pieces(source, place / "cache", config.shard_bytes) for source in config.sources]
