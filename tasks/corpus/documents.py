@@ -113,7 +113,7 @@ def documents_in(rows: Iterable[tuple[str, Row | str]], source: DataSource) -> I
         try:
             content = _content(row, source, where)
         except Unusable as fault:
-            yield fault
+            yield Unusable(str(fault))  # without its traceback, which holds the row
             continue
         is_empty = content == "" or (isinstance(content, Chat) and not content.messages)
         yield Empty(f"{where} is empty") if is_empty else Document(content, where)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from elastic_core.recipe import DataSource
 from tasks.corpus.chats import Chat, Unusable
-from tasks.corpus.documents import Document, Tally
+from tasks.corpus.documents import Document, Empty, Tally
 from tasks.corpus.rendering import Text, render_chat
 from tasks.corpus.template import Template
 from tasks.corpus.token_file import Sample
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 # The tokenizer's threads are all at work on two batches: one alone ends with a long document on one of them.
 AHEAD = 2
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 2_000_000
+MOST_CHARACTERS = 2 * AHEAD * BATCH_CHARACTERS  # at once; a longer document is alone
 
-# A document with its texts, or what is wrong with the row.
-Rendered = tuple[Document, list[Text]] | Unusable
+# A document with its texts, what is wrong with a row, or what ends the reading.
+Rendered = tuple[Document, list[Text]] | Exception
 
 
 class Encoder:
@@ -41,6 +42,7 @@ class Encoder:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_padding()
         self._backend.no_truncation()
+        self._backend.encode_special_tokens = False
 
     def samples(
         self, found: Iterable[Document | Unusable], source: DataSource, tally: Tally
@@ -53,10 +55,12 @@ class Encoder:
             for one in batch:
                 if isinstance(one, Unusable):
                     tally.add(one)
-                    continue
-                document, texts = one
-                tally.unthought += texts[0].unthought
-                yield document, [next(encoded) for _ in texts]
+                elif isinstance(one, Exception):
+                    raise one
+                else:
+                    document, texts = one
+                    tally.unthought += texts[0].unthought
+                    yield document, [next(encoded) for _ in texts]
 
     def encode(self, pieces: Sequence[tuple[str, Text]]) -> list[list[int]]:
         """The ids of pieces of texts, each encoded by itself."""
@@ -77,7 +81,7 @@ class Encoder:
         try:
             for batch in batches:
                 waiting.append((batch, threads.submit(self._batch, batch, source)))
-                if len(waiting) > AHEAD:
+                while len(waiting) > AHEAD or sum(_characters(each) for each, _ in waiting) > MOST_CHARACTERS:
                     first, samples = waiting.popleft()
                     yield first, iter(samples.result())
             for rest, samples in waiting:
@@ -87,7 +91,7 @@ class Encoder:
 
     def _batch(self, batch: list[Rendered], source: DataSource) -> list[Sample]:
         """The samples of a batch's texts, encoded together."""
-        texts = [text for one in batch if not isinstance(one, Unusable) for text in one[1]]
+        texts = _texts_of(batch)
         cut = [(text, self._pieces(text, source)) for text in texts]
         encoded = iter(self.encode([(piece, text) for text, pieces in cut for piece, _ in pieces]))
         return [self._sample(text, pieces, encoded) for text, pieces in cut]
@@ -144,19 +148,24 @@ class Encoder:
         return last is not None and self._tokenizer.convert_tokens_to_ids(last) in self._ends
 
     def _rendered(self, found: Iterable[Document | Unusable], source: DataSource) -> Iterator[Rendered]:
-        documents = 0
-        for one in found:
-            rendered = one if isinstance(one, Unusable) else self._rendered_one(one, source)
-            yield rendered
-            documents += not isinstance(rendered, Unusable)
-            if documents == source.max_documents:
-                return
+        """What is read, in its order, errors too: it is read ahead, and a limit may come before them."""
+        documents = faults = 0
+        try:
+            for one in found:
+                rendered = one if isinstance(one, Unusable) else self._rendered_one(one, source)
+                yield rendered
+                documents += not isinstance(rendered, Unusable)
+                faults += isinstance(rendered, Unusable) and not isinstance(rendered, Empty)
+                if documents == source.max_documents or faults > source.max_skipped:
+                    return
+        except Exception as error:  # noqa: BLE001 - whoever takes the documents raises it
+            yield error
 
     def _rendered_one(self, document: Document, source: DataSource) -> Rendered:
         try:
             return document, self._texts(document, source)
         except Unusable as fault:
-            return fault
+            return Unusable(str(fault))  # without its traceback, which holds the chat
 
     def _texts(self, document: Document, source: DataSource) -> list[Text]:
         as_tokens = source.special_tokens == "tokens"
@@ -179,9 +188,17 @@ def _batches(rendered: Iterable[Rendered]) -> Iterator[list[Rendered]]:
     characters = 0
     for one in rendered:
         batch.append(one)
-        characters += 0 if isinstance(one, Unusable) else sum(len(text.text) for text in one[1])
+        characters += _characters([one])
         if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _texts_of(batch: Iterable[Rendered]) -> list[Text]:
+    return [text for one in batch if not isinstance(one, Exception) for text in one[1]]
+
+
+def _characters(batch: Iterable[Rendered]) -> int:
+    return sum(len(text.text) for text in _texts_of(batch))

@@ -43,11 +43,12 @@ def heldout_batches(path: Path, settings: Evaluation, vocab_size: int) -> list[T
 
 def _is_text(path: Path) -> bool:
     """Whether a file begins with text. A safetensors file begins with a length in 8 bytes, the highest of them 0."""
-    if not path.is_file():
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+    except OSError:
         return False
-    with path.open("rb") as file:
-        head = file.read(8)
-    return len(head) > 0 and 0 not in head
+    return len(head) > 0 and all(byte >= 32 or byte in b"\t\r\n" for byte in head)
 
 
 def spread(rows: int, tokens: int, settings: Evaluation) -> list[int]:

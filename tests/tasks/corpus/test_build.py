@@ -25,8 +25,8 @@ from elastic_core.recipe import DataConfig, DataSource
 from elastic_core.training.tokens import TokenRows
 from tasks.corpus import pieces, shards
 from tasks.corpus.build import build_corpus, iter_texts
-from tasks.corpus.chats import Chat
-from tasks.corpus.documents import Document, digest_files, iter_documents, source_files
+from tasks.corpus.chats import Chat, Unusable
+from tasks.corpus.documents import Document, digest_files, documents_in, iter_documents, iter_rows, source_files
 from tasks.corpus.record import HELDOUT_FILE, RECORD_FILE, TRAIN_FILE, DataRecord, check_length, read_record
 from tasks.corpus.shards import is_heldout
 from tasks.corpus.tokenizer import load_tokenizer, tokenizer_files, train_tokenizer
@@ -217,6 +217,25 @@ def test_rows_that_cannot_be_used_are_skipped_up_to_a_stated_number(prepare: Pre
         prepare(replace(source, max_skipped=2))
     with pytest.raises(ValueError, match="line 11 has neither"):
         prepare(source)
+
+
+def test_what_ends_the_reading_is_told_in_its_place(prepare: Prepare, tmp_path: Path) -> None:
+    """Rows are read ahead, and a limit, or a fault of a row, may come before it."""
+    source = write_jsonl(tmp_path / "a.jsonl", text_rows())
+    whole = prepare(source)[0].sources[0]
+    with Path(source.path).open("ab") as file:
+        file.write(b'{"no": 1}\n\xff\n')
+    assert prepare(replace(source, max_tokens=whole.tokens))[0].sources[0].documents == whole.documents
+    with pytest.raises(ValueError, match="has neither"):
+        prepare(source)
+    with pytest.raises(ValueError, match="can't decode byte 0xff"):
+        prepare(replace(source, max_skipped=5))
+
+
+def test_a_fault_does_not_hold_the_row(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [{"no": 1}, {"text": 7}])
+    found = list(documents_in(iter_rows(source, tmp_path), source))
+    assert [(type(one), one.__traceback__, one.__cause__) for one in found] == [(Unusable, None, None)] * 2
 
 
 def test_a_row_beyond_the_limit_of_tokens_is_neither_counted_nor_refused(prepare: Prepare, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import random
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -600,6 +601,17 @@ def test_chats_have_the_tokens_that_transformers_gives_them(
     (_, (sample,)), *_ = Encoder(tokenizer, ()).samples([Document(Chat(messages), "")], source, Tally(source))
     expected = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, sanitize_control_tokens=True)
     assert sample.ids == expected
+
+
+def test_a_tokenizer_that_splits_special_tokens_gives_those_of_the_template(
+    tokenizers: dict[str, PreTrainedTokenizerFast],
+) -> None:
+    chatting, source = Document(Chat(PLAIN["one turn"]), ""), DataSource(path="x")
+    tokenizer = deepcopy(tokenizers["ours"])
+    (_, (usual,)), *_ = Encoder(tokenizer, ()).samples([chatting], source, Tally(source))
+    tokenizer.backend_tokenizer.encode_special_tokens = True  # as transformers loads one with split_special_tokens
+    (_, (sample,)), *_ = Encoder(tokenizer, ()).samples([chatting], source, Tally(source))
+    assert sample.ids == usual.ids
 
 
 def test_a_null_that_json_writes_into_arguments_stays_and_one_that_parquet_invents_goes(
