@@ -38,13 +38,19 @@ def diff_models(first: str, second: str, *, as_json: bool) -> None:
     for part, rows in found.items():
         if rows:
             if part == "scores":
-                rows = {name: (score_text(name, a), score_text(name, b)) for name, (a, b) in rows.items()}
+                rows = {name: score_texts(name, *scores) for name, scores in rows.items()}
             lines = [{part: name, labels[0]: a, labels[1]: b} for name, (a, b) in rows.items()]
             console.print(text_table(lines))
         else:
             console.print(f"{part}: no difference")
     for note in notes:
         console.print(f"note: {note}", soft_wrap=True, highlight=False)
+
+
+def score_texts(name: str, first: str, second: str) -> tuple[str, str]:
+    """A metric of two versions as other tables have it, or whole where that would show no difference."""
+    shown = score_text(name, first), score_text(name, second)
+    return shown if shown[0] != shown[1] else (first, second)
 
 
 def score_text(name: str, text: str) -> str:

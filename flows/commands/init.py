@@ -1,7 +1,6 @@
 """`elastic init`: a recipe for a teacher, written from its config.json, with its plan."""
 
 import glob
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -182,8 +181,9 @@ def write_recipe(path: Path, text: str) -> None:
 
 
 def absolute(path: str | Path) -> str:
-    """An absolute path in which no `..` is left, as Path.absolute() would leave it."""
-    return os.path.abspath(os.path.expanduser(path))
+    """An absolute path in which no `..` is left, as Path.absolute() would leave it; behind a link it means another."""
+    here = Path(path).expanduser()
+    return str(here.resolve() if ".." in here.parts else here.absolute())
 
 
 def family_name(teacher: str) -> str:

@@ -10,7 +10,7 @@ def roll_back_model(name: str, reason: str) -> None:
 
     The reason is recorded on each. A ServiceError where nothing is recorded to go back to.
     """
-    if ":" in name or "@" in name:
+    if any(mark in name for mark in ":@/"):
         raise ValueError(
             f"{name!r} is a version; rollback takes a NAME alone, whose champion goes back to the one before"
         )

@@ -202,7 +202,7 @@ def _turn(step: Task[Any, Any], inputs: Mapping[str, Any]) -> Iterator[bool]:
     if not step.persist_result:
         yield False
         return
-    _say_why(making)
+    _say_why(title, making)
     place = elsewhere() if step.name in ON_GPU else None
     if place is not None:
         place.do(
@@ -312,7 +312,7 @@ def _last_note(making: Making) -> dict[str, Any]:
     return note if isinstance(note, dict) and note.keys() > asdict(making).keys() else {}
 
 
-def _say_why(making: Making) -> None:
+def _say_why(title: str, making: Making) -> None:
     """Tell what has changed since a result was made of the same inputs."""
     note = _last_note(making)
     if not note:
@@ -321,7 +321,7 @@ def _say_why(making: Making) -> None:
     if note["device"] != making.device:
         changed.append(f"it was made on {note['device']}, and this is {making.device}")
     if any(changed):
-        logger.warning("%s is made again: %s", making.step, "; ".join(filter(None, changed)))
+        logger.warning("%s is made again: %s", title, "; ".join(filter(None, changed)))
 
 
 def _is_worth_retrying(task: Any, run: Any, state: Any) -> bool:
