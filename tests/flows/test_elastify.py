@@ -160,7 +160,7 @@ def test_an_evaluation_of_another_length_registers_anew_measures_the_champions_a
     objects, before = published()
     again = completed(command, "evaluation.sequence_length=16")
     assert cached(again, "distil stage.") == [True] * 2 and cached(again, "slice .") == [True] * 3
-    assert cached(again, "held-out loss of (teacher|[lms])") == [False] * 4 and cached(again, "register") == [False]
+    assert cached(again, "held-out loss of (pretrain|slice-.)") == [False] * 4 and cached(again, "register") == [False]
     assert cached(again, "answers of .+") == [True] * 4, "they depend on no length of text"
     assert cached(again, "held-out loss of champion .") == [False] * 3 and "no budget is worse" in again.stdout
     now, after = published()
@@ -203,7 +203,7 @@ def test_changing_a_stage_runs_again_from_that_stage_on(finished, command):
     before = ("train tokenizer", "prepare data", "pretrain teacher", "rotate teacher", "rank importance")
     for title in (*before, "reorder teacher", "compare orders"):
         assert cached(done, title) == [True], title
-    for titles in ("held-out loss of (teacher|[lms])", "answers of .+"):
+    for titles in ("held-out loss of (pretrain|slice-.)", "answers of .+"):
         assert cached(done, titles) == [True, False, False, False], f"{titles}: the teacher's own first"
     for titles in ("slice .", "speed of .+", "register"):
         assert cached(done, titles) and not any(cached(done, titles)), titles
