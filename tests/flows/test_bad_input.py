@@ -120,11 +120,11 @@ PROGRESS = re.compile(
 )
 # The step that a directory of the workspace is of; a stage's own is not here, since it is what a next attempt needs.
 MADE_BY = {
-    "corpus": "prepare_data",
-    "rotated": "rotate_teacher",
-    "importance": "rank_importance",
-    "reordered": "reorder_teacher",
-    "shaped": "choose_shapes",
+    "corpus": "prepare data",
+    "rotated": "rotate teacher",
+    "importance": "rank importance",
+    "reordered": "reorder teacher",
+    "shaped": "choose shapes",
 }
 
 Refused = Callable[..., str]
