@@ -177,8 +177,8 @@ class Distillation(Strict):
     ce_weight: float = 0.0
     """The weight of the cross-entropy, at least 0. Example: `0.1`."""
     temperature: float = 1.0
-    """What the logits of teacher and student are divided by in the KL. The paper does not name its own; the sizes of
-    the tiny recipe end nearest to their teacher at 4. Example: `4.0`."""
+    """What the logits of teacher and student are divided by in the KL. The paper does not name its own; the tiny recipe
+    has the least KL at 4, and the least held-out loss at 1. Example: `2.0`."""
 
     def __post_init__(self) -> None:
         positive(self, "temperature")
