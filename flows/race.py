@@ -86,8 +86,20 @@ class Course:
     def elastic(self, way: str, share: float = 1.0) -> Iterator[Entry]:
         """What all budgets reach together on a share of the recipe's tokens."""
         lap = self.lap(share)
-        for name, kl in lap.kl.items():
-            yield Entry(way=way, budget=name, seed=self.seed, tokens=lap.tokens, kl=kl)
+        for name in lap.kl:
+            yield self.entry(way, name, lap)
+
+    def entry(self, way: str, name: str, lap: Lap, explored: int = 0) -> Entry:
+        """What a lap reached for one budget."""
+        return Entry(
+            way=way,
+            budget=name,
+            seed=self.seed,
+            tokens=lap.tokens,
+            kl=lap.kl[name],
+            loss=lap.loss[name],
+            explored=explored,
+        )
 
     def explore(self, only: str) -> tuple[int, Subnet]:
         """The best of a size's candidates after a brief distillation of each, and the tokens that this took."""
@@ -175,14 +187,14 @@ def entries(course: Course) -> Iterator[Entry]:
     for name in sizes(course.recipe):
         for share in ALONE:
             lap = course.lap(share, name)
-            yield Entry(way="alone", budget=name, seed=course.seed, tokens=lap.tokens, kl=lap.kl[name])
+            yield course.entry("alone", name, lap)
         spent, subnet = course.explore(name)
         lap = course.lap(EXPLORED, name, subnet)
-        yield Entry(way="explored", budget=name, seed=course.seed, tokens=lap.tokens, kl=lap.kl[name], explored=spent)
+        yield course.entry("explored", name, lap, explored=spent)
 
 
 def from_scratch(course: Course) -> Iterator[Entry]:
     """The laps of fresh weights. One seed is enough: they end so far behind that another would not change a word."""
     for name in sizes(course.recipe):
         lap = course.lap(SCRATCH, name, start="fresh")
-        yield Entry(way="from scratch", budget=name, seed=course.seed, tokens=lap.tokens, kl=lap.kl[name])
+        yield course.entry("from scratch", name, lap)

@@ -1,4 +1,4 @@
-"""One lap of the race: a family trained in one of the ways that compete, and the KL that it reaches."""
+"""One lap of the race: a family trained in one of the ways that compete, and the KL and the loss that it reaches."""
 
 import shutil
 from collections.abc import Iterable, Sequence
@@ -35,10 +35,11 @@ Start = Literal["cut", "fresh"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lap:
-    """What a training cost in tokens, and the held-out KL to the teacher of each budget that it trained."""
+    """What a training cost in tokens, and the held-out KL to the teacher and loss of each budget that it trained."""
 
     tokens: int
     kl: dict[str, float]
+    loss: dict[str, float]
 
 
 @step(on_gpu=True)
@@ -89,9 +90,11 @@ def run_lap(
     trained = job.load_model(student, device, job.DTYPES[dtype])
     batches = heldout_batches(Path(corpus.path) / HELDOUT_FILE, evaluation, teaching.config.vocab_size)
     budgets = read_family(student).budgets
+    measured = {budget.name: heldout_loss(trained, budget.subnet, batches, teaching) for budget in budgets}
     lap = Lap(
         tokens=sum(stage.tokens for stage in stages),
-        kl={budget.name: heldout_loss(trained, budget.subnet, batches, teaching)[1] for budget in budgets},
+        kl={name: kl for name, (_, kl) in measured.items()},
+        loss={name: loss for name, (loss, _) in measured.items()},
     )
     end_work(work)
     return lap

@@ -27,7 +27,7 @@ BASE = "as it is"  # the recipe that ablations change
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """Held-out KL, nats a token, that one way reached for one budget with these tokens of training.
+    """Held-out KL to the teacher and loss, nats a token, that a way reached for a budget with these tokens of training.
 
     `explored` are the tokens that were spent on finding its shape before; `commit` is that of the code that found it.
     """
@@ -37,6 +37,7 @@ class Entry:
     seed: int
     tokens: int
     kl: float
+    loss: float | None = None  # of rows from before it was kept
     explored: int = 0
     commit: str = ""
 
@@ -53,7 +54,7 @@ class Rows:
         lines = map(json.loads, file.read_text().splitlines()) if file.exists() else []
         mine = [row for row in lines if row.items() >= self._of.items()]
         names = [field.name for field in fields(Entry)]
-        self.entries = [Entry(**{name: row[name] for name in names}) for row in mine]
+        self.entries = [Entry(**{name: row[name] for name in names if name in row}) for row in mine]
 
     def of(self, way: str, seed: int, find: Callable[[], Iterable[Entry]]) -> None:
         """Have the entries of a way and a seed, and all that are found with them: found now, where there are none."""
@@ -120,18 +121,20 @@ def _put(page: Path, what: str, results: Iterable[str]) -> None:
 
 
 def reached(entries: Sequence[Entry]) -> str:
-    """A table of the KL that each way reaches: mean, and least and most over the seeds."""
+    """A table of the KL that each way reaches: mean, and least and most over the seeds; and the mean of the loss."""
     rows = []
     for way in WAYS:
         for budget, tokens in dict.fromkeys((e.budget, e.tokens) for e in entries if e.way == way):
-            found = [e.kl for e in entries if (e.way, e.budget, e.tokens) == (way, budget, tokens)]
+            found = [e for e in entries if (e.way, e.budget, e.tokens) == (way, budget, tokens)]
+            kls, losses = [e.kl for e in found], [e.loss for e in found if e.loss is not None]
             rows.append(
                 {
                     "way": way,
                     "size": budget,
                     "tokens": human_count(tokens),
-                    "KL": f"{sum(found) / len(found):.4f}",
-                    "over seeds": f"{min(found):.4f} to {max(found):.4f}" if len(found) > 1 else "one seed",
+                    "KL": f"{fmean(kls):.4f}",
+                    "over seeds": f"{min(kls):.4f} to {max(kls):.4f}" if len(kls) > 1 else "one seed",
+                    "loss": f"{fmean(losses):.4f}" if losses else "-",
                 }
             )
     return markdown_table(rows)

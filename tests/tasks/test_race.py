@@ -119,5 +119,6 @@ def test_a_lap_trains_measures_and_keeps_only_the_numbers(
         weights=(None, None),
     )
     assert lap.tokens == 2 * 3 * 2 * 16
-    assert lap.kl.keys() == {"s", second} and all(0 < kl < 10 for kl in lap.kl.values())
+    assert lap.kl.keys() == lap.loss.keys() == {"s", second}
+    assert all(0 < lap.kl[name] < lap.loss[name] < 10 for name in lap.kl)
     assert not list((tmp_path / "laps").iterdir())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.reporting.race import BASE, Entry, Rows, ablated, needed, tokens_for, write_ablations, write_race
+from tasks.reporting.race import BASE, Entry, Rows, ablated, needed, reached, tokens_for, write_ablations, write_race
 
 
 def power_law(tokens: float) -> float:
@@ -113,3 +113,9 @@ def test_the_page_keeps_what_it_did_not_write_and_its_picture_lies_beside_it(tmp
     text = page.read_text()
     assert text.startswith("Before.\n") and text.endswith("After.\n")
     assert text.count("| elastic | m |") == 1 and "one seed" in text
+
+
+def test_the_loss_is_shown_where_it_was_kept() -> None:
+    kept = [Entry(way="elastic", budget="s", seed=n, tokens=9, kl=0.25, loss=loss) for n, loss in enumerate((2.5, 2.7))]
+    table = reached([*kept, Entry(way="alone", budget="s", seed=0, tokens=9, kl=0.25)]).splitlines()
+    assert [line.split("|")[-2].strip() for line in table] == ["loss", "---:", "2.6000", "-"]
