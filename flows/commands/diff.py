@@ -10,7 +10,7 @@ from flows.commands.registry import alike, flat, label, open_registry
 from flows.commands.show import CODE_TAG, is_elsewhere
 from flows.commands.terminal import text_table, wide_console
 from tasks import tracking
-from tasks.reporting.numbers import fixed, human_bytes, percent
+from tasks.reporting.numbers import fixed, human_bytes, per_second, percent
 from tasks.settings import ServiceError, Settings
 
 
@@ -65,7 +65,7 @@ def score_text(name: str, text: str) -> str:
     if kind in ("params", "active_params", "tokens"):
         return fixed(value, 0)
     if kind == "tokens_per_second":
-        return fixed(value, 0 if value >= 100 else 1)
+        return per_second(value)
     return fixed(value, 4)
 
 

@@ -181,7 +181,7 @@ def write_recipe(path: Path, text: str) -> None:
 
 
 def absolute(path: str | Path) -> str:
-    """An absolute path in which no `..` is left, as Path.absolute() would leave it; behind a link it means another."""
+    """The absolute path without `..`. Where there is one, links are followed: `link/..` is above what it leads to."""
     here = Path(path).expanduser()
     return str(here.resolve() if ".." in here.parts else here.absolute())
 

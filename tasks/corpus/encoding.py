@@ -148,7 +148,7 @@ class Encoder:
         return last is not None and self._tokenizer.convert_tokens_to_ids(last) in self._ends
 
     def _rendered(self, found: Iterable[Document | Unusable], source: DataSource) -> Iterator[Rendered]:
-        """What is read, in its order, errors too: it is read ahead, and a limit may come before them."""
+        """Documents, faults and a last error in the order of reading, up to where `samples` is sure to end."""
         documents = faults = 0
         try:
             for one in found:

@@ -41,5 +41,10 @@ def fixed(value: float | None, digits: int) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
 
 
+def per_second(rate: float) -> str:
+    """Whole from 100 on, else to a tenth."""
+    return fixed(rate, 0 if rate >= 100 else 1)
+
+
 def percent(share: float | None, digits: int = 0) -> str:
     return "-" if share is None or not math.isfinite(share) else f"{share * 100:.{digits}f} %"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from elastic_core.comparison import Cut
 from elastic_core.geometry import AXIS_NAMES
 from tasks.records import BudgetEvaluation, EvaluationRecord, OrderComparison
-from tasks.reporting.numbers import fixed, human_bytes, percent
+from tasks.reporting.numbers import fixed, human_bytes, per_second, percent
 
 # The losses of two models on one token differ by about half a nat (standard deviation), so that their means over N
 # tokens differ by chance by 0.5 / sqrt(N). A share of a difference below ten times that would be a share of noise.
@@ -66,7 +66,7 @@ def summary_table(evaluation: EvaluationRecord) -> list[dict[str, str]]:
             "loss": fixed(budget.cross_entropy, 3),
             "KL": fixed(budget.kl, 4),
             "accuracy": percent(budget.accuracy, 1),
-            "tokens/s": fixed(budget.tokens_per_second, 0 if budget.tokens_per_second >= 100 else 1),
+            "tokens/s": per_second(budget.tokens_per_second),
             "size": human_bytes(budget.weight_bytes),
             "recovered": percent(recovered(evaluation, budget), 1),
         }
