@@ -11,6 +11,9 @@ MAMBA, ATTENTION, FFN, MOE = "M", "*", "-", "E"
 
 KIND_NAMES = {MAMBA: "Mamba-2", ATTENTION: "attention", FFN: "FFN", MOE: "mixture of experts"}
 
+# What config.json calls a layer of each kind.
+BLOCK_TYPES = {MAMBA: "mamba", ATTENTION: "attention", FFN: "mlp", MOE: "moe"}
+
 AXIS_NAMES = {
     "hidden": "hidden channels",
     "ffn": "FFN neurons",
@@ -49,6 +52,9 @@ FULL_SIZES = {
 }
 GROUPS = {"mamba_heads": "n_groups", "attention_heads": "num_key_value_heads", "experts": "n_group"}
 
+# The widths that may differ by layer in a slice too.
+BY_LAYER = ("ffn", "expert_ffn")
+
 # The axes whose components belong to one member of another axis each: every expert has neurons of its own.
 MEMBERS = {"expert_ffn": "experts"}
 
@@ -58,7 +64,8 @@ NUMBERS = ("top_k",)
 # transformers multiplies all experts at once, in rows of a multiple of 16 bytes.
 EXPERTS_MULTIPLE = 8
 
-FfnLayout = Literal["padded", "list"]  # how a slice holds FFN widths that differ by layer: zeros added, or as they are
+# How a slice holds widths of FFN layers and experts that differ by layer: padded with zeros, or each as it is.
+FfnLayout = Literal["padded", "list"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,8 +126,8 @@ class ModelConfig(Strict):
     """Experts of an `E` layer that tokens are routed to. Example: `128`."""
     num_experts_per_tok: int = field(default=0, metadata=OPTIONAL)
     """Routed experts that each token chooses. Example: `6`."""
-    moe_intermediate_size: int = field(default=0, metadata=OPTIONAL)
-    """Neurons of a routed expert. Example: `1856`."""
+    moe_intermediate_size: int | tuple[int, ...] = field(default=0, metadata=OPTIONAL)
+    """Neurons of a routed expert: one number, or one for each `E` layer. Example: `1856`."""
     moe_shared_expert_intermediate_size: int = field(default=0, metadata=OPTIONAL)
     """Neurons of the expert that every token passes through. Example: `3712`."""
     moe_latent_size: int | None = field(default=None, metadata=OPTIONAL)
@@ -157,18 +164,22 @@ class ModelConfig(Strict):
             raise ValueError(f"time_step_limit={list(self.time_step_limit)} must rise from at least 0")
         multiple_of("mamba_num_heads", self.mamba_num_heads, "n_groups", self.n_groups)
         multiple_of("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
-        ffn_layers = len(self.layers_on("ffn"))
-        if isinstance(self.intermediate_size, tuple) and len(self.intermediate_size) != ffn_layers:
-            raise ValueError(
-                f"intermediate_size lists {len(self.intermediate_size)} widths; the pattern has {ffn_layers} FFN layers"
-            )
-        if any(width <= 0 for width in self.ffn_sizes):
-            raise ValueError(f"intermediate_size={self.intermediate_size} must be greater than 0")
+        self._check_widths(FFN)
         if MOE in self.hybrid_override_pattern:
             self._check_experts()
 
+    def _check_widths(self, kind: str) -> None:
+        axis = LAYER_AXES[kind][0]
+        name, layers = FULL_SIZES[axis], len(self.layers_on(axis))
+        widths = getattr(self, name)
+        if isinstance(widths, tuple) and len(widths) != layers:
+            raise ValueError(f"{name} lists {len(widths)} widths; the pattern has {layers} {KIND_NAMES[kind]} layers")
+        if any(width <= 0 for width in self.full_sizes(axis)):
+            raise ValueError(f"{name}={widths} must be greater than 0")
+
     def _check_experts(self) -> None:
-        positive(self, "num_experts_per_tok", "moe_intermediate_size", "moe_shared_expert_intermediate_size")
+        self._check_widths(MOE)
+        positive(self, "num_experts_per_tok", "moe_shared_expert_intermediate_size")
         positive(self, "n_routed_experts", "n_group", "topk_group", "routed_scaling_factor")
         if self.moe_latent_size is not None:
             positive(self, "moe_latent_size")
@@ -249,7 +260,7 @@ class Axes(Strict):
     """Query heads of an attention layer, multiples of the key-value heads. Example: `[40, 32]`."""
     depth: tuple[int, ...] = ()
     """Layers, counted over all kinds. Example: `[62, 60, 58]`."""
-    per_layer: tuple[Literal["ffn", "mamba_heads", "attention_heads"], ...] = ()
+    per_layer: tuple[Literal["ffn", "mamba_heads", "attention_heads", "expert_ffn"], ...] = ()
     """The axes that are chosen for each layer apart, rather than once for the model. Example: `[ffn]`."""
     expert_ffn: tuple[int, ...] = field(default=(), metadata=OPTIONAL)
     """Neurons of a routed expert. Example: `[1856, 1280]`."""
@@ -310,7 +321,13 @@ class Axes(Strict):
             if self.choices(name) and name not in names:
                 lacked = "latent channels" if model.layers_of(MOE) else "experts"
                 raise ValueError(f"axes.{name} is given, but the teacher has no layers with {lacked}")
-        full = {name: getattr(model, FULL_SIZES[name]) for name in names} | {"ffn": max(model.ffn_sizes, default=1)}
+        full = {name: getattr(model, FULL_SIZES[name]) for name in names}
+        for name in BY_LAYER:
+            if len(set(widths := model.full_sizes(name))) > 1:
+                raise ValueError(
+                    f"the teacher's {FULL_SIZES[name]} differs by layer; an elastic model starts from one width"
+                )
+            full[name] = max(widths, default=1)
         sizes: dict[str, Any] = {name: self.choices(name) or (full[name],) for name in names}
         bound = dataclasses.replace(self, **sizes)
         for name in names:
@@ -319,8 +336,6 @@ class Axes(Strict):
                     f"axes.{name} begins with {bound.choices(name)[0]}; it must begin with the teacher's {full[name]}"
                 )
         bound._check_layers(model)
-        if len(set(model.ffn_sizes)) > 1:
-            raise ValueError("the teacher's FFN widths differ by layer; an elastic model starts from a uniform one")
         return bound
 
     def _check_layers(self, model: ModelConfig) -> None:

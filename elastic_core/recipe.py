@@ -5,7 +5,7 @@ made from the same classes, so a default lives here or nowhere. Below each field
 an example: the form, `elastic schema`, flows/recipes/README.md and the errors show it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from elastic_core.budget import Budget, Dtype, check_order
@@ -282,6 +282,12 @@ class Importance(Strict):
         if self.random_orders < 2:
             raise ValueError(f"random_orders={self.random_orders} must be at least 2, so that they have a spread")
 
+    @property
+    def ranking(self) -> "Importance":
+        """These settings but for those of the comparison: a change of those ranks nothing anew."""
+        default = Importance()
+        return replace(self, comparison_tokens=default.comparison_tokens, random_orders=default.random_orders)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shapes(Strict):
@@ -352,8 +358,8 @@ class Recipe(Strict):
     dtype: Dtype = "bfloat16"
     """The floating-point type that the models compute in. Example: `float32`."""
     ffn_layout: FfnLayout = "padded"
-    """How slices hold FFN widths that differ by layer: `padded` with zeros to one width, or as a `list`, which vLLM,
-    transformers and llama.cpp do not load. Example: `list`."""
+    """How slices hold widths of FFN layers and experts that differ by layer: `padded` with zeros to one width, or as a
+    `list`. Of FFN layers no engine loads one; of experts SGLang and llama.cpp do. Example: `list`."""
     storage: Storage = "materialised"
     """How slices are published: `materialised`, each whole, for every MLflow client; `nested` in one another, for
     `elastic pull`, at the storage of the largest. Example: `nested`."""

@@ -14,16 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from elastic_core.geometry import FULL_SIZES, GROUPS, LAYER_AXES, MOE, Axes, ModelConfig
+from elastic_core.geometry import BY_LAYER, FULL_SIZES, GROUPS, LAYER_AXES, MOE, Axes, ModelConfig
 from elastic_core.layout import Kept
 from elastic_core.schema import OPTIONAL
 
 # How messages call the widths that no engine lets differ by layer.
-_UNIFORM = {
-    "mamba_heads": "Mamba heads",
-    "attention_heads": "attention heads",
-    "expert_ffn": "expert widths",
-}
+_UNIFORM = {"mamba_heads": "Mamba heads", "attention_heads": "attention heads"}
 
 # What a model without experts has for the fields of ModelConfig that describe them, and for the axes of a subnet.
 _NO_EXPERTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(ModelConfig) if "optional" in f.metadata}
@@ -129,15 +125,16 @@ def check_subnet(subnet: Subnet, model: ModelConfig) -> None:
 def sliced_config(model: ModelConfig, subnet: Subnet) -> ModelConfig:
     """Geometry of the stock model that `subnet` is cut out to.
 
-    Raises ValueError when kept layers differ in Mamba or attention heads or expert widths, which no inference engine
-    loads.
+    Raises ValueError when kept layers differ in Mamba or attention heads, which no inference engine loads.
     """
     check_subnet(subnet, model)
     sizes: dict[str, Any] = {FULL_SIZES[axis]: getattr(subnet, axis) for axis in ("hidden", *Axes.SHARED)}
     sizes |= {FULL_SIZES[axis]: _one_size(model, subnet, axis) for axis in _UNIFORM}
     sizes["moe_latent_size"] = subnet.latent or None
-    ffn = tuple(kept_sizes(subnet, model, "ffn", subnet.layers).values())
-    sizes["intermediate_size"] = ffn if len(set(ffn)) > 1 else max(ffn, default=max(subnet.ffn, default=1))
+    for axis in BY_LAYER:
+        widths = tuple(kept_sizes(subnet, model, axis, subnet.layers).values())
+        of_all = max(widths, default=max(getattr(subnet, axis), default=1))
+        sizes[FULL_SIZES[axis]] = widths if len(set(widths)) > 1 else of_all
     pattern = "".join(model.hybrid_override_pattern[i] for i in subnet.layers)
     sizes |= {} if MOE in pattern else _NO_EXPERTS
     return dataclasses.replace(model, hybrid_override_pattern=pattern, **sizes)
@@ -150,7 +147,7 @@ def _one_size(model: ModelConfig, subnet: Subnet, axis: str) -> int:
         other = next(i for i in kept if kept[i] != kept[first])
         raise ValueError(
             f"layer {other} keeps {kept[other]} {_UNIFORM[axis]} and layer {first} keeps {kept[first]}; no engine "
-            f"loads {_UNIFORM[axis].split()[-1]} that differ by layer, so this subnet cannot be sliced"
+            "loads heads that differ by layer, so this subnet cannot be sliced"
         )
     full: int = getattr(model, FULL_SIZES[axis])
     return next(iter(kept.values()), full)

@@ -256,7 +256,7 @@ def slice_(
         Path | None, typer.Option(help="A latency table of `elastic profile`; by default the family's own.")
     ] = None,
     ffn_layout: Annotated[
-        FfnLayout, typer.Option(help="FFN widths that differ by layer: padded to one, or a list that few engines load.")
+        FfnLayout, typer.Option(help="Widths that differ by layer: padded to one, or a list that few engines load.")
     ] = "padded",
 ) -> None:
     """Cut a budget, or any size between, out of an elastic checkpoint."""

@@ -33,8 +33,8 @@ def export(model: str, budget: Annotated[Budget, checked(Budget)], ffn_layout: F
     Args:
         model: A registered member of the family, NAME, NAME@ALIAS or NAME:VERSION; it says which version to cut from.
         budget: The name of the new size, and its target: parameters, active parameters, memory or latency.
-        ffn_layout: FFN widths that differ by layer are padded with zeros to one width, or a list, which vLLM,
-            transformers and llama.cpp do not load.
+        ffn_layout: Widths of FFN layers and of experts that differ by layer are padded with zeros to one width, or
+            a list: of FFN layers no engine loads one, of experts SGLang and llama.cpp do.
     """
     guard_run()
     settings = Settings.from_environment()

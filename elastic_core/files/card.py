@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from elastic_core.cost import active_params
+from elastic_core.files.puzzle import is_puzzle
 from elastic_core.geometry import MOE, ModelConfig
 from elastic_core.layers.kinds import KINDS
 from elastic_core.subnet import full_subnet
@@ -40,12 +41,20 @@ _NOT_LOADING = """\
 The FFN widths of this checkpoint differ by layer and are written as a list. vLLM 0.32, transformers 5.23 and llama.cpp
 do not load it; cut it again with `--ffn-layout padded`, which is the same function.
 """
+_LOADING_PUZZLE = """\
+## Load it
+
+The widths of the experts of this checkpoint differ by layer and are written as NVIDIA's Puzzle writes them, in
+`block_configs`. SGLang reads that, and so does llama.cpp's converter where experts have latent channels. vLLM 0.32
+wants the configuration class of NVIDIA's own checkpoints beside it, and transformers 5.23 has none; for these cut it
+again with `--ffn-layout padded`, which is the same function.
+"""
 
 
 def slice_card(config: ModelConfig, *, params: int, zeros: int, dtype: str, family: "Family | None", name: str) -> str:
-    """The card of a slice; `zeros` of the elements in its files pad FFN layers and are not among its `params`."""
+    """The card of a slice; `zeros` of the elements in its files pad layers and are not among its `params`."""
     lineage = family.lineage if family is not None else {}
-    padding = f" and {zeros:,} zeros that pad FFN layers to one width" if zeros else ""
+    padding = f" and {zeros:,} zeros that pad layers to one width" if zeros else ""
     shape = {
         "parameters": f"{params:,}{padding}",
         "active parameters": f"{active_params(config, full_subnet(config)):,}" if config.layers_of(MOE) else None,
@@ -65,9 +74,15 @@ def slice_card(config: ModelConfig, *, params: int, zeros: int, dtype: str, fami
             *_table(shape),
             *_made_from(lineage),
             *_SCORES,
-            _LOADING if len(set(config.ffn_sizes)) < 2 else _NOT_LOADING,
+            _how_to_load(config),
         ]
     )
+
+
+def _how_to_load(config: ModelConfig) -> str:
+    if len(set(config.ffn_sizes)) > 1:
+        return _NOT_LOADING
+    return _LOADING_PUZZLE if is_puzzle(config) else _LOADING
 
 
 def family_card(config: ModelConfig, family: "Family") -> str:

@@ -19,7 +19,7 @@ written in bounded pieces (C7), and what `assemble` writes is byte for byte what
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -50,7 +50,7 @@ from elastic_core.files.shards import (
 )
 from elastic_core.files.slicing import is_in, is_scaled, kept_indices, name_in_full_model
 from elastic_core.geometry import ModelConfig
-from elastic_core.schema import build, to_dict
+from elastic_core.schema import OPTIONAL, build, to_dict
 from elastic_core.subnet import Subnet, check_subnet, full_subnet, sliced_config
 
 SHELL_FILE = "shell.json"
@@ -62,8 +62,9 @@ Rows = Callable[[int, int], Tensor]  # the rows of a tensor from one index up to
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shell:
-    """What shell.json says of a slice: its own FFN widths, without padding, and which part of it the slice below is.
+    """What shell.json says of a slice: its own widths, without padding, and which part of it the slice below is.
 
+    `ffn` has the width of each of its FFN layers, `expert_ffn` that of the experts of each of its `E` layers.
     `below` is None where nothing is below: such a shell has all of the slice but its padding. Of the stream's norms it
     has all where they are its "own", and what it adds to those below where they are "shared".
     """
@@ -71,6 +72,7 @@ class Shell:
     ffn: tuple[int, ...]
     below: Subnet | None
     norms: Literal["shared", "own"] = "shared"
+    expert_ffn: tuple[int, ...] = field(default=(), metadata=OPTIONAL)
     format_version: Literal[1] = 1
 
 
@@ -78,19 +80,19 @@ class Shell:
 
 
 def write_shell(
-    source: Path, target: Path, *, ffn: Sequence[int], below: Subnet | None, progress: Progress | None = None
+    source: Path, target: Path, *, own: Subnet, below: Subnet | None, progress: Progress | None = None
 ) -> None:
     """Write what the slice `source` adds to its subnet `below` into the new directory `target`.
 
-    `ffn` has the slice's own width, without padding, of each of its FFN layers. Raises ValueError where `below` is not
-    in the slice.
+    `own` is the slice as a subnet of itself, with its widths without padding. Raises ValueError where `below` is not in
+    the slice.
     """
     checkpoint = open_checkpoint(source)
-    config = _unpadded(checkpoint.config, ffn)
+    config = _unpadded(checkpoint.config, own.ffn, own.expert_ffn)
     if below is not None:
         check_subnet(below, config)
     is_wider = below is not None and below.hidden < config.hidden_size
-    shell = Shell(ffn=tuple(ffn), below=below, norms="own" if is_wider else "shared")
+    shell = Shell(ffn=own.ffn, expert_ffn=own.expert_ffn, below=below, norms="own" if is_wider else "shared")
     added = {
         key: (checkpoint.tensors[name], indices)
         for name, rectangles in _added(config, shell).items()
@@ -148,9 +150,13 @@ def _shape(indices: Indices) -> tuple[int, ...]:
     return tuple(len(index) for index in indices)
 
 
-def _unpadded(config: ModelConfig, ffn: Sequence[int]) -> ModelConfig:
-    """The geometry of a slice without the zero neurons that pad its FFN layers to one width."""
-    return sliced_config(config, dataclasses.replace(full_subnet(config), ffn=tuple(ffn)))
+def _unpadded(config: ModelConfig, ffn: tuple[int, ...], expert_ffn: tuple[int, ...]) -> ModelConfig:
+    """The geometry of a slice without the zero neurons that pad its FFN layers and experts to one width each.
+
+    A shell that was written before experts could be padded has no `expert_ffn`.
+    """
+    full = full_subnet(config)
+    return sliced_config(config, dataclasses.replace(full, ffn=ffn, expert_ffn=expert_ffn or full.expert_ffn))
 
 
 # Reading
@@ -171,7 +177,7 @@ def assemble(directory: Path, shells: Sequence[Path], *, progress: Progress | No
     """
     config, shell = read_config(directory), read_shell(shells[-1])
     with _named(f"{shells[-1] / SHELL_FILE}: ffn"):
-        unpadded = _unpadded(config, shell.ffn)
+        unpadded = _unpadded(config, shell.ffn, shell.expert_ffn)
     tensors = _assembled(unpadded, shells)
     plan = {}
     for name, shape in tensor_shapes(config).items():

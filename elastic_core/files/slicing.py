@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,21 +25,22 @@ from elastic_core.files.checkpoint import (
 from elastic_core.files.reorder import read_energy
 from elastic_core.files.shards import CHUNK_BYTES, Index, Progress, TensorInfo, select
 from elastic_core.files.side_files import CARD_FILE
-from elastic_core.geometry import FfnLayout, ModelConfig
+from elastic_core.geometry import BY_LAYER, FULL_SIZES, FfnLayout, ModelConfig
 from elastic_core.layers.norm import Energy
 from elastic_core.layout import indices, prefixes
 from elastic_core.subnet import Subnet, kept_at, sliced_config
 
 
 def target_config(config: ModelConfig, subnet: Subnet, *, ffn_layout: FfnLayout = "padded") -> ModelConfig:
-    """Geometry of the checkpoint that `subnet` is cut out to; padded, its FFN layers have one width.
+    """Geometry of the checkpoint that `subnet` is cut out to; padded, its FFN layers and experts have one width each.
 
     Raises ValueError for a subnet that is not in the model or that no engine loads.
     """
     sliced = sliced_config(config, subnet)
-    if ffn_layout == "padded" and sliced.ffn_sizes:
-        return dataclasses.replace(sliced, intermediate_size=max(sliced.ffn_sizes))
-    return sliced
+    if ffn_layout == "list":
+        return sliced
+    widths: dict[str, Any] = {FULL_SIZES[axis]: max(sizes) for axis in BY_LAYER if (sizes := sliced.full_sizes(axis))}
+    return dataclasses.replace(sliced, **widths)
 
 
 def slice_weights(
@@ -76,9 +78,9 @@ def slice_checkpoint(
     The stream's norms are multiplied by the gain of the hidden size, where the source has one, and are at least float32
     then.
 
-    FFN widths that differ by layer are padded with zero neurons to one width, which is the same function, or with
-    "list" written as they are, which vLLM, transformers and llama.cpp do not load. Returns the SHA-256 of the weight
-    files by name. Raises ValueError for a subnet that is not in the model or that no engine loads.
+    Widths of FFN layers and experts that differ by layer are padded with zero neurons to one width, which is the same
+    function, or with "list" written as they are, those of experts in the form of NVIDIA's Puzzle. Returns the SHA-256
+    of the weight files by name. Raises ValueError for a subnet that is not in the model or that no engine loads.
     """
     checkpoint = open_checkpoint(source)
     config, places = checkpoint.config, tensor_places(checkpoint.config)

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from elastic_core.files import puzzle
 from elastic_core.files.shards import CheckpointError, read_json, regular_file, write_json
-from elastic_core.geometry import ATTENTION, FFN, MAMBA, MOE, ModelConfig
+from elastic_core.geometry import ATTENTION, BLOCK_TYPES, MAMBA, MOE, ModelConfig
 from elastic_core.schema import build, to_dict
 
 logger = logging.getLogger(__name__)
@@ -61,16 +62,12 @@ _NOT_COPIED = {
     *_OF_EXPERTS,
     *("layers_block_type", "layer_types", "auto_map", "_name_or_path"),
     *("num_nextn_predict_layers", "mtp_layers_block_type", "mtp_hybrid_override_pattern", "n_shared_experts"),
-    *("moe_shared_expert_overlap", "output_router_logits"),
+    *("moe_shared_expert_overlap", "output_router_logits", puzzle.BLOCKS, "mtp_block_configs"),
 }
 
-_LETTERS = {
-    "linear_attention": MAMBA,
-    "mamba": MAMBA,
-    "full_attention": ATTENTION,
-    "attention": ATTENTION,
-    "mlp": FFN,
-    "moe": MOE,
+# transformers 5 has other names for two kinds.
+_LETTERS = {"linear_attention": MAMBA, "full_attention": ATTENTION} | {
+    name: letter for letter, name in BLOCK_TYPES.items()
 }
 
 
@@ -83,6 +80,8 @@ def read_config(directory: Path) -> ModelConfig:
     found = read_json(path)
     if "model_type" not in found:
         raise CheckpointError(f"{path}: model_type is missing; expected 'nemotron_h'")
+    if found["model_type"] == puzzle.MODEL_TYPE:
+        found = puzzle.without_blocks(path, found)
     for name, value in _SUPPORTED.items():
         if found.get(name, value) != value:
             raise CheckpointError(f"{path}: {name} is {found[name]!r}; only {value!r} is supported")
@@ -92,9 +91,10 @@ def read_config(directory: Path) -> ModelConfig:
         values = {name: value for name, value in values.items() if name not in _OF_EXPERTS}
     elif type(shared := values.get("n_shared_experts", 1)) is not int or shared < 1:
         raise CheckpointError(f"{path}: n_shared_experts is {shared!r}; expected at least 1")
-    widths = values.get("intermediate_size")
-    if isinstance(widths, list) and widths and all(width == widths[0] for width in widths):
-        values["intermediate_size"] = widths[0]
+    for name in ("intermediate_size", "moe_intermediate_size"):
+        widths = values.get(name)
+        if isinstance(widths, list) and widths and all(width == widths[0] for width in widths):
+            values[name] = widths[0]
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     try:
         config = build(ModelConfig, {name: value for name, value in values.items() if name in names})
@@ -193,7 +193,7 @@ def _check_numbers(path: Path, config: ModelConfig) -> None:
 def write_config(
     config: ModelConfig, directory: Path, dtype: torch.dtype, base: Mapping[str, Any] | None = None
 ) -> None:
-    """Write config.json in NVIDIA's original form, which transformers and vLLM both read.
+    """Write config.json in NVIDIA's original form, which transformers and vLLM both read, or where it must in Puzzle's.
 
     `base` is the config.json that the model came from; its other keys are kept where they do no harm.
 
@@ -222,6 +222,7 @@ def write_config(
         "num_hidden_layers": config.num_layers,
         "dtype": dtype_name,
         "torch_dtype": dtype_name,
+        **(puzzle.to_blocks(config) if puzzle.is_puzzle(config) else {}),
     }
     write_json(directory / "config.json", dict(sorted(values.items())))
 

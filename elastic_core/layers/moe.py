@@ -48,6 +48,11 @@ def expert_grid(model: ModelConfig) -> Run:
     return grid(group=model.n_group, experts=model.n_routed_experts // model.n_group)
 
 
+def _width(model: ModelConfig, layer: int) -> int:
+    """The neurons of a layer's routed experts."""
+    return model.full_sizes("expert_ffn")[model.ordinal(layer)]
+
+
 class _Gate(nn.Module):
     """The router's weights; the bias chooses and weighs nothing, so that no gradient reaches it."""
 
@@ -84,9 +89,8 @@ class Mixture(Mixer):
         hidden = config.hidden_size
         channels = hidden if config.moe_latent_size is None else config.moe_latent_size
         self.gate = _Gate(config)
-        self.experts = nn.ModuleList(
-            _Expert(channels, config.moe_intermediate_size) for _ in range(config.n_routed_experts)
-        )
+        width = _width(config, layer)
+        self.experts = nn.ModuleList(_Expert(channels, width) for _ in range(config.n_routed_experts))
         self.shared_experts = _Expert(hidden, config.moe_shared_expert_intermediate_size)
         if config.moe_latent_size is not None:
             self.fc1_latent_proj = nn.Linear(hidden, config.moe_latent_size, bias=False)
@@ -96,7 +100,7 @@ class Mixture(Mixer):
     def lay_out(model: ModelConfig, layer: int) -> dict[str, Layout]:
         hidden, routed = (grid(hidden=model.hidden_size),), (expert_grid(model),)
         latent = hidden if model.moe_latent_size is None else (grid(latent=model.moe_latent_size),)
-        neurons = (grid(expert_ffn=model.moe_intermediate_size),)
+        neurons = (grid(expert_ffn=_width(model, layer)),)
         shared = (grid(shared_ffn=model.moe_shared_expert_intermediate_size),)
         found = {
             "gate.weight": Layout(routed, hidden),
@@ -317,7 +321,7 @@ class MixtureKind(Kind):
         Latent channel i by its share in sum_i |z_i| ||W_:,i||, for z what experts read and W their up projections, and
         its share for z what they write and W the projection back: a subnet that drops it loses both.
         """
-        experts, width, channels = model.n_routed_experts, model.moe_intermediate_size, model.moe_latent_size or 0
+        experts, width, channels = model.n_routed_experts, model.full_sizes("expert_ffn")[0], model.moe_latent_size or 0
         sizes = [experts, experts * width, model.moe_shared_expert_intermediate_size, channels, channels]
         added_X, neurons, shared_F, read_W, written_W = scores.split(sizes)
         orders = {

@@ -46,7 +46,7 @@ def store(
     """
     from elastic_core.files.checkpoint import read_config
     from elastic_core.files.shells import write_shell
-    from elastic_core.subnet import within
+    from elastic_core.subnet import full_subnet, within
 
     directories: dict[str, Path] = {}
     parts: list[NestedPart] = []
@@ -54,13 +54,13 @@ def store(
     below: Subnet | None = None
     for member in members:
         part = NestedPart(name=member.name, files=tuple(_records(member)))
-        ffn = within(member.subnet, member.subnet, model).ffn
-        if below is None and ffn == read_config(member.directory).ffn_sizes:
+        own = within(member.subnet, member.subnet, model)
+        if below is None and own == full_subnet(read_config(member.directory)):
             directories[member.name] = member.directory
         else:
             directories[member.name] = target = scratch / member.name
             inner = None if below is None else within(below, member.subnet, model)
-            write_shell(member.directory, target, ffn=ffn, below=inner)
+            write_shell(member.directory, target, own=own, below=inner)
             for file in part.files:
                 if not _WEIGHTS.fullmatch(file.path) and _content(file) not in stored:
                     shutil.copyfile(_source(member, file.path), inside(target, file.path))

@@ -19,7 +19,7 @@ from elastic_core import budget, geometry, judging, sources
 from elastic_core import recipe as config
 from elastic_core.budget import Budget, LatencyTarget, MemoryTarget, Serving
 from elastic_core.geometry import Axes, ModelConfig
-from elastic_core.recipe import Optimizer, Pretraining, Recipe
+from elastic_core.recipe import Importance, Optimizer, Pretraining, Recipe
 from elastic_core.schema import build, syntax_tree, to_dict
 
 MODEL: dict[str, Any] = {
@@ -288,7 +288,7 @@ BAD_VALUES: list[tuple[tuple[str | int, ...], Any, str]] = [
     (
         ("axes", "per_layer"),
         ["ffn", "hidden"],
-        "axes.per_layer[1] is 'hidden'; expected one of: ffn, mamba_heads, attention_heads",
+        "axes.per_layer[1] is 'hidden'; expected one of: ffn, mamba_heads, attention_heads, expert_ffn",
     ),
     (("stages", 0, "router"), {"scale": [1.0]}, "stages[0].router.scale has 1 entries; expected 2"),
     # values
@@ -646,7 +646,7 @@ def test_binding_fills_empty_axes_with_the_full_size_alone() -> None:
         (
             {},
             {"intermediate_size": (32, 24)},
-            "the teacher's FFN widths differ by layer; an elastic model starts from a uniform one",
+            "the teacher's intermediate_size differs by layer; an elastic model starts from one width",
         ),
     ],
 )
@@ -686,3 +686,10 @@ def test_source_is_parsed_though_another_librarys_thread_parses_at_once(monkeypa
     failures.extend(["a fault that stays"] * 99)
     with pytest.raises(SystemError, match="stays"):
         syntax_tree("a = 1")
+
+
+def test_a_ranking_does_not_depend_on_how_it_is_compared_with_random_orders() -> None:
+    settings = Importance(samples=8, scores="signed")
+    assert dataclasses.replace(settings, comparison_tokens=0, random_orders=9).ranking == settings.ranking == settings
+    for changes in ({"samples": 9}, {"hidden": "channels"}, {"scores": "added"}):
+        assert build(Importance, to_dict(settings) | changes).ranking != settings.ranking

@@ -2,13 +2,16 @@
 
 stdin has `models` (directories by name), `prompts` (token ids), `chats` and `new_tokens`. Of each model, `scores` are
 log-probabilities (prompt, position, token), each row of the token after that position; `answers` are token ids. With
-`lends_experts` the models have experts that this vLLM does not run on a CPU: vllm_experts.py does.
+`lends_experts` the models have experts that this vLLM does not run on a CPU: vllm_experts.py does. puzzle_config.py
+reads the form of config.json that vLLM has no class for.
 """
 
 import contextlib
 import json
 import sys
 
+from puzzle_config import NemotronHPuzzleConfig
+from transformers import AutoConfig
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm_experts import lend_experts
@@ -16,6 +19,7 @@ from vllm_experts import lend_experts
 
 def main() -> None:
     asked = json.load(sys.stdin)
+    AutoConfig.register(NemotronHPuzzleConfig.model_type, NemotronHPuzzleConfig)
     with contextlib.redirect_stdout(sys.stderr):  # vLLM's log
         refusals = lend_experts() if asked["lends_experts"] else None
         found = {name: ask(model, asked) for name, model in asked["models"].items()}

@@ -24,7 +24,7 @@ from elastic_core.files.checkpoint import write_weights
 from elastic_core.files.reorder import identity_order, write_order
 from elastic_core.files.slicing import slice_checkpoint
 from elastic_core.generate import complete
-from elastic_core.geometry import FFN, ModelConfig
+from elastic_core.geometry import FFN, FfnLayout, ModelConfig
 from elastic_core.judging import Benchmark, Endpoint, Sampling
 from elastic_core.layers.norm import Energy
 from elastic_core.model import ElasticNemotronH
@@ -86,7 +86,7 @@ SUBNETS = {
     "per layer": cut(hidden=112, ffn=(320, 256, 192, 384, 256), mamba_heads=(6,) * 5),
 }
 
-# In vLLM alone. A token chooses among all experts, or among those of one group of two.
+# A token chooses among all experts, or among those of one group of two.
 OF_EXPERTS = {
     "n_routed_experts": 8,
     "num_experts_per_tok": 3,
@@ -96,8 +96,13 @@ OF_EXPERTS = {
 }
 EXPERTS = dataclasses.replace(CONFIG, hybrid_override_pattern="MEM*EME", **OF_EXPERTS)
 LATENT = dataclasses.replace(EXPERTS, moe_latent_size=48, n_group=2, topk_group=1)
-WITH_EXPERTS = {"experts": EXPERTS, "latent": LATENT}
 FEWER = {"hidden": 96, "experts": 6, "expert_ffn": (40,) * 3, "shared_ffn": 64, "top_k": 2}
+WITH_EXPERTS = {
+    "experts": (EXPERTS, FEWER),
+    "latent": (LATENT, FEWER),
+    "puzzle": (EXPERTS, FEWER | {"expert_ffn": (64, 24, 40)}),
+    "puzzle, latent": (LATENT, FEWER | {"expert_ffn": (64, 24, 40)}),
+}
 
 TEXTS = ["def f(x):\n    return 12", "naïve café, 中文", "</s><|user|> spelled", " two  spaces "]
 CHATS = [
@@ -157,7 +162,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     return made(tmp_path_factory.mktemp("engines"), CONFIG, SUBNETS)
 
 
-def made(root: Path, config: ModelConfig, subnets: dict[str, Subnet]) -> Family:
+def made(root: Path, config: ModelConfig, subnets: dict[str, Subnet], *, ffn_layout: FfnLayout = "padded") -> Family:
     """Random weights with decided answers, time steps far below transformers' old least one, 0.001; norms scaled."""
     library = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:30]
     tokenizer = train_tokenizer(
@@ -191,7 +196,7 @@ def made(root: Path, config: ModelConfig, subnets: dict[str, Subnet]) -> Family:
     model.scale_norms(Energy(energy_D))
     slices = {name: root / name.replace(" ", "-") for name in subnets}
     for name, subnet in subnets.items():
-        slice_checkpoint(root / "family", subnet, slices[name])
+        slice_checkpoint(root / "family", subnet, slices[name], ffn_layout=ffn_layout)
     return Family(model=model.eval(), subnets=subnets, slices=slices, tokenizer=tokenizer)
 
 
@@ -251,9 +256,14 @@ def endpoint(engines: Path, family: Family, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def llamacpp(engines: Path, family: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All slices in llama.cpp, converted by its own converter."""
-    python, files = engines / "llamacpp/bin/python", tmp_path_factory.mktemp("gguf")
-    models = {name: {"from": str(path), "to": str(files / f"{path.name}.gguf")} for name, path in family.slices.items()}
+    """All slices in llama.cpp."""
+    return in_llamacpp(engines, family, family.slices, tmp_path_factory.mktemp("gguf"))
+
+
+def in_llamacpp(engines: Path, family: Family, slices: dict[str, Path], files: Path) -> Any:
+    """What llama.cpp makes of slices, converted by its own converter."""
+    python = engines / "llamacpp/bin/python"
+    models = {name: {"from": str(path), "to": str(files / f"{path.name}.gguf")} for name, path in slices.items()}
     converter = str(engines / "llamacpp/converter")
     ask(python, "convert.py", {"models": list(models.values()), "converter": converter})
     return ask(
@@ -277,19 +287,35 @@ def test_a_slice_in_an_engine_gives_the_elastic_models_logits_and_answers(
     family.assert_gave(name, request.getfixturevalue(engine)[name])
 
 
-def test_a_slice_with_experts_in_vllm_gives_the_elastic_models_logits_and_answers(
-    engines: Path, tmp_path: Path
-) -> None:
-    """vLLM reads and routes; on a CPU it does not run experts that are not gated, which vllm_experts.py computes."""
-    families = dict[str, Family]()
-    for name, config in WITH_EXPERTS.items():
+@pytest.fixture(scope="module")
+def with_experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
+    """A family of each kind of experts, with a slice that has the kind's name."""
+    root, families = tmp_path_factory.mktemp("experts"), dict[str, Family]()
+    for name, (config, sizes) in WITH_EXPERTS.items():
         full = full_subnet(config)
-        fewer = dataclasses.replace(full, **FEWER, latent=full.latent * 2 // 3)
-        families[name] = made(tmp_path / name, config, {name: fewer})
-    slices = {name: family.slices[name] for name, family in families.items()}
-    found = in_vllm(engines, families["experts"], slices, lends_experts=True)
-    for name, family in families.items():
+        fewer = dataclasses.replace(full, **sizes, latent=full.latent * 2 // 3)
+        families[name] = made(root / name, config, {name: fewer}, ffn_layout="list")
+    return families
+
+
+def test_a_slice_with_experts_in_vllm_gives_the_elastic_models_logits_and_answers(
+    engines: Path, with_experts: dict[str, Family]
+) -> None:
+    """vLLM routes; on a CPU it does not run experts that are not gated, which vllm_experts.py computes."""
+    slices = {name: family.slices[name] for name, family in with_experts.items()}
+    found = in_vllm(engines, with_experts["experts"], slices, lends_experts=True)
+    for name, family in with_experts.items():
         family.assert_gave(name, found[name])
+
+
+def test_a_slice_with_experts_in_llamacpp_gives_the_elastic_models_logits_and_answers(
+    engines: Path, with_experts: dict[str, Family], tmp_path: Path
+) -> None:
+    """The converter reads no widths that differ where there is no latent: it writes moe_latent_size as a number."""
+    slices = {name: family.slices[name] for name, family in with_experts.items() if name != "puzzle"}
+    found = in_llamacpp(engines, with_experts["experts"], slices, tmp_path)
+    for name in slices:
+        with_experts[name].assert_gave(name, found[name])
 
 
 def test_a_benchmark_asked_of_an_engines_server_has_our_own_decoders_answers(

@@ -96,7 +96,7 @@ def store(full: Path, subnets: list[Subnet], slices: list[Path], target: Path) -
     stored = [target / f"shell-{i}" for i in range(len(subnets))]
     below = [None, *(within(small, large, config) for small, large in itertools.pairwise(subnets))]
     for subnet, inner, source, directory in zip(subnets, below, slices, stored, strict=True):
-        write_shell(source, directory, ffn=within(subnet, subnet, config).ffn, below=inner)
+        write_shell(source, directory, own=within(subnet, subnet, config), below=inner)
     return stored
 
 
@@ -195,7 +195,7 @@ def test_shells_whose_norms_are_shared_are_read_as_they_were_written(
 def test_the_shell_over_nothing_is_the_stock_checkpoint(
     tiny_checkpoint: Path, tiny_config: ModelConfig, tmp_path: Path
 ) -> None:
-    write_shell(tiny_checkpoint, tmp_path / "shell", ffn=tiny_config.ffn_sizes, below=None)
+    write_shell(tiny_checkpoint, tmp_path / "shell", own=full_subnet(tiny_config), below=None)
     slice_checkpoint(tiny_checkpoint, full_subnet(tiny_config), tmp_path / "slice")
     stock = (tmp_path / "slice" / "model.safetensors").read_bytes()
     assert (tmp_path / "shell" / "shell.safetensors").read_bytes() == stock
@@ -204,7 +204,7 @@ def test_the_shell_over_nothing_is_the_stock_checkpoint(
 def test_the_same_slice_again_adds_nothing(tiny_checkpoint: Path, tiny_config: ModelConfig, tmp_path: Path) -> None:
     full = full_subnet(tiny_config)
     slice_checkpoint(tiny_checkpoint, full, tmp_path / "slice")
-    write_shell(tmp_path / "slice", tmp_path / "shell", ffn=full.ffn, below=full)
+    write_shell(tmp_path / "slice", tmp_path / "shell", own=full, below=full)
     assert [path.name for path in (tmp_path / "shell").iterdir()] == [SHELL_FILE]
     again = assembled(tmp_path / "slice", [tmp_path / "slice", tmp_path / "shell"], tmp_path / "again")
     assert again == weights_of(tmp_path / "slice")
@@ -363,5 +363,5 @@ def test_a_shell_of_what_does_not_nest_is_not_written(
 ) -> None:
     outside = dataclasses.replace(full_subnet(tiny_config), hidden=49)
     with pytest.raises(ValueError, match="subnet is larger"):
-        write_shell(tiny_checkpoint, tmp_path / "shell", ffn=tiny_config.ffn_sizes, below=outside)
+        write_shell(tiny_checkpoint, tmp_path / "shell", own=full_subnet(tiny_config), below=outside)
     assert not list(tmp_path.iterdir())

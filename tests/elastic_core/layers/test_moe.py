@@ -5,6 +5,7 @@ import random
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -142,7 +143,7 @@ def random_subnet(config: ModelConfig, rng: random.Random) -> Subnet:
         mamba_head_dim=rng.randint(1, config.mamba_head_dim),
         attention_heads=(config.num_key_value_heads * rng.randint(1, 3),) * len(config.layers_of("*")),
         layers=tuple(sorted({*rng.sample(range(config.num_layers), depth), *config.layers_of("*")})),
-        expert_ffn=(rng.randint(1, config.moe_intermediate_size),) * len(config.layers_of("E")),
+        expert_ffn=tuple(rng.randint(1, size) for size in config.full_sizes("expert_ffn")),
         experts=config.n_group * rng.randint(least, config.n_routed_experts // config.n_group),
         shared_ffn=rng.randint(1, config.moe_shared_expert_intermediate_size),
         top_k=top_k,
@@ -301,6 +302,71 @@ def test_random_subnets_are_their_masks_their_slices_and_what_transformers_makes
         assert difference(found, prefix) < FLOAT32_AGAINST_STOCK, subnet
 
 
+def test_widths_of_experts_that_differ_are_written_as_they_are_in_puzzles_form(saved, tmp_path):
+    model = load(saved)
+    config, full = model.config, full_subnet(model.config)
+    subnet = dataclasses.replace(full, hidden=30, expert_ffn=(8, 20, 13), layers=(0, 1, 2, 3, 4, 6), shared_ffn=9)
+    slice_checkpoint(saved, subnet, tmp_path / "slice", ffn_layout="list")
+    assert difference(logits(load(tmp_path / "slice")), logits(model, subnet)) < FLOAT64
+    written = read_json(tmp_path / "slice" / "config.json")
+    assert written["architectures"] == ["NemotronHPuzzleForCausalLM"]
+    assert written["model_type"] == "nemotron_h_puzzle"
+    assert "llama.cpp's converter where experts have latent channels" in (tmp_path / "slice/README.md").read_text()
+    blocks = written["block_configs"]
+    assert [block["block_type"] for block in blocks] == ["mamba", "moe", "attention", "moe", "mamba", "moe"]
+    of_experts = [block for block in blocks if block["block_type"] == "moe"]
+    assert [block["moe_intermediate_size"] for block in of_experts] == [8, 20, 13]
+    for block in of_experts:
+        assert block["n_routed_experts"] == config.n_routed_experts
+        assert block["num_experts_per_tok"] == config.num_experts_per_tok
+        assert block["moe_shared_expert_intermediate_size"] == 9
+        assert block["moe_latent_size"] == config.moe_latent_size
+    again = tmp_path / "again"  # a slice of one width is a stock one, whatever it was cut from
+    of_slice = full_subnet(checkpoint.read_config(tmp_path / "slice"))
+    slice_checkpoint(tmp_path / "slice", dataclasses.replace(of_slice, expert_ffn=(8, 8, 8)), again)
+    narrow = dataclasses.replace(subnet, expert_ffn=(8, 8, 8))
+    assert difference(of_stock(again, config), logits(model, narrow)) < FLOAT32_AGAINST_STOCK
+
+
+def puzzle_of(config: dict[str, Any], **changes: object) -> dict[str, Any]:
+    """A stock config as NVIDIA writes Puzzle's: what blocks say is nowhere else."""
+    fields = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "moe_latent_size")
+    of_experts = {name: config[name] for name in (*fields, "moe_shared_expert_intermediate_size")}
+    types = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
+    blocks = [
+        {"block_type": types[letter]} | (of_experts if letter == "E" else {})
+        for letter in config["hybrid_override_pattern"]
+    ]
+    blocks[-1] |= changes
+    left = {name: value for name, value in config.items() if name not in of_experts and name != "layers_block_type"}
+    return left | {"model_type": "nemotron_h_puzzle", "block_configs": blocks, "mtp_block_configs": []}
+
+
+def test_puzzles_form_is_read_where_only_widths_differ(grouped, tmp_path):
+    config = checkpoint.read_config(grouped)
+    checkpoint.write_config(config, tmp_path, torch.float32)
+    stock_form = read_json(tmp_path / "config.json")
+
+    def read(**changes: object) -> ModelConfig:
+        write_json(tmp_path / "config.json", puzzle_of(stock_form, **changes))
+        return checkpoint.read_config(tmp_path)
+
+    assert read() == config
+    assert read(moe_intermediate_size=12) == dataclasses.replace(config, moe_intermediate_size=(20, 20, 12))
+    blocks = puzzle_of(stock_form)["block_configs"]
+    del blocks[1]["moe_intermediate_size"]
+    write_json(tmp_path / "config.json", puzzle_of(stock_form) | {"block_configs": blocks, "moe_intermediate_size": 8})
+    assert checkpoint.read_config(tmp_path).moe_intermediate_size == (8, 20, 20)
+    with pytest.raises(CheckpointError, match=r"num_experts_per_tok differs by layer, \[2, 2, 1\]; .* only inter"):
+        read(num_experts_per_tok=1)
+    with pytest.raises(CheckpointError, match=r"layers_block_type is .*'linear_moe'.*; expected a list of"):
+        read(block_type="linear_moe")
+    for blocks in (None, [1, 2]):
+        write_json(tmp_path / "config.json", puzzle_of(stock_form) | {"block_configs": blocks})
+        with pytest.raises(CheckpointError, match=r"block_configs is .*; expected a list with the settings of each"):
+            checkpoint.read_config(tmp_path)
+
+
 def test_a_dropped_expert_is_never_chosen_over_a_kept_one_of_negative_score():
     """Where s + b < 0 for every kept expert, a dropped one with s + b set to 0 would be chosen."""
     config = dataclasses.replace(NANO_30B, hidden_size=6, n_routed_experts=4, num_experts_per_tok=2)
@@ -451,15 +517,23 @@ def test_an_expert_counts_what_it_adds_to_all_tokens(saved):
 # Subnets
 
 
-def test_shells_give_back_the_slice_byte_for_byte(grouped, tmp_path):
+@pytest.mark.parametrize("ffn_layout", ["padded", "list"])
+@pytest.mark.parametrize("widths", [(20, 20, 20), (20, 9, 14)], ids=str)
+def test_shells_give_back_the_slice_byte_for_byte(grouped, tmp_path, widths, ffn_layout):
     config = checkpoint.read_config(grouped)
     full = full_subnet(config)
+    large = dataclasses.replace(full, expert_ffn=widths)
     small = dataclasses.replace(
         full, hidden=30, experts=4, expert_ffn=(9,) * 3, shared_ffn=11, layers=(0, 1, 2, 4, 6), mamba_heads=(6, 6)
     )
-    slice_checkpoint(grouped, full, tmp_path / "large")
+    slice_checkpoint(grouped, large, tmp_path / "large", ffn_layout=ffn_layout)
     slice_checkpoint(grouped, small, tmp_path / "small")
-    write_shell(tmp_path / "large", tmp_path / "shell", ffn=full.ffn, below=within(small, full, config))
+    write_shell(
+        tmp_path / "large",
+        tmp_path / "shell",
+        own=within(large, large, config),
+        below=within(small, large, config),
+    )
     again = tmp_path / "again"
     again.mkdir()
     shutil.copyfile(tmp_path / "large" / "config.json", again / "config.json")
@@ -484,8 +558,8 @@ def test_subnets_that_cannot_route_or_that_no_engine_loads_are_refused(grouped, 
         check_subnet(dataclasses.replace(full, experts=2), config)
     with pytest.raises(ValueError, match=r"subnet\.experts=5 is not a multiple of n_group=2"):
         check_subnet(dataclasses.replace(full, experts=5), config)
-    with pytest.raises(ValueError, match=r"expert widths .* no engine loads widths that differ by layer"):
-        target_config(config, dataclasses.replace(full, expert_ffn=(20, 20, 10)))
+    with pytest.raises(ValueError, match=r"teacher's moe_intermediate_size differs by layer"):
+        Axes().bind(dataclasses.replace(config, moe_intermediate_size=(20, 20, 10)))
     with pytest.raises(ValueError, match=r"axes\.experts=2 is below 4"):
         Axes(experts=(8, 2)).bind(config)
     with pytest.raises(ValueError, match=r"axes\.experts is given, but the teacher has no layers with experts"):

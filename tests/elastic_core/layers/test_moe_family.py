@@ -56,20 +56,35 @@ def logits(directory: Path, subnet: Subnet | None = None) -> Tensor:
         return made.logits(made(batches()[0].inputs_BT, subnet or full_subnet(made.config)))
 
 
-def test_the_routers_costs_are_means_over_all_choices_and_its_choices_run_as_their_subnets(model):
-    elastic = ElasticModel(CONFIG, AXES.bind(CONFIG), RANKING)
-    axes = elastic.axes
+ELASTIC = {
+    "one width of experts": AXES,
+    "one for each layer": dataclasses.replace(AXES, per_layer=("expert_ffn",), top_k=(), latent=()),
+}
+
+
+@pytest.mark.parametrize("axes", ELASTIC.values(), ids=ELASTIC.keys())
+def test_the_routers_costs_are_means_over_all_choices_and_its_choices_run_as_their_subnets(model, axes):
+    axes = axes.bind(CONFIG)
+    elastic = ElasticModel(CONFIG, axes, RANKING)
+    rows = [(axis, row) for axis in axes.names for row in range(elastic.rows(axis))]
     probabilities = {
-        axis: torch.rand(1, len(axes.choices(axis)), generator=generator(axis), dtype=torch.float64).softmax(-1)
+        axis: torch.rand(
+            elastic.rows(axis), len(axes.choices(axis)), generator=generator(axis), dtype=torch.float64
+        ).softmax(-1)
         for axis in axes.names
     }
     memory = elastic.cost_of(Budget(name="s", memory=MemoryTarget(bytes=10**9, serving=Serving(context=64))))
     params = bytes_ = 0.0
-    for number, picked in enumerate(product(*(range(len(axes.choices(axis))) for axis in axes.names))):
-        choice = dict(zip(axes.names, picked, strict=True))
-        one_hot = {axis: F.one_hot(torch.tensor([i]), len(axes.choices(axis))).double() for axis, i in choice.items()}
+    for number, picked in enumerate(product(*(range(len(axes.choices(axis))) for axis, _ in rows))):
+        choice = dict(zip(rows, picked, strict=True))
+        one_hot = {
+            axis: F.one_hot(
+                torch.tensor([choice[axis, row] for row in range(elastic.rows(axis))]), len(axes.choices(axis))
+            ).double()
+            for axis in axes.names
+        }
         subnet, masks = soft_subnet(elastic, one_hot)
-        likely = float(torch.stack([probabilities[axis][0, i] for axis, i in choice.items()]).prod())
+        likely = float(torch.stack([probabilities[axis][row, i] for (axis, row), i in choice.items()]).prod())
         params += likely * cost.subnet_params(CONFIG, subnet)
         bytes_ += likely * memory.of(subnet)
         if number % 30 == 0:
@@ -80,15 +95,16 @@ def test_the_routers_costs_are_means_over_all_choices_and_its_choices_run_as_the
     assert float(expected_cost(elastic, probabilities, memory)) == pytest.approx(bytes_, rel=FLOAT64)
 
 
-def test_a_family_with_experts_is_ranked_routed_trained_and_sliced(model, tmp_path: Path):
+@pytest.mark.parametrize("elastic", ELASTIC.values(), ids=ELASTIC.keys())
+def test_a_family_with_experts_is_ranked_routed_trained_and_sliced(model, tmp_path: Path, elastic: Axes):
     teacher, tokens = tmp_path / "teacher", tmp_path / "tokens.safetensors"
     checkpoint.write_weights(teacher, CONFIG, model.state_dict(), torch.float32)
     save_file({"tokens": torch.randint(40, (600,), generator=generator("stream"), dtype=torch.int32)}, tokens)
-    axes = AXES.bind(CONFIG)
+    axes = elastic.bind(CONFIG)
     order = importance_order(CONFIG, width_scores(model, batches()), RANKING, axes)
     router = Router(ElasticModel(CONFIG, axes, RANKING), len(BUDGETS), 8)
     router.initialise(generator("router"))
-    described = checkpoint.Family(axes=AXES, budgets=(), layer_ranking=RANKING, lineage={})
+    described = checkpoint.Family(axes=elastic, budgets=(), layer_ranking=RANKING, lineage={})
 
     def beside(staging: Path) -> None:
         write_order(staging, order)
@@ -132,10 +148,12 @@ def test_a_family_with_experts_is_ranked_routed_trained_and_sliced(model, tmp_pa
         assert is_nested(small.subnet, large.subnet)
     for budget in family.budgets:
         assert budget.budget.target is None or budget.params <= budget.budget.target
-        slice_checkpoint(work / "family", budget.subnet, tmp_path / budget.name)
+        slice_checkpoint(work / "family", budget.subnet, tmp_path / budget.name, ffn_layout="list")
         sliced = checkpoint.load_weights(tmp_path / budget.name)
         assert sum(weight.numel() for weight in sliced.values()) == budget.params
         assert torch.equal(logits(tmp_path / budget.name), logits(work / "family", budget.subnet))
+    if elastic.per_layer:
+        assert any(len(set(budget.subnet.expert_ffn)) > 1 for budget in family.budgets)
 
 
 def test_a_family_from_before_the_experts_a_token_were_an_axis_is_read_as_one_that_keeps_them_all(tmp_path: Path):
