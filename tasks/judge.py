@@ -15,6 +15,7 @@ from elastic_core.budget import Dtype
 from elastic_core.files.directories import staged_directory
 from elastic_core.files.token_stream import TokenStream
 from elastic_core.judging import PROBLEM, Benchmark, Endpoint, Engine, Evaluation, Reference, Sampling
+from tasks.corpus.problems import beside_thoughts
 from tasks.corpus.record import TRAIN_FILE
 from tasks.corpus.sources import source_identity, teacher_identity
 from tasks.corpus.tokenizer import load_tokenizer
@@ -252,7 +253,8 @@ def judge_started(
     """The score of a stock checkpoint that an engine answers with, started here; `told` is its name and options."""
     program = same_program(engine, told, dtype)
     log = home_directory() / LOGS / f"judge-{model.name}-{model.digest[:8]}"
-    answering = Started(program, engine, Path(model.path), model.name, log, f"{model.digest} {started_as(told)}")
+    identity = f"{model.digest} {started_as(told)}"
+    answering = Started(program, engine, Path(model.path), model.name, log, identity, _special(model))
     return _judged(model, problems, benchmark, answering, unsafe_code)
 
 
@@ -263,8 +265,13 @@ def judge_at(
     """The score of a stock checkpoint that a server answers with."""
     if endpoint.doubt:
         logger.warning("%s on %s: %s", size, benchmark.name, endpoint.doubt)
-    engine = Served(endpoint, size, model.path, model.digest, f"{model.digest} {served_as(endpoint)}")
+    identity = f"{model.digest} {served_as(endpoint)}"
+    engine = Served(endpoint, size, model.path, model.digest, identity, _special(model))
     return _judged(model, problems, benchmark, engine, unsafe_code)
+
+
+def _special(model: Artifact) -> tuple[str, ...]:
+    return beside_thoughts(load_tokenizer(Path(model.path)))
 
 
 def _judged(model: Artifact, problems: Artifact, benchmark: Benchmark, engine: Answering, unsafe_code: bool) -> Score:

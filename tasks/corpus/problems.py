@@ -82,6 +82,15 @@ def spoken(ids: Sequence[int], tokenizer: "PreTrainedTokenizerFast") -> str:
     return str(tokenizer.decode([token for token in ids if token not in silent]))
 
 
+def beside_thoughts(tokenizer: "PreTrainedTokenizerFast") -> tuple[str, ...]:
+    """The special tokens of a tokenizer to which the marks around a thought are special too, but for these marks.
+
+    A server leaves special tokens out of what it gives unless it is asked for them. Empty where the marks are plain.
+    """
+    special = {it.content for it in tokenizer.added_tokens_decoder.values() if it.special}
+    return tuple(sorted(special - {OPEN, CLOSE})) if special & {OPEN, CLOSE} else ()
+
+
 def _problem(row: Row | str, source: DataSource, where: str) -> Problem:
     fields, columns = parse_row(row, where)
     if fields.get(source.messages_field) is None:

@@ -3,8 +3,8 @@
 A turn of the assistant is rendered as it came about. The model read the template's generation prompt of the messages
 before the turn; then it wrote a thought, an answer, tool calls, and the token that ends a turn. Where each prompt goes
 on from the turns before it, the chat is one text. Where a template drops earlier thoughts, a later prompt does not:
-the chat becomes several texts, each of which ends in a turn, and of each after the first only that turn is learned,
-because the rest is in the texts before it, thoughts and all.
+the chat becomes several texts, each of which ends in a turn, and of each after the first only what follows the turn
+before is learned, because the rest is in the texts before it, thoughts and all.
 """
 
 import json
@@ -44,25 +44,25 @@ from tasks.corpus.turns import (
 class Text:
     """A rendered chat, or a part of one, with the spans that the model writes.
 
-    `context`: what is not written stands in an earlier text of the chat, too. `characters`: no special token in it is
-    one. `marker` stands after the first character of those that are none, where others are. `unthought` turns have no
-    thought, were not said to have none, and are rendered with thinking turned off.
+    What stands before the character `new` is in an earlier text of the chat, too. `characters`: no special token in it
+    is one. `marker` stands after the first character of those that are none, where others are. `unthought` turns have
+    no thought, were not said to have none, and are rendered with thinking turned off.
     """
 
     text: str
     written: tuple[tuple[int, int], ...] = ()
-    context: bool = False
+    new: int = 0
     marker: str = ""
     characters: bool = False
     unthought: int = 0
 
     def pieces(self, learn_all: bool) -> list[tuple[str, bool]]:
         """The text cut where the model begins and ends to write, as it meets it, and whether each piece is learned."""
-        pieces, position = [], 0
+        pieces, position = [(self.text[: self.new], False)], self.new
         for start, end in self.written:
-            pieces += [(self.text[position:start], learn_all and not self.context), (self.text[start:end], True)]
+            pieces += [(self.text[position:start], learn_all), (self.text[start:end], True)]
             position = end
-        pieces.append((self.text[position:], learn_all and not self.context))
+        pieces.append((self.text[position:], learn_all))
         return [(piece, learned) for piece, learned in pieces if piece]
 
 
@@ -146,7 +146,7 @@ class _Rendering:
     def turn_by_turn(self) -> list[Text]:
         """The texts of any chat: every turn of the assistant as what it read and what it wrote."""
         texts: list[Text] = []
-        read = list(self._messages)
+        read, before = list(self._messages), 0
         for i, turn in self._turns.items():
             prompt, completion, read[i] = self._turn(read[:i], turn)
             start = len(prompt)
@@ -155,7 +155,9 @@ class _Rendering:
                 last = texts.pop()
                 texts.append(replace(last, text=prompt + completion, written=(*last.written, span)))
             else:
-                texts.append(Text(prompt + completion, (span,), bool(texts), self._marker))
+                new = self._since(before, read[:i], prompt, texts[-1].text) if texts else 0
+                texts.append(Text(prompt + completion, (span,), new, self._marker))
+            before = i
         texts = self._ended(texts, read)
         return [replace(texts[0], unthought=self._unthought), *texts[1:]]
 
@@ -165,6 +167,18 @@ class _Rendering:
         if prompt is None:
             raise self._unusable(lost)
         return Text(prompt, marker=self._marker)
+
+    def _since(self, place: int, before: list[Row], prompt: str, told: str) -> int:
+        """Where a prompt goes on from the turn at `place`, after the token that ended the text of that turn, `told`.
+
+        At the prompt's end where that cannot be told: then nothing of it is learned anew.
+        """
+        probe = {key: value for key, value in before[place].items() if key != REASONING} | {"content": self._private[0]}
+        probed = self._render([*before[:place], probe, *before[place + 1 :]], self._arguments, True)
+        after, end = probed.partition(self._private[0])[2], self._template.last_special(told)
+        if not after or end is None or end not in after or not prompt.endswith(after):
+            return len(prompt)
+        return len(prompt) - len(after) + after.index(end) + len(end)
 
     # --- one turn ---
 

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -31,18 +31,21 @@ class NotServed(ValueError):
 class Served:
     """The engine that is a server: it answers as the model of a size, whose files are at a path and have a digest.
 
-    `identity` tells the model, and all else that an answer depends on, as far as it can be told.
+    `identity` tells the model, and all else that an answer depends on, as far as it can be told. `special` as `Client`
+    has it.
     """
 
-    def __init__(self, endpoint: Endpoint, size: str, path: str, digest: str, identity: str) -> None:
-        self.identity = identity
+    def __init__(
+        self, endpoint: Endpoint, size: str, path: str, digest: str, identity: str, special: Collection[str] = ()
+    ) -> None:
+        self.identity, self._special = identity, special
         self._endpoint = replace(endpoint, model=endpoint.model_of(size, path, digest))
         self._path = path
         self._listed = PATH not in endpoint.model  # a server that loads what it is asked for does not list it
 
     def fill(self, samples: SampleFile, wanted: Sequence[Wanted], report: Report) -> None:
         """Have the server make the samples that are missing. NotServed where it does not have the model."""
-        client = Client(self._endpoint)
+        client = Client(self._endpoint, special=self._special)
         if self._listed:
             client.check(self._path)
         fill(samples, wanted, client.complete, self._endpoint.concurrency, report)
@@ -52,11 +55,14 @@ class Client:
     """Asks an endpoint, from any number of threads; faults that pass are waited out.
 
     A server that this process has started gets neither key nor proxy, and `look` is called after each fault: it raises
-    where that server has ended, so that nobody waits for it.
+    where that server has ended, so that nobody waits for it. `special` are the special tokens of a model to which the
+    marks of a thought are special too (`beside_thoughts`): the server is asked for all of them, and they are removed.
     """
 
-    def __init__(self, endpoint: Endpoint, look: Callable[[], None] | None = None) -> None:
-        self._endpoint, self._look = endpoint, look
+    def __init__(
+        self, endpoint: Endpoint, look: Callable[[], None] | None = None, special: Collection[str] = ()
+    ) -> None:
+        self._endpoint, self._look, self._special = endpoint, look, special
         self._url = endpoint.url.rstrip("/")
         self._shown = redact(self._url)
         self._threads = threading.local()
@@ -110,7 +116,15 @@ class Client:
             "max_tokens": sampling.max_new_tokens,
             "seed": seed,
         }
-        return self._patiently(lambda: _completion(self._answered("POST", "chat/completions", body), self._shown))
+        if self._special:
+            body["skip_special_tokens"] = False
+        completion, apart = self._patiently(
+            lambda: _completion(self._answered("POST", "chat/completions", body), self._shown)
+        )
+        text = completion.text
+        for token in self._special:
+            text = text.replace(token, "")
+        return replace(completion, text=text), apart
 
     def _patiently(self, attempt: Callable[[], R]) -> R:
         def attempted() -> R:

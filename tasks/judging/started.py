@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -39,13 +39,20 @@ def check_gpus(engine: judging.Engine) -> None:
 class Started:
     """The engine that is a program: it runs while samples are made. Its logs are files that begin with `log`.
 
-    `identity` tells the model, and all else that an answer depends on.
+    `identity` tells the model, and all else that an answer depends on. `special` as `Client` has it.
     """
 
     def __init__(
-        self, program: Program, settings: judging.Engine, directory: Path, size: str, log: Path, identity: str
+        self,
+        program: Program,
+        settings: judging.Engine,
+        directory: Path,
+        size: str,
+        log: Path,
+        identity: str,
+        special: Collection[str] = (),
     ) -> None:
-        self.identity = identity
+        self.identity, self._special = identity, special
         self._program, self._settings = program, settings
         self._directory, self._size, self._log = directory, size, log
 
@@ -61,7 +68,8 @@ class Started:
                 for replica in replicas
             ]
             looks = [partial(self._look, replica, lambda: len(samples) > begun) for replica in replicas]
-            complete = Shared(list(map(Client, endpoints, looks))).complete
+            asking = partial(Client, special=self._special)
+            complete = Shared(list(map(asking, endpoints, looks))).complete
             fill(samples, wanted, complete, each * len(replicas), report, break_off=partial(_stop, replicas))
 
     @contextmanager

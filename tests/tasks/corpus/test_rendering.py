@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -244,9 +245,20 @@ CASES = {
         [
             "⟦SPECIAL_10⟧System\n\n⟦SPECIAL_11⟧User\n2+2?\n⟦SPECIAL_11⟧Assistant\n<think>\n"
             "add\n</think>\n\n4\n⟦SPECIAL_12⟧\n",
+            "⟦SPECIAL_10⟧System\n\n⟦SPECIAL_11⟧User\n2+2?\n⟦SPECIAL_11⟧Assistant\n4\n⟦SPECIAL_12⟧‹\n"
+            "⟦SPECIAL_11⟧User\n3+3?\n⟦SPECIAL_11⟧Assistant\n<think>\nagain\n</think>\n\n6\n⟦SPECIAL_12⟧\n›",
+        ],
+    ),
+    "Nano 2 drops the first thought, assistant only": Case(
+        "nano2",
+        chat(ASKED, says(f"{THOUGHT}4"), user("3+3?"), says("<think>\nagain\n</think>\n\n6")),
+        [
+            "⟦SPECIAL_10⟧System\n\n⟦SPECIAL_11⟧User\n2+2?\n⟦SPECIAL_11⟧Assistant\n<think>\n"
+            "‹add\n</think>\n\n4\n⟦SPECIAL_12⟧›\n",
             "⟦SPECIAL_10⟧System\n\n⟦SPECIAL_11⟧User\n2+2?\n⟦SPECIAL_11⟧Assistant\n4\n⟦SPECIAL_12⟧\n"
             "⟦SPECIAL_11⟧User\n3+3?\n⟦SPECIAL_11⟧Assistant\n<think>\n‹again\n</think>\n\n6\n⟦SPECIAL_12⟧›\n",
         ],
+        ASSISTANT_ONLY,
     ),
     "Nano 2 loses the calls of a last turn": Case(
         "nano2",
@@ -693,6 +705,22 @@ def test_every_turn_of_any_chat_is_learned_once_with_its_thought_its_answer_and_
             assert inside.split("<think>")[-1].strip() == thought.strip()
             assert re.fullmatch(rf"\s*{re.escape(answer.strip())}\s*⟦{end}⟧", after)
             assert text.count(f"⟦{end}⟧") == 1
+
+
+@pytest.mark.parametrize("template", [name for name in TEMPLATES if name != "words"])
+def test_every_question_of_any_chat_is_learned_once_where_all_is(
+    tokenizers: dict[str, PreTrainedTokenizerFast], template: str
+) -> None:
+    rng, tokenizer, source = random.Random(1), tokenizers[template], DataSource(path="x")
+    for _ in range(10):
+        messages = random_chat(rng)
+        questions = [message for message in messages if message["role"] == "user"]
+        for number, message in enumerate(questions):
+            message["content"] += f"[{number}]"
+        chat = read_chat({"messages": messages}, source, "", columns=False)
+        (_, made), *_ = Encoder(tokenizer, ()).samples([Document(chat, "")], source, Tally(source))
+        learned = "".join(tokenizer.decode(list(compress(s.ids, s.learned or b"\1" * len(s.ids)))) for s in made)
+        assert [learned.count(f"[{number}]") for number in range(len(questions))] == [1] * len(questions)
 
 
 PAGE = (Path(__file__).parents[3] / "infra/data.md").read_text(encoding="utf-8")

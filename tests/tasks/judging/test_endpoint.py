@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from templates import write_tokenizer
 
 from elastic_core.judging import Benchmark, Endpoint, Sampling
+from tasks.corpus.problems import beside_thoughts, spoken
+from tasks.judging.answers import without_thought
 from tasks.judging.endpoint import Client, Served
 from tasks.judging.judge import judge
 from tasks.judging.samples import Request
@@ -105,6 +108,25 @@ def test_a_request_is_asked_as_it_is() -> None:
             "seed": 5,
         }
     ]
+
+
+@pytest.mark.parametrize("template", ["nemotron3", "nano2"])
+def test_the_end_of_a_thought_is_seen_where_it_is_a_special_token(tmp_path: Path, template: str) -> None:
+    """A server that decodes as vLLM does: it leaves out special tokens unless it is asked for them."""
+    tokenizer = write_tokenizer(tmp_path, template)
+    ids = tokenizer.encode(f"hm\n</think>\n4{tokenizer.eos_token}", add_special_tokens=False)
+    special = beside_thoughts(tokenizer)
+    assert bool(special) == (template == "nemotron3")
+
+    def decoded(body: dict[str, Any]) -> tuple[int, Any]:
+        return said(tokenizer.decode(ids, skip_special_tokens=body.get("skip_special_tokens", True)))
+
+    with served(decoded) as server:
+        found = Client(server.endpoint(), special=special).complete(ASKED)
+        assert Client(server.endpoint()).complete(replace(ASKED, sampling=PLAIN.sampling)).text.endswith("4")
+    assert found.text == spoken(ids, tokenizer) == "hm\n</think>\n4"
+    assert without_thought(found.text, thinking=True) == "4"
+    assert ("skip_special_tokens" in server.seen[0]) == bool(special)
 
 
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
