@@ -47,12 +47,13 @@ class StepPlan:
 
 
 def data_tokens(recipe: Recipe) -> int:
-    """Tokens to prepare: what the sources may give, or where one has no limit, what the longest reader reads once."""
+    """Tokens to prepare: what the sources may give; where one has no limit, at least what the longest reader reads."""
     limits = [source.max_tokens for source in recipe.data.sources]
-    if all(limit is not None for limit in limits):
-        return sum(limit for limit in limits if limit is not None)
+    limited = sum(limit for limit in limits if limit is not None)
+    if None not in limits:
+        return limited
     stages = [*recipe.stages, *([recipe.teacher.pretrain.stage()] if recipe.teacher.pretrain else [])]
-    return round(max(stage.tokens for stage in stages) / (1 - recipe.data.heldout_fraction))
+    return max(limited, round(max(stage.tokens for stage in stages) / (1 - recipe.data.heldout_fraction)))
 
 
 class Around:

@@ -19,7 +19,9 @@ MEMORY_BYTES = 4 << 30
 LONGEST = 2000  # characters; no answer of a benchmark is nearly as long
 
 # Between two digits a space parts two numbers.
-_SPACE = re.compile(r"\\[,;:! ]|\\q?quad|~|(?<!\d)\s+|\s+(?!\d)")
+_GAP = r"(?:\\[,;:! ]|\\q?quad|~|\s+)+"
+_SPACE = re.compile(rf"(?<!\d){_GAP}|{_GAP}(?!\d)")
+_WORDS = re.compile(r"\\(?:text|textbf|textrm|mathrm|mbox)\s*\{([^{}]*)\}")
 _PERCENT_OR_DEGREES = re.compile(r"\\?%|\^\s*\{?\s*\\circ\s*\}?|\\degree")
 _GROUP_MARK = re.compile(r"(?<=\d)(?:\{,\}|\\,|\\!)(?=\d{3})")
 # A number alone, maybe with a unit: in a pair or a list the comma parts two numbers.
@@ -54,13 +56,16 @@ class Mathematician:
 
         An answer that cannot be read, or whose comparison takes too long or too much memory, is not the same.
         """
-        expected, answer = normalised(expected), normalised(answer)
-        if _bare(expected) == _bare(answer):
+        readings = [(normalised(expected), normalised(answer))]
+        as_lists = normalised(expected, grouped=False), normalised(answer, grouped=False)
+        if as_lists != readings[0]:
+            readings.append(as_lists)
+        if any(_bare(one) == _bare(other) for one, other in readings):
             return True
         if len(answer) > LONGEST:
             return False
         with self._lock:
-            return self._asked(expected, answer)
+            return any(self._asked(one, other) for one, other in readings)
 
     def close(self) -> None:
         """End the process; the next comparison would start another."""
@@ -103,23 +108,26 @@ class Mathematician:
         return ours
 
 
-def normalised(answer: str) -> str:
+def normalised(answer: str, *, grouped: bool = True) -> str:
     r"""An answer without what does not change it: dollar signs, 1{,}000's commas, signs of percent and degrees.
 
-    A mixed number such as 3\frac{1}{2} becomes the sum that it is; to math-verify it is a product.
+    A mixed number such as 3\frac{1}{2} becomes the sum that it is; to math-verify it is a product. Where digits are
+    `grouped`, 100,200 is one number, else the list 100, 200.
     """
     text = answer.strip().rstrip(".").strip()
     if text.startswith("$") and text.endswith("$") and not text.endswith("\\$"):
         text = text.strip("$").strip().rstrip(".")
     text = _GROUP_MARK.sub("", text)
-    if grouped := _GROUPED.match(text):
-        text = grouped[0].replace(",", "") + text[grouped.end() :]
+    if groups := _GROUPED.match(text):
+        text = groups[0].replace(",", "" if grouped else ", ") + text[groups.end() :]
     if mixed := _MIXED.fullmatch(text):
         text = f"{mixed[1]}({mixed[2]}+{mixed[3]})"
     return _PERCENT_OR_DEGREES.sub("", text).strip()
 
 
 def _bare(answer: str) -> str:
+    if words := _WORDS.fullmatch(answer):
+        answer = words[1]
     return _SPACE.sub("", answer).replace("\\left", "").replace("\\right", "").replace("dfrac", "frac")
 
 

@@ -161,6 +161,8 @@ def test_data_is_what_its_sources_are_limited_to_or_what_a_stage_reads() -> None
     longest = stage("long", steps=1000)
     open_ended = recipe(longest, sources=(*limited, DataSource(path="more")))
     assert data_tokens(open_ended) * (1 - open_ended.data.heldout_fraction) == pytest.approx(longest.tokens, abs=1)
+    large = DataSource(path="text", max_tokens=10 * longest.tokens)
+    assert data_tokens(recipe(longest, sources=(large, DataSource(path="more")))) == 10 * longest.tokens
 
 
 def test_a_recipe_without_stages_of_its_own_size_costs_what_its_steps_cost() -> None:
