@@ -44,6 +44,12 @@ def prepare_data(config: DataConfig, identity: tuple[str, ...], tokenizer: Artif
                 others=others,
                 progress=report,
             )
+        try:
+            check_unchanged(config.sources, identity)
+        except ServiceError:  # shards of two states: none of them is of the recorded one
+            shutil.rmtree(directory)
+            shutil.rmtree(shards, ignore_errors=True)
+            raise
     # Before the corpus is hashed: its files are links to those of the shards, and losing a link changes a file's times.
     shutil.rmtree(shards, ignore_errors=True)
     made, record = artifact(directory), read_record(directory)

@@ -28,8 +28,8 @@ from tasks.judging.endpoint import NotServed
 from tasks.records import Artifact, BenchmarkScore, BudgetEvaluation, Conditions, EvaluationRecord, Release
 from tasks.reporting.summary import worsened
 from tasks.running.patience import patiently
+from tasks.running.promoting import one_promotion
 from tasks.running.steps import run, step
-from tasks.running.workspace import claimed
 from tasks.settings import Settings
 from tasks.slice import fetch_part
 
@@ -167,7 +167,7 @@ def promote(
     One run at a time promotes a family: no champion changes between the comparison with it and its replacement.
     """
     machine = Settings.from_environment()
-    with tracking.one_promotion(machine.home, release.family), claimed("promote", release.family, lambda: False):
+    with one_promotion(machine.home, release.family):
         return _promoted(machine.registry, release, evaluation, measured, judged, gate)
 
 

@@ -8,12 +8,12 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from elastic_core.comparison import Cut
-from tasks import tracking
+from tasks import artifacts, tracking
 from tasks.settings import Settings
 
 KEY = re.compile("-[0-9a-f]{8,}$")  # as a step's directory has it
@@ -206,6 +206,9 @@ class Release:
         return "v" + "/".join(dict.fromkeys(model.rpartition(":")[2] for model in self.models.values()))
 
     def exists(self) -> bool:
-        """Whether the registry still holds it: a number may have gone to another registration since."""
-        uri = Settings.from_environment().registry
-        return tracking.are_registered(uri, self.models.values(), self.registration)
+        """Whether registry and store still hold it: a number may have gone to another registration, objects be lost."""
+        settings = Settings.from_environment()
+        if not tracking.are_registered(settings.registry, self.models.values(), self.registration):
+            return False
+        store = replace(artifacts.open_store(settings), bucket=artifacts.parse_uri(self.uri)[0])
+        return artifacts.published(store, self.family, self.version) is not None

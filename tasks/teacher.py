@@ -39,8 +39,9 @@ CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.md", "*.ji
 def fetch_teacher(path: str, identity: str, workspace: str) -> Artifact:
     """Bring a stock Nemotron-H checkpoint here from a directory, `s3://` or the Hub, and check it as a whole."""
     if path.startswith("s3://"):
-        directory = new_directory(workspace, "teacher")
-        artifacts.download_prefix(artifacts.open_store(Settings.from_environment()), path, directory)
+        directory = work_directory(workspace, "teacher")  # the next attempt goes on with what this one brought
+        if not directory.exists():
+            artifacts.download_prefix(artifacts.open_store(Settings.from_environment()), path, directory)
     elif Path(path).is_dir():
         directory = Path(path).absolute()
     else:

@@ -3,6 +3,7 @@
 from flows.commands.registry import label, open_registry
 from flows.commands.terminal import wide_console
 from tasks import tracking
+from tasks.running.promoting import one_promotion
 
 
 def promote_model(reference: str, reason: str) -> None:
@@ -13,7 +14,7 @@ def promote_model(reference: str, reason: str) -> None:
     with open_registry() as settings:
         uri = settings.registry
         asked = tracking.resolve(uri, reference, (tracking.CANDIDATE,))
-        with tracking.one_promotion(settings.home, asked.tags[tracking.FAMILY]):
+        with one_promotion(settings.home, asked.tags[tracking.FAMILY]):
             together = tracking.registered_with(uri, asked)
             if all(tracking.CHAMPION in version.aliases for version in together):
                 raise ValueError(f"{label(asked)} is the champion already, and so is all that was registered with it")

@@ -3,6 +3,7 @@
 from flows.commands.registry import label, open_registry
 from flows.commands.terminal import wide_console
 from tasks import tracking
+from tasks.running.promoting import one_promotion
 
 
 def roll_back_model(name: str, reason: str) -> None:
@@ -17,7 +18,7 @@ def roll_back_model(name: str, reason: str) -> None:
     with open_registry() as settings:
         uri = settings.registry
         champion = tracking.resolve(uri, f"{name}@{tracking.CHAMPION}")
-        with tracking.one_promotion(settings.home, champion.tags[tracking.FAMILY]):
+        with one_promotion(settings.home, champion.tags[tracking.FAMILY]):
             champion = tracking.resolve(uri, f"{name}@{tracking.CHAMPION}")  # as it is now that nobody else moves it
             together = [v for v in tracking.registered_with(uri, champion) if tracking.CHAMPION in v.aliases]
             to = tracking.roll_back(uri, together, reason)

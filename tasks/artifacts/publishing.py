@@ -69,11 +69,12 @@ def publish(
 ) -> Manifest:
     """Upload each part's directory, then the manifest. Repeating it with the same content succeeds and sends nothing.
 
-    A retry continues: objects that already hold the right bytes are skipped. `metadata` must not change between
-    retries (no clock in it). Other content under a version that exists, or was begun, is a ServiceError. `nested`
-    says what the directories hold where they are shells. `recorded` has the SHA-256 of each file by part, as its maker
-    recorded it; for shells, of the files that they make up. Other bytes are NotAsRecorded, and are not published.
-    `instead` has files that take the place of the directories' own, by path in the version.
+    A retry continues: objects that already hold the right bytes are skipped, and those that were lost are sent again.
+    `metadata` must not change between retries (no clock in it). Other content under a version that exists, or was
+    begun, is a ServiceError. `nested` says what the directories hold where they are shells. `recorded` has the SHA-256
+    of each file by part, as its maker recorded it; for shells, of the files that they make up. Other bytes are
+    NotAsRecorded, and are not published. `instead` has files that take the place of the directories' own, by path in
+    the version.
     """
     target = manifest_uri(store.bucket, family, version)
     root = f"{FAMILIES}{family}/{version}"
@@ -86,7 +87,7 @@ def publish(
     published = manifest_bytes(store, target)
     if published == TOMBSTONE:
         raise ServiceError(f"{target} is being removed by elastic gc; try again when that is done", transient=True)
-    if published is not None:
+    if published is not None and not _missing(store, root, parse_manifest(published, target).files):
         records = tuple(
             _as_recorded(FileRecord(path=relative, size=path.stat().st_size, sha256=sha256_of(path)), path, expected)
             for relative, path in sources
@@ -128,10 +129,16 @@ def put_first(store: Store, family: str, version: str, path: str, body: bytes) -
 
 
 def published(store: Store, family: str, version: str) -> Manifest | None:
-    """The manifest of a version that is there as a whole; None where there is none yet, or `elastic gc` removes it."""
+    """The manifest of a version that is there as a whole, every object that it names included.
+
+    None where there is none yet, objects were lost, or `elastic gc` removes it.
+    """
     uri = manifest_uri(store.bucket, family, version)
     body = manifest_bytes(store, uri)
-    return None if body in (None, TOMBSTONE) else parse_manifest(body, uri)
+    if body in (None, TOMBSTONE):
+        return None
+    manifest = parse_manifest(body, uri)
+    return None if _missing(store, f"{FAMILIES}{family}/{version}", manifest.files) else manifest
 
 
 def _expected(
@@ -199,14 +206,17 @@ def published_versions(store: Store, family: str) -> tuple[str, ...]:
 
 def _check_complete(store: Store, root: str, records: Sequence[FileRecord]) -> None:
     """A manifest names only what is there, whatever was removed while the files were sent."""
+    for path in _missing(store, root, records):
+        raise ServiceError(
+            f"s3://{store.bucket}/{root}/{path} went away while the version was published; try again", transient=True
+        )
+
+
+def _missing(store: Store, root: str, records: Sequence[FileRecord]) -> list[str]:
+    """The files that are not there in their size."""
     with explained(f"s3://{store.bucket}/{root}"):
         found = {entry["Key"]: entry["Size"] for entry in objects_below(store, f"{root}/")}
-    for record in records:
-        if found.get(f"{root}/{record.path}") != record.size:
-            raise ServiceError(
-                f"s3://{store.bucket}/{root}/{record.path} went away while the version was published; try again",
-                transient=True,
-            )
+    return [record.path for record in records if found.get(f"{root}/{record.path}") != record.size]
 
 
 def _put_manifest(store: Store, uri: str, manifest: Manifest, published: bytes | None) -> None:

@@ -68,6 +68,11 @@ def damage(record: Artifact | StageRecord) -> str:
     return ""
 
 
+def difference(path: Path, recorded: str) -> str:
+    """What is wrong with a file whose SHA-256 is on record, in one line; "" where nothing is."""
+    return _difference(path, file_digest(path), recorded) if path.is_file() else f"{path} is gone"
+
+
 def _difference(path: Path, found: str, recorded: str) -> str:
     return "" if found == recorded else f"{path} is damaged: its SHA-256 is {found[:12]}, and {recorded[:12]} on record"
 

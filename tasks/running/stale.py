@@ -6,7 +6,7 @@ step that is told of a file just before it goes finds it missing, and its result
 
 import json
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -62,14 +62,19 @@ def stale(home: Path, shared: Workspace, aliased: Collection[str], before: datet
 
 
 def _all_uses(home: Path, shared: Workspace, there: Listed, before: datetime) -> list[Use]:
-    """What the runs of this host and of all others used; one whose list was written since a time may be going on."""
+    """What the runs of this host and of all others used.
+
+    One may be going on whose list, or the lease of a step on it, was written since a time: a stage takes weeks.
+    """
     here = {use.file.name: use for use in uses(home)}
+    beating = {_step_key(key) for key, (_, at) in there.items() if _of(shared, key, "leases") and at >= before}
     others = []
-    for key in there:
+    for key, (_, written) in there.items():
         if _of(shared, key, "runs") and _last(key) not in here:
             text = (read_document(shared.store, key) or b"").decode(errors="replace")
-            others.append(parse_use(Path(_last(key)), text, running=there[key][1] >= before))
-    return [*here.values(), *(use for use in others if use is not None)]
+            if (use := parse_use(Path(_last(key)), text, running=written >= before)) is not None:
+                others.append(replace(use, running=use.running or bool(use.keys & beating)))
+    return [*here.values(), *others]
 
 
 def _named(shared: Workspace, key: str) -> Iterator[str]:

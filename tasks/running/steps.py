@@ -145,6 +145,8 @@ def run(step: Task[P, R], *inputs: P.args, **named: P.kwargs) -> R:
         code.runs(function)  # of all steps at the first: their files may change while the run goes on
     try:
         known = _known(step, named, say=True)
+        if known is None and step.persist_result:
+            usage.note_begun(MAKINGS[step.name](named).key)
         with nullcontext(False) if known is not None else _turn(step, named) as done_elsewhere:
             if known is None:  # another may have made it meanwhile
                 known = _known(step, named, mends=not done_elsewhere)

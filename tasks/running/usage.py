@@ -1,10 +1,10 @@
 """What runs use of the state directory, and what of it nobody needs any more.
 
-Each run keeps a list, `runs/TIME-xxxx.jsonl`, of the results that it took or made and of their directories, and holds
-the lock beside it while it goes on. These runs' results are needed: those in progress, of each family the last run that
-came to its end and all that began after it, and those whose registration is a candidate or a champion. A run that is in
-progress, or that was interrupted and may be started again, has begun directories that are on no list yet: whatever was
-used since it began is needed too. Everything else in the workspace is superseded.
+Each run keeps a list, `runs/TIME-xxxx.jsonl`, of the steps that it began, of the results that it took or made and of
+their directories, and holds the lock beside it while it goes on. These runs' results are needed: those in progress, of
+each family the last run that came to its end and all that began after it, and those whose registration is a candidate
+or a champion. A run that is in progress, or that was interrupted and may be started again, has begun directories that
+are on no list yet: whatever was used since it began is needed too. Everything else in the workspace is superseded.
 """
 
 import json
@@ -59,6 +59,12 @@ def note(key: str, record: Any) -> None:
         with suppress(OSError):  # it may be the user's own, and not ours to mark
             os.utime(path)
     _add({**line, "paths": sorted(map(str, paths))})
+
+
+def note_begun(key: str) -> None:
+    """Add to the list of this run, if it keeps one, a step that it does now, for days maybe."""
+    if _list.get() is not None:
+        _add({"key": key})
 
 
 def _add(line: dict[str, Any]) -> None:

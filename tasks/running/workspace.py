@@ -34,7 +34,7 @@ from tasks.artifacts.manifest import check_paths, directory_digest
 from tasks.records import Artifact, StageRecord
 from tasks.running.bars import bar
 from tasks.running.cache import SIDE, in_use, make_room, one_fetch, place_of
-from tasks.running.digests import damage, forget, is_of_the_user, recorded, remedy
+from tasks.running.digests import damage, difference, forget, is_of_the_user, recorded, remedy
 from tasks.running.patience import patiently
 from tasks.settings import WORKSPACE, ServiceError, Settings, home_directory
 
@@ -235,13 +235,22 @@ def at_hand(inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def small_files(record: Artifact) -> Path:
-    """A directory with an artifact's small files, all but weights and tokens; its own, where it is here."""
+    """A directory with an artifact's small files, all but weights and tokens; its own, where it is here as recorded.
+
+    A directory of the user's own is where each host has it, and one may have another there: a ServiceError then.
+    """
     shared, own = shared_workspace(), Path(record.path)
-    if shared is None or own.is_dir():
+    small = {name: digest for name, digest in record.files.items() if not name.endswith(LARGE)}
+    if own.is_dir():
+        spoiled = next(filter(None, (difference(own / name, digest) for name, digest in small.items())), "")
+        if not spoiled:
+            return own
+        if shared is None or is_of_the_user(record):
+            raise ServiceError(f"{spoiled}; {remedy(record)}")
+    if shared is None:
         return own
     place = place_of(record.digest)
     directory = place.with_name(f"{place.name}{SIDE}")
-    small = {name: digest for name, digest in record.files.items() if not name.endswith(LARGE)}
     with one_fetch(directory):
         if not directory.is_dir():
             patiently(own.name, partial(shared.blobs.fetch, small, directory))

@@ -8,7 +8,6 @@ from tasks.tracking.champions import PROMOTED as PROMOTED
 from tasks.tracking.champions import ROLLED_BACK as ROLLED_BACK
 from tasks.tracking.champions import Change as Change
 from tasks.tracking.champions import change_of as change_of
-from tasks.tracking.champions import one_promotion as one_promotion
 from tasks.tracking.champions import promote as promote
 from tasks.tracking.champions import registered_with as registered_with
 from tasks.tracking.champions import roll_back as roll_back

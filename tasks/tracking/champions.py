@@ -12,12 +12,9 @@ rollback is recorded and not done, and doing it again completes it.
 import getpass
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
-from elastic_core.files.locks import held
 from elastic_core.schema import build
 from tasks.settings import ServiceError
 from tasks.tracking.registry import CHAMPION, FAMILY, REGISTRATION, ModelVersion, alias_moved, by_alias, versions_of
@@ -55,11 +52,6 @@ def withdrawn(version: ModelVersion) -> Change | None:
     if promoted is not None and promoted.at > rolled_back.at:
         return None
     return rolled_back
-
-
-def one_promotion(home: Path, family: str) -> AbstractContextManager[None]:
-    """Held while a family's champion is compared and moved, by one process at a time of a state directory."""
-    return held(home / "locks" / f"promote-{family}", waits=f"waiting for {family}, which another run is promoting")
 
 
 def registered_with(uri: str, version: ModelVersion) -> list[ModelVersion]:

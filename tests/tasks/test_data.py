@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,6 +70,22 @@ def test_what_changed_since_the_run_began_is_not_taken_for_what_it_was(
     with pytest.raises(ServiceError, match=r"a\.jsonl changed while this run was going; run again$") as told:
         prepare()
     assert not told.value.transient and not [*(tmp_path / "workspace").glob("*/data.json")]
+
+
+def test_a_file_that_changes_while_it_is_read_makes_no_corpus(
+    prepare: Callable[[], Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_corpus = build.build_corpus
+
+    def meanwhile(*inputs: Any, **named: Any) -> None:
+        build_corpus(*inputs, **named)
+        with (tmp_path / "a.jsonl").open("a") as file:
+            file.write('{"text": "more"}\n')
+
+    monkeypatch.setattr(build, "build_corpus", meanwhile)
+    with pytest.raises(ServiceError, match=r"a\.jsonl changed while this run was going; run again$"):
+        prepare()
+    assert not [*(tmp_path / "workspace").iterdir()]
 
 
 def test_a_corpus_that_was_whole_when_the_run_was_killed_is_taken(

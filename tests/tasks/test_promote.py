@@ -475,12 +475,3 @@ def test_conditions_are_told_apart_by_what_a_loss_depends_on_and_nothing_else(co
         assert under(replace(MEASURED, **same)).digest == here.digest
     for other in ({"sequence_length": 20}, {"heldout_tokens": 200}):
         assert under(replace(MEASURED, **other)).digest != here.digest
-
-
-def test_a_release_exists_while_the_registry_holds_that_registration_of_it(gate: Gate) -> None:
-    release, _ = gate(2.0, 3.0)
-    assert release.exists()
-    assert not replace(release, registration="another").exists()
-    client = MlflowClient(tracking_uri=gate.registry, registry_uri=gate.registry)
-    client.delete_registered_model(f"{release.family}-s")
-    assert not release.exists()

@@ -17,6 +17,7 @@ from elastic_core.recipe import DataConfig, DataSource, Recipe, Teacher
 from flows.elastify import pipeline
 from tasks import artifacts, tracking
 from tasks.artifacts import Store
+from tasks.artifacts.documents import remove_objects
 from tasks.records import Artifact, EvaluationRecord, OrderComparison, Release, StageRecord
 from tasks.register import check_published, destination, register
 from tasks.reporting.benchmarks import benchmark_table
@@ -162,6 +163,28 @@ def test_an_interrupted_upload_goes_on_with_the_card_that_it_left_though_the_sco
     assert "| teacher | 1 | - | 1.000 |" in card(store, release, WHOLE)
     uri = artifacts.manifest_uri(store.bucket, release.family, release.version)
     artifacts.fetch(store, uri, WHOLE, made.metrics.parent / "pulled")
+
+
+def test_a_release_exists_while_the_registry_holds_that_registration_of_it(made: Made) -> None:
+    release = made.registered()
+    assert release.exists()
+    assert not replace(release, registration="another").exists()
+    client = MlflowClient(tracking_uri=made.settings.registry, registry_uri=made.settings.registry)
+    client.delete_registered_model(release.models[BUDGETS[0].name].rpartition(":")[0])
+    assert not release.exists()
+
+
+def test_a_release_whose_objects_were_lost_is_published_again(made: Made, store: Store) -> None:
+    release = made.registered()
+    assert release.exists()
+    root = f"families/{release.family}/{release.version}/"
+    everything = stored(store)
+    lost = sorted(key for key in everything if key.startswith(root) and key.endswith(".safetensors"))[0]
+    for keys in ([lost], [f"{root}manifest.json"], [key for key in everything if key.startswith(root)]):
+        remove_objects(store, keys)
+        assert not release.exists()
+        assert made.registered() == release and release.exists()
+        assert stored(store) == everything
 
 
 def test_a_card_of_other_files_and_a_published_part_that_differs_are_refused(

@@ -8,7 +8,7 @@ import time
 import typing
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -435,3 +435,38 @@ def test_what_no_run_of_any_host_needs_leaves_the_store_and_nothing_else(hosts: 
         assert not done
         carry_out(do, place, seed=1)
     assert [name for name, _ in done] == ["teach", "reverse", "measure"]
+
+
+def test_a_step_that_takes_weeks_keeps_what_its_run_used_though_another_ended_since(
+    hosts: list[Host], store: Store
+) -> None:
+    """Only the lease of the step is written meanwhile."""
+    one, two, three = hosts
+    with suppress(KeyboardInterrupt), one.here() as place:
+        teacher = do(teach, seed=1, workspace=str(place))
+        key = MAKINGS[reverse.name]({"teacher": teacher, "workspace": str(place)}).key
+        usage.note_begun(key)
+        raise KeyboardInterrupt  # so that its list has no end
+    with two.here() as place:
+        carry_out(do, place, seed=2)
+    time.sleep(1.1)  # times of objects are in seconds
+    before = datetime.now(UTC)
+    time.sleep(1.1)
+    assert leases.Lease(shared().store, shared().lease(reverse.name, key), host="one").claim() == ""
+    for one_sort in stale(three.home, shared(), (), before):
+        remove_objects(store, one_sort.keys)
+    with three.here():
+        assert workspace.is_stored(teacher)
+
+
+def test_small_files_of_the_users_own_directory_are_those_of_the_record(hosts: list[Host], tmp_path: Path) -> None:
+    directory = make(tmp_path / "teacher", {"config.json": b"{}", "model.safetensors": noise(SIZE)})
+    with hosts[0].here():
+        recorded = artifact(directory)
+        assert small_files(recorded) == directory
+        (directory / "config.json").write_bytes(b"{ }")  # as another host may have it
+        with pytest.raises(ServiceError, match=r"teacher/config\.json is damaged: .*; put it back, or touch"):
+            small_files(recorded)
+        (directory / "config.json").unlink()
+        with pytest.raises(ServiceError, match=r"teacher/config\.json is gone; put it back"):
+            small_files(recorded)
