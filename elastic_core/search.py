@@ -51,6 +51,8 @@ class CutLoss:
         self._batches = [batch.to(device) for batch in batches]
         self._hidden = [self._at(batch, full_subnet(teacher.config)) for batch in self._batches]
         self.tokens = sum(batch.learned for batch in batches)
+        if not self.tokens:
+            raise ValueError("shapes.samples: no token of the sequences is learned, so that no cut can be measured")
         self.measured = 0
 
     @torch.inference_mode()
@@ -69,7 +71,7 @@ class CutLoss:
                 learned=batch.learned,
             )
             total += float(parts.kl) * parts.tokens
-        return total / max(self.tokens, 1)
+        return total / self.tokens
 
     def _at(self, batch: TokenBatch, subnet: Subnet) -> Tensor:
         hidden_BTD: Tensor = self._teacher(batch.inputs_BT, subnet, packing=batch.packing)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -142,6 +143,8 @@ def init(
     from flows.commands.plan import print_plan
     from flows.commands.teacher import config_at
 
+    if not math.isfinite(tokens):
+        raise ValueError(f"--tokens {tokens} is not a number of tokens; give one such as 1e9")
     path = here if Path(here := absolute(teacher)).is_dir() else teacher
     with config_at(path) as directory:
         model, stored = read_config(directory), stored_dtype(directory)

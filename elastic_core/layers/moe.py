@@ -7,8 +7,9 @@ Every expert is an FFN around a squared ReLU. The router is as transformers has 
     g_j = scale s_j / (sum of s over chosen)     gates, without the bias
 
 A subnet keeps the first experts of each group, the first neurons of each expert and the first latent channels, and may
-choose fewer experts. An expert under a mask m is chosen by s + b + log m and its score is multiplied by m: -infinity
-where m is 0, whatever the sign of s + b. Where k has a mask, the score of the i-th best is multiplied by its entry i.
+choose fewer experts. The score of an expert under a mask m is multiplied by m. It is chosen by s + b as without a mask,
+by -infinity where m is 0, whatever the sign of s + b: chosen by less, it would never be where m is small, and its gate
+would tell the router nothing. Where k has a mask, the score of the i-th best is multiplied by its entry i.
 
 Shape suffixes beside those of model.py: X experts   N tokens of all texts   S chosen experts of a token   W channels
 that experts read and write.
@@ -85,7 +86,7 @@ class Mixture(Mixer):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
         self.runs_idle = False
-        self.see: Callable[[int, int, Tensor, Tensor, Tensor], None] | None = None
+        self.see: Callable[[int, int, list[int], Tensor, Tensor], None] | None = None
         hidden = config.hidden_size
         channels = hidden if config.moe_latent_size is None else config.moe_latent_size
         self.gate = _Gate(config)
@@ -154,7 +155,7 @@ class Mixture(Mixer):
         weighed_NX, mask_X = scores_NX, masks.get("experts")
         if mask_X is not None:
             mask_X = mask_X.to(wide).repeat(config.n_group)
-            bias_X = bias_X + mask_X.detach().log()
+            bias_X = bias_X.masked_fill(mask_X == 0, -math.inf)
             weighed_NX = scores_NX * mask_X
         choice_NGX = (scores_NX.detach() + bias_X).unflatten(-1, (config.n_group, -1))
         if config.topk_group < config.n_group:
@@ -164,8 +165,7 @@ class Mixture(Mixer):
             choice_NGX = choice_NGX.masked_fill(is_out_NG.unsqueeze(-1), -math.inf)
         chosen_NS = choice_NGX.flatten(1).topk(kept.get("top_k", config.num_experts_per_tok), dim=-1).indices
         if self.see is not None:
-            kept_X = torch.tensor(self._kept_experts(kept), device=x_ND.device)
-            self.see(self.layer, config.n_routed_experts, kept_X, chosen_NS, scores_NX.detach())
+            self.see(self.layer, config.n_routed_experts, self._kept_experts(kept), chosen_NS, scores_NX.detach())
         return chosen_NS, _masked(weighed_NX.gather(1, chosen_NS), masks.get("top_k"))
 
     def gates(self, scores_NS: Tensor) -> Tensor:

@@ -15,6 +15,9 @@ from elastic_core.recipe import Optimizer, Stage
 # How much of the mean KL stays from step to step: it follows the last ten steps.
 KL_MEMORY = 0.9
 
+# Of a step's rows, at least so many are of each budget: one that is hardly trained is hardly measured either.
+LEAST_SHARE = 0.05
+
 # Draws of a round in which the sources of the data have their shares.
 ROUND = 1000
 
@@ -32,7 +35,8 @@ class Need:
 
     The first steps have the stage's own shares, until every budget was measured. Then the full size, which starts at
     KL 0 and has only to be kept there, gets `full_share`, and the others share the rest in proportion to an exponential
-    mean of their KL to the teacher. A function of the metrics of earlier steps alone, so that a stage that was killed
+    mean of their KL to the teacher, but none has less than LEAST_SHARE: what trains the others moves it, and its KL is
+    measured where it has rows. A function of the metrics of earlier steps alone, so that a stage that was killed
     goes on with the same shares (C6).
     """
 
@@ -54,9 +58,22 @@ class Need:
             return {name: share / total for name, share in given.items()}
         full = [name for name, share in given.items() if share and name in self._full]
         kept = self._stage.full_share if full else 0.0
-        shares = {name: (1 - kept) * kl / sum(cut.values()) for name, kl in cut.items()}
+        shares = _proportional(cut, 1 - kept)
         shares |= dict.fromkeys(full, kept / max(1, len(full)))
         return {name: shares.get(name, 0.0) for name in given}
+
+
+def _proportional(needs: Mapping[str, float], total: float) -> dict[str, float]:
+    """`total` in proportion to the needs, but LEAST_SHARE at least for each, or half of an equal share."""
+    least, low = min(LEAST_SHARE, total / (2 * len(needs))), set[str]()
+    while True:
+        others = {name: need for name, need in needs.items() if name not in low}
+        rest, sum_of_needs = total - least * len(low), sum(others.values())
+        shares = dict.fromkeys(needs, least) | {name: rest * need / sum_of_needs for name, need in others.items()}
+        below = {name for name in others if shares[name] < least}
+        if not below:
+            return shares
+        low |= below
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

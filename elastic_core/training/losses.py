@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _CHUNK_BYTES = 64 * 2**20
+COLUMNS = 32768  # of the head that a CPU has in float32 at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,7 +267,16 @@ def _log_softmax_(logits_TV: Tensor) -> Tensor:
 
 
 def _matmul(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    return torch.mm(left, right, out=out) if out.dtype == left.dtype else out.copy_(left @ right)
+    """The product in the type of `out`: rounded to bfloat16, logits of 16 to 32 would be 0.125 apart."""
+    if out.dtype == left.dtype:
+        return torch.mm(left, right, out=out)
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=out.dtype, out=out)
+    left = left.to(out.dtype)
+    for start in range(0, right.shape[1], COLUMNS):
+        columns = slice(start, start + COLUMNS)
+        torch.mm(left, right[:, columns].to(out.dtype), out=out[:, columns])
+    return out
 
 
 def _add_matmul_(total: Tensor, left: Tensor, right: Tensor) -> Tensor:

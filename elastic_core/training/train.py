@@ -33,7 +33,7 @@ from elastic_core.subnet import Masks, Subnet, full_subnet
 from elastic_core.training import curriculum
 from elastic_core.training.losses import LossParts, distillation_loss
 from elastic_core.training.parallel import World, clip_gradients
-from elastic_core.training.routing import Routing, balance, watched
+from elastic_core.training.routing import Routing, balance, give_idle_gradients, watched
 from elastic_core.training.tokens import TokenBatch, TokenRows
 
 
@@ -143,6 +143,8 @@ def train_stage(run: StageRun, start: int = 0, earlier: Iterable[Mapping[str, fl
             loss.backward()
             tally.add(micro_step.budget, report)
             routings.append(routing)
+        if world.mesh is None:
+            give_idle_gradients(run.student, routings)
         gradient_norm = _clip(run)
         mean_loss, budgets = tally.means(world, stage.router.loss_weight)
         need.add({name: budget.kl for name, budget in budgets.items()})
@@ -180,6 +182,7 @@ class _Choice:
 
 # What one micro-step reports: scalars by name, still on the device.
 _Report = dict[str, Tensor]
+WITH_EXPERTS = "rows with experts"
 
 
 def _choose(run: StageRun, step: int, micro_step: int, name: str) -> _Choice:
@@ -244,7 +247,9 @@ def _report(
     sums = {"task": parts.total, "kl": parts.kl, "cross_entropy": parts.cross_entropy}
     report |= {name: mean * learned for name, mean in sums.items()}
     of_router = {f"choices.{axis}": size for axis, size in choice.choices.items()}
-    of_router |= {f"experts.{name}": value for name, value in routing.curves().items()}
+    if curves := routing.curves():  # a subnet may have no layer of experts
+        of_router |= {f"experts.{name}": value for name, value in curves.items()}
+        report[WITH_EXPERTS] = report["rows"]
     if choice.router_loss is not None and choice.expected_params is not None:
         of_router |= {"router_loss": choice.router_loss, "expected_params": choice.expected_params}
     report |= {name: value * weight for name, value in of_router.items()}
@@ -271,14 +276,17 @@ def _autocast(run: StageRun) -> AbstractContextManager[Any]:
 
 
 def _clip(run: StageRun) -> float:
-    """Clip the student's gradient and the router's, each to the stage's norm; the student's norm before that."""
+    """Clip the student's gradient and the router's, each to the stage's norm; the student's norm before that.
+
+    Where one of them is not finite, that norm.
+    """
     trained = [list(run.student.parameters())]
     if run.router is not None:
         trained.append(list(run.router.parameters()))
     for parameters in trained:
         run.world.average_gradients(parameters)
     norms = [clip_gradients(parameters, run.stage.optimizer.max_grad_norm) for parameters in trained]
-    return norms[0]
+    return next((norm for norm in norms if not math.isfinite(norm)), norms[0])
 
 
 def _check_finite(metrics: StepMetrics) -> None:
@@ -303,17 +311,22 @@ class _Tally:
     def means(self, world: World, router_weight: float) -> tuple[float, dict[str, BudgetMetrics]]:
         """The mean loss, and the means of every budget; `router_weight` is that of the router's loss."""
         scalars = [_sum([report for reports in self._reports.values() for report in reports], "loss")]
-        scalars += [_sum(reports, key) for reports in self._reports.values() for key in reports[0]]
+        scalars += [_sum(reports, key) for reports in self._reports.values() for key in _keys(reports)]
         loss, *rest = world.mean(torch.stack(scalars))
         sums = iter(rest)
         return loss, {
-            name: _budget_metrics({key: next(sums) for key in reports[0]}, router_weight)
+            name: _budget_metrics({key: next(sums) for key in _keys(reports)}, router_weight)
             for name, reports in self._reports.items()
         }
 
 
+def _keys(reports: list[_Report]) -> dict[str, None]:
+    """What any of them reports, in the same order in every process, since all run the same subnets."""
+    return dict.fromkeys(key for report in reports for key in report)
+
+
 def _sum(reports: list[_Report], key: str) -> Tensor:
-    return torch.stack([report[key].float() for report in reports]).sum()
+    return torch.stack([report[key].float() for report in reports if key in report]).sum()
 
 
 def _budget_metrics(sums: Mapping[str, float], router_weight: float) -> BudgetMetrics:
@@ -326,7 +339,7 @@ def _budget_metrics(sums: Mapping[str, float], router_weight: float) -> BudgetMe
         router_loss=router_loss,
         expected_params=sums.get("expected_params", 0.0) / rows,
         choices=_under("choices.", sums, rows),
-        experts=_under("experts.", sums, rows),
+        experts=_under("experts.", sums, sums.get(WITH_EXPERTS, rows)),
     )
 
 

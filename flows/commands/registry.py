@@ -24,6 +24,8 @@ def open_registry() -> Iterator[Settings]:
     with applied(basic_environment(home)):
         settings = Settings.from_environment(tracking_environment(home) | served | _set(os.environ), need_bucket=False)
         database = home / "mlflow.db"
+        if settings.registry != tracking_environment(home)[TRACKING_URI]:
+            tracking.check_database(settings.registry)
         if settings.registry == tracking_environment(home)[TRACKING_URI] and not database.exists():
             raise ValueError(
                 f"nothing is registered in {home}: `elastic run RECIPE` makes a family, or set {TRACKING_URI} to where "

@@ -13,7 +13,7 @@ from elastic_core.geometry import FfnLayout
 from elastic_core.planning.profile import read_table
 from elastic_core.resolve import resolve_target
 from elastic_core.schema import build
-from elastic_core.subnet import Subnet
+from elastic_core.subnet import Subnet, full_subnet
 from elastic_core.training.job import load_router
 from flows.commands.models import describe
 from tasks.running.bars import bar
@@ -55,5 +55,8 @@ def any_size(checkpoint: Path, option: str, size: float | str, profile: Path | N
     if profile is not None:
         family = replace(family, latency_table=read_table(profile))
     router = load_router(checkpoint, read_config(checkpoint), family)
-    subnet, counted = resolve_target(router, [b.subnet for b in family.budgets], budget), router.elastic.cost_of(budget)
+    counted = router.elastic.cost_of(budget)
+    if isinstance(size, int) and size > (most := counted.of(full_subnet(router.elastic.config))):
+        raise ValueError(f"{option} {size:,} is above the model's {counted.text(most)}; lower it")
+    subnet = resolve_target(router, [b.subnet for b in family.budgets], budget)
     return subnet, f", {counted.text(counted.of(subnet))} of {budget}" if budget.params is None else ""

@@ -7,6 +7,7 @@ and so is what `elastic up` has running in the same directory.
 import json
 import logging
 import os
+import secrets
 import signal
 import threading
 import time
@@ -15,9 +16,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from elastic_core.files.locks import IsHeld, held
+from elastic_core.files.locks import IsHeld, held, is_held
 from flows.serving.running import Running, read_running
 from flows.serving.servers import QUIET, START_SECONDS, ObjectStore, PrefectServer
+from tasks import tracking
 from tasks.artifacts import check_bucket, ensure_bucket
 from tasks.running.loopback import answers, free_ports
 from tasks.settings import (
@@ -38,6 +40,7 @@ RESULTS = "PREFECT_LOCAL_STORAGE_PATH"
 HEARTBEAT = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}  # seconds; an automation takes a silent run for dead
 
 WAITING_SECONDS = 1.0
+BORROWERS = Path("locks", "borrowers")
 
 _log = logging.getLogger(__name__)
 
@@ -52,8 +55,8 @@ def embedded_services(home: Path, *, share: bool = False, prefect: bool = False)
     Prefect's server is started only where it is asked for; readers of the registry do without.
 
     Yields the variables that were set. One command at a time owns `home`: a second uses the servers of `elastic up`,
-    or with `share` (readers) those of any owner for as long as they run; otherwise it waits for the first to end. Where
-    nothing is to be started any number run beside each other.
+    or with `share` (readers) those of any owner, which waits at its end for those who do; otherwise it waits for the
+    first to end. Where nothing is to be started any number run beside each other.
     """
     home = home.absolute()
     with ExitStack() as stack:
@@ -76,7 +79,12 @@ def embedded_services(home: Path, *, share: bool = False, prefect: bool = False)
             stack.enter_context(applied(defined | embedded(logs)))
         else:
             store = ObjectStore(home / "s3", home / "logs")
-            served = start_store(store, stack) if owner else _borrowed(store, running)
+            if owner:
+                served = start_store(store, stack)
+                stack.enter_context(_lent(home))
+            else:
+                stack.enter_context(held(home / BORROWERS / f"{os.getpid()}-{secrets.token_hex(4)}"))
+                served = _borrowed(store, running)
             logs |= store.logs()
             stack.enter_context(applied(defined | served | embedded(logs), removed=FOREIGN))
             defined |= served
@@ -95,6 +103,7 @@ def registry_services(home: Path) -> Iterator[None]:
     named, running = os.environ.get(REGISTRY_URI) or os.environ.get(TRACKING_URI), read_running(home)
     ours = {service.where for service in running.services} if running is not None else set()
     if named and named not in ours | set(tracking_environment(home).values()):
+        tracking.check_database(named)
         with applied(basic_environment(home) | {TRACKING_URI: os.environ.get(TRACKING_URI) or named}):
             yield
     else:
@@ -218,6 +227,20 @@ def applied(defined: Mapping[str, str], removed: Sequence[str] = ()) -> Iterator
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _lent(home: Path) -> Iterator[None]:
+    """Where the block ends well, wait for the commands that use what this one has started."""
+    yield
+    told = False
+    for borrower in sorted((home / BORROWERS).glob("*")):
+        while is_held(borrower):
+            if not told:
+                _log.warning("waiting for another elastic command, which uses the object store that this one started")
+            told = True
+            time.sleep(WAITING_SECONDS)
+        borrower.unlink(missing_ok=True)
 
 
 def _borrowed(store: ObjectStore, running: Running | None) -> dict[str, str]:

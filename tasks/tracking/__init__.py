@@ -14,6 +14,7 @@ from tasks.tracking.champions import roll_back as roll_back
 from tasks.tracking.champions import withdrawn as withdrawn
 from tasks.tracking.connection import CHECK_SECONDS as CHECK_SECONDS
 from tasks.tracking.connection import CLIENT_ENVIRONMENT as CLIENT_ENVIRONMENT
+from tasks.tracking.connection import check_database as check_database
 from tasks.tracking.connection import check_server as check_server
 from tasks.tracking.connection import is_server as is_server
 from tasks.tracking.curves import MetricSpool as MetricSpool

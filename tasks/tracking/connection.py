@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
-from tasks.settings import TRACKING_URI, ServiceError, is_transient, redact, remedy
+from tasks.settings import REGISTRY_URI, TRACKING_URI, ServiceError, is_transient, redact, remedy
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -70,6 +70,13 @@ def _check_port(uri: str, host: str, port: int | None) -> None:
             socket.create_connection((host, port or default), timeout=CHECK_SECONDS).close()
         except OSError as error:
             raise _unreachable(uri) from error
+
+
+def check_database(uri: str) -> None:
+    """A ServiceError where a URI names a SQLite database that is not there: to open it would make an empty one."""
+    parts = urlsplit(uri)
+    if parts.scheme == "sqlite" and not Path(parts.path[1:]).is_file():
+        raise ServiceError(f"there is no database {redact(uri)}; correct {TRACKING_URI} or {REGISTRY_URI}")
 
 
 def _check_sqlite(uri: str, path: str) -> None:

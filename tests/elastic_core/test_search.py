@@ -170,6 +170,13 @@ def test_a_cut_loses_the_kl_of_the_teacher_to_it_over_the_tokens_that_count():
     assert loss(full) == pytest.approx(0.0, abs=FLOAT64_SUM)
 
 
+def test_rows_of_which_nothing_is_learned_measure_no_cut():
+    tokens_BT = torch.zeros(1, 5, dtype=torch.long)
+    batch = TokenBatch(inputs_BT=tokens_BT, targets_BT=tokens_BT + IGNORED, packing=None, learned=0)
+    with pytest.raises(ValueError, match=r"shapes\.samples: no token of the sequences is learned"):
+        CutLoss(ElasticNemotronH(MODEL, backend="torch"), [batch])
+
+
 def test_a_router_that_imitates_has_the_chosen_subnet_for_its_favourite_and_resolves_to_it():
     elastic, loss = elastic_model(), random_loss(elastic_model(), 5)
     found = search(elastic, BUDGETS, loss, [[prior(elastic, loss)]] * 3)

@@ -620,6 +620,14 @@ def family(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 BAD_COMMANDS: dict[str, tuple[str, str]] = {
     "slice: unknown budget": ("slice {family} --budget xl -o {out}", r"there is no budget 'xl'; known: l, s"),
     "slice: below the smallest": ("slice {family} --params 10 -o {out}", r"10 parameters is below the smallest subnet"),
+    "slice: more than all": (
+        "slice {family} --params 1e12 -o {out}",
+        r"--params 1,000,000,000,000 is above the model's [\d,]+ parameters; lower it",
+    ),
+    "init: no number of tokens": (
+        "init --teacher {teacher} --budget 10k --tokens inf -o {out}",
+        r"--tokens inf is not a number of tokens; give one such as 1e9",
+    ),
     "slice: no size": ("slice {family} --params inf -o {out}", r"--params inf is not a size"),
     "slice: both": (
         "slice {family} --budget s --params 2e4 -o {out}",

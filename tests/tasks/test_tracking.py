@@ -837,3 +837,13 @@ def test_metrics_wait_for_a_server_to_come_back(tmp_path: Path, family: str) -> 
         made = register(uri, family, run_id=run)
         assert resolve(uri, f"{family}-s@candidate") == by_alias(uri, made["s"].name, "candidate")
         assert register(uri, family, run_id=run)["s"].version == made["s"].version
+
+
+def test_a_database_that_is_not_there_is_not_made_by_who_reads_it(tmp_path: Path) -> None:
+    missing = tmp_path / "other/x.db"
+    with pytest.raises(ServiceError, match=r"there is no database sqlite:///.*x\.db; correct MLFLOW_TRACKING_URI or"):
+        tracking.check_database(f"sqlite:///{missing}")
+    assert not missing.parent.exists()
+    (tmp_path / "x.db").touch()
+    for there in (f"sqlite:///{tmp_path / 'x.db'}", "http://127.0.0.1:9", "postgresql://u@h/d"):
+        tracking.check_database(there)

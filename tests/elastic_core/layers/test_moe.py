@@ -383,7 +383,7 @@ def test_a_mask_between_zero_and_one_reaches_the_router_by_the_gates(grouped):
     model = load(grouped)
     config = model.config
     weighed = {
-        "experts": torch.tensor([1.0, 0.95, 0.9, 0.85]).double().requires_grad_(),
+        "experts": torch.tensor([1.0, 0.6, 0.3, 0.05]).double().requires_grad_(),
         "top_k": torch.tensor([1.0, 0.6]).double().requires_grad_(),
         "latent": torch.linspace(1.0, 0.5, 16).double().requires_grad_(),
     }

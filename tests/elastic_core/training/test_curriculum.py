@@ -13,6 +13,7 @@ import torch
 
 from elastic_core.recipe import Optimizer, RouterSchedule, Stage
 from elastic_core.training.curriculum import (
+    LEAST_SHARE,
     ROUND,
     DataOrder,
     Need,
@@ -125,6 +126,27 @@ def test_shares_follow_the_measured_kl_and_the_full_size_gets_its_fixed_share():
     need.add({"m": 0.4})
     assert need.shares()["m"] == pytest.approx(0.9 * 0.22 / (0.22 + 0.6))
     assert sum(need.shares().values()) == pytest.approx(1.0)
+
+
+def test_a_budget_that_has_next_to_nothing_to_learn_keeps_rows_to_be_measured_on():
+    need = Need(make_stage({"l": 1, "m": 1, "s": 1, "t": 1}), ["l"])
+    need.add({"l": 0.0, "m": 1e-8, "s": 0.3, "t": 0.6})
+    kept = make_stage().full_share
+    assert need.shares() == pytest.approx(
+        {"l": kept, "m": LEAST_SHARE, "s": (0.95 - kept) / 3, "t": (0.95 - kept) * 2 / 3}
+    )
+    for _ in range(60):
+        need.add({"m": 0.3, "s": 0.3, "t": 0.6})
+    alike = (1 - kept) / 4
+    assert need.shares() == pytest.approx({"l": kept, "m": alike, "s": alike, "t": 2 * alike}, 0.01)
+
+
+def test_many_budgets_have_half_of_an_equal_share_at_least():
+    names = [f"b{number}" for number in range(40)]
+    need = Need(make_stage(dict.fromkeys(names, 1)), [])
+    need.add(dict.fromkeys(names, 1e-9) | {"b0": 1.0})
+    shares = need.shares()
+    assert sum(shares.values()) == pytest.approx(1.0) and min(shares.values()) == pytest.approx(1 / 80)
 
 
 def test_fixed_shares_are_those_of_the_recipe_whatever_was_measured():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from elastic_core.training.losses import LossParts, distillation_loss
+from elastic_core.training.losses import COLUMNS, LossParts, distillation_loss
 
 EXACT = 1e-12  # float64: both forms differ in the order of sums of at most a few hundred terms
 SINGLE = 2e-5  # float32 beside float64: the same, at 2^-24 per rounding
@@ -279,6 +279,30 @@ def test_lower_precision_is_close_to_the_float64_formula(
     loss = distillation_loss(*low.args(), **weights, chunk_tokens=chunk_tokens)
     assert loss.total.dtype == loss.kl.dtype == loss.cross_entropy.dtype == torch.float32
     assert [gradient.dtype for gradient in low.gradients(loss.total)] == [dtype, dtype]
+
+
+def test_a_small_divergence_in_bfloat16_is_what_it_is_of_these_inputs() -> None:
+    """Logits of 27 that were rounded to bfloat16 would be 0.125 apart, and the divergence of 0.001 twice as much."""
+    draw = torch.Generator().manual_seed(0)
+    teacher = torch.randn(64, 48, generator=draw).bfloat16()
+    student = (teacher.float() + 0.01 * torch.randn(64, 48, generator=draw)).bfloat16()
+    head = torch.randn(COLUMNS + 100, 48, generator=draw).bfloat16()
+    targets = torch.zeros(64, dtype=torch.long)
+
+    def found(dtype: torch.dtype) -> tuple[float, torch.Tensor]:
+        inputs = student.to(dtype, copy=True).requires_grad_()
+        weight = head.to(dtype)
+        parts = distillation_loss(inputs, weight, teacher.to(dtype), weight, targets, kl_weight=1.0, ce_weight=0.0)
+        parts.total.backward()
+        assert inputs.grad is not None
+        return float(parts.kl), inputs.grad.double()
+
+    kl, gradient = found(torch.bfloat16)
+    exact, of_exact = found(torch.float64)
+    assert 5e-4 < exact < 5e-3
+    assert kl == pytest.approx(exact, rel=1e-3)  # sums in float32
+    # A value rounded to bfloat16 is off by 2^-9 of itself at most; the products' addends cancel.
+    assert float(torch.cosine_similarity(gradient.flatten(), of_exact.flatten(), dim=0)) > 0.9999
 
 
 def test_bfloat16_head_gradient_does_not_lose_the_addends_of_many_chunks() -> None:

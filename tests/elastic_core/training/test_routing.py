@@ -12,13 +12,14 @@ import pytest
 import torch
 from trainee import ALONE, STAGE, train_job, write_family, write_tokens
 
+from elastic_core.budget import Budget
 from elastic_core.files import checkpoint
 from elastic_core.layers.moe import Mixture
 from elastic_core.recipe import RouterSchedule, Stage
 from elastic_core.training import job
 from elastic_core.training.curriculum import generator
 from elastic_core.training.parallel import recompute_layers
-from elastic_core.training.routing import watched
+from elastic_core.training.routing import Routing, balance, give_idle_gradients, watched
 from elastic_core.training.train import StageRun, StepMetrics, train_stage
 
 RATE = 0.0625  # a power of two: steps of it add up without rounding
@@ -39,6 +40,50 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stage_run(family: Path, tokens: Path, work: Path, stage: Stage) -> StageRun:
     return job.prepare(train_job(family, tokens, work, stage=stage), ALONE)[0]
+
+
+def test_a_layer_of_experts_that_only_some_micro_steps_have_is_reported_of_those(tokens: Path, tmp_path: Path) -> None:
+    """A router that draws the depth may leave out all layers of experts in one micro-step, and not in the next."""
+    config, axes = replace(experts.CONFIG, hybrid_override_pattern="M*EM"), replace(experts.AXES, depth=(4, 3))
+    budgets = (Budget(name="l"), Budget(name="m", params=11000))
+    family = write_family(tmp_path / "family", config, axes, budgets, (0, 1, 3, 2))
+    stage = replace(STAGE, steps=8, budgets={"l": 1, "m": 2}, micro_batch_size=1, router=RouterSchedule(mode="hard"))
+    loads = [
+        metrics.budgets["m"].experts.get("expert_load")
+        for metrics in train_stage(stage_run(family, tokens, tmp_path, stage))
+        if "m" in metrics.budgets
+    ]
+    assert any(loads) and all(load is None or 1 <= load <= experts.CONFIG.n_routed_experts for load in loads)
+
+
+def test_an_expert_that_no_token_chose_has_a_gradient_of_zeros_where_its_subnet_keeps_it(family: Path) -> None:
+    model = job.load_model(family, torch.device("cpu"), torch.float32).requires_grad_(True)
+    small = next(b.subnet for b in checkpoint.read_family(family).budgets if b.name == "s")
+    with watched(model) as routing:
+        model(torch.zeros(1, 1, dtype=torch.long), replace(small, experts=4)).sum().backward()
+    (layer, kept), *_ = routing.kept.items()
+    mixer = model.layers[layer].mixer
+    idle = [expert for expert in kept if mixer.experts[expert].up_proj.weight.grad is None]
+    assert idle and len(kept) < experts.CONFIG.n_routed_experts
+    give_idle_gradients(model, [routing])
+    for number, expert in enumerate(mixer.experts):
+        for weight in expert.parameters():
+            assert (weight.grad is not None) == (number in kept)
+            assert number not in idle or not weight.grad.any()
+
+
+def test_loads_of_subnets_that_keep_other_numbers_of_experts_count_alike(family: Path) -> None:
+    """Of six experts the first has 5 tokens less than the mean; of four it has 6 more: one more over all."""
+    model = job.load_model(family, torch.device("cpu"), torch.float32)
+    layer, bias = 1, model.get_parameter(BIAS)
+    before, seen = bias.clone(), []
+    for kept, counts in (([0, 1, 2, 3, 4, 5], [0, 6, 6, 6, 6, 6]), ([0, 1, 2, 3], [12, 4, 4, 4])):
+        routing = Routing()
+        chosen = torch.tensor([[expert] for expert, count in enumerate(counts) for _ in range(count)])
+        routing.see(layer, 6, kept, chosen, torch.ones(len(chosen), len(kept)))
+        seen.append(routing)
+    balance(model, seen, RATE, ALONE)
+    assert (bias - before).tolist() == [-RATE, RATE, RATE, RATE, -RATE, -RATE]
 
 
 @pytest.mark.parametrize("budget", ["l", "s"])

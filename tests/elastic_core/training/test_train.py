@@ -1,6 +1,7 @@
 """The stage loop: what it teaches to whom, that it is a function of its inputs, and that a job resumes to the bit."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -278,6 +279,15 @@ def test_a_loss_that_is_not_finite_ends_the_stage_and_says_where(family, tokens,
     with pytest.raises(FloatingPointError, match=r"stage stage1, step \d: loss .* lower optimizer.learning_rate"):
         run_job(train_job(family, tokens, tmp_path / "work", stage=wild))
     assert not (tmp_path / "work/family").exists()
+
+
+def test_a_routers_gradient_that_is_not_finite_ends_the_stage_before_its_weights_are_spoilt(family, tokens, tmp_path):
+    run = job.prepare(train_job(family, tokens, tmp_path, stage=STAGE), ALONE)[0]
+    weights = list(run.router.parameters())
+    weights[0].register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(FloatingPointError, match="gradient norm nan"):
+        next(train_stage(run))
+    assert all(bool(weight.isfinite().all()) for weight in weights)
 
 
 def test_two_jobs_never_share_a_work_directory(tmp_path):

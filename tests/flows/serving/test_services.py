@@ -122,6 +122,22 @@ def test_services_are_there_within_the_block_and_leave_with_it(tmp_path: Path, m
     assert not server.is_running()
 
 
+def test_the_store_stays_until_those_who_share_it_are_done(tmp_path: Path) -> None:
+    with command(tmp_path) as (owner, endpoint), command(tmp_path, "share") as (reader, shared):
+        assert shared == endpoint and owner.stdin and owner.stdout and reader.stdin
+        owner.stdin.close()
+        assert owner.stdout.readline() == (
+            "waiting for another elastic command, which uses the object store that this one started\n"
+        )
+        assert owner.poll() is None and len(servers_of(owner.pid, tmp_path)) == 1
+        reader.stdin.close()
+        assert (reader.wait(LIMIT_SECONDS), owner.wait(LIMIT_SECONDS)) == (0, 0)
+    assert not [*(tmp_path / "locks/borrowers").iterdir()]
+    with command(tmp_path) as (owner, _), command(tmp_path, "share") as (reader, _):
+        owner.send_signal(signal.SIGINT)  # does not wait
+        assert eventually(lambda: owner.poll() is not None) and reader.poll() is None
+
+
 def test_a_second_command_waits_for_the_first_or_shares(tmp_path: Path) -> None:
     with command(tmp_path) as (owner, endpoint):
         assert endpoint.startswith("http://127.0.0.1:")
