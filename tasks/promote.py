@@ -311,7 +311,7 @@ def loss_on(directory: Path, teacher: Path, corpus: Path, settings: Evaluation, 
     if digest_files(tokenizer_files(directory)) != read_record(corpus).tokenizer_sha256:
         theirs, its = load_tokenizer(teacher), load_tokenizer(directory)
         own = [retokenised(text, theirs, its) for batch in batches for text in documents(batch)]
-        own = [text for text in own if text.learned]
+        own = [text for text in own if text.learned > 0]
     loss, _ = shared_loss(Reader(model=str(directory), dtype=dtype), own)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Measured(
@@ -335,7 +335,31 @@ def documents(batch: TokenBatch) -> Iterator[torch.Tensor]:
 def retokenised(
     tokens_T: torch.Tensor, written_by: "PreTrainedTokenizerFast", read_by: "PreTrainedTokenizerFast"
 ) -> TokenBatch:
-    """The text of one tokenizer's tokens in another's, as a batch of one."""
-    text = written_by.decode(tokens_T, clean_up_tokenization_spaces=False)
-    ids_1T = torch.tensor([read_by(text, add_special_tokens=False)["input_ids"]])
+    """The text of one tokenizer's tokens in another's, ended in this one's eos, as a batch of one.
+
+    CannotMeasure for a special token that the other lacks: as characters it would be charged for its spelling.
+    """
+    special, known = special_tokens(written_by), special_tokens(read_by).values()
+    ids, text = list[int](), list[int]()
+
+    def read() -> None:
+        decoded = written_by.decode(text, clean_up_tokenization_spaces=False)
+        ids.extend(read_by(decoded, add_special_tokens=False)["input_ids"])
+        text.clear()
+
+    for token in tokens_T.tolist():
+        if token == written_by.eos_token_id:
+            read()
+            ids.append(int(read_by.eos_token_id))
+        elif token in special and special[token] not in known:
+            raise CannotMeasure(f"it has another tokenizer, which lacks the special token {special[token]!r}")
+        else:
+            text.append(token)
+    read()
+    ids_1T = torch.tensor([ids])
     return TokenBatch(inputs_BT=ids_1T[:, :-1], targets_BT=ids_1T[:, 1:], packing=None, learned=ids_1T.shape[1] - 1)
+
+
+def special_tokens(tokenizer: "PreTrainedTokenizerFast") -> dict[int, str]:
+    """How the special tokens of a tokenizer are spelled, by their ids."""
+    return {token: added.content for token, added in tokenizer.added_tokens_decoder.items() if added.special}

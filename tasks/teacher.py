@@ -22,6 +22,7 @@ from tasks.corpus import tokenizer
 from tasks.corpus.hub import bring_model, parse_model
 from tasks.corpus.mixing import portions
 from tasks.corpus.record import TRAIN_FILE
+from tasks.corpus.sources import CHECKPOINT_FILES, checkpoint_files
 from tasks.records import Artifact
 from tasks.running.code import CODE, project_version
 from tasks.running.digests import artifact
@@ -31,8 +32,6 @@ from tasks.running.training import train as run_training
 from tasks.settings import Settings
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.md", "*.jinja", "*.py", "LICENSE*", "NOTICE*"]
 
 
 @step()
@@ -53,7 +52,7 @@ def fetch_teacher(path: str, identity: str, workspace: str) -> Artifact:
     logger.info("teacher %s: %d layers, hidden size %d", path, config.num_layers, config.hidden_size)
     if opened.left_out:
         logger.warning("teacher %s: %s", path, left_out_text(opened))
-    return artifact(directory)
+    return artifact(directory, checkpoint_files(directory) if Path(path).is_dir() else None)
 
 
 def left_out_text(teacher: checkpoint.Checkpoint) -> str:

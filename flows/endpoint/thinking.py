@@ -19,10 +19,10 @@ from elastic_core.files.checkpoint import read_config
 from elastic_core.sources import DataSource
 from flows.endpoint.protocol import Refused, events, refusal
 from flows.endpoint.residents import Residents, Size
-from tasks.corpus.chats import REASONING, read_chat
+from tasks.corpus.chats import CLOSE, OPEN, REASONING, read_chat
 from tasks.corpus.problems import encode_prompts
 from tasks.corpus.tokenizer import load_tokenizer
-from tasks.corpus.turns import CLOSE, OPEN, closes_thought
+from tasks.corpus.turns import closes_thought
 from tasks.running.engines import Engine
 
 FORM = "FAMILY?think=BUDGET&answer=BUDGET, with &thought_tokens=N where a thought is to end after N"

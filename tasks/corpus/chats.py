@@ -10,9 +10,11 @@ from elastic_core.recipe import DataSource
 Row = dict[str, Any]
 
 ASSISTANT = "assistant"
+OPEN, CLOSE = "<think>", "</think>"
 REASONING = "reasoning_content"
 # The names under which servers and data sets keep a thought beside the answer.
 REASONING_NAMES = (REASONING, "reasoning", "thinking")
+TOLD = ("role", "content", REASONING, "tool_calls", "tool_call_id")
 TEXT_PARTS = {"text", "input_text", "output_text"}
 THOUGHT_PARTS = {"thinking", "reasoning"}
 SWITCH = {"on": True, "off": False, "true": True, "false": False}
@@ -37,10 +39,11 @@ class Chat:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def hashed(self) -> Any:
-        """The plain data that tells this chat from another."""
+        """The plain data that tells this chat from another, in whatever form its files gave it."""
+        messages = [_told(message) for message in self.messages]
         if self.tools or self.arguments:
-            return {"messages": self.messages, "tools": self.tools, "arguments": dict(self.arguments)}
-        return self.messages
+            return {"messages": messages, "tools": self.tools, "arguments": dict(self.arguments)}
+        return messages
 
     def texts(self) -> Iterator[str]:
         """Thoughts and contents in order."""
@@ -66,6 +69,20 @@ def read_chat(row: Row, source: DataSource, where: str, *, columns: bool) -> Cha
         tools=_tools(row.get(source.tools_field), source, where, columns),
         arguments=_arguments(row, source, where, columns),
     )
+
+
+def _told(message: Row) -> Row:
+    """What a message says, without ids, weights and names; a thought beside the answer, wherever it was."""
+    told = {key: message[key] for key in TOLD if key in message}
+    content = told.get("content")
+    if message["role"] != ASSISTANT or not isinstance(content, str):
+        return told
+    inside, closed, answer = content.partition(CLOSE)
+    if REASONING not in told and closed and inside.lstrip().startswith(OPEN):
+        told |= {REASONING: inside.lstrip().removeprefix(OPEN), "content": answer}
+    if REASONING in told:
+        told |= {REASONING: told[REASONING].strip(), "content": told["content"].strip()}
+    return told
 
 
 def without_none(value: Any) -> Any:

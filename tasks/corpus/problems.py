@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastic_core.recipe import DataSource
-from tasks.corpus.chats import Chat, Row, Unusable, read_chat
+from tasks.corpus.chats import CLOSE, OPEN, Chat, Row, Unusable, read_chat
 from tasks.corpus.documents import iter_rows, parse_row
 from tasks.corpus.encoding import Encoder
 from tasks.corpus.rendering import render_prompt
-from tasks.corpus.turns import CLOSE, OPEN, last_answer, opens_thought
+from tasks.corpus.turns import last_answer, opens_thought
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

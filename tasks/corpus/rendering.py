@@ -16,6 +16,8 @@ from typing import Any
 
 from tasks.corpus.chats import (
     ASSISTANT,
+    CLOSE,
+    OPEN,
     REASONING,
     TEMPLATE_ARGUMENTS,
     THINKING,
@@ -27,8 +29,6 @@ from tasks.corpus.chats import (
 )
 from tasks.corpus.template import NO_THINK, PRIVATE, Template, taken
 from tasks.corpus.turns import (
-    CLOSE,
-    OPEN,
     Turn,
     after_last_turn,
     calls_survive,

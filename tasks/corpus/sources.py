@@ -12,6 +12,8 @@ from tasks.corpus.problems import problems_source
 from tasks.running.steps import fingerprint
 from tasks.settings import ServiceError
 
+CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.md", "*.jinja", "*.py", "LICENSE*", "NOTICE*"]
+
 
 def source_identity(source: DataSource) -> str:
     """A digest that changes when the documents behind a source do: of ETags, of a Hub commit, or of file times."""
@@ -33,12 +35,17 @@ def check_unchanged(sources: Sequence[DataSource], identities: Sequence[str]) ->
             raise ServiceError(f"{source.path} changed while this run was going; run again")
 
 
+def checkpoint_files(directory: Path) -> list[Path]:
+    """The files of a checkpoint in a directory, which may be a clone, or hold what is of no use to a step."""
+    return sorted({file for pattern in CHECKPOINT_FILES for file in directory.glob(pattern) if file.is_file()})
+
+
 def teacher_identity(path: str) -> str:
     """What changes when the checkpoint at `path` does: a digest, or on the Hub the commit itself."""
     if path.startswith(S3):
         return fingerprint(path, [(found.path, found.etag) for found in listed(path)])
     if Path(path).is_dir():
-        return fingerprint([file_identity(file) for file in sorted(Path(path).iterdir()) if file.is_file()])
+        return fingerprint([file_identity(file) for file in checkpoint_files(Path(path))])
     return commit_of(parse_model(path))
 
 

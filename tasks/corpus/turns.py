@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.corpus.chats import ASSISTANT, REASONING, Row, functions, strings
+from tasks.corpus.chats import ASSISTANT, CLOSE, OPEN, REASONING, Row, functions, strings
 
-OPEN, CLOSE = "<think>", "</think>"
 LONG = 16  # characters from which an answer that appears twice is no coincidence
 _OPENED = re.compile(rf"{OPEN}\s*$")
 _CLOSED = re.compile(rf"{OPEN}\s*{CLOSE}\s*$")

@@ -3,7 +3,8 @@ r"""What a completion answers: the content of its last \boxed{}, the letter in t
 import re
 import textwrap
 
-from tasks.corpus.turns import OPEN, last_answer
+from tasks.corpus.chats import OPEN
+from tasks.corpus.turns import last_answer
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace opens and closes nothing

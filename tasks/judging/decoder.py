@@ -11,10 +11,9 @@ from elastic_core.judging import Sampling
 from elastic_core.model import ElasticNemotronH
 from elastic_core.subnet import full_subnet
 from elastic_core.training import job
-from tasks.corpus.chats import Chat, Row
+from tasks.corpus.chats import CLOSE, OPEN, Chat, Row
 from tasks.corpus.problems import Prompt, encode_prompts, spoken
 from tasks.corpus.tokenizer import load_tokenizer
-from tasks.corpus.turns import CLOSE, OPEN
 from tasks.judging.problems import Problem
 from tasks.judging.samples import Completion, SampleFile, Wanted, keep, missing_from
 from tasks.running.bars import Report

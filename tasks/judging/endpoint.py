@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import requests
 
 from elastic_core.judging import PATH, Endpoint, Sampling
-from tasks.corpus.turns import CLOSE, OPEN
+from tasks.corpus.chats import CLOSE, OPEN
 from tasks.judging.samples import Completion, Request, SampleFile, Wanted, fill
 from tasks.running.bars import Report
 from tasks.running.patience import patiently

@@ -30,9 +30,12 @@ HASHERS = 4  # files at once; hashing one takes a core
 Known = tuple[int, int, int, int, str]
 
 
-def artifact(directory: Path) -> Artifact:
-    """A finished directory as an artifact, with the SHA-256 of each file, and the digest over names and bytes."""
-    files = _digests(directory)
+def artifact(directory: Path, paths: list[Path] | None = None) -> Artifact:
+    """A finished directory as an artifact, with the SHA-256 of each file, and the digest over names and bytes.
+
+    Of a directory of the user's own, `paths` are the files that belong to it.
+    """
+    files = _digests(directory, paths)
     return Artifact(path=str(directory), digest=directory_digest(files.items()), files=files)
 
 
@@ -53,7 +56,9 @@ def damage(record: Artifact | StageRecord) -> str:
         return _difference(metrics, file_digest(metrics), record.metrics_sha256)
     directory = Path(record.path)
     try:
-        found = _digests(directory) if directory.is_dir() else None
+        of_others = is_of_the_user(record)  # what else lies there is none of ours
+        paths = [path for name in record.files if (path := directory / name).is_file()] if of_others else None
+        found = _digests(directory, paths) if directory.is_dir() else None
     except FileNotFoundError:  # another run set it aside meanwhile
         found = None
     if found is None:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from mlflow import MlflowClient
 from objects import MARK
 from records import evaluated, judged, measured
+from templates import write_tokenizer
 
 from elastic_core.files.checkpoint import write_weights
 from elastic_core.geometry import ModelConfig
@@ -39,7 +40,7 @@ from tasks.evaluate import conditions, heldout_loss
 from tasks.judging.benchmarks import PROBLEMS_FILE
 from tasks.judging.endpoint import Client
 from tasks.judging.samples import Completion
-from tasks.promote import Measured, Verdict, decide, documents, loss_on, promote
+from tasks.promote import CannotMeasure, Measured, Verdict, decide, documents, loss_on, promote, retokenised
 from tasks.records import BenchmarkScore, Conditions, EvaluationRecord, Release
 from tasks.reporting.benchmarks import benchmark_metrics
 from tasks.running.digests import artifact
@@ -475,3 +476,15 @@ def test_conditions_are_told_apart_by_what_a_loss_depends_on_and_nothing_else(co
         assert under(replace(MEASURED, **same)).digest == here.digest
     for other in ({"sequence_length": 20}, {"heldout_tokens": 200}):
         assert under(replace(MEASURED, **other)).digest != here.digest
+
+
+def test_a_text_is_read_by_another_tokenizer_with_its_own_end_and_no_token_spelled_out(tmp_path: Path) -> None:
+    ours, theirs = (write_tokenizer(tmp_path / name, name) for name in ("ours", "chatml"))
+    text = ours.encode("hello.", add_special_tokens=False)
+    read = retokenised(torch.tensor([*text, ours.eos_token_id]), ours, theirs)
+    ids = torch.cat([read.inputs_BT[0, :1], read.targets_BT[0]]).tolist()
+    assert ids == [*theirs.encode("hello.", add_special_tokens=False), theirs.eos_token_id]
+    assert read.learned == len(ids) - 1
+    asked = ours.encode("<|user|>hello.", add_special_tokens=False)
+    with pytest.raises(CannotMeasure, match=r"lacks the special token '<\|user\|>'"):
+        retokenised(torch.tensor(asked), ours, theirs)

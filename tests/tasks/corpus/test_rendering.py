@@ -4,6 +4,7 @@ In what is expected a special token is written as its name in double brackets, a
 `\u2039` and `\u203a` where not everything is. Every other character stands for its bytes, one token each.
 """
 
+import hashlib
 import json
 import random
 import re
@@ -705,6 +706,20 @@ def test_every_turn_of_any_chat_is_learned_once_with_its_thought_its_answer_and_
             assert inside.split("<think>")[-1].strip() == thought.strip()
             assert re.fullmatch(rf"\s*{re.escape(answer.strip())}\s*⟦{end}⟧", after)
             assert text.count(f"⟦{end}⟧") == 1
+
+
+def test_copies_of_a_chat_have_one_digest_in_whatever_form_they_came() -> None:
+    def digest(*messages: Row) -> bytes:
+        return Document(read_chat(chat(*messages), DataSource(path="x"), "", columns=False), "").digest()
+
+    beside = digest(ASKED, says("4", reasoning_content="add"))
+    assert digest(ASKED, says(f"{THOUGHT}4")) == beside
+    assert digest({**ASKED, "id": "a1"}, says("4", reasoning_content="add", weight=1)) == beside
+    assert digest(ASKED, says("4", thinking="\nadd\n", name="a")) == beside
+    assert len({beside, digest(ASKED, says("4")), digest(ASKED, says("5", reasoning_content="add"))}) == 3
+    # As it was of chats without thoughts before.
+    plain = json.dumps([{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": " 4"}], sort_keys=True)
+    assert digest(ASKED, says(" 4")) == hashlib.sha256(plain.encode()).digest()
 
 
 @pytest.mark.parametrize("template", [name for name in TEMPLATES if name != "words"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tasks.corpus.sources import checkpoint_files, teacher_identity
 from tasks.records import StageRecord
 from tasks.running import digests
 from tasks.running.digests import artifact, damage, file_digest, set_aside
@@ -96,6 +97,21 @@ def test_what_the_user_gave_is_not_made_again(home, tmp_path):
         ServiceError, match=r"teacher/model.safetensors is damaged.*; put it back, or touch a file of it"
     ):
         check_inputs({"teacher": record})
+
+
+def test_a_clone_of_the_users_is_its_checkpoint_whatever_git_does_beside_it(home, tmp_path):
+    teacher = made(tmp_path / "teacher")
+    (teacher / ".git").mkdir()
+    (teacher / ".git/index").write_bytes(b"1")
+    record, identity = artifact(teacher, checkpoint_files(teacher)), teacher_identity(str(teacher))
+    assert sorted(record.files) == ["model.safetensors", "tokenizer.json"]
+    (teacher / ".git/index").write_bytes(b"22")
+    (teacher / ".DS_Store").touch()
+    assert damage(record) == "" and teacher_identity(str(teacher)) == identity
+    (teacher / "tokenizer.json").write_bytes(b"{ }")
+    assert "tokenizer.json is damaged" in damage(record) and teacher_identity(str(teacher)) != identity
+    (teacher / "tokenizer.json").unlink()
+    assert "tokenizer.json is gone" in damage(record)
 
 
 def test_a_stage_is_its_family_and_its_metrics(home):
