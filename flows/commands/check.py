@@ -18,7 +18,7 @@ from elastic_core.judging import Benchmark, Endpoint
 from elastic_core.planning.machine import Accelerator, Locality
 from elastic_core.planning.plan import RecipePlan, plan_recipe
 from elastic_core.planning.profile import recipe_table
-from elastic_core.recipe import DataSource, Evaluation, Recipe
+from elastic_core.recipe import DataSource, Evaluation, Recipe, Stage
 from flows.commands.plan import locality_of_runs
 from flows.serving.services import embedded_services
 from tasks.artifacts import check_bucket, check_keys
@@ -167,6 +167,9 @@ def _look_at_data(findings: Findings, recipe: Recipe, tokenizer: Path, work: Pat
             typer.echo("".join(f"         | {line}\n" for line in first.splitlines()), nl=False)
         held.append(found.held if found is not None else None)
     known = [tokens for tokens in held if tokens is not None]
+    longest = max(recipe.stages, key=lambda stage: stage.sequence_length)
+    if len(known) == len(held) and 0 < sum(known) <= longest.sequence_length:
+        findings.look("data", partial(_too_few, sum(known), longest))
     trained = sum(stage.steps * stage.batch_size * stage.sequence_length for stage in recipe.stages)
     if len(known) == len(held) and trained > EPOCHS * sum(known) > 0:
         typer.echo(
@@ -174,6 +177,13 @@ def _look_at_data(findings: Findings, recipe: Recipe, tokenizer: Path, work: Pat
             f"{human_count(trained)}, {trained / sum(known):,.0f} times as many; bring more documents, or take fewer "
             "steps (`elastic init --tokens` counts them)"
         )
+
+
+def _too_few(tokens: int, stage: Stage) -> tuple[str, None]:
+    raise ValueError(
+        f"the sources hold at most about {human_count(tokens)} tokens, too few for a sequence of {stage.name}, "
+        f"{stage.sequence_length:,} and its next; bring more documents, or shorten stages.sequence_length"
+    )
 
 
 def _source(source: DataSource, tokenizer: Path, work: Path) -> tuple[str, Sample]:

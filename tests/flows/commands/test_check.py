@@ -16,12 +16,14 @@ from elastic_core.geometry import ModelConfig
 from flows.cli import app
 from tasks.artifacts import Store, put_file
 from tasks.corpus.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
+from tasks.reporting.numbers import human_count
 from tasks.running.usage import WORKSPACE, noting
 from tasks.settings import BUCKET, SIGNING_KEY, TRACKING_URI, Settings
 
 pytestmark = pytest.mark.usefixtures("settings", "large_disk")
 
-CHATS = [[("user", f"what is {i}+{i}"), ("assistant", str(i + i))] for i in range(40)]
+# More tokens than the longest sequence of what `elastic init` writes.
+CHATS = [[("user", f"what is {i}+{i}"), ("assistant", str(i + i) + " or so" * 300 * (i > 0))] for i in range(40)]
 ROWS = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in CHATS]
 
 
@@ -77,13 +79,24 @@ def test_stages_that_read_the_data_many_times_are_noted(tmp_path: Path) -> None:
     output, fault = checked(recipe)
     (note,) = [line for line in output.splitlines() if line.startswith("note   data: ")]
     assert re.search(r"the stages train on (399|400|401)M, [\d,]{5,} times as many", note) and not fault
-    (tokens,) = re.findall(r"the first 40 texts are (\d+) tokens", output)  # which are all
-    assert f"hold at most about {tokens} tokens" in note
+    (counted,) = re.findall(r"the first 40 texts are ([\d,]+) tokens", output)  # which are all
+    tokens = int(counted.replace(",", ""))
+    assert f"hold at most about {human_count(tokens)} tokens" in note
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in 10 * ROWS))
     (held,) = re.findall(r"hold at most about ([\d.]+)K tokens", checked(recipe)[0])
-    assert 10 * int(tokens) <= 1000 * float(held) <= 40 * int(tokens)  # three quarters of these bytes are JSON's
+    assert 10 * tokens <= 1000 * float(held) <= 40 * tokens
     few = [f"stages.{stage}.{setting}=1" for stage in (0, 1) for setting in ("steps", "batch_size", "micro_batch_size")]
     assert "note   data" not in checked(recipe, *few, "stages.0.sequence_length=8", "stages.1.sequence_length=8")[0]
+
+
+def test_data_that_do_not_fill_a_sequence_are_a_fault(tmp_path: Path) -> None:
+    recipe = initiated(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:2]))
+    output, fault = checked(recipe)
+    assert re.search(
+        r"FAULT  data: the sources hold at most about [\d.]+K tokens, too few for a sequence of stage2", output
+    )
+    assert fault
 
 
 def test_a_benchmark_is_read_and_counted(tmp_path: Path) -> None:
