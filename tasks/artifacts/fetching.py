@@ -282,9 +282,9 @@ def _complete(store: Store, item: _Wanted, path: Path, meter: Meter, stop: threa
                 if stalled == STREAM_ATTEMPTS or stop.wait(0.1 * 2**stalled):
                     raise
                 _log.info("%s broke off after %d bytes (%s), continuing", item.uri, file.tell(), type(error).__name__)
-            except FlexibleChecksumError:
+            except FlexibleChecksumError as error:
                 path.unlink()
-                raise
+                raise Corrupt(f"{item.uri} is corrupt: {error}", item.uri) from error
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest(), resumed

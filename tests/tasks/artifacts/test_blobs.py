@@ -1,10 +1,14 @@
 """Laws of files by content: sent once, as they were recorded or not at all, and never taken for what they are not."""
 
+import base64
 import hashlib
+import io
 from pathlib import Path
 
 import pytest
+from botocore.awsrequest import AWSRequest, AWSResponse, HeadersDict
 from objects import LARGE, bytes_of, contents, make, noise, requests_of, stored
+from urllib3 import HTTPResponse
 
 from tasks.artifacts import NotAsRecorded, Store
 from tasks.artifacts.blobs import Blobs
@@ -67,3 +71,34 @@ def test_a_flipped_bit_in_the_store_is_refused_and_leaves_room_for_the_right_one
     blobs.put(directory, RECORDED)
     blobs.fetch(RECORDED, tmp_path / "out")
     assert contents(tmp_path / "out") == FILES
+
+
+@pytest.mark.parametrize("times", [1, 99], ids=["on the way", "in the store"])
+def test_bytes_that_the_stores_own_checksum_finds_out_are_read_again_and_then_removed(
+    blobs: Blobs, store: Store, tmp_path: Path, times: int
+) -> None:
+    """As AWS answers where it keeps a checksum: botocore compares it with what came."""
+    body, left = noise(1000), [times]
+    digest = hashlib.sha256(body).hexdigest()
+    blobs.put(make(tmp_path / "in", {"f": body}), {"f": digest})
+    checksum = base64.b64encode(hashlib.sha256(body).digest()).decode()
+    headers = {"content-length": "1000", "etag": '"1"', "x-amz-checksum-sha256": checksum}
+
+    def spoilt(request: AWSRequest, **_: object) -> AWSResponse | None:
+        if not left[0]:
+            return None
+        left[0] -= 1
+        sent = HTTPResponse(io.BytesIO(b"y" + body[1:]), headers=headers, status=200, preload_content=False)
+        return AWSResponse(request.url, 200, HeadersDict(headers), sent)
+
+    store.client.meta.events.register("before-send.s3.GetObject", spoilt)
+    try:
+        if times == 1:
+            blobs.fetch({"f": digest}, tmp_path / "out")
+            assert contents(tmp_path / "out") == {"f": body}
+        else:
+            with pytest.raises(ServiceError, match=r"is corrupt: .*it was removed there: run again, it is"):
+                blobs.fetch({"f": digest}, tmp_path / "out")
+            assert not stored(store)
+    finally:
+        store.client.meta.events.unregister("before-send.s3.GetObject", spoilt)
