@@ -24,6 +24,7 @@ from tasks.settings import home_directory
 
 # A file that was written so shortly before it was hashed may be written again with no change of its times.
 SETTLED_NS = 2 * 10**9
+WORKSPACE = "workspace"  # of a state directory: what steps make
 HASHERS = 4  # files at once; hashing one takes a core
 
 # How a file was when it was hashed, and its SHA-256: size, inode, times of the last write and of any last change in ns.
@@ -107,7 +108,22 @@ def is_of_the_user(record: Artifact | StageRecord) -> bool:
     """Whether an artifact is a directory that no step made, such as a teacher of the user's own."""
     if isinstance(record, StageRecord) or not (directory := Path(record.path)).is_dir():
         return False
-    return not any(directory.is_relative_to(home_directory() / name) for name in ("workspace", "cache"))
+    places = ((home_directory() / name).resolve() for name in (WORKSPACE, "cache"))
+    return not any(directory.resolve().is_relative_to(place) for place in places)
+
+
+def below_workspace(path: Path) -> Path | None:
+    """A path below the workspace of a state directory, wherever that was when the path was noted; None for others."""
+    parts = path.parts[::-1]
+    return Path(*parts[: parts.index(WORKSPACE)][::-1]) if WORKSPACE in parts else None
+
+
+def relocated(path: str) -> str:
+    """Where a noted file or directory is, should the state directory have been moved since, or have another name."""
+    if (below := below_workspace(Path(path))) is None or Path(path).exists():
+        return path
+    here = home_directory() / WORKSPACE / below
+    return str(here) if here.exists() else path
 
 
 def remedy(record: Artifact | StageRecord) -> str:

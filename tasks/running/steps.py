@@ -34,7 +34,7 @@ from tasks.running.asked import WORKERS_OF, Asked, device_of_run
 from tasks.running.digests import can_be_made, damage, recorded, remedy, set_aside
 from tasks.running.patience import DELAYS, JITTER, RETRIES, patiently, say_waiting
 from tasks.running.places import device, device_to_oneself, elsewhere, give_back_memory, this_device
-from tasks.running.workspace import at_hand, claimed, is_stored, store_result, stored_result
+from tasks.running.workspace import at_hand, claimed, is_stored, store_result, stored_result, to_this_home
 from tasks.settings import WORKSPACE, ServiceError, home_directory, is_transient
 
 logger = logging.getLogger(__name__)
@@ -246,8 +246,11 @@ def _known(step: Task[Any, Any], inputs: Mapping[str, Any], *, say: bool = False
     making = MAKINGS[step.name](inputs)
     store: ResultStore = get_result_store().update_for_task(step, _sync=True)  # type: ignore[call-arg, assignment]
     record = _read(store, making, step) if (there := store.exists(making.key)) else None  # a torn one does not exist
-    if record is not None and _is_whole(record, step, say, mends):
-        return record
+    if record is not None and _is_whole(here := to_this_home(record), step, say, mends):
+        if here != record:
+            store.write(here, key=making.key)
+            _note(making, here)
+        return here
     stored = stored_result(step.name, making.key, typing.get_type_hints(step.fn).get("return"))
     if stored is not None and _is_whole(stored, step, say, mends):
         store.write(stored, key=making.key)

@@ -22,10 +22,10 @@ from typing import Any
 from elastic_core.files.locks import held, is_held
 from tasks.artifacts.staging import last_written, size_of
 from tasks.records import Release, StageRecord
-from tasks.running.digests import recorded
+from tasks.running.digests import WORKSPACE, below_workspace, recorded
 from tasks.running.workspace import store_list
 
-RUNS, WORKSPACE = "runs", "workspace"
+RUNS = "runs"
 RESULTS = Path("prefect", "storage")  # where Prefect keeps results, unless told otherwise
 
 # The list of the run that this is part of.
@@ -195,7 +195,5 @@ def written_by_open_runs(home: Path, family: str) -> int:
 
 def _entries(home: Path, found: Iterable[Use]) -> set[str]:
     """The names of the workspace's entries that runs list."""
-    workspace = home / WORKSPACE
-    return {
-        path.relative_to(workspace).parts[0] for use in found for path in use.paths if path.is_relative_to(workspace)
-    }
+    below = (below_workspace(path) for use in found for path in use.paths)
+    return {path.parts[0] for path in below if path is not None and path.parts}

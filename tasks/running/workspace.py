@@ -34,7 +34,7 @@ from tasks.artifacts.manifest import check_paths, directory_digest
 from tasks.records import Artifact, StageRecord
 from tasks.running.bars import bar
 from tasks.running.cache import SIDE, in_use, make_room, one_fetch, place_of
-from tasks.running.digests import damage, difference, forget, is_of_the_user, recorded, remedy
+from tasks.running.digests import damage, difference, forget, is_of_the_user, recorded, relocated, remedy
 from tasks.running.patience import patiently
 from tasks.settings import WORKSPACE, ServiceError, Settings, home_directory
 
@@ -306,6 +306,20 @@ def _with_path_here(record: Made) -> Made:
         assert isinstance(family, Artifact)
         return replace(record, family=family, metrics=str(metrics))
     return record if Path(record.path).is_dir() else replace(record, path=str(place_of(record.digest)))
+
+
+def to_this_home(value: Any) -> Any:
+    """A step's result with its artifacts where they are, should the state directory have been moved since."""
+
+    def of(record: Artifact) -> Artifact:
+        return replace(record, path=relocated(record.path))
+
+    def move(record: Made) -> Made:
+        if isinstance(record, Artifact):
+            return of(record)
+        return replace(record, family=of(record.family), metrics=relocated(record.metrics))
+
+    return _moved(value, move)
 
 
 def _moved(value: Any, move: Callable[[Made], Made]) -> Any:

@@ -289,3 +289,33 @@ def test_a_registry_that_is_away_for_a_moment_does_not_end_a_run_that_takes_its_
     assert steps._known(publish, {}) is release
     (told,) = lines(caplog)
     assert told.startswith("looking for tiny 1 in the registry: MLflow at http://mlflow: refused; tried again")
+
+
+def test_a_state_directory_that_was_moved_has_all_that_was_made_in_it(
+    prefect_api: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    @steps.step()
+    def make_moved(workspace: str) -> Artifact:
+        """A file."""
+        made.append(workspace)
+        directory = steps.new_directory(workspace, "made")
+        directory.mkdir()
+        (directory / "w").write_text("w")
+        return artifact(directory)
+
+    @flow
+    def go(home: Path) -> Artifact:
+        monkeypatch.setenv(HOME, str(home))
+        return steps.run(make_moved, workspace=str(home / "workspace"))
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    settings = {PREFECT_API_URL: prefect_api, PREFECT_LOGGING_TO_API_ENABLED: False}
+    with temporary_settings(settings | {PREFECT_LOCAL_STORAGE_PATH: tmp_path / "results"}):
+        first = go(one)
+        one.rename(two)
+        for _ in range(2):
+            again = go(two)
+            assert (again.digest, Path(again.path).parent) == (first.digest, two / "workspace")
+    assert len(made) == 1

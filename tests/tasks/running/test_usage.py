@@ -8,7 +8,9 @@ import pytest
 
 from elastic_core.files.locks import held
 from tasks.records import Artifact, Release, StageRecord
+from tasks.running.digests import artifact, is_of_the_user
 from tasks.running.usage import RESULTS, WORKSPACE, note, noting, superseded, uses, written_by_open_runs
+from tasks.settings import HOME
 
 LONG_AGO = 1_000_000.0
 NOW = time.time() + 3600.0  # as if all that the test writes were old
@@ -213,3 +215,27 @@ def test_what_lies_outside_the_workspace_is_never_found(tmp_path: Path) -> None:
         note("teacher", Artifact(path=str(mine), digest="", files={}))
         note("gone", Artifact(path=str(tmp_path / "gone"), digest="", files={}))
     assert not superseded(tmp_path / "home", (), NOW, max_bytes=0).entries
+
+
+def test_a_state_directory_that_was_moved_or_has_two_names_keeps_what_its_runs_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, real, moved = (tmp_path / name for name in ("link", "real", "moved"))
+    real.mkdir()
+    link.symlink_to(real)
+    monkeypatch.setenv(HOME, str(link))
+    with noting(link, "nano"):
+        directory = link / "workspace/stage1-abc"
+        directory.mkdir(parents=True)
+        (directory / "x").touch()
+        made = artifact(directory)
+        note("key", made)
+    for path in real.rglob("*"):
+        os.utime(path, (1e6, 1e6))
+    later = time.time() + 3600
+    for home in (link, real):
+        monkeypatch.setenv(HOME, str(home))
+        assert not superseded(home, set(), later).entries and not is_of_the_user(made)
+    real.rename(moved)
+    monkeypatch.setenv(HOME, str(moved))
+    assert not superseded(moved, set(), later).entries
