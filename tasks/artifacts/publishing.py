@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -48,6 +49,7 @@ from tasks.artifacts.staging import sha256_of
 from tasks.settings import ServiceError
 
 MAX_PARTS = 10_000  # S3's own limit
+UNFINISHED = timedelta(days=1)  # after which an upload is taken for one that was killed
 READ_BYTES = 1 << 20
 
 
@@ -375,9 +377,14 @@ def _send_parts(store: Store, file: BinaryIO, key: str, part_bytes: int, meter: 
 
 
 def _abort_unfinished(store: Store, key: str) -> None:
-    """Free the parts that a killed upload left behind: they cost storage and never become an object."""
+    """Free the parts that a killed upload left behind: they cost storage and never become an object.
+
+    A younger one may be another host's, which sends the same and would begin again.
+    """
+    before = datetime.now(UTC) - UNFINISHED
     for upload in [upload for upload in uploads_below(store, key) if upload["Key"] == key]:
-        abort_upload(store, upload)
+        if upload["Initiated"] < before:
+            abort_upload(store, upload)
 
 
 def _part_bytes(store: Store, size: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -199,16 +200,22 @@ def test_an_interrupted_publish_is_continued_and_leaves_no_parts(store: Store, t
     assert contents(tmp_path / "out") == files
 
 
-def test_parts_that_a_killed_upload_left_are_cleared_away(store: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize("age", [timedelta(0), timedelta(days=1)], ids=["a killed one's", "another host's"])
+def test_parts_that_a_killed_upload_left_are_cleared_away(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: timedelta
+) -> None:
+    monkeypatch.setattr("tasks.artifacts.publishing.UNFINISHED", age)
+
     def begin(key: str) -> None:
         upload = store.client.create_multipart_upload(Bucket=store.bucket, Key=key)["UploadId"]
         store.client.upload_part(Bucket=store.bucket, Key=key, UploadId=upload, PartNumber=1, Body=b"half")
 
     begin("families/nano/1/s/model.safetensors")
     begin("families/nano/1/s/model.safetensors.index")
-    publish_one(store, make(tmp_path / "in", {"model.safetensors": noise(PART + 1)}))
-    left = store.client.list_multipart_uploads(Bucket=store.bucket)["Uploads"]
-    assert [upload["Key"] for upload in left] == ["families/nano/1/s/model.safetensors.index"]
+    with requests_of(store) as sent:
+        publish_one(store, make(tmp_path / "in", {"model.safetensors": noise(PART + 1)}))
+    removed = [of["Key"] for name, of in sent if name == "AbortMultipartUpload"]
+    assert removed == ([] if age else ["families/nano/1/s/model.safetensors"])
 
 
 def test_the_same_bytes_are_recognised_when_they_were_sent_in_other_parts(store: Store, tmp_path: Path) -> None:
