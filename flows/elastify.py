@@ -47,7 +47,7 @@ from tasks.running.steps import run
 from tasks.running.workspace import small_files
 from tasks.settings import Settings
 from tasks.slice import slice_budget
-from tasks.teacher import fetch_teacher, license_of, pretrain_teacher, train_tokenizer
+from tasks.teacher import fetch_teacher, license_of, pretrain_teacher, teacher_name, train_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -283,7 +283,7 @@ def prepare(recipe: Recipe, workspace: str) -> tuple[Artifact, Artifact]:
 def lineage(recipe: Recipe, teacher: Artifact, corpus: Artifact) -> dict[str, str]:
     """What the family is made from, for elastic.json and the registry."""
     return {
-        "teacher": recipe.teacher.path or "pretrained by the recipe",
+        "teacher": teacher_name(recipe.teacher.path) if recipe.teacher.path else "pretrained by the recipe",
         "teacher_sha256": teacher.digest,
         "corpus_sha256": corpus.digest,
         "heldout_sha256": read_record(small_files(corpus)).heldout.sha256,

@@ -55,6 +55,11 @@ def fetch_teacher(path: str, identity: str, workspace: str) -> Artifact:
     return artifact(directory, checkpoint_files(directory) if Path(path).is_dir() else None)
 
 
+def teacher_name(path: str) -> str:
+    """What a family is said to be made from: a name on the Hub, s3://..., or a directory's name, for it may be moved."""
+    return Path(path).absolute().name if Path(path).is_dir() else path
+
+
 def left_out_text(teacher: checkpoint.Checkpoint) -> str:
     """What a family will lack of its teacher, in a line."""
     names = f"{checkpoint.MULTI_TOKEN_PREDICTION}*"

@@ -13,6 +13,7 @@ from tasks.running import digests
 from tasks.running.digests import artifact, damage, file_digest, set_aside
 from tasks.running.workspace import at_hand
 from tasks.settings import HOME, ServiceError
+from tasks.teacher import teacher_name
 
 
 @pytest.fixture
@@ -97,6 +98,14 @@ def test_what_the_user_gave_is_not_made_again(home, tmp_path):
         ServiceError, match=r"teacher/model.safetensors is damaged.*; put it back, or touch a file of it"
     ):
         check_inputs({"teacher": record})
+
+
+def test_a_family_names_the_directory_of_its_teacher_and_not_where_that_lies(tmp_path, monkeypatch):
+    """The name is part of what a family is: wherever its teacher lies, the same bytes make the same family."""
+    made(tmp_path / "teachers/nano")
+    monkeypatch.chdir(tmp_path)
+    assert teacher_name("teachers/nano") == teacher_name(str(tmp_path / "teachers/nano/")) == "nano"
+    assert teacher_name("nvidia/nano") == "nvidia/nano" and teacher_name("s3://b/nano") == "s3://b/nano"
 
 
 def test_a_clone_of_the_users_is_its_checkpoint_whatever_git_does_beside_it(home, tmp_path):
