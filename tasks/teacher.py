@@ -56,7 +56,7 @@ def fetch_teacher(path: str, identity: str, workspace: str) -> Artifact:
 
 
 def teacher_name(path: str) -> str:
-    """What a family is said to be made from: a name on the Hub, s3://..., or the name of a directory, which may move."""
+    """What a family is said to be made from: a Hub name, s3://..., or the name of a directory, which may move."""
     return Path(path).absolute().name if Path(path).is_dir() else path
 
 
