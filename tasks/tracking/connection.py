@@ -152,13 +152,15 @@ def explained(uri: str, doing: str) -> Iterator[None]:
 
 
 def _refusal(error: Exception) -> str | None:
-    """What to do about a server that wants a login, refuses it, or is not MLflow; None for other errors."""
+    """What to do about a server that is away, wants a login, refuses it, or is not MLflow; None for other errors."""
     from mlflow.exceptions import MlflowException
 
     if not isinstance(error, MlflowException):
         return None
     if "not in a valid JSON format" in str(error):
         return "the answer is not MLflow's but some page, perhaps of a login; check MLFLOW_TRACKING_URI"
+    if "Max retries exceeded" in str(error):
+        return f"it does not answer; {remedy(TRACKING_URI)}"
     status = _status_of(error)
     if status == 401:
         return (

@@ -847,3 +847,10 @@ def test_a_database_that_is_not_there_is_not_made_by_who_reads_it(tmp_path: Path
     (tmp_path / "x.db").touch()
     for there in (f"sqlite:///{tmp_path / 'x.db'}", "http://127.0.0.1:9", "postgresql://u@h/d"):
         tracking.check_database(there)
+
+
+def test_a_server_that_is_away_is_told_in_a_line_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(ServiceError, match=r"does not answer; .*MLFLOW_TRACKING_URI") as told:
+        tracking.resolve("http://127.0.0.1:9", "nano")
+    assert told.value.transient and len(str(told.value)) < 200, str(told.value)
