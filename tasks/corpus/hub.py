@@ -45,6 +45,10 @@ class HubPath:
 def parse_model(path: str) -> HubPath:
     """`org/name[@revision]`, with or without hf:// before it; a ValueError for what the Hub has no name for."""
     setting = f"teacher.path {path!r}"
+    if Path(path).is_file():
+        raise ValueError(f"{setting} is a file; name its directory")
+    if path.startswith((".", "/", "~")):
+        raise ValueError(f"{setting}: there is no such directory; correct it")
     name, _, revision = path.removeprefix(HUB).partition("@")
     if not _MODEL.fullmatch(name):
         raise ValueError(

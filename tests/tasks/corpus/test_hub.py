@@ -155,3 +155,12 @@ def test_a_model_is_pinned_by_its_revision() -> None:
     assert parse_model("hf://org/name@v2") == HubPath(
         setting="teacher.path 'hf://org/name@v2'", kind="model", repository="org/name", revision="v2"
     )
+
+
+@pytest.mark.parametrize("path", ["./nosuch", "../nosuch", "/nosuch", "~/nosuch"])
+def test_a_path_of_this_machine_is_not_asked_of_the_hub(path: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^teacher\.path '.*nosuch': there is no such directory; correct it$"):
+        parse_model(path)
+    (tmp_path / "config.json").touch()
+    with pytest.raises(ValueError, match=r"config\.json' is a file; name its directory$"):
+        parse_model(str(tmp_path / "config.json"))
