@@ -48,7 +48,7 @@ def parse_model(path: str) -> HubPath:
     if Path(path).is_file():
         raise ValueError(f"{setting} is a file; name its directory")
     if path.startswith((".", "/", "~")):
-        raise ValueError(f"{setting}: there is no such directory; correct it")
+        raise ValueError(f"{setting} is not here: there is no such directory; correct it")
     name, _, revision = path.removeprefix(HUB).partition("@")
     if not _MODEL.fullmatch(name):
         raise ValueError(

@@ -282,7 +282,8 @@ def test_a_teacher_that_is_nowhere_is_refused(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     line = refused("run", inputs / "recipe.yaml", f"teacher.path={path}")
-    assert f"teacher.path '{path}' is not here, and the Hub does not give it" in line
+    why = ": there is no such directory" if path.startswith("/") else ", and the Hub does not give it"
+    assert f"teacher.path '{path}' is not here{why}" in line
 
 
 def test_a_teacher_that_is_not_in_the_bucket_is_refused(refused: Refused, inputs: Path, settings: Settings) -> None:

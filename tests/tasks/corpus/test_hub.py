@@ -159,7 +159,7 @@ def test_a_model_is_pinned_by_its_revision() -> None:
 
 @pytest.mark.parametrize("path", ["./nosuch", "../nosuch", "/nosuch", "~/nosuch"])
 def test_a_path_of_this_machine_is_not_asked_of_the_hub(path: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^teacher\.path '.*nosuch': there is no such directory; correct it$"):
+    with pytest.raises(ValueError, match=r"^teacher\.path '.*nosuch' is not here: there is no such directory; correct"):
         parse_model(path)
     (tmp_path / "config.json").touch()
     with pytest.raises(ValueError, match=r"config\.json' is a file; name its directory$"):
