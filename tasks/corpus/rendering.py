@@ -174,11 +174,11 @@ class _Rendering:
         At the prompt's end where that cannot be told: then nothing of it is learned anew.
         """
         probe = {key: value for key, value in before[place].items() if key != REASONING} | {"content": self._private[0]}
-        probed = self._render([*before[:place], probe, *before[place + 1 :]], self._arguments, True)
+        probed = self._render([*before[:place], probe, *before[place + 1 :]], self._arguments, False)
         after, end = probed.partition(self._private[0])[2], self._template.last_special(told)
-        if not after or end is None or end not in after or not prompt.endswith(after):
+        if end is None or end not in after or (start := prompt.rfind(after)) < 0:
             return len(prompt)
-        return len(prompt) - len(after) + after.index(end) + len(end)
+        return start + after.index(end) + len(end)
 
     # --- one turn ---
 
