@@ -178,8 +178,8 @@ class ModelConfig(Strict):
             raise ValueError(f"{name}={widths} must be greater than 0")
 
     def _check_experts(self) -> None:
-        self._check_widths(MOE)
         positive(self, "num_experts_per_tok", "moe_shared_expert_intermediate_size")
+        self._check_widths(MOE)
         positive(self, "n_routed_experts", "n_group", "topk_group", "routed_scaling_factor")
         if self.moe_latent_size is not None:
             positive(self, "moe_latent_size")

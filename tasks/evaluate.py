@@ -1,6 +1,5 @@
 """Measure every budget on held-out data: the slices themselves, beside the teacher and beside cutting alone."""
 
-import logging
 import statistics
 import time
 from collections import Counter
@@ -40,9 +39,6 @@ from tasks.settings import Settings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-logger = logging.getLogger(__name__)
-
-MANY_CUT = 0.05  # of the answers to problems: more are told of
 DECODED_TOKENS = 64
 DECODE_REPEATS = 3
 
@@ -342,10 +338,7 @@ def answer(
 def right_answers(
     submodel: ElasticNemotronH, tokenizer: "PreTrainedTokenizerFast", problems: list[Problem], settings: Evaluation
 ) -> list[bool]:
-    """Which problems are answered exactly, greedily. What counts is what follows the last thought.
-
-    An answer that was cut off is none, whatever it begins with.
-    """
+    """Which problems are answered exactly, greedily. What counts is what follows the last thought."""
     prompts = encode_questions(tokenizer, problems, settings.chat_template_kwargs)
     completions = complete(
         submodel,
@@ -354,17 +347,9 @@ def right_answers(
         max_new_tokens=settings.max_new_tokens,
         stop_tokens=stop_tokens(submodel.config),
     )
-    is_cut = [len(completion) == settings.max_new_tokens for completion in completions]
-    if sum(is_cut) > MANY_CUT * len(problems):
-        logger.warning(
-            "%d of %d answers were cut off at evaluation.max_new_tokens=%d and count as wrong; raise it",
-            sum(is_cut),
-            len(problems),
-            settings.max_new_tokens,
-        )
     return [
-        not cut and prompt.answer(spoken(completion, tokenizer)) == problem.answer
-        for problem, prompt, completion, cut in zip(problems, prompts, completions, is_cut, strict=True)
+        prompt.answer(spoken(completion, tokenizer)) == problem.answer
+        for problem, prompt, completion in zip(problems, prompts, completions, strict=True)
     ]
 
 

@@ -66,9 +66,6 @@ def test_what_follows_the_last_thought_is_compared(
     monkeypatch.setattr(evaluate, "complete", lambda *args, **options: answers)
     found = evaluate.answer(ElasticNemotronH(MODEL), tokenizer, problems, Evaluation())
     assert found == evaluate.Answers(problems=4, accuracy=accuracy, by_task={"sum": accuracy})
-    most = Evaluation(max_new_tokens=max(map(len, answers)))
-    cut = evaluate.answer(ElasticNemotronH(MODEL), tokenizer, problems, most)
-    assert cut is not None and cut.accuracy == 0.0, "an answer as long as is allowed was cut off"
 
 
 def test_what_is_decoded_together_does_not_depend_on_the_number_of_devices(
