@@ -99,7 +99,7 @@ class Stage(Strict):
     """The optimizer of the weights."""
     shares: Literal["by_need", "fixed"] = "by_need"
     """Whether the shares are `fixed`, or follow `by_need` each budget's measured KL to the teacher after the first
-    steps, with 5 % at least for each. Example: `fixed`."""
+    steps, with 5 % at least for each but the full size. Example: `fixed`."""
     full_share: float = 0.05
     """With `by_need`, the share of the full size, which starts at KL 0, from 0 to below 1. Example: `0.1`."""
     budget_rows: int | None = None

@@ -21,6 +21,7 @@ from tasks.artifacts.staging import scratch
 from tasks.corpus.documents import digest_files
 from tasks.corpus.heldout import heldout_batches, predicted
 from tasks.corpus.record import HELDOUT_FILE, read_record
+from tasks.corpus.template import special_tokens
 from tasks.corpus.tokenizer import load_tokenizer, tokenizer_files
 from tasks.evaluate import Reader, conditions, shared_loss
 from tasks.judge import judge_model
@@ -358,8 +359,3 @@ def retokenised(
     read()
     ids_1T = torch.tensor([ids])
     return TokenBatch(inputs_BT=ids_1T[:, :-1], targets_BT=ids_1T[:, 1:], packing=None, learned=ids_1T.shape[1] - 1)
-
-
-def special_tokens(tokenizer: "PreTrainedTokenizerFast") -> dict[int, str]:
-    """How the special tokens of a tokenizer are spelled, by their ids."""
-    return {token: added.content for token, added in tokenizer.added_tokens_decoder.items() if added.special}

@@ -75,13 +75,15 @@ def give_idle_gradients(model: nn.Module, seen: Iterable[Routing]) -> None:
     Where several processes train they have these (`Mixture.runs_idle`), and an optimizer that leaves out what has no
     gradient, its momentum and decay too, would train other weights in one process.
     """
-    mixtures = {mixture.layer: mixture for mixture in _mixtures(model)}
+    kept: dict[int, set[int]] = {}
     for routing in seen:
-        for layer, kept in routing.kept.items():
-            for expert in kept:
-                for weight in mixtures[layer].experts[expert].parameters():
-                    if weight.grad is None:
-                        weight.grad = torch.zeros_like(weight)
+        for layer, experts in routing.kept.items():
+            kept.setdefault(layer, set()).update(experts)
+    for mixture in _mixtures(model):
+        for expert in kept.get(mixture.layer, ()):
+            for weight in mixture.experts[expert].parameters():
+                if weight.grad is None:
+                    weight.grad = torch.zeros_like(weight)
 
 
 @torch.no_grad()

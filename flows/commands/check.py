@@ -158,7 +158,9 @@ def _teacher(recipe: Recipe, work: Path) -> tuple[str, Path]:
 
 
 def _look_at_data(findings: Findings, recipe: Recipe, tokenizer: Path, work: Path) -> None:
-    """A line and the first text of each source, and a note where the stages would read all of them many times."""
+    """A line and the first text of each source; a fault where all together do not fill a sequence, and a note where
+    the stages would read them many times.
+    """
     held: list[int | None] = []
     for i, source in enumerate(recipe.data.sources):
         found = findings.look(f"data.sources[{i}]", partial(_source, source, tokenizer, work / str(i)))
@@ -167,14 +169,16 @@ def _look_at_data(findings: Findings, recipe: Recipe, tokenizer: Path, work: Pat
             typer.echo("".join(f"         | {line}\n" for line in first.splitlines()), nl=False)
         held.append(found.held if found is not None else None)
     known = [tokens for tokens in held if tokens is not None]
-    longest = max(recipe.stages, key=lambda stage: stage.sequence_length)
-    if len(known) == len(held) and 0 < sum(known) <= longest.sequence_length:
-        findings.look("data", partial(_too_few, sum(known), longest))
+    if len(known) < len(held) or not sum(known):
+        return
+    tokens, longest = sum(known), max(recipe.stages, key=lambda stage: stage.sequence_length)
+    if tokens <= longest.sequence_length:
+        findings.look("data", partial(_too_few, tokens, longest))
     trained = sum(stage.steps * stage.batch_size * stage.sequence_length for stage in recipe.stages)
-    if len(known) == len(held) and trained > EPOCHS * sum(known) > 0:
+    if trained > EPOCHS * tokens:
         typer.echo(
-            f"note   data: the sources hold at most about {human_count(sum(known))} tokens, and the stages train on "
-            f"{human_count(trained)}, {trained / sum(known):,.0f} times as many; bring more documents, or take fewer "
+            f"note   data: the sources hold at most about {human_count(tokens)} tokens, and the stages train on "
+            f"{human_count(trained)}, {trained / tokens:,.0f} times as many; bring more documents, or take fewer "
             "steps (`elastic init --tokens` counts them)"
         )
 

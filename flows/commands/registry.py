@@ -26,7 +26,7 @@ def open_registry() -> Iterator[Settings]:
         database = home / "mlflow.db"
         if settings.registry != tracking_environment(home)[TRACKING_URI]:
             tracking.check_database(settings.registry)
-        if settings.registry == tracking_environment(home)[TRACKING_URI] and not database.exists():
+        elif not database.exists():
             raise ValueError(
                 f"nothing is registered in {home}: `elastic run RECIPE` makes a family, or set {TRACKING_URI} to where "
                 "yours is registered"

@@ -12,6 +12,7 @@ from tasks.corpus.chats import CLOSE, OPEN, Chat, Row, Unusable, read_chat
 from tasks.corpus.documents import iter_rows, parse_row
 from tasks.corpus.encoding import Encoder
 from tasks.corpus.rendering import render_prompt
+from tasks.corpus.template import special_tokens
 from tasks.corpus.turns import last_answer, opens_thought
 
 if TYPE_CHECKING:
@@ -77,8 +78,7 @@ def encode_prompts(
 
 def spoken(ids: Sequence[int], tokenizer: "PreTrainedTokenizerFast") -> str:
     """The text of a completion as servers give it: of special tokens it has those alone that stand around a thought."""
-    added = tokenizer.added_tokens_decoder
-    silent = {token for token, it in added.items() if it.special and it.content not in (OPEN, CLOSE)}
+    silent = {token for token, spelled in special_tokens(tokenizer).items() if spelled not in (OPEN, CLOSE)}
     return str(tokenizer.decode([token for token in ids if token not in silent]))
 
 
@@ -87,7 +87,7 @@ def beside_thoughts(tokenizer: "PreTrainedTokenizerFast") -> tuple[str, ...]:
 
     A server leaves special tokens out of what it gives unless it is asked for them. Empty where the marks are plain.
     """
-    special = {it.content for it in tokenizer.added_tokens_decoder.values() if it.special}
+    special = set(special_tokens(tokenizer).values())
     return tuple(sorted(special - {OPEN, CLOSE})) if special & {OPEN, CLOSE} else ()
 
 

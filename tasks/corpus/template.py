@@ -29,6 +29,11 @@ def taken() -> frozenset[str]:
     )
 
 
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
+    """How the special tokens of a tokenizer are spelled, by their ids."""
+    return {token: added.content for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+
+
 class Template:
     """A tokenizer's chat template, and what has to be known of it."""
 
@@ -39,7 +44,7 @@ class Template:
         self.source = "\n".join(template.values()) if isinstance(template, dict) else template or ""
         # Whether the template has anything to do with thoughts.
         self.thinks = re.search("think|reason", self.source, re.IGNORECASE) is not None
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} - {""}
+        special = set(special_tokens(tokenizer).values()) - {""}
         self.special = re.compile(_any_of(special) if special else "(?!)")
         self._last_characters = tuple({token[-1] for token in special})
         self.frame = cache(self._frame)

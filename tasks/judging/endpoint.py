@@ -31,8 +31,8 @@ class NotServed(ValueError):
 class Served:
     """The engine that is a server: it answers as the model of a size, whose files are at a path and have a digest.
 
-    `identity` tells the model, and all else that an answer depends on, as far as it can be told. `special` as `Client`
-    has it.
+    `identity` tells the model, and all else that an answer depends on, as far as it can be told. `special` is
+    `Client`'s.
     """
 
     def __init__(

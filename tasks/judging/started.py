@@ -39,7 +39,7 @@ def check_gpus(engine: judging.Engine) -> None:
 class Started:
     """The engine that is a program: it runs while samples are made. Its logs are files that begin with `log`.
 
-    `identity` tells the model, and all else that an answer depends on. `special` as `Client` has it.
+    `identity` tells the model, and all else that an answer depends on. `special` is `Client`'s.
     """
 
     def __init__(

@@ -49,16 +49,12 @@ def file_digest(path: Path) -> str:
 def damage(record: Artifact | StageRecord) -> str:
     """What of a record's files is not as it was recorded, in one line; "" where everything is."""
     if isinstance(record, StageRecord):
-        metrics = Path(record.metrics)
-        if spoiled := damage(record.family):
-            return spoiled
-        if not metrics.is_file():
-            return f"{metrics} is gone"
-        return _difference(metrics, file_digest(metrics), record.metrics_sha256)
+        return damage(record.family) or difference(Path(record.metrics), record.metrics_sha256)
     directory = Path(record.path)
     try:
-        of_others = is_of_the_user(record)  # what else lies there is none of ours
-        paths = [path for name in record.files if (path := directory / name).is_file()] if of_others else None
+        paths = None
+        if is_of_the_user(record):  # what else lies there is not the artifact's
+            paths = [path for name in record.files if (path := directory / name).is_file()]
         found = _digests(directory, paths) if directory.is_dir() else None
     except FileNotFoundError:  # another run set it aside meanwhile
         found = None
