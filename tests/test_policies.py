@@ -83,6 +83,11 @@ def assert_least(name: str, needed: set[tuple[str, str]]) -> None:
     assert (denied, unused) == (set(), set())
 
 
+@pytest.fixture(autouse=True)
+def _uploads_are_a_day_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.artifacts.publishing.UNFINISHED", timedelta(0))
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return make(tmp_path / "in", {"config.json": b"{}", "model.safetensors": noise(PART + 1)})
