@@ -157,6 +157,11 @@ class Stage(Strict):
         multiple_of("batch_size", self.batch_size, "micro_batch_size x processes", together)
         return self.batch_size // together
 
+    def divides_among(self, processes: int) -> bool:
+        """Whether so many processes can each run as many micro-batches, all of them on one budget at a time."""
+        together = self.budget_rows or processes
+        return self.micro_steps(1) % processes == self.batch_size % together == together % processes == 0
+
     def rows_together(self, processes: int) -> int:
         """Rows that share a budget with so many processes; ValueError where the batch does not divide among them."""
         together = self.budget_rows or processes

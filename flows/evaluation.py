@@ -60,7 +60,14 @@ def evaluation(
         digest = problems_digest(settings.problems)
         measured = run(measure, model=directory, corpus=corpus, settings=settings, problems_digest=digest)
     patiently("keeping the measurement", partial(log_measurement, machine, version, corpus, measured))
-    rows = [{"model": name, "loss": fixed(measured.cross_entropy, 4), "accuracy": percent(measured.accuracy, 1)}]
+    rows = [
+        {
+            "model": name,
+            "loss": fixed(measured.cross_entropy, 4),
+            "accuracy": percent(measured.accuracy, 1),
+            "answers cut off": percent(measured.cut_answers, 1),
+        }
+    ]
     create_markdown_artifact(
         key=f"evaluation-{Path(version.name).name.lower().replace('_', '-').replace('.', '-')}",
         description=f"{name} on {', '.join(source.path for source in data.sources)}",

@@ -2,8 +2,7 @@
 
 import statistics
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -15,7 +14,7 @@ from elastic_core.budget import Dtype
 from elastic_core.comparison import reorder_model
 from elastic_core.cost import active_params, subnet_params
 from elastic_core.files import checkpoint, reorder
-from elastic_core.generate import complete, decode, prompt_batches, stop_tokens
+from elastic_core.generate import decode, prompt_batches
 from elastic_core.geometry import MOE, ModelConfig
 from elastic_core.model import Cache, ElasticNemotronH
 from elastic_core.recipe import Evaluation
@@ -25,11 +24,11 @@ from elastic_core.training.curriculum import generator
 from elastic_core.training.losses import distillation_loss
 from elastic_core.training.tokens import TokenBatch
 from tasks import tracking
-from tasks.corpus import sources
 from tasks.corpus.heldout import heldout_batches, predicted, sequences
-from tasks.corpus.problems import Problem, encode_questions, read_problems, spoken
+from tasks.corpus.problems import Problem, encode_questions
 from tasks.corpus.record import HELDOUT_FILE, read_record
 from tasks.corpus.tokenizer import load_tokenizer
+from tasks.judging.exact import Answers, Match, matches, recorded_problems, tally
 from tasks.records import Artifact, BudgetEvaluation, Conditions, EvaluationRecord
 from tasks.running.code import code_of
 from tasks.running.devices import dealt, devices, gathered, on_devices
@@ -37,22 +36,13 @@ from tasks.running.steps import fingerprint, run, step
 from tasks.settings import Settings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    pass
 
 DECODED_TOKENS = 64
 DECODE_REPEATS = 3
 
 # The settings that a held-out loss depends on; `sequences` says how much was there of the tokens asked for.
 OF_THE_LOSS = ("sequence_length",)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answers:
-    """Exact-match accuracy over all problems, and by kind of problem."""
-
-    problems: int
-    accuracy: float
-    by_task: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +135,7 @@ def evaluate(
             tokens_per_second=decoding.tokens_per_second,
             accuracy=answers.accuracy if answers else None,
             accuracy_by_task=answers.by_task if answers else {},
+            cut_answers=answers.cut if answers else None,
         )
 
     whole = run(measure_loss, model=teacher, teacher=teacher, corpus=corpus, settings=text, dtype=dtype)
@@ -155,6 +146,7 @@ def evaluate(
         teacher_active_params=active(config, full),
         teacher_cross_entropy=whole.cross_entropy,
         teacher_accuracy=answers.accuracy if answers else None,
+        teacher_cut_answers=answers.cut if answers else None,
         heldout_tokens=whole.tokens,
         problems=answers.problems if answers else 0,
         budgets=tuple(measured(budget) for budget in checkpoint.read_family(Path(family.path)).budgets),
@@ -202,17 +194,6 @@ def measure_cut(
     return shared_loss(reader, _heldout(reordered, corpus, settings))[0]
 
 
-def recorded_problems(settings: Evaluation, digest: str | None) -> list[Problem]:
-    """The problems; ValueError where this host has others than those of the SHA-256 on record."""
-    if settings.problems is None:
-        return []
-    if digest is not None and sources.problems_digest(settings.problems) != digest:
-        raise ValueError(
-            f"{settings.problems} is another file here than where the run began; have the same on all hosts"
-        )
-    return read_problems(Path(settings.problems), settings.max_problems)
-
-
 @step("answers of {model.name}", on_gpu=True)
 def measure_answers(model: Artifact, settings: Evaluation, problems_digest: str | None, dtype: Dtype) -> Answers:
     """How many held-out problems a stock checkpoint answers exactly."""
@@ -223,8 +204,8 @@ def measure_answers(model: Artifact, settings: Evaluation, problems_digest: str 
     batches = prompt_batches([prompt.ids for prompt in prompts])
     asked = [[problems[index] for index in batch] for batch in batches]
     shares = [(model.path, dtype, settings, share) for share in dealt(asked, devices())]
-    answered = zip(chain(*batches), chain(*gathered(on_devices(_right, shares))), strict=True)
-    return tally(problems, [is_right for _, is_right in sorted(answered)])
+    answered = zip(chain(*batches), chain(*gathered(on_devices(_matched, shares))), strict=True)
+    return tally(problems, [match for _, match in sorted(answered)])
 
 
 @step("speed of {model.name}", on_gpu=True)
@@ -328,48 +309,14 @@ def last_hidden(reader: ElasticNemotronH, subnet: Subnet, batch: TokenBatch) -> 
     return hidden_BTD.flatten(0, 1)
 
 
-def answer(
-    submodel: ElasticNemotronH, tokenizer: "PreTrainedTokenizerFast", problems: list[Problem], settings: Evaluation
-) -> Answers | None:
-    """Answer every problem greedily; None without problems."""
-    return tally(problems, right_answers(submodel, tokenizer, problems, settings)) if problems else None
-
-
-def right_answers(
-    submodel: ElasticNemotronH, tokenizer: "PreTrainedTokenizerFast", problems: list[Problem], settings: Evaluation
-) -> list[bool]:
-    """Which problems are answered exactly, greedily. What counts is what follows the last thought."""
-    prompts = encode_questions(tokenizer, problems, settings.chat_template_kwargs)
-    completions = complete(
-        submodel,
-        [prompt.ids for prompt in prompts],
-        full_subnet(submodel.config),
-        max_new_tokens=settings.max_new_tokens,
-        stop_tokens=stop_tokens(submodel.config),
-    )
-    return [
-        prompt.answer(spoken(completion, tokenizer)) == problem.answer
-        for problem, prompt, completion in zip(problems, prompts, completions, strict=True)
-    ]
-
-
-def tally(problems: Sequence[Problem], is_right: Sequence[bool]) -> Answers:
-    """The share of the problems that were answered exactly, and of each kind."""
-    asked, right = Counter(problem.task for problem in problems), Counter[str]()
-    for problem, hit in zip(problems, is_right, strict=True):
-        right[problem.task] += hit
-    by_task = {task: right[task] / asked[task] for task in sorted(asked)}
-    return Answers(problems=len(problems), accuracy=right.total() / len(problems), by_task=by_task)
-
-
 Asked = tuple[str, Dtype, Evaluation, list[list[Problem]]]
 
 
-def _right(share: Asked) -> list[list[bool]]:
-    """Which problems of each batch are answered exactly."""
+def _matched(share: Asked) -> list[list[Match]]:
+    """What became of the problems of each batch."""
     path, dtype, settings, batches = share
     model, tokenizer = _load(path, dtype), load_tokenizer(Path(path))
-    return [right_answers(model, tokenizer, batch, settings) for batch in batches]
+    return [matches(model, tokenizer, batch, settings) for batch in batches]
 
 
 def decoding_speed(submodel: ElasticNemotronH, subnet: Subnet, batch: TokenBatch) -> tuple[float, int]:
@@ -397,10 +344,11 @@ def _synchronised(tokens: Iterator[torch.Tensor]) -> Iterator[int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """Cross-entropy in nats a token, and the share of problems answered exactly, where there were any."""
+    """Cross-entropy in nats a token, and where there were problems the shares answered exactly, and cut off."""
 
     cross_entropy: float
     accuracy: float | None
+    cut_answers: float | None = None
 
 
 @step("measure {model.name}", on_gpu=True)
@@ -413,8 +361,10 @@ def measure(model: Artifact, corpus: Artifact, settings: Evaluation, problems_di
     loss, _ = heldout_loss(loaded, full_subnet(loaded.config), batches)
     problems = recorded_problems(settings, problems_digest)
     tokenizer = load_tokenizer(directory)
-    answers = answer(loaded, tokenizer, problems, settings)
-    return Measurement(cross_entropy=loss, accuracy=answers.accuracy if answers else None)
+    if not problems:
+        return Measurement(cross_entropy=loss, accuracy=None)
+    answers = tally(problems, matches(loaded, tokenizer, problems, settings))
+    return Measurement(cross_entropy=loss, accuracy=answers.accuracy, cut_answers=answers.cut)
 
 
 def log_measurement(

@@ -49,7 +49,8 @@ class BudgetEvaluation:
 
     Cross-entropies and KL to the teacher are in nats a token, on held-out data. `cut_cross_entropy` is that of the
     reordered teacher cut at the same subnet with no training, `random_cut_cross_entropy` that of the teacher in random
-    order. `accuracy` is the share of held-out problems answered exactly, by kind of problem in `accuracy_by_task`.
+    order. `accuracy` is the share of held-out problems answered exactly, by kind of problem in `accuracy_by_task`;
+    `cut_answers` the share whose answers came to the limit of tokens.
     `tokens_per_second` is that of decoding; `memory_bytes` is weights plus the caches of the decoded batch. Of a model
     with experts `active_params` are the parameters that a token passes through.
     """
@@ -66,6 +67,7 @@ class BudgetEvaluation:
     accuracy: float | None = None
     accuracy_by_task: Mapping[str, float] = field(default_factory=dict)
     active_params: int | None = None
+    cut_answers: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +168,7 @@ class EvaluationRecord:
     teacher_active_params: int | None = None
     scores: tuple[BenchmarkScore, ...] = ()
     contamination: tuple[Contamination, ...] = ()
+    teacher_cut_answers: float | None = None
 
     def measured_scores(self, model: str) -> dict[str, BenchmarkScore]:
         """A model's scores by benchmark, without those that were published."""

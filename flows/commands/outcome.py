@@ -6,7 +6,7 @@ from flows.commands.terminal import text_table, wide_console
 from tasks.promote import Verdict
 from tasks.records import EvaluationRecord, OrderComparison, Release
 from tasks.reporting.benchmarks import benchmark_table
-from tasks.reporting.summary import order_warnings, summary_table, training_warnings
+from tasks.reporting.summary import evaluation_warnings, order_warnings, summary_table
 
 
 def print_outcome(evaluation: EvaluationRecord, orders: OrderComparison, release: Release, verdict: Verdict) -> None:
@@ -15,7 +15,7 @@ def print_outcome(evaluation: EvaluationRecord, orders: OrderComparison, release
     console.print(text_table(summary_table(evaluation), title=f"{release.family} {release.version}"))
     if evaluation.scores:
         console.print(text_table(benchmark_table(evaluation), title="pass@1, percent"))
-    for warning in (*training_warnings(evaluation), *order_warnings(orders)):
+    for warning in (*evaluation_warnings(evaluation), *order_warnings(orders)):
         console.print(f"warning     {warning}", highlight=False, soft_wrap=True)
     console.print("registered  " + ", ".join(release.models.values()), highlight=False)
     console.print(f"promotion   {verdict.reason}", highlight=False)

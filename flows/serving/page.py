@@ -12,11 +12,11 @@ from tasks.records import EvaluationRecord, OrderComparison, Release
 from tasks.reporting.benchmarks import PASS_AT_1, benchmark_table
 from tasks.reporting.summary import (
     ORDERS,
+    evaluation_warnings,
     markdown_table,
     order_table,
     order_warnings,
     summary_table,
-    training_warnings,
 )
 from tasks.settings import ServiceError, Settings
 
@@ -42,7 +42,7 @@ def show_outcome(
         markdown="\n\n".join(
             [
                 markdown_table(summary_table(evaluation)),
-                *(f"Warning: {warning}." for warning in training_warnings(evaluation)),
+                *(f"Warning: {warning}." for warning in evaluation_warnings(evaluation)),
                 *([PASS_AT_1, markdown_table(benchmark_table(evaluation))] if evaluation.scores else []),
                 f"Registered from `{release.uri}`:",
                 models,

@@ -36,6 +36,7 @@ from tasks.reporting.summary import (
     ORDERS,
     active_column,
     by_size,
+    evaluation_warnings,
     markdown_table,
     order_table,
     order_warnings,
@@ -43,7 +44,6 @@ from tasks.reporting.summary import (
     smallest_loss,
     summary_lines,
     summary_table,
-    training_warnings,
 )
 from tasks.settings import redact
 
@@ -135,7 +135,7 @@ def _finite(value: Any) -> Any:
 def _markdown(run: Run) -> str:
     lines = [f"- **{name}**: {line}" for name, line in summary_lines(run.evaluation).items()]
     parts = [f"# {run.recipe.family}", "\n".join(lines), markdown_table(summary_table(run.evaluation)).rstrip()]
-    parts += [f"Warning: {warning}." for warning in training_warnings(run.evaluation)]
+    parts += [f"Warning: {warning}." for warning in evaluation_warnings(run.evaluation)]
     if run.evaluation.scores:
         parts.append(PASS_AT_1)
         parts.append(markdown_table(benchmark_table(run.evaluation)).rstrip())
@@ -224,7 +224,7 @@ def _html(run: Run, links: Mapping[str, str], plots: Sequence[tuple["Plot", Mark
         answers=answers_table(evaluation),
         contaminated=contamination_table(evaluation),
         contamination=CONTAMINATION,
-        warnings=[*training_warnings(evaluation), *order_warnings(run.orders)],
+        warnings=[*evaluation_warnings(evaluation), *order_warnings(run.orders)],
         orders=order_table(run.orders),
         random_orders=len(run.orders.cuts[0].at_random) if run.orders.cuts else 0,
         compared_tokens=human_count(run.orders.heldout_tokens),

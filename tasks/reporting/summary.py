@@ -94,6 +94,14 @@ def training_warnings(evaluation: EvaluationRecord) -> list[str]:
     ]
 
 
+def evaluation_warnings(evaluation: EvaluationRecord) -> list[str]:
+    """What makes numbers of the evaluation worth less than they look, a line each."""
+    cut = {"teacher": evaluation.teacher_cut_answers} | {b.budget: b.cut_answers for b in by_size(evaluation)}
+    told = ", ".join(f"{name} {percent(share, 1)}" for name, share in cut.items() if share)
+    warning = f"answers to problems were cut off at max_new_tokens ({told}) and count as they stand; raise it"
+    return training_warnings(evaluation) + [warning] * bool(told)
+
+
 def active_column(params: int | None) -> dict[str, str]:
     """A column of models with experts alone."""
     return {} if params is None else {"active": f"{params:,}"}

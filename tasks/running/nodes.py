@@ -123,13 +123,8 @@ other_nodes: ContextVar[Others | None] = ContextVar("other_nodes", default=None)
 
 def nodes_for(stage: Stage, nodes: int, devices: int) -> int:
     """On how many of so many nodes a stage trains: the most whose processes, one a device, its batch divides among."""
-
-    def divides(count: int) -> bool:
-        processes = count * max(devices, 1)
-        together = stage.budget_rows or processes
-        return stage.micro_steps(1) % processes == stage.batch_size % together == together % processes == 0
-
-    return max(filter(divides, range(1, nodes + 1)), default=1)
+    fitting = (count for count in range(1, nodes + 1) if stage.divides_among(count * max(devices, 1)))
+    return max(fitting, default=1)
 
 
 def _signal_name(number: int) -> str:

@@ -151,9 +151,8 @@ def _last_words(process: ChildProcess) -> str:
 
 
 def processes_for(stage: Stage, devices: int) -> int:
-    """As many processes as there are devices, or as few less as divide the stage's micro-batches; one on a CPU."""
-    micro_batches = stage.micro_steps(1)
-    return max(count for count in range(1, max(devices, 1) + 1) if micro_batches % count == 0)
+    """As many processes as there are devices, or as few less as the stage's batch divides among; one on a CPU."""
+    return max(count for count in range(1, max(devices, 1) + 1) if stage.divides_among(count))
 
 
 def trainer_environment(processes: int) -> dict[str, str]:

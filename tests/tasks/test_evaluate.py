@@ -36,6 +36,7 @@ from tasks.corpus.heldout import heldout_batches, predicted
 from tasks.corpus.problems import Problem
 from tasks.corpus.record import HELDOUT_FILE
 from tasks.evaluate import heldout_loss
+from tasks.judging import exact
 from tasks.promote import loss_on
 from tasks.records import Artifact
 from tasks.running.digests import artifact
@@ -63,9 +64,28 @@ def test_what_follows_the_last_thought_is_compared(
         for a in range(4)
     ]
     answers = [tokenizer.encode(said.format(a + 1), add_special_tokens=False) for a in range(4)]
-    monkeypatch.setattr(evaluate, "complete", lambda *args, **options: answers)
-    found = evaluate.answer(ElasticNemotronH(MODEL), tokenizer, problems, Evaluation())
-    assert found == evaluate.Answers(problems=4, accuracy=accuracy, by_task={"sum": accuracy})
+    monkeypatch.setattr(exact, "complete", lambda *args, **options: answers)
+    settings = Evaluation(max_new_tokens=max(map(len, answers)) + 1)
+    found = exact.tally(problems, exact.matches(ElasticNemotronH(MODEL), tokenizer, problems, settings))
+    assert found == exact.Answers(problems=4, accuracy=accuracy, by_task={"sum": accuracy}, cut=0.0)
+
+
+def test_an_answer_that_came_to_the_limit_of_tokens_counts_as_it_stands_and_as_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = write_tokenizer(tmp_path, "ours")
+    question = Chat([{"role": "user", "content": "1+1?"}])
+    problems = [Problem(question=question, answer=answer, task="sum", where="") for answer in ("2", "2", "22", "23")]
+    two, stop = tokenizer.encode("2", add_special_tokens=False)[0], MODEL.eos_token_id
+
+    def decode(*_: object, **limits: int) -> Iterator[torch.Tensor]:
+        rows = [[two, stop], [two, two], [two, two], [two, two]]
+        return map(torch.tensor, zip(*rows, strict=True))
+
+    monkeypatch.setattr("elastic_core.generate.decode", decode)
+    found = exact.matches(ElasticNemotronH(MODEL), tokenizer, problems, Evaluation(max_new_tokens=2))
+    assert [tuple(match) for match in found] == [(True, False), (False, True), (True, True), (False, True)]
+    assert exact.tally(problems, found) == exact.Answers(problems=4, accuracy=0.5, by_task={"sum": 0.5}, cut=0.75)
 
 
 def test_what_is_decoded_together_does_not_depend_on_the_number_of_devices(
@@ -93,7 +113,7 @@ def test_what_is_decoded_together_does_not_depend_on_the_number_of_devices(
         answers = evaluate.measure_answers.fn(
             model=artifact(family), settings=settings, problems_digest=None, dtype="float32"
         )
-        assert answers == evaluate.Answers(problems=45, accuracy=1 / 45, by_task={"all": 1 / 45})
+        assert answers == exact.Answers(problems=45, accuracy=1 / 45, by_task={"all": 1 / 45}, cut=0.0)
         found[count] = sorted(decoded)
     assert found[1] == found[2] == found[3]
     assert sum(map(len, found[1])) == 45 and max(map(len, found[1])) > 1

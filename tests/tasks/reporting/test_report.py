@@ -317,6 +317,13 @@ def test_a_size_that_training_made_worse_is_told_where_it_is_neither_a_hundredth
     assert [line.partition(" is worse")[0] for line in summary.training_warnings(record)] == ["s"] * told
 
 
+def test_answers_that_were_cut_off_are_told_with_each_models_share() -> None:
+    record = evaluation(budget("s", cut_answers=0.25), budget("l", cut_answers=0.0), teacher_cut_answers=0.5)
+    (warning,) = summary.evaluation_warnings(record)
+    assert warning.startswith("answers to problems were cut off at max_new_tokens (teacher 50.0 %, s 25.0 %) and count")
+    assert summary.evaluation_warnings(evaluation(budget("s", cut_answers=0.0))) == []
+
+
 def test_what_was_not_measured_is_a_dash() -> None:
     record = evaluation(budget("s", accuracy=None, kl=math.nan), teacher_accuracy=None)
     rows = summary.summary_table(record)

@@ -36,6 +36,11 @@ def test_there_is_a_process_for_every_device_that_the_batch_can_be_divided_for(d
     assert processes_for(replace(STAGE, batch_size=24, micro_batch_size=2), devices) == processes
 
 
+@pytest.mark.parametrize(("devices", "processes"), [(2, 1), (4, 3), (8, 3)])
+def test_the_rows_of_a_budget_are_divided_among_all_processes(devices, processes):
+    assert processes_for(replace(STAGE, batch_size=24, micro_batch_size=1, budget_rows=3), devices) == processes
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="binds a process to a core")
 def test_trainers_share_the_cores_that_their_parent_may_run_on():
     code = """if True:
