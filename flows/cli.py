@@ -287,9 +287,13 @@ def evaluate(
     from elastic_core.recipe import Evaluation
     from flows.commands.models import load
     from tasks.corpus.heldout import heldout_batches, predicted
+    from tasks.corpus.record import RECORD_FILE
     from tasks.evaluate import heldout_loss
+    from tasks.promote import is_tokenizer_of
 
     settings = Evaluation(heldout_tokens=tokens, sequence_length=sequence_length)
+    if (heldout.parent / RECORD_FILE).is_file() and not is_tokenizer_of(checkpoint, heldout.parent):
+        typer.echo(f"warning: {heldout} was encoded with another tokenizer than that of {checkpoint}", err=True)
     model, subnet = load(checkpoint, budget)
     batches = heldout_batches(heldout, settings, model.config.vocab_size)
     loss, _ = heldout_loss(model, subnet, batches)

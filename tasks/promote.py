@@ -309,7 +309,7 @@ def loss_on(directory: Path, teacher: Path, corpus: Path, settings: Evaluation, 
     """
     batches = heldout_batches(corpus / HELDOUT_FILE, settings, checkpoint.read_config(teacher).vocab_size)
     own = batches
-    if digest_files(tokenizer_files(directory)) != read_record(corpus).tokenizer_sha256:
+    if not is_tokenizer_of(directory, corpus):
         theirs, its = load_tokenizer(teacher), load_tokenizer(directory)
         own = [retokenised(text, theirs, its) for batch in batches for text in documents(batch)]
         own = [text for text in own if text.learned > 0]
@@ -319,6 +319,11 @@ def loss_on(directory: Path, teacher: Path, corpus: Path, settings: Evaluation, 
         cross_entropy=loss * predicted(own) / predicted(batches),
         conditions=conditions(corpus, settings, batches, dtype, device),
     )
+
+
+def is_tokenizer_of(model: Path, corpus: Path) -> bool:
+    """Whether a checkpoint's tokenizer is the one that the corpus was encoded with, file by file."""
+    return digest_files(tokenizer_files(model)) == read_record(corpus).tokenizer_sha256
 
 
 def documents(batch: TokenBatch) -> Iterator[torch.Tensor]:
