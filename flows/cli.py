@@ -54,7 +54,7 @@ def plan(
     tflops: Annotated[
         float, typer.Option(help="TFLOP/s of a GPU at its peak, in the dtype of the recipe.")
     ] = H100.flops_per_second / 1e12,
-    mfu: Annotated[float, typer.Option(help="The share of --tflops that training reaches.")] = H100.utilisation,
+    mfu: Annotated[float, typer.Option(help="The share of --tflops that training reaches.")] = H100.mfu,
     price: Annotated[float, typer.Option(help="Dollars for a GPU-hour.")] = H100.dollars_per_hour,
     bandwidth: Annotated[str, typer.Option(help="What a GPU reads of its memory in a second.")] = "3.35TB",
     link: Annotated[str, typer.Option(help="What a GPU sends to others of its host in a second.")] = "450GB",
@@ -82,7 +82,7 @@ def plan(
     accelerator = Accelerator(
         memory=parse_bytes(gpu_memory, "--gpu-memory"),
         flops_per_second=tflops * 1e12,
-        utilisation=mfu,
+        mfu=mfu,
         dollars_per_hour=price,
         bandwidth=parse_bytes(bandwidth, "--bandwidth"),
         link=parse_bytes(link, "--link"),

@@ -15,7 +15,7 @@ DECODED_TOGETHER = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accelerator:
-    """A GPU: bytes of memory, FLOP/s at its peak, the share of them that training reaches, dollars an hour.
+    """A GPU: bytes of memory, FLOP/s at its peak, the share of them that training reaches (MFU), dollars an hour.
 
     In a second it reads `bandwidth` bytes of its memory, and sends `link` bytes to others of its host. `on_a_host` GPUs
     share a host, which sends `network` bytes a second to others.
@@ -23,7 +23,7 @@ class Accelerator:
 
     memory: int
     flops_per_second: float
-    utilisation: float
+    mfu: float
     dollars_per_hour: float
     bandwidth: float = 3.35e12
     link: float = 4.5e11
@@ -35,8 +35,8 @@ class Accelerator:
         for name in ("memory", "flops_per_second", "bandwidth", "link", "network", "on_a_host"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name}={getattr(self, name)} must be greater than 0")
-        if not 0 < self.utilisation <= 1:
-            raise ValueError(f"utilisation={self.utilisation} must be above 0 and at most 1")
+        if not 0 < self.mfu <= 1:
+            raise ValueError(f"mfu={self.mfu} must be above 0 and at most 1")
         for name in ("dollars_per_hour", "dollars_per_core_hour"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
@@ -48,7 +48,7 @@ class Accelerator:
 
     def hours(self, flops: float) -> float:
         """Hours of one GPU."""
-        return flops / (self.flops_per_second * self.utilisation) / 3600
+        return flops / (self.flops_per_second * self.mfu) / 3600
 
     def sending_hours(self, by_gpu: float, by_host: float) -> float:
         """Hours in which each GPU sends so many bytes, and each host so many to others."""
@@ -64,7 +64,7 @@ class Accelerator:
 
 
 # What a plan assumes where nobody says on what: an H100, rented, with NVLink and a port of 400 Gb/s for each.
-H100 = Accelerator(memory=80 * 10**9, flops_per_second=989e12, utilisation=0.4, dollars_per_hour=2.5)
+H100 = Accelerator(memory=80 * 10**9, flops_per_second=989e12, mfu=0.4, dollars_per_hour=2.5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

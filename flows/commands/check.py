@@ -239,7 +239,7 @@ def _budgets(recipe: Recipe, model: ModelConfig, locality: Locality) -> tuple[st
     check_model(recipe, model)
     count = torch.cuda.device_count()
     memory = torch.cuda.get_device_properties(0).total_memory if count else 80 * 10**9
-    accelerator = Accelerator(memory=memory, flops_per_second=1e15, utilisation=0.4, dollars_per_hour=0)
+    accelerator = Accelerator(memory=memory, flops_per_second=1e15, mfu=0.4, dollars_per_hour=0)
     plan = plan_recipe(recipe, model, accelerator, (max(1, count),), recipe_table(recipe), locality)
     plan.require_budgets()
     sizes = ", ".join(f"{planned.budget.name} {human_count(planned.params)}" for planned in plan.budgets)

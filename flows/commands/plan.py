@@ -267,7 +267,7 @@ def _explanations(plan: RecipePlan) -> Iterator[str]:
     gpu = plan.accelerator
     yield (
         f"Assumed: GPUs of {human_bytes(gpu.memory)}, {percent(USABLE_SHARE)} of it to plan with; "
-        f"{gpu.flops_per_second / 1e12:,.0f} TFLOP/s, {percent(gpu.utilisation)} of it reached; "
+        f"{gpu.flops_per_second / 1e12:,.0f} TFLOP/s, {percent(gpu.mfu)} of it reached; "
         f"{human_bytes(gpu.link)} a second from GPU to GPU and {human_bytes(gpu.network)} out of a host of "
         f"{gpu.on_a_host}, while they compute; "
         f"${gpu.dollars_per_hour:.2f} a GPU-hour, ${gpu.dollars_per_core_hour:.2f} a core-hour; the fused kernels; "

@@ -81,7 +81,7 @@ def over(recipe: Recipe, max_gpu_hours: float) -> str:
     longest = " and answers as long as they may be" if judging else ""
     return (
         f"it would take {hours:,.3g} GPU-hours, about ${dollars:,.2f}, by its plan on one GPU with no step in the cache"
-        f"{longest} (H100 at {H100.utilisation:.0%} of its peak, ${H100.dollars_per_hour:g} an hour), and {ceiling}"
+        f"{longest} (H100 at {H100.mfu:.0%} of its peak, ${H100.dollars_per_hour:g} an hour), and {ceiling}"
     )
 
 

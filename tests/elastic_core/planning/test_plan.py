@@ -25,7 +25,7 @@ from elastic_core.schema import build
 from elastic_core.subnet import full_subnet, is_nested
 from elastic_core.training.curriculum import place_budgets
 
-H100 = Accelerator(memory=80 * 10**9, flops_per_second=989e12, utilisation=0.4, dollars_per_hour=2.5)
+H100 = Accelerator(memory=80 * 10**9, flops_per_second=989e12, mfu=0.4, dollars_per_hour=2.5)
 AXES = Axes(
     hidden=(5120, 4480, 4096, 3840, 3584),
     ffn=(20480, 17920, 15680, 12288, 10240),
@@ -188,7 +188,7 @@ def test_time_and_money_follow_from_flops_and_utilisation() -> None:
     assert one.gpu_hours == eight.gpu_hours == one.hours == 8 * eight.hours
     assert one.gpu_hours * 3600 * 0.4 * 989e12 == pytest.approx(planned.stages[0].flops.total)
     assert one.dollars == 2.5 * one.gpu_hours
-    halved = plan(accelerator=dataclasses.replace(H100, utilisation=0.2))
+    halved = plan(accelerator=dataclasses.replace(H100, mfu=0.2))
     assert only_mesh(halved).gpu_hours == pytest.approx(2 * one.gpu_hours)
 
 
@@ -271,7 +271,7 @@ def test_a_teacher_that_is_trained_first_is_the_first_stage_and_has_no_teacher()
     [
         ({"memory": 0}, "memory=0 must be greater than 0"),
         ({"flops_per_second": float("nan")}, "flops_per_second=nan must be greater than 0"),
-        ({"utilisation": 40}, "utilisation=40 must be above 0 and at most 1"),
+        ({"mfu": 40}, "mfu=40 must be above 0 and at most 1"),
         ({"dollars_per_hour": -1.0}, "dollars_per_hour=-1.0 must be at least 0"),
     ],
 )

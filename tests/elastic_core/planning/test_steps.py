@@ -22,7 +22,7 @@ from elastic_core.search import prior, search
 from elastic_core.subnet import Subnet, full_subnet
 from elastic_core.training.tokens import TokenBatch
 
-H100 = Accelerator(memory=80 * 10**9, flops_per_second=989e12, utilisation=0.4, dollars_per_hour=2.5)
+H100 = Accelerator(memory=80 * 10**9, flops_per_second=989e12, mfu=0.4, dollars_per_hour=2.5)
 TINY = ModelConfig(
     hybrid_override_pattern="M-M*-M-",
     hidden_size=16,

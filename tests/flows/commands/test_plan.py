@@ -265,7 +265,7 @@ def test_a_stage_that_waits_for_the_network_is_told_with_the_micro_batch_that_en
         (["--gpu-memory", "80"], "--gpu-memory is '80'; expected an amount in B, kB"),
         (["--gpu-memory", "80GB@ctx=1"], "expected an amount alone, such as 80GB"),
         (["--gpu-memory", "0GB"], "memory=0 must be greater than 0"),
-        (["--mfu", "40"], "utilisation=40.0 must be above 0 and at most 1"),
+        (["--mfu", "40"], "mfu=40.0 must be above 0 and at most 1"),
         (["--tflops", "0"], "must be greater than 0"),
         (["--price", "-1"], "dollars_per_hour=-1.0 must be at least 0"),
         (["--core-price", "-1"], "dollars_per_core_hour=-1.0 must be at least 0"),
