@@ -80,8 +80,8 @@ def choices(model: ModelConfig, axes: Axes, kind: str) -> tuple[LayerShape, ...]
 class Cost(ABC):
     """What a budget counts.
 
-    A subnet costs `fixed` of its hidden size, the sum of `layer` over its kept layers, and the largest of their `peak`
-    and `fixed_peak`.
+    A subnet costs `fixed` of its hidden size, the sum of `layer` over its kept layers, and the largest of `fixed_peak`
+    and each layer's `peak`.
     """
 
     model: ModelConfig

@@ -36,7 +36,7 @@ LAYER_AXES: dict[str, tuple[str, ...]] = {
     MOE: ("expert_ffn", "experts", "shared_ffn", "top_k", "latent"),
 }
 
-# The fields of ModelConfig that hold the full size of an axis, and how many equal groups keep a part of it each.
+# The fields of ModelConfig that hold the full size of an axis and, in GROUPS, the number of its equal groups.
 FULL_SIZES = {
     "hidden": "hidden_size",
     "ffn": "intermediate_size",

@@ -24,7 +24,7 @@ class Side:
 
 Run = tuple[Side, ...]
 Dim = tuple[Run, ...]
-Kept = Mapping[str, int]  # of each side, so many; of one in groups, so many in each
+Kept = Mapping[str, int]  # entries kept of each side; where it is in groups, of each group
 
 WHOLE: Kept = {}
 
@@ -150,7 +150,7 @@ class Layout:
         )
 
     def views(self, weight: Tensor, kept: Kept) -> list[Tensor]:
-        """What is kept of `weight`, or of its gradient: a view a run, its sides as dimensions of their own."""
+        """What is kept of `weight`, or of its gradient: one view for each run, one dimension for each of its sides."""
         for dim, side in self._others:
             weight = _first(weight, dim, side, kept)
         parts = weight.split(self._starts, self._divided) if len(self._runs) > 1 else (weight,)

@@ -49,10 +49,14 @@ SHAPES_FILE = "shapes.json"  # beside a family whose shapes were measured
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorPlace:
-    """Where a tensor stands in the model: its layer, if it is in one, and how it is laid out."""
+    """Where a tensor stands in the model: its layer, if it is in one, and how it is laid out.
+
+    A `stream_norm` is a norm of the residual stream, which slices of other hidden sizes have times a gain.
+    """
 
     layer: int | None
     layout: Layout
+    stream_norm: bool = False
 
 
 def tensor_places(config: ModelConfig) -> dict[str, TensorPlace]:
@@ -60,10 +64,10 @@ def tensor_places(config: ModelConfig) -> dict[str, TensorPlace]:
     vocab, hidden = (grid(vocab=config.vocab_size),), (grid(hidden=config.hidden_size),)
     places = {"embeddings.weight": TensorPlace(layer=None, layout=Layout(vocab, hidden))}
     for layer, kind in enumerate(config.hybrid_override_pattern):
-        places[f"layers.{layer}.norm.weight"] = TensorPlace(layer=layer, layout=Layout(hidden))
+        places[f"layers.{layer}.norm.weight"] = TensorPlace(layer=layer, layout=Layout(hidden), stream_norm=True)
         for name, layout in KINDS[kind].mixer.lay_out(config, layer).items():
             places[f"layers.{layer}.mixer.{name}"] = TensorPlace(layer=layer, layout=layout)
-    places["norm_f.weight"] = TensorPlace(layer=None, layout=Layout(hidden))
+    places["norm_f.weight"] = TensorPlace(layer=None, layout=Layout(hidden), stream_norm=True)
     places["lm_head.weight"] = TensorPlace(layer=None, layout=Layout(vocab, hidden))
     return places
 

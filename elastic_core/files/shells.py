@@ -48,7 +48,7 @@ from elastic_core.files.shards import (
     write_json,
     write_shards,
 )
-from elastic_core.files.slicing import is_in, is_scaled, kept_indices, name_in_full_model
+from elastic_core.files.slicing import is_in, kept_indices, name_in_full_model
 from elastic_core.geometry import ModelConfig
 from elastic_core.schema import OPTIONAL, build, to_dict
 from elastic_core.subnet import Subnet, check_subnet, full_subnet, sliced_config
@@ -129,7 +129,7 @@ def _added(config: ModelConfig, shell: Shell) -> dict[str, dict[str, Indices]]:
 
 
 def _is_own(place: TensorPlace, shell: Shell) -> bool:
-    return shell.norms == "own" and is_scaled(place)
+    return shell.norms == "own" and place.stream_norm
 
 
 def _kept(config: ModelConfig, below: Subnet, place: TensorPlace, shape: Sequence[int]) -> Indices:

@@ -151,13 +151,8 @@ def kept_indices(place: TensorPlace, subnet: Subnet, config: ModelConfig) -> tup
     return tuple(indices(dim, prefixes(kept)) for dim in place.layout.dims)
 
 
-def is_scaled(place: TensorPlace) -> bool:
-    """Whether a tensor is the norm of the residual stream, which differs by a gain from one hidden size to another."""
-    return place.layout.axes == ("hidden",)
-
-
 def _scaled(block: Tensor, place: TensorPlace, subnet: Subnet, energy: Energy | None) -> Tensor:
-    return energy.scaled(block, subnet.hidden) if energy is not None and is_scaled(place) else block
+    return energy.scaled(block, subnet.hidden) if energy is not None and place.stream_norm else block
 
 
 def _padded(blocks: Iterable[Tensor], planned: TensorInfo) -> Iterator[Tensor]:

@@ -29,8 +29,8 @@ class Cache:
     """What decoding carries from one call to the next, at one subnet: a layer's index to its states and its weights.
 
     The weights are taken once a text, and not once a token: some must be gathered from inside groups. `padding` is
-    there where shorter texts have tokens before them that are none of theirs; `real_BT` then says which of the tokens
-    that are being read are the texts' own, None where all are.
+    there where shorter texts are padded on the left; `real_BT` then says which of the tokens that are being read are
+    the texts' own, None where all are.
     """
 
     conv: dict[int, Tensor] = field(default_factory=dict)

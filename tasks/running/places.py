@@ -4,7 +4,8 @@
     ELASTIC_GPU_DEPLOYMENT   on a worker of the gpu pool, as a run of that deployment (gpu_pool.py)
     neither                  here
 
-All other steps run here. One step at a time has the devices of a machine, wherever it was asked for.
+All other steps run here, but for shards of the data, which Ray's hosts make (ray_shards.py). One step at a time has the
+devices of a machine, wherever it was asked for.
 """
 
 import gc
@@ -61,8 +62,8 @@ def elsewhere() -> Place | None:
 def device() -> str:
     """What a step for a GPU is done on: the device of this machine, or what stands for the devices of others.
 
-    The machine of a run may have no GPU, and its workers have. So that it finds what they made without asking them, a
-    name stands for their devices. How many there are is no part of it, for a stage goes on with more and with fewer.
+    The machine of a run may have no GPU, and its workers have. A name stands for their devices, so that
+    it finds in the cache what they made. How many there are is no part of it: a stage goes on with more and with fewer.
     """
     if asked := device_of_run.get():
         return asked

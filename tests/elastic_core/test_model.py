@@ -14,7 +14,7 @@ from transformers import NemotronHForCausalLM
 
 from elastic_core.files.checkpoint import load_weights, read_config, tensor_places
 from elastic_core.files.reorder import random_order, reorder_weights
-from elastic_core.files.slicing import is_scaled, slice_checkpoint, slice_weights
+from elastic_core.files.slicing import slice_checkpoint, slice_weights
 from elastic_core.generate import decode
 from elastic_core.geometry import ATTENTION, MAMBA, Axes, ModelConfig
 from elastic_core.layers import ssm
@@ -300,7 +300,7 @@ def test_gradients_at_a_subnet_are_those_of_its_slice_and_zero_elsewhere(model):
     model.zero_grad()
     gain, places = model.energy.gain(subnet.hidden), tensor_places(sliced.config)
     for name, kept in slice_weights(gradients, subnet, model.config).items():
-        expected = sliced.get_parameter(name).grad * (gain if is_scaled(places[name]) else 1.0)
+        expected = sliced.get_parameter(name).grad * (gain if places[name].stream_norm else 1.0)
         assert torch.allclose(kept, expected, rtol=1e-9, atol=FLOAT64_OWN_FORMS), name
     total = sum(float(g.abs().sum()) for g in gradients.values())
     inside = sum(float(g.abs().sum()) for g in slice_weights(gradients, subnet, model.config).values())

@@ -180,7 +180,7 @@ def test_shells_whose_norms_are_shared_are_read_as_they_were_written(
     subnets = [dataclasses.replace(full_subnet(tiny_config), hidden=32), full_subnet(tiny_config)]
     slices = cut(tiny_checkpoint, subnets, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(shells, "is_scaled", lambda place: False)
+        patch.setattr(shells, "_is_own", lambda place, shell: False)
         stored = store(tiny_checkpoint, subnets, slices, tmp_path)
     for shell in stored:
         said = json.loads((shell / SHELL_FILE).read_text())
