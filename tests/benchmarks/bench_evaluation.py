@@ -76,7 +76,8 @@ READERS: dict[str, dict[str, Any]] = {
 
 def in_a_process(directory: Path, what: dict[str, Any]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, __file__, str(directory), json.dumps(what)]
-    return subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("what", READERS)
