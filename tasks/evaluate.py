@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,15 +124,12 @@ def evaluate(
         )
         return BudgetEvaluation(
             budget=budget.name,
-            params=decoding.params,
             active_params=active(config, at),
-            weight_bytes=decoding.weight_bytes,
-            memory_bytes=decoding.memory_bytes,
             cross_entropy=loss.cross_entropy,
             kl=loss.kl,
             cut_cross_entropy=in_order,
             random_cut_cross_entropy=at_random,
-            tokens_per_second=decoding.tokens_per_second,
+            **asdict(decoding),
             accuracy=answers.accuracy if answers else None,
             accuracy_by_task=answers.by_task if answers else {},
             cut_answers=answers.cut if answers else None,
