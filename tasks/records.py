@@ -50,9 +50,9 @@ class BudgetEvaluation:
     Cross-entropies and KL to the teacher are in nats a token, on held-out data. `cut_cross_entropy` is that of the
     reordered teacher cut at the same subnet with no training, `random_cut_cross_entropy` that of the teacher in random
     order. `accuracy` is the share of held-out problems answered exactly, by kind of problem in `accuracy_by_task`;
-    `cut_answers` the share whose answers came to the limit of tokens.
-    `tokens_per_second` is that of decoding; `memory_bytes` is weights plus the caches of the decoded batch. Of a model
-    with experts `active_params` are the parameters that a token passes through.
+    `cut_answers` is the share of answers that came to the limit of tokens. `tokens_per_second` is that of decoding;
+    `memory_bytes` is weights plus the caches of the decoded batch. Of a model with experts `active_params` are the
+    parameters that a token passes through.
     """
 
     budget: str

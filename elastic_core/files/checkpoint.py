@@ -51,7 +51,7 @@ SHAPES_FILE = "shapes.json"  # beside a family whose shapes were measured
 class TensorPlace:
     """Where a tensor stands in the model: its layer, if it is in one, and how it is laid out.
 
-    A `stream_norm` is a norm of the residual stream, which slices of other hidden sizes have times a gain.
+    A `stream_norm` is a norm of the residual stream: a slice has it times the gain of its hidden size (norm.py).
     """
 
     layer: int | None

@@ -62,8 +62,8 @@ def elsewhere() -> Place | None:
 def device() -> str:
     """What a step for a GPU is done on: the device of this machine, or what stands for the devices of others.
 
-    The machine of a run may have no GPU, and its workers have. A name stands for their devices, so that
-    it finds in the cache what they made. How many there are is no part of it: a stage goes on with more and with fewer.
+    The machine of a run may have no GPU, and its workers have. A name stands for their devices, so that the run finds
+    in the cache what they made. The number of devices is no part of the name: a stage goes on with more and with fewer.
     """
     if asked := device_of_run.get():
         return asked

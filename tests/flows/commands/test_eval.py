@@ -19,11 +19,9 @@ TEXTS = [f"{number} and {number + 1} and {number + 2}" for number in range(200)]
 
 @pytest.mark.parametrize("other", [False, True], ids=["its own", "another"])
 def test_tokens_of_another_tokenizer_are_warned_of(tmp_path: Path, other: bool) -> None:
-    family, encoder = (
-        write_family(tmp_path / "family", replace(CONFIG, vocab_size=400), budgets=BUDGETS[:1]),
-        tmp_path / "encoder",
-    )
+    family = write_family(tmp_path / "family", replace(CONFIG, vocab_size=400), budgets=BUDGETS[:1])
     write_tokenizer(family, "ours")
+    encoder = tmp_path / "encoder"
     encoder.mkdir()
     write_tokenizer(encoder, "qwen3" if other else "ours")
     rows = tmp_path / "rows.jsonl"
