@@ -30,7 +30,7 @@ from tasks.running.limits import cores
 
 VOCABULARY = 65_536
 TRAINED_BYTES, TEXT_BYTES = 40_000_000, 80_000_000
-SHARDS = 8
+SHARDS = 16
 PROBLEMS = Path(__file__).parents[2] / "flows/recipes/tiny/problems-train-1.jsonl"
 
 PREPARE = """
@@ -130,7 +130,7 @@ def test_two_processes_prepare_data_beside_one(long_rows: Path, tokenizer_dir: P
         done = subprocess.run([*map(str, given)], env=alone, capture_output=True, text=True, check=True)
         return float(done.stdout)
 
-    times = [(prepare(2), prepare(1)) for _ in range(3)]
+    times = [(prepare(2), prepare(1)) for _ in range(5)]
     two, one = (statistics.median(column) for column in zip(*times, strict=True))
     record(
         benchmark="data preparation, two processes",
