@@ -377,8 +377,6 @@ def log_measurement(
         run_name=f"{version.name} v{version.version} measured",
         tags={"elastic.model": f"{version.name}:{version.version}", tracking.HELDOUT_DIGEST: heldout},
     )
-    metrics = {"cross_entropy": measured.cross_entropy}
-    if measured.accuracy is not None:
-        metrics["accuracy"] = measured.accuracy
-    tracking.log_metrics(settings.tracking_uri, run_id, metrics)
+    found = asdict(measured).items()
+    tracking.log_metrics(settings.tracking_uri, run_id, {name: value for name, value in found if value is not None})
     tracking.finish_run(settings.tracking_uri, run_id)

@@ -278,10 +278,8 @@ def members(
             "kl": measured.kl,
             "tokens_per_second": measured.tokens_per_second,
         }
-        if measured.accuracy is not None:
-            metrics["accuracy"] = measured.accuracy
-        if measured.active_params is not None:
-            metrics["active_params"] = measured.active_params
+        of_some = {name: getattr(measured, name) for name in ("accuracy", "cut_answers", "active_params")}
+        metrics |= {name: value for name, value in of_some.items() if value is not None}
         scores = evaluation.measured_scores(measured.budget)
         metrics |= benchmark_metrics(scores)
         model = tracking.model_name(recipe.family, measured.budget)

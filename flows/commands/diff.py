@@ -58,7 +58,7 @@ def score_text(name: str, text: str) -> str:
     if text == "-":
         return text
     value, kind = float(text), name.rpartition(".")[2]
-    if kind in ("accuracy", "standard_error", "unanswered"):
+    if kind in ("accuracy", "cut_answers", "standard_error", "unanswered"):
         return percent(value, 1)
     if kind == "weight_bytes":
         return human_bytes(value)

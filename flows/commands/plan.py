@@ -380,11 +380,11 @@ def _tight(planned: StagePlan, mesh: MeshPlan) -> str:
 
 
 def _rare(planned: StagePlan, mesh: MeshPlan) -> str:
-    together = planned.stage.rows_together(mesh.gpus)
     return (
-        f"{planned.stage.name} on {mesh.gpus:,} GPUs: not every step trains {joined(mesh.rare)}, since {together:,} "
-        f"of {planned.stage.batch_size:,} sequences share a budget. The shares hold over many steps; a larger "
-        "batch_size holds them in each."
+        f"{planned.stage.name} on {mesh.gpus:,} GPU{'s' * (mesh.gpus > 1)}: not every step trains {joined(mesh.rare)}, "
+        f"since a step gives its {planned.stage.batch_size:,} sequences to the budgets "
+        f"{planned.stage.rows_together(mesh.gpus):,} at a time. The shares hold over many steps; a larger batch_size "
+        "holds them in each."
     )
 
 

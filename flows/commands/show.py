@@ -104,6 +104,8 @@ def _scores(metrics: Mapping[str, float]) -> str:
     if "cross_entropy" not in metrics:
         return "not measured"
     accuracy = f", accuracy {percent(metrics['accuracy'], 1)}" if "accuracy" in metrics else ""
+    if metrics.get("cut_answers"):
+        accuracy += f" with {percent(metrics['cut_answers'], 1)} of answers cut off"
     loss, kl = fixed(metrics["cross_entropy"], 4), fixed(metrics.get("kl"), 4)
     return f"cross-entropy {loss} and KL to the teacher {kl} nats a token{accuracy}"
 

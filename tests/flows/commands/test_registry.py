@@ -62,7 +62,13 @@ class Family:
                 tracking.Member(
                     budget=budget,
                     source=f"s3://b/families/{self.name}/{version}/{budget}",
-                    metrics={"params": params, "weight_bytes": 2 * params, "cross_entropy": loss, "accuracy": 0.5},
+                    metrics={
+                        "params": params,
+                        "weight_bytes": 2 * params,
+                        "cross_entropy": loss,
+                        "accuracy": 0.5,
+                        "cut_answers": 0.25,
+                    },
                     tags={
                         tracking.MEASURED: under.digest,
                         tracking.CONDITIONS: under.text,
@@ -170,7 +176,7 @@ def test_show_says_from_what_by_what_how_good_and_how_to_load(family: Family) ->
         "by code: 0.1.0+abc",
         "by MLflow run: ",
         "cross-entropy 2.5000",
-        "accuracy 50.0 %",
+        "accuracy 50.0 % with 25.0 % of answers cut off",
         "dtype float32",
         "in place of no champion: the demo is on Monday",
         f"get elastic pull {family.model()}:1 -o {family.model()}",
@@ -392,6 +398,7 @@ def test_diff_shows_scores_as_other_tables_do_or_whole_and_json_has_them_whole(f
     ("name", "text", "shown"),
     [
         ("accuracy", "0.5", "50.0 %"),
+        ("cut_answers", "0.25", "25.0 %"),
         ("math-500.standard_error", "0.0123", "1.2 %"),
         ("math-500.tokens", "8123.4", "8,123"),
         ("active_params", "2783000384", "2,783,000,384"),
