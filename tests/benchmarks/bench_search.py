@@ -47,7 +47,7 @@ FULL = 0.95  # the share of its budget that a random shape uses at least
 
 @pytest.fixture(scope="module")
 def home() -> Iterator[Path]:
-    """The state that ELASTIC_HOME names, where it has one: teachers that are there are not trained again."""
+    """The state of this clone: a teacher that `make demo` trained here is not trained again."""
     home = make_home()
     with embedded_services(home, prefect=True):
         yield home
