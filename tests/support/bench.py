@@ -58,7 +58,9 @@ def interleaved(forms: Mapping[str, Callable[[], object]], runs: int = RUNS) -> 
 def record(*, benchmark: str, shape: str, unit: str, ours: float, theirs: float, alternative: str, target: str) -> Row:
     """Print a row past pytest's capture, and append it to the file named by BENCH_ROWS if there is one."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    processor = f"CPU, {threads} thread{'s' * (threads > 1)}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
     row = Row(
         benchmark=benchmark,
         shape=shape,
