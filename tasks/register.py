@@ -33,6 +33,17 @@ from tasks.running.steps import fingerprint, step
 from tasks.settings import ServiceError, Settings, redact
 
 CARDS = "cards"  # in a manifest's metadata: the SHA-256 of each part's model card before it got its scores
+# What is kept with a version of its budget's evaluation, but for those that were not measured.
+METRICS = (
+    "params",
+    "active_params",
+    "weight_bytes",
+    "cross_entropy",
+    "kl",
+    "accuracy",
+    "cut_answers",
+    "tokens_per_second",
+)
 LISTED = " Its FFN widths are a list, one a layer: vLLM, transformers and llama.cpp do not load it."
 ENGINES = "vLLM, transformers and llama.cpp load the downloaded directory."
 # A version is the files of a checkpoint and nothing else, the same bytes that `elastic slice` writes.
@@ -271,15 +282,7 @@ def members(
     """One registered model a budget, with what was measured of it, and how to get it."""
     lines = summary_lines(evaluation)
     for measured in evaluation.budgets:
-        metrics = {
-            "params": measured.params,
-            "weight_bytes": measured.weight_bytes,
-            "cross_entropy": measured.cross_entropy,
-            "kl": measured.kl,
-            "tokens_per_second": measured.tokens_per_second,
-        }
-        of_some = {name: getattr(measured, name) for name in ("accuracy", "cut_answers", "active_params")}
-        metrics |= {name: value for name, value in of_some.items() if value is not None}
+        metrics = {name: value for name in METRICS if (value := getattr(measured, name)) is not None}
         scores = evaluation.measured_scores(measured.budget)
         metrics |= benchmark_metrics(scores)
         model = tracking.model_name(recipe.family, measured.budget)

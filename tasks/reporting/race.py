@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 from tasks.reporting.drawing import COLUMN, MARKERS, THEME, count_tick, legend, logarithmic, new_figure, report_style
 from tasks.reporting.numbers import human_count
 from tasks.reporting.summary import markdown_table
+from tasks.running.code import project_version
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +29,8 @@ BASE = "as it is"  # the recipe that ablations change
 class Entry:
     """Held-out KL to the teacher and loss, nats a token, that a way reached for a budget with these tokens of training.
 
-    `explored` are the tokens that were spent on finding its shape before; `commit` is that of the code that found it.
+    `explored` are the tokens that were spent on finding its shape before; `commit` is the version of the code that
+    found it, in rows from before its commit alone.
     """
 
     way: str
@@ -62,25 +63,10 @@ class Rows:
         if known:
             _log.info("%s, seed %d: taken from %s, found at %s", way, seed, self._file, known[0].commit)
             return
-        found = [replace(entry, commit=_commit()) for entry in find()]
+        found = [replace(entry, commit=project_version()) for entry in find()]
         with self._file.open("a") as file:
             file.writelines(json.dumps({**self._of, **asdict(entry)}) + "\n" for entry in found)
         self.entries += found
-
-
-def _commit() -> str:
-    """The commit of this code, where it is in a clone, and whether the code was changed since.
-
-    The rows that a race adds are no change of the code.
-    """
-
-    def git(*asked: str) -> str:
-        told = subprocess.run(["git", *asked], cwd=Path(__file__).parent, capture_output=True, text=True)
-        return told.stdout.strip()
-
-    commit = git("rev-parse", "--short", "HEAD")
-    changed = "-dirty" if git("diff", "--name-only", "HEAD", "--", ":/*.py") else ""
-    return commit + changed or "no commit"
 
 
 def tokens_for(kl: float, points: Iterable[tuple[int, float]]) -> float:

@@ -1,14 +1,13 @@
 """Laws of the race's page: tokens are read off the curve, and the page keeps what it did not write."""
 
 import math
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tasks.reporting import race
 from tasks.reporting.race import BASE, Entry, Rows, ablated, needed, reached, tokens_for, write_ablations, write_race
+from tasks.running.code import project_version
 
 
 def power_law(tokens: float) -> float:
@@ -61,7 +60,7 @@ def test_rows_of_another_recipe_are_left_alone_and_none_is_found_twice(tmp_path:
     again.of("elastic", 0, lambda: pytest.fail("it is known"))
     assert (
         [replace(each, commit="") for each in again.entries] == [entry]
-        and again.entries[0].commit
+        and again.entries[0].commit == project_version()
         and len(file.read_text().splitlines()) == 2
     )
 
@@ -76,23 +75,6 @@ def test_what_is_taken_from_rows_says_what_code_found_it(tmp_path: Path, caplog:
     page = tmp_path / "race.md"
     write_ablations(page, "tiny", [replace(kept.entries[0], way=BASE)], {BASE: []})
     assert f"Found at {kept.entries[0].commit}." in page.read_text()
-
-
-def test_the_rows_that_are_added_are_no_change_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, file = tmp_path / "tasks/race.py", tmp_path / "race.jsonl"
-    code.parent.mkdir()
-    for path in (code, file):
-        path.write_text("")
-    as_somebody = ("-c", "user.name=somebody", "-c", "user.email=somebody@example.org")
-    for asked in (("init", "--quiet"), ("add", "."), (*as_somebody, "commit", "--quiet", "--message", "all")):
-        subprocess.run(["git", *asked], cwd=tmp_path, check=True)
-    monkeypatch.setattr(race, "__file__", str(code))
-    rows = Rows(file, "tiny", "one")
-    for seed, text in enumerate(("", "", "changed = True")):
-        code.write_text(text)
-        rows.of("elastic", seed, lambda: [Entry(way="elastic", budget="s", seed=0, tokens=9, kl=0.25)])
-    first, second, changed = (entry.commit for entry in rows.entries)
-    assert first == second != "" and changed == f"{first}-dirty"
 
 
 def test_a_page_whose_results_have_no_end_keeps_its_text(tmp_path: Path) -> None:

@@ -159,6 +159,29 @@ def test_the_version_of_the_project_names_the_commit() -> None:
     assert code.project_version().removesuffix(".dirty").endswith(f"+g{commit}")
 
 
+def test_a_commit_is_dirty_where_a_package_differs_and_not_where_results_are_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, recipe, rows = (
+        tmp_path / name for name in ("tasks/race.py", "flows/recipes/tiny.yaml", "infra/race.jsonl")
+    )
+    for path in (source, recipe, rows):
+        path.parent.mkdir(parents=True)
+        path.write_text("")
+    as_somebody = ("-c", "user.name=somebody", "-c", "user.email=somebody@example.org")
+    for asked in (("init", "--quiet"), ("add", "."), (*as_somebody, "commit", "--quiet", "--message", "all")):
+        subprocess.run(["git", *asked], cwd=tmp_path, check=True)
+    monkeypatch.setattr(code, "__file__", str(tmp_path / "tasks/running/code.py"))
+    commit = code._checked_out()
+    assert len(commit) == 12
+    rows.write_text("{}")
+    assert code._checked_out() == commit
+    for path in (source, recipe, tmp_path / "tasks/new.py"):
+        path.write_text("changed")
+        assert code._checked_out() == f"{commit}.dirty"
+        subprocess.run(["git", "checkout", "--quiet", "."], cwd=tmp_path, check=True)
+
+
 def test_without_a_checkout_the_commit_is_the_images_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(code, "_checked_out", lambda: "")
     for commit, version in (("ab" * 20, "+gabababababab"), ("", "")):
