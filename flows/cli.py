@@ -108,9 +108,10 @@ def check(
     """Find before spending what would end a run: services, teacher, tokenizer, data as rendered, GPUs, disk."""
     from flows.commands.check import check_recipe
     from flows.commands.recipes import load_recipe
+    from tasks.reporting.numbers import counted
 
     if faults := check_recipe(load_recipe(recipe, overrides or [])):
-        raise ValueError(f"{recipe}: {faults} fault{'s' * (faults > 1)}, each in its line above")
+        raise ValueError(f"{recipe}: {counted(faults, 'fault')}, each in its line above")
     typer.echo(f"{recipe}: nothing stands in the way of `elastic run {recipe}`")
 
 

@@ -19,7 +19,7 @@ from elastic_core.recipe import Recipe
 from elastic_core.schema import NAME, build, descriptions, told
 from elastic_core.subnet import full_subnet
 from flows.commands.recipes import RECIPES
-from tasks.reporting.numbers import human_bytes, human_count, human_seconds
+from tasks.reporting.numbers import counted, human_bytes, human_count, human_seconds
 
 # Of the paper's own teacher, for who names no data.
 NVIDIA_DATA = "hf://nvidia/Nemotron-Post-Training-Dataset-v2"
@@ -152,7 +152,7 @@ def _summary(teacher: str, params: int, plan: RecipePlan) -> str:
     spent = f"{human_count(sum(stage.tokens for stage in plan.stages))} tokens, {human_seconds(3600 * hours)}"
     return (
         f"# A family of {teacher}, {params:,} parameters, drafted by `elastic init`: look at data, budgets, stages.\n"
-        f"# By its plan: {spent} on {gpus} GPU{'s' * (gpus > 1)} of {human_bytes(plan.accelerator.memory)}{fits}.\n"
+        f"# By its plan: {spent} on {counted(gpus, 'GPU')} of {human_bytes(plan.accelerator.memory)}{fits}.\n"
     )
 
 

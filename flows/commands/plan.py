@@ -18,7 +18,7 @@ from elastic_core.schema import to_dict
 from flows.commands.terminal import text_table, wide_console
 from flows.serving.services import names_a_store
 from tasks.reporting.fit import joined, unfit
-from tasks.reporting.numbers import human_bytes, human_count, human_seconds, percent
+from tasks.reporting.numbers import counted, human_bytes, human_count, human_seconds, percent
 
 MEMORY_TITLES = {"parameters": "weights", "optimizer": "AdamW"}
 
@@ -373,7 +373,7 @@ def _too_large(plan: RecipePlan, step: StepPlan) -> str:
 
 def _tight(planned: StagePlan, mesh: MeshPlan) -> str:
     return (
-        f"{planned.stage.name} on {mesh.gpus:,} GPU{'s' * (mesh.gpus > 1)} fits with {percent(mesh.margin, 1)} to "
+        f"{planned.stage.name} on {counted(mesh.gpus, 'GPU')} fits with {percent(mesh.margin, 1)} to "
         f"spare. Below {percent(LEAST_MARGIN)}, a fragmented memory may end it; more GPUs, recompute or a smaller "
         "micro-batch leave more."
     )
@@ -381,7 +381,7 @@ def _tight(planned: StagePlan, mesh: MeshPlan) -> str:
 
 def _rare(planned: StagePlan, mesh: MeshPlan) -> str:
     return (
-        f"{planned.stage.name} on {mesh.gpus:,} GPU{'s' * (mesh.gpus > 1)}: not every step trains {joined(mesh.rare)}, "
+        f"{planned.stage.name} on {counted(mesh.gpus, 'GPU')}: not every step trains {joined(mesh.rare)}, "
         f"since a step gives its {planned.stage.batch_size:,} sequences to the budgets "
         f"{planned.stage.rows_together(mesh.gpus):,} at a time. The shares hold over many steps; a larger batch_size "
         "holds them in each."

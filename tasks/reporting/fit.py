@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from elastic_core.planning.machine import Accelerator
 from elastic_core.planning.stages import Change, MeshPlan, StagePlan
-from tasks.reporting.numbers import human_bytes
+from tasks.reporting.numbers import counted, human_bytes
 
 
 def unfit(accelerator: Accelerator, planned: StagePlan, mesh: MeshPlan) -> str:
     """Why a stage does not fit on so many GPUs, and what would help."""
-    where = f"{planned.stage.name} on {mesh.gpus:,} GPU{'s' * (mesh.gpus > 1)}"
+    where = f"{planned.stage.name} on {counted(mesh.gpus, 'GPU')}"
     if mesh.micro_steps is None:
         problem = f"{planned.stage.batch_size:,} sequences do not divide into micro-batches for all"
     else:
@@ -31,7 +31,7 @@ def _change(planned: StagePlan, mesh: MeshPlan, change: Change) -> str:
     if change.sequence_length != stage.sequence_length:
         parts.append(f"sequence_length: {change.sequence_length}")
     if change.gpus != mesh.gpus:
-        parts.append(f"{change.gpus:,} GPU{'s' * (change.gpus > 1)}")
+        parts.append(counted(change.gpus, "GPU"))
     return f"{joined(parts)} ({human_bytes(change.memory)})"
 
 

@@ -22,6 +22,11 @@ def human_seconds(seconds: float) -> str:
     return f"{minutes} min {round(seconds) % 60} s" if minutes else f"{seconds:.3g} s"
 
 
+def counted(number: float, noun: str) -> str:
+    """A number of things: 1 GPU, 2,048 GPUs."""
+    return f"{number:,.12g} {noun}{'s' * (number > 1)}"
+
+
 def human_age(seconds: float) -> str:
     """How long ago something was, in its largest unit: 3 d, 5 h, 12 min, 40 s."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):

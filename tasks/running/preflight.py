@@ -32,6 +32,7 @@ from tasks.judging.decoder import encoded
 from tasks.judging.judge import require_scorer
 from tasks.records import Artifact
 from tasks.reporting.fit import unfit
+from tasks.reporting.numbers import counted
 from tasks.running import code
 from tasks.running.nodes import nodes_for
 from tasks.running.places import elsewhere
@@ -114,7 +115,7 @@ def check_cluster(recipe: Recipe) -> ForRecipe:
         if host.fault:
             raise ValueError(f"{host.name}, a host of {place.name}, cannot work: {host.fault}")
     least = min(hosts, key=lambda host: host.gpu_memory)
-    count = f"{len(hosts)} host{'s' * (len(hosts) > 1)}"
+    count = counted(len(hosts), "host")
     if not least.gpus:
         _check_without_gpu(recipe, place)
         return ForRecipe(words=f"{place.name} has {count} without a GPU", least_nodes={})
@@ -148,8 +149,7 @@ def _check_stages(recipe: Recipe, host: Host, hosts: int) -> dict[str, int]:
         and not (mesh := meshes[planned.stage.name][by_hosts[max(by_hosts)]]).fits
     ]
     if faults:
-        each = f"{host.gpus} GPU{'s' * (host.gpus > 1)}"
-        raise ValueError(f"{' '.join(faults)} The cluster has {hosts} host{'s' * (hosts > 1)} of {each}.")
+        raise ValueError(f"{' '.join(faults)} The cluster has {counted(hosts, 'host')} of {counted(host.gpus, 'GPU')}.")
     return {
         name: min(count for count, processes in by_hosts.items() if meshes[name][processes].fits)
         for name, by_hosts in used.items()

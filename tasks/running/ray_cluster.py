@@ -35,6 +35,7 @@ from prefect.logging.handlers import APILogWorker
 from prefect.results import get_result_store
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from tasks.reporting.numbers import counted
 from tasks.running import code
 from tasks.running.asked import WORKERS_OF, Asked, show_our_lines
 from tasks.settings import (
@@ -209,7 +210,7 @@ def options(**resources: float) -> dict[str, Any]:
 
 
 def in_words(resources: Mapping[str, float]) -> str:
-    return " and ".join(f"{count:g} {name}{'s' * (count > 1)}" for name, count in resources.items())
+    return " and ".join(counted(count, name) for name, count in resources.items())
 
 
 def _host(ray: Any, name: str, look: Any) -> Host | None:

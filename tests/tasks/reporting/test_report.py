@@ -266,6 +266,11 @@ def test_durations_have_their_two_largest_units(seconds: float, text: str) -> No
     assert numbers.human_seconds(seconds) == text
 
 
+@pytest.mark.parametrize(("number", "text"), [(1, "1 GPU"), (2, "2 GPUs"), (2048, "2,048 GPUs"), (0.5, "0.5 GPU")])
+def test_counted_says_a_number_of_things(number: float, text: str) -> None:
+    assert numbers.counted(number, "GPU") == text
+
+
 # The budget table
 
 
