@@ -95,7 +95,8 @@ def pipeline(recipe: Recipe) -> Outcome:
         references = bring_references(recipe.references, workspace)
         teacher, corpus = prepare(recipe, workspace)
         check_prompts(recipe.evaluation, problems, small_files(teacher))
-        contamination = look_for_contamination(recipe.evaluation, problems, corpus, tokenizer=teacher)
+        digest = problems_digest(recipe.evaluation.problems)
+        contamination = look_for_contamination(recipe.evaluation, problems, digest, corpus, tokenizer=teacher)
         reordered = in_order(recipe, teacher, corpus, workspace)
         family = shaped(recipe, reordered, reordered, corpus, workspace)
         orders = compared(recipe, reordered, corpus)
@@ -138,7 +139,7 @@ def pipeline(recipe: Recipe) -> Outcome:
             slices=slices,
             corpus=corpus,
             settings=recipe.evaluation,
-            problems_digest=problems_digest(recipe.evaluation.problems),
+            problems_digest=digest,
             dtype=recipe.dtype,
             seed=recipe.seed,
         )

@@ -23,6 +23,7 @@ from tasks.judging.benchmarks import PROBLEMS_FILE, asked_from, read_benchmark, 
 from tasks.judging.contamination import found_in_stream, runs_of
 from tasks.judging.decoder import Decoder
 from tasks.judging.endpoint import Client, Served
+from tasks.judging.exact import recorded_problems
 from tasks.judging.judge import Answering, judge
 from tasks.judging.scores import score
 from tasks.judging.started import Started, check_gpus, program_for
@@ -40,6 +41,7 @@ from tasks.teacher import fetch_teacher
 
 SAMPLES, LOGS = "samples", "logs"
 SHOWN = 5  # problems that stand in the corpus, by name
+HELDOUT = "evaluation.problems"  # the name of the held-out problems, beside the benchmarks
 
 logger = logging.getLogger(__name__)
 
@@ -187,16 +189,28 @@ def bring_problems(benchmark: Benchmark, identity: str, workspace: str) -> Artif
 
 
 def look_for_contamination(
-    settings: Evaluation, problems: Mapping[str, Artifact], corpus: Artifact, tokenizer: Artifact
+    settings: Evaluation,
+    problems: Mapping[str, Artifact],
+    problems_digest: str | None,
+    corpus: Artifact,
+    tokenizer: Artifact,
 ) -> tuple[Contamination, ...]:
-    """How much of each benchmark stands in the training corpus; all are looked for in one reading of it."""
-    if not settings.benchmarks:
+    """How much of each benchmark and of the held-out problems stands in the training corpus, which is read once."""
+    if not settings.benchmarks and settings.problems is None:
         return ()
     asked = {
         each.name: replace(each, path=PROBLEMS_FILE, format=each.form, prompt=PROBLEM) for each in settings.benchmarks
     }
     texts = {name: replace(each, runs=1, sampling=Sampling()) for name, each in asked.items()}
-    found = run(find_contamination, benchmarks=texts, problems=dict(problems), corpus=corpus, tokenizer=tokenizer)
+    found = run(
+        find_contamination,
+        benchmarks=texts,
+        problems=dict(problems),
+        heldout=Evaluation(problems=settings.problems, max_problems=settings.max_problems),
+        problems_digest=problems_digest,
+        corpus=corpus,
+        tokenizer=tokenizer,
+    )
     for each in found:
         if each.found:
             said = f"{each.found} of {each.problems} problems of {each.benchmark} stand in the training data"
@@ -206,25 +220,37 @@ def look_for_contamination(
 
 @step()
 def find_contamination(
-    benchmarks: dict[str, Benchmark], problems: dict[str, Artifact], corpus: Artifact, tokenizer: Artifact
+    benchmarks: dict[str, Benchmark],
+    problems: dict[str, Artifact],
+    heldout: Evaluation,
+    problems_digest: str | None,
+    corpus: Artifact,
+    tokenizer: Artifact,
 ) -> tuple[Contamination, ...]:
-    """Which problems have a run of tokens in the part of the corpus that is trained on. `benchmarks` ask them bare."""
+    """Which problems have a run of tokens in the part of the corpus that is trained on.
+
+    `benchmarks` ask theirs bare. Of the problems of `heldout` what the user says last is looked for: what a system says
+    before is much the same in all chats.
+    """
     read = load_tokenizer(Path(tokenizer.path))
-    tokens = {
-        (name, problem.id): read(problem.prompt, add_special_tokens=False)["input_ids"]
+    texts = {
+        (name, problem.id): problem.prompt
         for name, benchmark in benchmarks.items()
         for problem in read_benchmark(asked_from(problems[name], benchmark))
     }
-    with progress_bar("looking for the benchmarks' problems in the corpus") as report:
+    for problem in recorded_problems(heldout, problems_digest):
+        texts[HELDOUT, problem.where] = problem.question.last_of("user")
+    tokens = {name: read(text, add_special_tokens=False)["input_ids"] for name, text in texts.items()}
+    with progress_bar("looking for the problems in the corpus") as report:
         found = found_in_stream(tokens, TokenStream(Path(corpus.path) / TRAIN_FILE), cores(), report)
 
     def counted(name: str) -> Contamination:
-        own = [(problem, ids) for (benchmark, problem), ids in tokens.items() if benchmark == name]
+        own = [(problem, ids) for (kind, problem), ids in tokens.items() if kind == name]
         here = [problem for problem, _ in own if (name, problem) in found]
         short = sum(not runs_of(ids) for _, ids in own)
         return Contamination(benchmark=name, problems=len(own), found=len(here), short=short, first=tuple(here[:SHOWN]))
 
-    return tuple(map(counted, benchmarks))
+    return tuple(map(counted, dict.fromkeys(kind for kind, _ in tokens)))
 
 
 @step("look for {told}", on_gpu=True)

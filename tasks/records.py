@@ -141,7 +141,7 @@ class BenchmarkScore:
 class Contamination:
     """How many of a benchmark's `problems` stand in the training corpus, `found`, and the names of the first of them.
 
-    `short` ones have too few tokens for it to be told.
+    `short` ones have too few tokens for it to be told. Those of `evaluation.problems` count as a benchmark here.
     """
 
     benchmark: str

@@ -45,6 +45,11 @@ class Chat:
             return {"messages": messages, "tools": self.tools, "arguments": dict(self.arguments)}
         return messages
 
+    def last_of(self, role: str) -> str:
+        """What this role says last; nothing where it says nothing."""
+        said = (str(message.get("content", "")) for message in reversed(self.messages) if message["role"] == role)
+        return next(said, "")
+
     def texts(self) -> Iterator[str]:
         """Thoughts and contents in order."""
         for message in self.messages:

@@ -24,6 +24,7 @@ from elastic_core.training.job import load_model
 from tasks import judge
 from tasks.corpus.problems import Prompt, spoken
 from tasks.corpus.record import TRAIN_FILE
+from tasks.corpus.sources import problems_digest
 from tasks.corpus.tokenizer import load_tokenizer, train_tokenizer
 from tasks.evaluate import measure_answers
 from tasks.judging import decoder
@@ -438,20 +439,34 @@ def test_published_scores_are_shares_with_their_source() -> None:
 def test_problems_that_stand_in_the_training_data_are_counted_and_named(
     model: Artifact, asked: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The corpus holds a text around one of the problems, which is asked in other words."""
+    """The corpus holds a text around one problem of each kind, which are asked in other words, and a system's text."""
     monkeypatch.setattr(judge, "run", lambda step, **inputs: step.fn(**inputs))
     long = "What is the sum of all whole numbers from 12 to 345, of which none may be left out?"
     rows = [{"question": long, "answer": "1", "id": "sum"}, {"question": "1+1?", "answer": "2", "id": "two"}]
     Path(str(asked.path)).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    system = "You are asked for sums, and you answer with a whole number, written in digits and nothing beside it."
+    turns = [("Name the largest whole number below 876 that three and seven both divide.", "861"), ("2+2?", "4")]
+    chats = [[("system", system), ("user", question), ("assistant", answer)] for question, answer in turns]
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text(
+        "".join(json.dumps({"messages": [{"role": r, "content": c} for r, c in chat]}) + "\n" for chat in chats)
+    )
     read = load_tokenizer(Path(model.path))
-    ids = read(f"Here it is.\n{long} Yes.", add_special_tokens=False)["input_ids"]
+    ids = read(f"Here it is.\n{long} Yes.\n{system}\n{turns[0][0]}", add_special_tokens=False)["input_ids"]
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     save_file({"tokens": torch.tensor(ids * 3, dtype=torch.int32)}, corpus / TRAIN_FILE)
-    settings = Evaluation(benchmarks=(replace(asked, prompt="Answer: {problem}"),))
-    problems = {"sums": brought(asked, tmp_path)}
+    settings = Evaluation(benchmarks=(replace(asked, prompt="Answer: {problem}"),), problems=str(heldout))
+    problems, digest = {"sums": brought(asked, tmp_path)}, problems_digest(settings.problems)
     with caplog.at_level("WARNING"):
-        found = judge.look_for_contamination(settings, problems, artifact(corpus), model)
-    assert found == (Contamination(benchmark="sums", problems=2, found=1, short=1, first=("sum",)),)
+        found = judge.look_for_contamination(settings, problems, digest, artifact(corpus), model)
+    first = f"{heldout} line 1"
+    assert found == (
+        Contamination(benchmark="sums", problems=2, found=1, short=1, first=("sum",)),
+        Contamination(benchmark=judge.HELDOUT, problems=2, found=1, short=1, first=(first,)),
+    )
     assert "1 of 2 problems of sums stand in the training data: sum" in caplog.text
-    assert judge.look_for_contamination(Evaluation(), {}, artifact(corpus), model) == ()
+    assert f"1 of 2 problems of {judge.HELDOUT} stand in the training data: {first}" in caplog.text
+    assert judge.look_for_contamination(Evaluation(), {}, None, artifact(corpus), model) == ()
+    only_problems = replace(settings, benchmarks=())
+    assert judge.look_for_contamination(only_problems, {}, digest, artifact(corpus), model) == found[1:]
