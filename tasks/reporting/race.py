@@ -166,23 +166,40 @@ def needed(entries: Sequence[Entry]) -> str:
 
 
 def ablated(entries: Sequence[Entry], changes: Mapping[str, Sequence[str]]) -> str:
-    """A table of the KL of each size, and its distance from the recipe without the change.
+    """A table of the KL of each size and its distance from the recipe without the change, and of the loss.
 
-    Both are means over the seeds with their standard errors; a distance is taken between trainings of one seed.
+    The recipe itself has its loss, a change what it adds to that. All are means over the seeds with their standard
+    errors; distances are taken between trainings of one seed.
     """
-    kl = {(e.way, e.budget, e.seed): e.kl for e in entries}
-    sizes = list(dict.fromkeys(e.budget for e in entries if e.way == BASE))
+    base = {(e.budget, e.seed): e for e in entries if e.way == BASE}
+    sizes = list(dict.fromkeys(size for size, _ in base))
     rows = []
     for way, changed in changes.items():
-        row = {"change": way}
-        for size in sizes:
-            seeds = [seed for name, budget, seed in kl if (name, budget) == (way, size)]
-            found = [kl[way, size, seed] for seed in seeds]
-            ratios = [kl[way, size, seed] / kl[BASE, size, seed] - 1 for seed in seeds]
-            against = "" if way == BASE or not seeds else f", {_mean(ratios, '+.0%')}"
-            row[size] = _mean(found, ".4f") + against if seeds else "-"
-        rows.append(row | {"settings": " ".join(f"`{setting}`" for setting in changed)})
+        found = {size: [e for e in entries if (e.way, e.budget) == (way, size)] for size in sizes}
+        pairs = {size: [(e, base[size, e.seed]) for e in of_size] for size, of_size in found.items()}
+        kls = {size: _kl_cell(pairs[size]) for size in sizes}
+        losses = {f"loss {size}": _loss_cell(pairs[size]) for size in sizes}
+        rows.append({"change": way, **kls, **losses, "settings": " ".join(f"`{setting}`" for setting in changed)})
     return markdown_table(rows)
+
+
+def _kl_cell(pairs: Sequence[tuple[Entry, Entry]]) -> str:
+    """The KL of entries that stand beside the recipe's own of their seeds."""
+    if not pairs:
+        return "-"
+    text = _mean([entry.kl for entry, _ in pairs], ".4f")
+    distances = [entry.kl / base.kl - 1 for entry, base in pairs]
+    return text if pairs[0][0].way == BASE else f"{text}, {_mean(distances, '+.0%')}"
+
+
+def _loss_cell(pairs: Sequence[tuple[Entry, Entry]]) -> str:
+    """The loss of the recipe's own, or what the others add to it."""
+    losses = [(entry.loss, base.loss) for entry, base in pairs if entry.loss is not None and base.loss is not None]
+    if not losses or len(losses) < len(pairs):
+        return "-"
+    if pairs[0][0].way == BASE:
+        return _mean([loss for loss, _ in losses], ".4f")
+    return _mean([loss - base for loss, base in losses], "+.4f")
 
 
 def _mean(values: Sequence[float], form: str) -> str:
