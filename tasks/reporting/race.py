@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -93,7 +93,7 @@ def write_race(page: Path, name: str, entries: Sequence[Entry]) -> None:
     )
 
 
-def write_ablations(page: Path, name: str, entries: Sequence[Entry], changes: Mapping[str, Sequence[str]]) -> None:
+def write_ablations(page: Path, name: str, entries: Sequence[Entry], changes: Iterable[str]) -> None:
     """Put into the page how a recipe with each of the named changes compares with the one without."""
     _put(page, f"ablations of {name}", (ablated(entries, changes), _found_at(entries)))
 
@@ -165,7 +165,7 @@ def needed(entries: Sequence[Entry]) -> str:
     return markdown_table(rows)
 
 
-def ablated(entries: Sequence[Entry], changes: Mapping[str, Sequence[str]]) -> str:
+def ablated(entries: Sequence[Entry], changes: Iterable[str]) -> str:
     """A table of the KL of each size and its distance from the recipe without the change, and of the loss.
 
     The recipe itself has its loss, a change what it adds to that. All are means over the seeds with their standard
@@ -174,12 +174,12 @@ def ablated(entries: Sequence[Entry], changes: Mapping[str, Sequence[str]]) -> s
     base = {(e.budget, e.seed): e for e in entries if e.way == BASE}
     sizes = list(dict.fromkeys(size for size, _ in base))
     rows = []
-    for way, changed in changes.items():
+    for way in changes:
         found = {size: [e for e in entries if (e.way, e.budget) == (way, size)] for size in sizes}
         pairs = {size: [(e, base[size, e.seed]) for e in of_size] for size, of_size in found.items()}
         kls = {size: _kl_cell(pairs[size]) for size in sizes}
         losses = {f"loss {size}": _loss_cell(pairs[size]) for size in sizes}
-        rows.append({"change": way, **kls, **losses, "settings": " ".join(f"`{setting}`" for setting in changed)})
+        rows.append({"change": way, **kls, **losses})
     return markdown_table(rows)
 
 
