@@ -52,6 +52,7 @@ race: $(INSTALLED)
 	$(RACE)
 	$(RACE) --seeds 1 --share 0.25 family=tiny-quarter
 	$(RACE) --seeds 1 --share 0.25 $(TINY_4X)
+	$(RACE) --seeds 1 --share 0.0625 family=tiny-sixteenth
 	$(RACE) --seeds 1 --share 0.0625 $(TINY_16X)
 
 ablations: $(INSTALLED)
