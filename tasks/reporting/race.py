@@ -3,12 +3,12 @@
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from tasks.reporting.drawing import COLUMN, MARKERS, THEME, count_tick, legend, logarithmic, new_figure, report_style
 from tasks.reporting.numbers import human_count
@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 WAYS = ("elastic", "alone", "explored", "from scratch")
 ROWS = ".jsonl"  # of the page, what was found, of which its tables are made
 BASE = "as it is"  # the recipe that ablations change
+FARTHEST = 4  # times the most tokens of a size alone: its line is not followed beyond
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +80,27 @@ def tokens_for(kl: float, points: Iterable[tuple[int, float]]) -> float:
     pairs = list(pairwise(logs))
     (x0, y0), (x1, y1) = next((pair for pair in pairs if pair[1][1] <= wanted), pairs[-1])
     return math.exp(x0 + (x1 - x0) * (wanted - y0) / (y1 - y0)) if y1 < y0 else math.inf
+
+
+class Need(NamedTuple):
+    """Tokens that a size needs for a KL; or more than that, where its line would have to be followed too far."""
+
+    tokens: float
+    is_least: bool
+
+    @classmethod
+    def of(cls, kl: float, points: Mapping[int, float], explored: int = 0) -> "Need":
+        """What reaches `kl` by the KL at each number of tokens, and what exploring took before."""
+        needed, most = tokens_for(kl, points.items()), FARTHEST * max(points)
+        return cls(explored + min(needed, most), needed > most)
+
+    def __str__(self) -> str:
+        return "> " * self.is_least + human_count(self.tokens)
+
+
+def _quotient(spent: int, needs: Collection[Need]) -> str:
+    is_most = any(need.is_least for need in needs)
+    return "< " * is_most + f"{spent / sum(need.tokens for need in needs):.2f}"
 
 
 def write_race(page: Path, name: str, entries: Sequence[Entry]) -> None:
@@ -144,22 +166,21 @@ def needed(entries: Sequence[Entry]) -> str:
     for seed in dict.fromkeys(entry.seed for entry in entries):
         mine = [entry for entry in entries if entry.seed == seed]
         elastic = {entry.budget: entry for entry in mine if entry.way == "elastic"}
-        alone, explored = dict[str, float](), dict[str, float]()
+        alone, explored = dict[str, Need](), dict[str, Need]()
         for found in (entry for entry in mine if entry.way == "explored"):
             name, wanted = found.budget, elastic[found.budget].kl
             points = {e.tokens: e.kl for e in mine if (e.way, e.budget) == ("alone", name)}
-            alone[name] = tokens_for(wanted, points.items())
-            moved = wanted * points[found.tokens] / found.kl
-            explored[name] = found.explored + tokens_for(moved, points.items())
+            alone[name] = Need.of(wanted, points)
+            explored[name] = Need.of(wanted * points[found.tokens] / found.kl, points, found.explored)
         spent = next(iter(elastic.values())).tokens
         rows.append(
             {
                 "seed": str(seed),
                 "elastic, all sizes": human_count(spent),
-                **{f"{name} alone": human_count(tokens) for name, tokens in alone.items()},
-                **{f"{name} explored": human_count(tokens) for name, tokens in explored.items()},
-                "elastic / alone": f"{spent / sum(alone.values()):.2f}",
-                "elastic / explored": f"{spent / sum(explored.values()):.2f}",
+                **{f"{name} alone": str(need) for name, need in alone.items()},
+                **{f"{name} explored": str(need) for name, need in explored.items()},
+                "elastic / alone": _quotient(spent, alone.values()),
+                "elastic / explored": _quotient(spent, explored.values()),
             }
         )
     return markdown_table(rows)

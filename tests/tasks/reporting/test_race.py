@@ -50,6 +50,15 @@ def test_what_the_others_need_is_counted_with_their_exploration() -> None:
     assert row["elastic / alone"] == row["elastic / explored"] == "0.67"
 
 
+@pytest.mark.parametrize("flat", [1.0, 0.99])
+def test_a_line_is_not_followed_far_beyond_its_last_point(flat: float) -> None:
+    """Alone, s hardly gains from twice the tokens: what it needs is more than four times the most that it had."""
+    elastic = Entry(way="elastic", budget="s", seed=0, tokens=100, kl=0.1)
+    points = [replace(elastic, way="alone", tokens=n, kl=kl) for n, kl in ((50, 0.2), (100, 0.2 * flat))]
+    table = needed([elastic, *points, replace(points[0], way="explored", explored=25)])
+    assert table.splitlines()[-1] == "| 0 | 100 | > 400 | > 425 | < 0.25 | < 0.24 |"
+
+
 def test_rows_of_another_recipe_are_left_alone_and_none_is_found_twice(tmp_path: Path) -> None:
     file, entry = tmp_path / "race.jsonl", Entry(way="elastic", budget="s", seed=0, tokens=9, kl=0.25)
     Rows(file, "tiny", "one").of("elastic", 0, lambda: [entry])
