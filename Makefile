@@ -46,7 +46,8 @@ TINY_4X := family=tiny-4x $(addprefix teacher.pretrain.model., hidden_size=256 i
 TINY_16X := family=tiny-16x $(addprefix teacher.pretrain., steps=200 $(addprefix model., hidden_size=512 \
 	intermediate_size=1536 num_attention_heads=16 num_key_value_heads=8 mamba_num_heads=32)) $(addprefix axes., \
 	hidden=[512,448,384,320] ffn=[1536,1280,1024,768] mamba_heads=[32,24,16] attention_heads=[16,8]) \
-	budgets.1.params=13000000 budgets.2.params=9600000
+	budgets.1.params=13000000 budgets.2.params=9600000 stages.0.optimizer.learning_rate=2.5e-4 \
+	stages.1.optimizer.learning_rate=2.5e-4
 
 race: $(INSTALLED)
 	$(RACE)
