@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from tasks.reporting.numbers import counted
+
 ROWS = "BENCH_ROWS"  # the file that rows are appended to, one JSON object a line
 OPTIONAL_PACKAGES = "OPTIONAL_PACKAGES"  # a directory of packages that only some measurements may see
 RUNS = 5
@@ -58,8 +60,7 @@ def interleaved(forms: Mapping[str, Callable[[], object]], runs: int = RUNS) -> 
 def record(*, benchmark: str, shape: str, unit: str, ours: float, theirs: float, alternative: str, target: str) -> Row:
     """Print a row past pytest's capture, and append it to the file named by BENCH_ROWS if there is one."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    threads = torch.get_num_threads()
-    processor = f"CPU, {threads} thread{'s' * (threads > 1)}"
+    processor = f"CPU, {counted(torch.get_num_threads(), 'thread')}"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
     row = Row(
         benchmark=benchmark,
